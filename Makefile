@@ -1,0 +1,18 @@
+# make demo   sets everything up and makes a video in a real ComfyUI server
+#             CHECKPOINT=/path/model.pth uses a real checkpoint; the Wan VAE and the umT5 text
+#             encoder are then taken from the ComfyUI's models folder
+# make test   sets everything up and runs all tests; ARGS="-k name" selects some
+#
+# COMFYUI_DIR=/path/ComfyUI picks the ComfyUI to run in, PYTHON=/path/python the Python whose torch
+# is kept. Without make: python tests/prepare.py tests/demo.py
+#                        python tests/prepare.py -m pytest -c tests/pytest.ini tests
+
+PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
+
+.PHONY: demo test
+
+demo:
+	$(PYTHON) tests/prepare.py tests/demo.py $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
+
+test:
+	$(PYTHON) tests/prepare.py -m pytest -c tests/pytest.ini tests $(ARGS)

@@ -1,0 +1,16 @@
+"""TurboDiffusion for Wan: TurboDiffusion checkpoints as ordinary ComfyUI MODELs."""
+
+from comfy_api.latest import ComfyExtension
+
+from .nodes import NODES
+
+WEB_DIRECTORY = "./web"
+
+
+class TurboDiffusionExtension(ComfyExtension):
+    async def get_node_list(self):
+        return NODES
+
+
+async def comfy_entrypoint():
+    return TurboDiffusionExtension()

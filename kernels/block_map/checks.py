@@ -1,0 +1,65 @@
+"""What every attention op asks of its tensors, checked before any work starts."""
+
+import torch
+
+HEAD_DIMS = (64, 128)
+BLOCK_SIZES = (64, 128)
+BLOCK_SHAPES = ((128, 64), (64, 64), (64, 128))  # what the attention kernels fit into every card
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_heads(**tensors: torch.Tensor) -> None:
+    """Require [B, L, H, D] tensors of one shape, dtype and device, D 64 or 128.
+
+    Raises:
+        ValueError: a shape or device does not fit.
+        TypeError: a dtype is not float32, float16 or bfloat16, or the dtypes differ.
+    """
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name} must be [B, L, H, D] and not empty, got {list(x.shape)}")
+        if x.shape[-1] not in HEAD_DIMS:
+            raise ValueError(f"{name} must have a head dim of 64 or 128, got {x.shape[-1]}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {x.dtype}")
+        if x.shape != first.shape or x.device != first.device:
+            raise ValueError(
+                f"{name} must match {first_name}, {list(first.shape)} on {first.device}, "
+                f"got {list(x.shape)} on {x.device}"
+            )
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name} must be {first.dtype} like {first_name}, got {x.dtype}")
+
+
+def check_block_size(block: int) -> None:
+    """Require a block size that the kernels are made for."""
+    if block not in BLOCK_SIZES:
+        raise ValueError(f"block must be 64 or 128, got {block}")
+
+
+def check_block_shape(block_q: int, block_k: int) -> None:
+    """Require a block shape that the attention kernels are made for."""
+    if (block_q, block_k) not in BLOCK_SHAPES:
+        raise ValueError(
+            f"block_q x block_k must be 128x64, 64x64 or 64x128, got {block_q}x{block_k}"
+        )
+
+
+def check_shape(name: str, x: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Require that `x` has `shape`."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
+
+
+def not_contiguous(*tensors: torch.Tensor) -> str | None:
+    """Why Triton cannot read these tensors; None where it can."""
+    strided = [list(x.stride()) for x in tensors if x.stride(-1) != 1]
+    return f"the head dim is not contiguous, got strides {strided[0]}" if strided else None
+
+
+def float32_on_gpu(x: torch.Tensor) -> str | None:
+    """Why Triton cannot take `x`; None where it can."""
+    if x.is_cuda and x.dtype == torch.float32:
+        return "float32 tiles do not fit the GPU's shared memory, float16 and bfloat16 do"
+    return None

@@ -1,0 +1,26 @@
+"""Block means and block selection in plain torch."""
+
+import torch
+
+
+def block_means(x: torch.Tensor, block: int, center: torch.Tensor | None = None) -> torch.Tensor:
+    """Means of [B, L, H, D] over blocks of rows, float32 [B, H, ceil(L / block), D]."""
+    means = torch.stack([rows.float().mean(1) for rows in x.split(block, 1)], 2)
+    return means if center is None else means - center[:, :, None]
+
+
+def mean_of_blocks(means: torch.Tensor, length: int, block: int) -> torch.Tensor:
+    """The mean over all `length` rows from the means of blocks, float32 [B, H, D]."""
+    *full, last = means.unbind(2)
+    rows_last = length - block * len(full)
+    total = last * rows_last
+    if full:
+        total = total + means[:, :, :-1].sum(2) * block
+    return total / length
+
+
+def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the `count` best scores per row, int32 ascending; ties go to the lower index."""
+    scores = q_means @ k_means.mT  # [B, H, NQ, NK]
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return best.sort(-1).values.int()

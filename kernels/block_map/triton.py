@@ -1,0 +1,138 @@
+"""Block means and block selection in Triton."""
+
+import torch
+import triton
+import triton.language as tl
+
+CHUNK = 1024  # scores that one step of the selection looks at
+TILE = 64  # query and key blocks of one score tile
+LAUNCH = {"num_warps": 4, "num_stages": 1}  # memory-bound or tiny, the same on every card
+
+
+@triton.jit(do_not_specialize=["heads", "length"])
+def block_means_kernel(
+    x, center, means, stride_b, stride_l, stride_h, heads, length,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, CENTERED: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row = first + tl.arange(0, BLOCK)
+    channel = tl.arange(0, HEAD_DIM)
+    x += head // heads * stride_b + head % heads * stride_h
+    tile = tl.load(
+        x + row[:, None] * stride_l + channel[None, :], mask=row[:, None] < length, other=0.0
+    )  # [BLOCK, D]
+    rows = tl.minimum(length - first, BLOCK).to(tl.float32)
+    mean = tl.sum(tile.to(tl.float32), 0) / rows
+    if CENTERED:
+        mean -= tl.load(center + head * HEAD_DIM + channel)
+    block = head * tl.num_programs(0) + tl.program_id(0)
+    tl.store(means + block * HEAD_DIM + channel, mean)
+
+
+@triton.jit(do_not_specialize=["n_queries", "n_keys"])
+def scores_kernel(
+    q_means, k_means, scores, n_queries, n_keys, HEAD_DIM: tl.constexpr, TILE: tl.constexpr
+):
+    head = tl.program_id(2).to(tl.int64)
+    query = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    key = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    tile = tl.zeros((TILE, TILE), tl.float32)
+    for first in range(0, HEAD_DIM, 32):
+        channel = first + tl.arange(0, 32)[None, :]
+        q = tl.load(
+            q_means + (head * n_queries + query[:, None]) * HEAD_DIM + channel,
+            mask=query[:, None] < n_queries, other=0.0,
+        )  # [TILE, 32]  # fmt: skip
+        k = tl.load(
+            k_means + (head * n_keys + key[:, None]) * HEAD_DIM + channel,
+            mask=key[:, None] < n_keys, other=0.0,
+        )  # [TILE, 32]  # fmt: skip
+        # Full fp32: a tf32 product would reorder blocks whose scores are close.
+        tile = tl.dot(q, tl.trans(k), tile, input_precision="ieee")
+    tl.store(
+        scores + (head * n_queries + query[:, None]) * n_keys + key[None, :], tile,
+        mask=(query[:, None] < n_queries) & (key[None, :] < n_keys),
+    )  # fmt: skip
+
+
+@triton.jit
+def ordered_keys(scores, index, n_keys):
+    """Integers in the order of the scores; both zeros get the same one."""
+    score = tl.load(scores + index, mask=index < n_keys, other=0.0)
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def count_from(scores, threshold, n_keys, CHUNK: tl.constexpr):
+    """How many scores have an integer of at least `threshold`."""
+    found = tl.zeros((CHUNK,), tl.int32)
+    for first in range(0, n_keys, CHUNK):
+        index = first + tl.arange(0, CHUNK)
+        key = ordered_keys(scores, index, n_keys)
+        found += ((key >= threshold) & (index < n_keys)).to(tl.int32)
+    return tl.sum(found, 0)
+
+
+@triton.jit(do_not_specialize=["n_keys", "count"])
+def select_blocks_kernel(scores, block_map, n_keys, count, CHUNK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    scores += row * n_keys
+    block_map += row * count
+    # The count-th best score is the largest integer that at least `count` scores reach.
+    low = tl.full((), -(2**31), tl.int64)
+    high = tl.full((), 2**31 - 1, tl.int64)
+    for _ in range(32):
+        middle = (low + high + 1) >> 1
+        enough = count_from(scores, middle, n_keys, CHUNK) >= count
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    ties = count - count_from(scores, low + 1, n_keys, CHUNK)
+    written = 0
+    for first in range(0, n_keys, CHUNK):
+        index = first + tl.arange(0, CHUNK)
+        key = ordered_keys(scores, index, n_keys)
+        tie = ((key == low) & (index < n_keys)).to(tl.int32)
+        taken = (key > low) | ((tie > 0) & (tl.cumsum(tie, 0) <= ties))
+        taken &= index < n_keys
+        place = written + tl.cumsum(taken.to(tl.int32), 0) - 1
+        tl.store(block_map + place, index, mask=taken)
+        written += tl.sum(taken.to(tl.int32), 0)
+        ties -= tl.sum(tie, 0)
+
+
+def block_means(x: torch.Tensor, block: int, center: torch.Tensor | None = None) -> torch.Tensor:
+    """Means of [B, L, H, D] over blocks of rows, float32 [B, H, ceil(L / block), D]."""
+    batch, length, heads, dim = x.shape
+    blocks = triton.cdiv(length, block)
+    means = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
+    centered = center is not None
+    with torch.cuda.device_of(x):
+        block_means_kernel[blocks, batch * heads](
+            x, center.float().contiguous() if centered else x, means, *x.stride()[:3], heads,
+            length, BLOCK=block, HEAD_DIM=dim, CENTERED=centered, **LAUNCH,
+        )  # fmt: skip
+    return means
+
+
+def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the `count` best scores per row, int32 ascending; ties go to the lower index."""
+    batch, heads, n_queries, dim = q_means.shape
+    n_keys = k_means.shape[2]
+    scores = torch.empty(
+        batch, heads, n_queries, n_keys, dtype=torch.float32, device=q_means.device
+    )
+    block_map = torch.empty(
+        batch, heads, n_queries, count, dtype=torch.int32, device=q_means.device
+    )
+    tiles = triton.cdiv(n_queries, TILE), triton.cdiv(n_keys, TILE), batch * heads
+    with torch.cuda.device_of(q_means):
+        scores_kernel[tiles](
+            q_means.contiguous(), k_means.contiguous(), scores, n_queries, n_keys,
+            HEAD_DIM=dim, TILE=TILE, **LAUNCH,
+        )  # fmt: skip
+        select_blocks_kernel[(batch * heads * n_queries,)](
+            scores, block_map, n_keys, count, CHUNK=CHUNK, **LAUNCH
+        )
+    return block_map

@@ -1,0 +1,92 @@
+"""INT8 linear layer: int8 products on the tensor cores, scales and bias in fp32."""
+
+import torch
+from torch import Tensor
+
+from ..dispatch import has_triton, use_triton
+from . import reference
+
+if has_triton():
+    from . import triton as triton_kernels
+
+BLOCK = reference.BLOCK
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def int8_linear(
+    x_q: Tensor,
+    x_scale: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    backend: str = "auto",
+) -> Tensor:
+    """y = dequantized x @ dequantized w.T + bias, with exact int8 products.
+
+    The shapes of the scales decide the granularity. Blocks: y = sum over blocks of 128 k of
+    (x_q @ w_q.T) * x_scale * w_scale, accumulated in fp32 (TurboDiffusion, arXiv 2512.16093,
+    W8A8). Rows: int32 sums over all of K, then the two scales.
+
+    Args:
+        x_q: int8 `[B, L, K]`, contiguous along K. Blocks of 128 rows restart at every sample.
+        x_scale: fp32, blocks `[B, ceil(L/128), ceil(K/128)]` or rows `[B, L]`.
+        w_q: int8 `[N, K]`, contiguous along K. K is at most 131071, where int32 sums end.
+        w_scale: fp32, blocks `[ceil(N/128), ceil(K/128)]` or rows `[N]`.
+        bias: `[N]` of any float dtype, or None.
+        out_dtype: bf16, fp16 or fp32.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        `[B, L, N]` in out_dtype, contiguous.
+
+    Raises:
+        ValueError: shapes do not fit together, or an operand is not contiguous along K.
+        TypeError: operands are not int8, scales not fp32, or out_dtype is none of the three.
+        RuntimeError: Triton was asked for by name and cannot run.
+    """
+    _check_operands(x_q, w_q, bias, out_dtype)
+    by_blocks = _is_by_blocks(x_q, x_scale, w_q, w_scale)
+    module = triton_kernels if use_triton("int8_linear", backend, x_q) else reference
+    linear = module.linear_blocks if by_blocks else module.linear_rows
+    return linear(x_q, x_scale, w_q, w_scale, bias, out_dtype)
+
+
+def _check_operands(x_q: Tensor, w_q: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+    if x_q.dtype != torch.int8 or w_q.dtype != torch.int8:
+        raise TypeError(
+            f"int8_linear takes int8 operands, got x_q {x_q.dtype} and w_q {w_q.dtype}: "
+            "quantize them with kernels.int8_quant"
+        )
+    if out_dtype not in OUT_DTYPES:
+        raise TypeError(f"int8_linear gives bf16, fp16 or fp32, got out_dtype {out_dtype}")
+    if x_q.ndim != 3 or w_q.ndim != 2 or x_q.shape[-1] != w_q.shape[-1]:
+        raise ValueError(
+            "int8_linear needs x_q [B, L, K] and w_q [N, K], "
+            f"got {list(x_q.shape)} and {list(w_q.shape)}"
+        )
+    if x_q.stride(-1) != 1 or w_q.stride(-1) != 1:
+        raise ValueError(
+            "int8_linear needs x_q and w_q contiguous along K, "
+            f"got strides {x_q.stride()} and {w_q.stride()}"
+        )
+    if bias is not None and bias.shape != w_q.shape[:1]:
+        raise ValueError(f"int8_linear needs bias [{w_q.shape[0]}], got {list(bias.shape)}")
+
+
+def _is_by_blocks(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor) -> bool:
+    """Whether the scales are per block; False where they are per row."""
+    batch, length, k = x_q.shape
+    n = w_q.shape[0]
+    k_blocks = -(-k // BLOCK)
+    blocks = [batch, -(-length // BLOCK), k_blocks], [-(-n // BLOCK), k_blocks]
+    rows = [batch, length], [n]
+    got = list(x_scale.shape), list(w_scale.shape)
+    if got not in (blocks, rows):
+        raise ValueError(
+            f"int8_linear: scales fit neither blocks, x_scale {blocks[0]} and w_scale "
+            f"{blocks[1]}, nor rows, {rows[0]} and {rows[1]}; got {got[0]} and {got[1]}"
+        )
+    if x_scale.dtype != torch.float32 or w_scale.dtype != torch.float32:
+        raise TypeError(f"int8_linear takes fp32 scales, got {x_scale.dtype} and {w_scale.dtype}")
+    return got == blocks

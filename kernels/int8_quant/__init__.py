@@ -1,0 +1,119 @@
+"""INT8 quantization: one scale per 128x128 block, or one per row (a token or an output channel)."""
+
+import torch
+from torch import Tensor
+
+from ..dispatch import has_triton, use_triton
+from . import reference
+
+if has_triton():
+    from . import triton as triton_kernels
+
+BLOCK = reference.BLOCK
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def quantize_blocks(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Quantize in blocks of 128 rows by 128 columns.
+
+    amax = max(|x|, 1e-8) over the block, scale = amax / 128 and
+    q = clamp(round_half_even(x * (128 / amax)), -128, 127), all in fp32
+    (TurboDiffusion, arXiv 2512.16093, W8A8).
+
+    Args:
+        x: `[..., R, C]` fp32, fp16 or bf16. The blocks restart at every leading index; the last
+            ones hold what is left.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        int8 `[..., R, C]` and fp32 scales `[..., ceil(R/128), ceil(C/128)]`.
+
+    Raises:
+        ValueError: x has fewer than two dimensions or no elements.
+        TypeError: x is of another dtype.
+        RuntimeError: Triton was asked for by name and cannot run.
+    """
+    _check_input("quantize_blocks", x)
+    if use_triton("quantize_blocks", backend, x):
+        return triton_kernels.quantize_blocks(x)
+    return reference.quantize_blocks(x)
+
+
+def quantize_rows(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Quantize every row with its own scale: per token for x, per output channel for weights.
+
+    The formula is that of `quantize_blocks`, with the amax of the row.
+
+    Args:
+        x: `[..., R, C]` fp32, fp16 or bf16.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        int8 `[..., R, C]` and fp32 scales `[..., R]`.
+
+    Raises:
+        ValueError: x has fewer than two dimensions or no elements.
+        TypeError: x is of another dtype.
+        RuntimeError: Triton was asked for by name and cannot run.
+    """
+    _check_input("quantize_rows", x)
+    if use_triton("quantize_rows", backend, x):
+        return triton_kernels.quantize_rows(x)
+    return reference.quantize_rows(x)
+
+
+def dequantize_blocks(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo `quantize_blocks`: q * scale of its block, computed in fp32.
+
+    Args:
+        q: int8 `[..., R, C]`.
+        scale: fp32 `[..., ceil(R/128), ceil(C/128)]`.
+        dtype: of the result.
+
+    Raises:
+        ValueError: the scales do not fit q.
+        TypeError: q is not int8.
+    """
+    _check_quantized("dequantize_blocks", q)
+    rows, columns = q.shape[-2:]
+    blocks = -(-rows // BLOCK), -(-columns // BLOCK)
+    _check_scale("dequantize_blocks", q, scale, (*q.shape[:-2], *blocks))
+    return reference.dequantize_blocks(q, scale, dtype)
+
+
+def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo `quantize_rows`: q * scale of its row, computed in fp32.
+
+    Args:
+        q: int8 `[..., R, C]`.
+        scale: fp32 `[..., R]`.
+        dtype: of the result.
+
+    Raises:
+        ValueError: the scales do not fit q.
+        TypeError: q is not int8.
+    """
+    _check_quantized("dequantize_rows", q)
+    _check_scale("dequantize_rows", q, scale, q.shape[:-1])
+    return reference.dequantize_rows(q, scale, dtype)
+
+
+def _check_input(op: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op} takes fp32, fp16 or bf16, got {x.dtype}: convert x first")
+    if x.ndim < 2 or x.numel() == 0:
+        raise ValueError(f"{op} needs x [..., R, C] with elements in it, got {list(x.shape)}")
+
+
+def _check_quantized(op: str, q: Tensor) -> None:
+    if q.dtype != torch.int8:
+        raise TypeError(f"{op} takes int8 values, got {q.dtype}")
+    if q.ndim < 2:
+        raise ValueError(f"{op} needs q [..., R, C], got {list(q.shape)}")
+
+
+def _check_scale(op: str, q: Tensor, scale: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(scale.shape) != tuple(expected):
+        raise ValueError(
+            f"{op}: q {list(q.shape)} needs scales {list(expected)}, got {list(scale.shape)}"
+        )

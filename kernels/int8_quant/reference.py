@@ -1,0 +1,46 @@
+"""INT8 quantization in plain torch: the definition, and the CPU path."""
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+SMALLEST_AMAX = 1e-8
+
+
+def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape[-2:]
+    tiles = _to_tiles(x.float())
+    amax = tiles.abs().amax((-3, -1), keepdim=True).clamp_min(SMALLEST_AMAX)
+    q = _from_tiles(_round(tiles, amax), rows, columns)
+    return q, (amax / 128).squeeze((-3, -1))
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.float()
+    amax = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX)
+    return _round(x, amax), (amax / 128).squeeze(-1)
+
+
+def dequantize_blocks(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    tiles = _to_tiles(q) * scale[..., :, None, :, None].float()
+    return _from_tiles(tiles, *q.shape[-2:]).to(dtype)
+
+
+def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (q * scale[..., None].float()).to(dtype)
+
+
+def _round(x: Tensor, amax: Tensor) -> Tensor:
+    # Dividing by the scale instead would flip exact halves.
+    return (x * (128 / amax)).round().clamp(-128, 127).to(torch.int8)
+
+
+def _to_tiles(x: Tensor) -> Tensor:
+    """[..., R, C] -> [..., ceil(R/128), 128, ceil(C/128), 128], padded with zeros."""
+    rows, columns = x.shape[-2:]
+    x = torch.nn.functional.pad(x, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    return x.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+
+
+def _from_tiles(tiles: Tensor, rows: int, columns: int) -> Tensor:
+    return tiles.flatten(-2).flatten(-3, -2)[..., :rows, :columns].contiguous()

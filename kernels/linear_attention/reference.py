@@ -1,0 +1,61 @@
+"""The linear branch in plain torch."""
+
+import torch
+
+EPS = 1e-5  # in the denominator, as in the paper
+ROWS = 8192  # rows at a time, so that the float32 copies stay small
+
+
+def apply_feature_map(x: torch.Tensor, feature_map: str) -> torch.Tensor:
+    """phi of float32 rows [..., D]."""
+    if feature_map == "softmax":
+        return x.softmax(-1)
+    if feature_map == "elu":
+        return torch.nn.functional.elu(x) + 1
+    return x.relu()
+
+
+def key_value_state(
+    k: torch.Tensor, v: torch.Tensor, feature_map: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over keys: state float32 [B, H, D, D] and normalizer float32 [B, H, D]."""
+    batch, _, heads, dim = k.shape
+    state = torch.zeros(batch, heads, dim, dim, dtype=torch.float32, device=k.device)
+    normalizer = torch.zeros(batch, heads, dim, dtype=torch.float32, device=k.device)
+    for k_rows, v_rows in zip(k.split(ROWS, 1), v.split(ROWS, 1), strict=True):
+        phi = apply_feature_map(k_rows.float(), feature_map)
+        state += torch.einsum("blhc,blhd->bhcd", phi, v_rows.float())
+        normalizer += phi.sum(1)
+    return state, normalizer
+
+
+def linear_rows(
+    q: torch.Tensor,
+    state: torch.Tensor,
+    normalizer: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    feature_map: str,
+) -> torch.Tensor:
+    """The linear branch of one head's rows [L, D], float32; state [D, D], normalizer [D]."""
+    phi = apply_feature_map(q.float(), feature_map)
+    mixed = phi @ (state @ proj_weight.float().T)
+    return mixed / (EPS + phi @ normalizer)[:, None] + proj_bias.float()
+
+
+def linear_attention(
+    q: torch.Tensor,
+    state: torch.Tensor,
+    normalizer: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    feature_map: str,
+) -> torch.Tensor:
+    """The linear branch of [B, L, H, D], in q's dtype."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            out[b, :, h] = linear_rows(
+                q[b, :, h], state[b, h], normalizer[b, h], proj_weight, proj_bias, feature_map
+            )
+    return out

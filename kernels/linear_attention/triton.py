@@ -1,0 +1,137 @@
+"""The linear branch in Triton."""
+
+import torch
+import triton
+import triton.language as tl
+
+TILE = 64  # keys of one step of the state
+SPLITS = 16  # parts of L that are summed side by side; fixed, so that sums never change order
+ROWS = 128  # queries of one program
+LAUNCH = {"num_warps": 8, "num_stages": 2}  # the same on every card
+
+
+@triton.jit
+def apply_feature_map(x, FEATURE_MAP: tl.constexpr):
+    """phi of float32 rows [R, D]."""
+    if FEATURE_MAP == "softmax":
+        weights = tl.exp2((x - tl.max(x, 1)[:, None]) * 1.4426950408889634)
+        phi = weights / tl.sum(weights, 1)[:, None]
+    elif FEATURE_MAP == "elu":
+        phi = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
+    else:
+        phi = tl.maximum(x, 0.0)
+    return phi
+
+
+@triton.jit
+def add_linear_branch(
+    acc, q, q_l, row, length, head, mix, normalizer, bias,
+    D: tl.constexpr, FEATURE_MAP: tl.constexpr,
+):  # fmt: skip
+    """acc [R, D] plus the linear branch of the queries q + row * q_l, rows [R, 1].
+
+    Each query takes a weighted mean of the rows of `mix`, see `project_state`.
+    """
+    channel = tl.arange(0, D)
+    offset = row.to(tl.int64) * q_l + channel[None, :]
+    tile = tl.load(q + offset, mask=row < length, other=0.0)  # [R, D]
+    z = tl.load(normalizer + head * D + channel)[None, :]
+    weights = apply_feature_map(tile.to(tl.float32), FEATURE_MAP) * z
+    weights = weights / (1e-5 + tl.sum(weights, 1))[:, None]
+    b_mix = tl.load(mix + (head * D + channel[:, None]) * D + channel[None, :])  # [D, D]
+    acc = tl.dot(weights.to(b_mix.dtype), b_mix, acc)
+    return acc + tl.load(bias + channel).to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=["heads", "length", "rows"])
+def key_value_state_kernel(
+    k, v, state, normalizer, k_b, k_l, k_h, v_b, v_l, v_h, heads, length, rows,
+    HEAD_DIM: tl.constexpr, TILE: tl.constexpr, FEATURE_MAP: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    k += head // heads * k_b + head % heads * k_h
+    v += head // heads * v_b + head % heads * v_h
+    channel = tl.arange(0, HEAD_DIM)
+    b_state = tl.zeros((HEAD_DIM, HEAD_DIM), tl.float32)
+    b_normalizer = tl.zeros((HEAD_DIM,), tl.float32)
+    end = tl.minimum((split + 1) * rows, length)
+    for first in range(split * rows, end, TILE):
+        row = first + tl.arange(0, TILE).to(tl.int64)[:, None]
+        keys = tl.load(k + row * k_l + channel[None, :], mask=row < end, other=0.0)  # [TILE, D]
+        values = tl.load(v + row * v_l + channel[None, :], mask=row < end, other=0.0)
+        phi = tl.where(row < end, apply_feature_map(keys.to(tl.float32), FEATURE_MAP), 0.0)
+        b_normalizer += tl.sum(phi, 0)
+        b_state = tl.dot(tl.trans(phi.to(values.dtype)), values, b_state)  # [D, D]
+    part = split * tl.num_programs(1).to(tl.int64) + head
+    place = (part * HEAD_DIM + channel[:, None]) * HEAD_DIM + channel[None, :]
+    tl.store(state + place, b_state)
+    tl.store(normalizer + part * HEAD_DIM + channel, b_normalizer)
+
+
+@triton.jit(do_not_specialize=["heads", "length"])
+def linear_attention_kernel(
+    q, mix, normalizer, bias, out, q_b, q_l, q_h, heads, length,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, FEATURE_MAP: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    sample = head // heads
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    q += sample * q_b + head % heads * q_h
+    acc = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    acc = add_linear_branch(
+        acc, q, q_l, row, length, head, mix, normalizer, bias, HEAD_DIM, FEATURE_MAP
+    )
+    place = ((sample * length + row) * heads + head % heads) * HEAD_DIM
+    place += tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=row < length)
+
+
+def project_state(
+    state: torch.Tensor, normalizer: torch.Tensor, proj_weight: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """state W^T with each row divided by its channel's normalizer, as `dtype` [B, H, D, D].
+
+    Its rows are weighted means of projected values, so they fit every dtype that the values fit;
+    the sums over all keys would overflow float16.
+    """
+    return (state @ proj_weight.float().T / normalizer.clamp_min(1e-30)[..., None]).to(dtype)
+
+
+def key_value_state(
+    k: torch.Tensor, v: torch.Tensor, feature_map: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over keys: state float32 [B, H, D, D] and normalizer float32 [B, H, D]."""
+    batch, length, heads, dim = k.shape
+    rows = TILE * triton.cdiv(length, TILE * SPLITS)
+    splits = triton.cdiv(length, rows)
+    options = {"dtype": torch.float32, "device": k.device}
+    state = torch.empty(splits, batch, heads, dim, dim, **options)
+    normalizer = torch.empty(splits, batch, heads, dim, **options)
+    with torch.cuda.device_of(k):
+        key_value_state_kernel[splits, batch * heads](
+            k, v, state, normalizer, *k.stride()[:3], *v.stride()[:3], heads, length, rows,
+            HEAD_DIM=dim, TILE=TILE, FEATURE_MAP=feature_map, **LAUNCH,
+        )  # fmt: skip
+    return state.sum(0), normalizer.sum(0)
+
+
+def linear_attention(
+    q: torch.Tensor,
+    state: torch.Tensor,
+    normalizer: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    feature_map: str,
+) -> torch.Tensor:
+    """The linear branch of [B, L, H, D], in q's dtype."""
+    batch, length, heads, dim = q.shape
+    mix = project_state(state, normalizer, proj_weight, q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    with torch.cuda.device_of(q):
+        linear_attention_kernel[triton.cdiv(length, ROWS), batch * heads](
+            q, mix, normalizer.contiguous(), proj_bias.contiguous(), out,
+            *q.stride()[:3], heads, length,
+            HEAD_DIM=dim, ROWS=ROWS, FEATURE_MAP=feature_map, **LAUNCH,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,83 @@
+"""Sparse-linear attention, whole: a composition of the ops around it."""
+
+import torch
+
+from ..block_map import (
+    block_means,
+    centered_means,
+    check_topk,
+    select_blocks,
+    selected_count,
+)
+from ..block_map.checks import check_block_shape, check_heads, check_shape
+from ..linear_attention import LinearBranch, check_feature_map, key_value_state
+from ..sparse_attention import sage_attention, sparse_attention
+
+__all__ = ["sla"]
+
+
+def sla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    proj_weight: torch.Tensor | None,
+    proj_bias: torch.Tensor | None,
+    topk: float = 0.1,
+    low_bit: bool = False,
+    feature_map: str = "softmax",
+    block_map: torch.Tensor | None = None,
+    pv: str | None = None,
+    block_q: int = 128,
+    block_k: int = 64,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Sparse-linear attention (arXiv 2512.16093, section 1.1): softmax over the key blocks that
+    matter, plus a projected linear attention over all keys.
+
+    Args:
+        q, k, v: [B, L, H, D], float32, float16 or bfloat16, after RMSNorm and RoPE.
+        proj_weight: `proj_l` [D, D] (out, in), any float dtype; None leaves the branch out.
+        proj_bias: bias of `proj_l` [D], any float dtype; None where there is no branch.
+        topk: share of the key blocks to attend to, above 0 and at most 1.
+        low_bit: SageSLA: int8 q k^T and fp8 or float16 values.
+        feature_map: phi of the linear branch: "softmax", "elu" or "relu".
+        block_map: int32 [B, H, ceil(L / block_q), count] ascending, in place of choosing by topk.
+        pv: "fp8" or "fp16" values in low bits; None takes fp8 where the GPU has it.
+        block_q, block_k: rows in a query and a key block: 128 and 64, 64 and 64, or 64 and 128.
+        backend: see `dispatch.use_triton`.
+
+    Returns:
+        [B, L, H, D] in q's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape, block size, dtype or option does not fit.
+    """
+    check_heads(q=q, k=k, v=v)
+    check_block_shape(block_q, block_k)
+    check_topk(topk)
+    _check_projection(q, proj_weight, proj_bias, feature_map)
+    k_mean = None
+    if block_map is None:
+        k_means, k_mean = centered_means(k, block_k, backend)
+        q_means = block_means(q, block_q, backend=backend)
+        count = selected_count(topk, k_means.shape[2])
+        block_map = select_blocks(q_means, k_means, count, backend)
+    linear = None
+    if proj_weight is not None:
+        state, normalizer = key_value_state(k, v, feature_map, backend)
+        linear = LinearBranch(state, normalizer, proj_weight, proj_bias, feature_map)
+    shared = {"block_q": block_q, "block_k": block_k, "linear": linear, "backend": backend}
+    if low_bit:
+        return sage_attention(q, k, v, block_map, pv, k_mean=k_mean, **shared)
+    return sparse_attention(q, k, v, block_map, **shared)
+
+
+def _check_projection(q, proj_weight, proj_bias, feature_map) -> None:
+    """Require proj_l to be whole and to fit the head dim."""
+    if (proj_weight is None) != (proj_bias is None):
+        missing = "proj_weight" if proj_weight is None else "proj_bias"
+        raise ValueError(f"{missing} is None, give both or neither")
+    if proj_weight is not None:
+        check_feature_map(feature_map)
+        check_shape("proj_weight", proj_weight, (q.shape[-1], q.shape[-1]))
+        check_shape("proj_bias", proj_bias, (q.shape[-1],))

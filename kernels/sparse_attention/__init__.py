@@ -1,0 +1,132 @@
+"""Softmax attention over the selected key blocks, in float and in low bits."""
+
+import torch
+
+from ..block_map import centered_means
+from ..block_map.checks import (
+    check_block_shape,
+    check_heads,
+    check_shape,
+    float32_on_gpu,
+    not_contiguous,
+)
+from ..dispatch import capability, has_fp8, has_triton, use_triton
+from ..linear_attention import LinearBranch, check_branch
+from . import reference
+
+if has_triton():
+    from . import triton as triton_kernels
+
+PV_DTYPES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16}
+
+__all__ = ["PV_DTYPES", "sage_attention", "sparse_attention"]
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_map: torch.Tensor,
+    block_q: int = 128,
+    block_k: int = 64,
+    scale: float | None = None,
+    linear: LinearBranch | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Exact softmax attention of each query block over its key blocks, plus a linear branch.
+
+    Step 3 of SLA (arXiv 2512.16093, section 1.1), and step 5 where `linear` is given.
+
+    Args:
+        q, k, v: [B, L, H, D], float32, float16 or bfloat16.
+        block_map: int32 [B, H, ceil(L / block_q), count], ascending indices of key blocks, as
+            `block_map.select_blocks` gives them; every index must lie below ceil(L / block_k).
+        block_q, block_k: rows in a query and a key block: 128 and 64, 64 and 64, or 64 and 128.
+        scale: factor of q k^T, above 0; 1 / sqrt(D) if None.
+        linear: the linear branch to add, computed on the same tile of queries.
+        backend: see `dispatch.use_triton`.
+
+    Returns:
+        [B, L, H, D] in q's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape, block size, dtype or the scale does not fit.
+    """
+    scale = _check(q, k, v, block_map, block_q, block_k, scale, linear)
+    arguments = q, k, v, block_map, block_q, block_k, scale, linear
+    reasons = not_contiguous(q, k, v), float32_on_gpu(q)
+    if use_triton("sparse_attention", backend, q, *reasons):
+        return triton_kernels.sparse_attention(*arguments)
+    return reference.sparse_attention(*arguments)
+
+
+def sage_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_map: torch.Tensor,
+    pv: str | None = None,
+    block_q: int = 128,
+    block_k: int = 64,
+    scale: float | None = None,
+    linear: LinearBranch | None = None,
+    k_mean: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`sparse_attention` in low bits: int8 q k^T, and fp8 or float16 weights and values.
+
+    q and k - mean(k over L) get one scale per block; softmax does not see what is subtracted
+    from every key. v gets one scale per channel (SageSLA, arXiv 2512.16093, section 1.1).
+
+    Args:
+        q, k, v, block_map, block_q, block_k, scale, linear: see `sparse_attention`.
+        pv: "fp8" (e4m3) or "fp16"; None takes fp8 where the GPU has it.
+        k_mean: float32 [B, H, D], the mean of k over L if it is known already.
+        backend: see `dispatch.use_triton`.
+
+    Returns:
+        [B, L, H, D] in q's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape, block size, dtype, the scale or `pv` does not fit.
+    """
+    scale = _check(q, k, v, block_map, block_q, block_k, scale, linear)
+    pv = pv or ("fp8" if has_fp8(q.device) else "fp16")
+    if pv not in PV_DTYPES:
+        raise ValueError(f"pv must be 'fp8', 'fp16' or None, got {pv!r}")
+    if k_mean is None:
+        _, k_mean = centered_means(k, block_k, backend)
+    check_shape("k_mean", k_mean, (q.shape[0], *q.shape[2:]))
+    sizes = block_q, block_k
+    reasons = not_contiguous(q, k, v), float32_on_gpu(q), _no_fp8(q, pv)
+    triton_runs = use_triton("sage_attention", backend, q, *reasons)
+    kernels = triton_kernels if triton_runs else reference
+    operands = kernels.quantize(q, k, v, k_mean, PV_DTYPES[pv], *sizes, scale)
+    return kernels.sage_attention(q, operands, block_map, *sizes, linear)
+
+
+def _check(q, k, v, block_map, block_q, block_k, scale, linear) -> float:
+    """Check the arguments that both ops share; returns the scale."""
+    check_heads(q=q, k=k, v=v)
+    check_block_shape(block_q, block_k)
+    batch, length, heads, dim = q.shape
+    if block_map.dtype != torch.int32:
+        raise TypeError(f"block_map must be int32, got {block_map.dtype}")
+    count = block_map.shape[-1]
+    check_shape("block_map", block_map, (batch, heads, -(-length // block_q), count))
+    blocks = -(-length // block_k)
+    if not 1 <= count <= blocks:
+        raise ValueError(f"block_map must select 1 to {blocks} key blocks, got {count}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be above 0, got {scale}")
+    if linear is not None:
+        check_branch(q, linear)
+    return dim**-0.5 if scale is None else scale
+
+
+def _no_fp8(q: torch.Tensor, pv: str) -> str | None:
+    """Why Triton cannot multiply fp8 here; None where it can or need not."""
+    if pv != "fp8" or q.device.type != "cuda" or has_fp8(q.device):
+        return None
+    major, minor = capability(q.device)
+    return f"the GPU is sm_{major}{minor}, fp8 needs sm_89 or newer (pv='fp16' runs here)"

@@ -1,0 +1,162 @@
+"""Block-sparse attention in plain torch, one head at a time and never L x L."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..linear_attention import LinearBranch
+from ..linear_attention.reference import linear_rows
+
+LOG2_E = math.log2(math.e)
+SCORES = 2**25  # scores at a time, 128 MB
+WEIGHT_SCALE = {torch.float8_e4m3fn: 256.0, torch.float16: 1.0}  # lifts the weights in e4m3
+VALUE_LIMIT = 448.0  # the largest e4m3; float16 takes it too
+
+
+class Quantized(NamedTuple):
+    """Low-bit operands: q carries softmax scale and log2(e) in its scale."""
+
+    q: torch.Tensor  # int8 [B, H, NQ * block_q, D], zeros beyond L
+    q_scale: torch.Tensor  # float32 [B, H, NQ]
+    k: torch.Tensor  # int8 [B, H, NK * block_k, D], zeros beyond L
+    k_scale: torch.Tensor  # float32 [B, H, NK]
+    v: torch.Tensor  # e4m3 or float16 [B, H, NK, D, block_k], zeros beyond L
+    v_scale: torch.Tensor  # float32 [B, H, D]
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_map: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    linear: LinearBranch | None,
+) -> torch.Tensor:
+    """Softmax attention over the selected key blocks, [B, L, H, D]."""
+
+    def head(b, h):
+        queries = into_blocks(q[b, :, h], block_q) * (scale * LOG2_E)
+        keys, values = into_blocks(k[b, :, h], block_k), into_blocks(v[b, :, h], block_k)
+        return attend(queries, keys, values, block_map[b, h], q.shape[1])
+
+    return over_heads(q, head, linear)
+
+
+def sage_attention(
+    q: torch.Tensor,
+    operands: Quantized,
+    block_map: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    linear: LinearBranch | None,
+) -> torch.Tensor:
+    """The same on quantized operands; q itself is read by the linear branch only."""
+    weight_scale, dtype = WEIGHT_SCALE[operands.v.dtype], operands.v.dtype
+
+    def head(b, h):
+        one = Quantized(*(x[b, h] for x in operands))
+        queries = into_blocks(one.q, block_q) * one.q_scale[:, None, None]
+        keys = into_blocks(one.k, block_k) * one.k_scale[:, None, None]
+        values = one.v.float().mT * one.v_scale
+        return attend(
+            queries, keys, values, block_map[b, h], q.shape[1],
+            lambda weights: (weights * weight_scale).to(dtype).float(),
+        )  # fmt: skip
+
+    return over_heads(q, head, linear)
+
+
+def over_heads(
+    q: torch.Tensor,
+    head: Callable[[int, int], torch.Tensor],
+    linear: LinearBranch | None,
+) -> torch.Tensor:
+    """Gather head(b, h) [L, D] and the linear branch of that head into [B, L, H, D]."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            rows = head(b, h)
+            if linear is not None:
+                state, normalizer = linear.state[b, h], linear.normalizer[b, h]
+                rows = rows + linear_rows(q[b, :, h], state, normalizer, *linear[2:])
+            out[b, :, h] = rows
+    return out
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_map: torch.Tensor,
+    length: int,
+    round_weights: Callable[[torch.Tensor], torch.Tensor] = lambda weights: weights,
+) -> torch.Tensor:
+    """Attention of one head [L, D], float32, from q, k, v in blocks [N, block, D].
+
+    Scores count in powers of two. Weights are rounded relative to the largest score of the blocks
+    so far, as a kernel that goes through them in order does: the largest weight stays exact.
+    """
+    (_, block_q, _), (_, block_k, _) = q.shape, k.shape
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    step = max(1, SCORES // (block_q * block_k * block_map.shape[-1]))
+    offset = torch.arange(block_k, device=q.device)
+    for first in range(0, q.shape[0], step):
+        chunk = slice(first, first + step)
+        index = block_map[chunk].long()  # [N, count]
+        key = (index[:, :, None] * block_k + offset)[:, None]  # [N, 1, count, block_k]
+        scores = (q[chunk] @ k[index].flatten(1, 2).mT).unflatten(-1, key.shape[-2:])
+        scores.masked_fill_(key >= length, -torch.inf)  # [N, block_q, count, block_k]
+        highest = scores.amax(-1, keepdim=True).cummax(2).values
+        weights = round_weights((scores - highest).exp2())
+        weights = (weights * (highest - highest[:, :, -1:]).exp2()).flatten(-2)
+        out[chunk] = weights @ v[index].flatten(1, 2) / weights.sum(-1, keepdim=True)
+    return out.flatten(0, 1)[:length]
+
+
+def into_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """[L, D] as float32 [ceil(L / block), block, D], filled up with zeros."""
+    return torch.nn.functional.pad(x.float(), (0, 0, 0, -x.shape[0] % block)).unflatten(
+        0, (-1, block)
+    )
+
+
+def quantize(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_mean: torch.Tensor,
+    v_dtype: torch.dtype,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> Quantized:
+    """q and k - k_mean in int8 with a scale per block, v with a scale per channel."""
+    q_int, q_scale = quantize_blocks(q, block_q)
+    k_int, k_scale = quantize_blocks(k.float() - k_mean[:, None], block_k)
+    values, v_scale = quantize_values(v, v_dtype, block_k)
+    return Quantized(q_int, q_scale * (scale * LOG2_E), k_int, k_scale, values, v_scale)
+
+
+def quantize_blocks(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, L, H, D] to int8 [B, H, N * block, D] and float32 [B, H, N], one scale per block."""
+    rows = x.float().transpose(1, 2)
+    blocks = torch.nn.functional.pad(rows, (0, 0, 0, -x.shape[1] % block)).unflatten(2, (-1, block))
+    amax = blocks.abs().amax((-2, -1)).clamp_min(1e-8)
+    # Not 127 / amax: torch computes that as 127 times the reciprocal, rounded twice.
+    factor = torch.full_like(amax, 127) / amax
+    integers = (blocks * factor[..., None, None]).round().clamp(-127, 127)
+    return integers.to(torch.int8).flatten(2, 3), amax / 127
+
+
+def quantize_values(
+    v: torch.Tensor, dtype: torch.dtype, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, L, H, D] to `dtype` [B, H, N, D, block] and float32 [B, H, D], a scale per channel."""
+    amax = v.float().abs().amax(1).clamp_min(1e-8)  # [B, H, D]
+    scaled = (v.float() * (VALUE_LIMIT / amax)[:, None]).clamp(-VALUE_LIMIT, VALUE_LIMIT)
+    rows = torch.nn.functional.pad(scaled.transpose(1, 2), (0, 0, 0, -v.shape[1] % block))
+    return rows.unflatten(2, (-1, block)).mT.contiguous().to(dtype), amax / VALUE_LIMIT

@@ -1,0 +1,67 @@
+"""SLAAttentionPatch: sparse-linear attention on a Wan MODEL."""
+
+from comfy_api.latest import io
+
+from ..kernels.dispatch import BACKENDS
+from ..turbo_core.comfy_attention import patch_attention, wan_model
+from ..turbo_core.sla_settings import ATTENTIONS, SLASettings, parse_blocks
+from .schema import schema
+
+
+class SLAAttentionPatch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SLAAttentionPatch",
+            display_name="SLA Attention (TurboDiffusion)",
+            category="model/patch/wan",
+            description="Chooses the self-attention of a Wan MODEL: sparse-linear attention in "
+            "8 or 16 bits, or dense.",
+            search_aliases=["sla", "sagesla", "sparse attention", "turbodiffusion"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 MODEL."),
+                io.Combo.Input(
+                    "attention",
+                    options=list(ATTENTIONS),
+                    default="sagesla",
+                    tooltip="sagesla: SLA with INT8 queries and keys, fastest. sla: SLA in 16 bits. "
+                    "dense: ComfyUI's own attention.",
+                ),
+                io.Float.Input(
+                    "topk",
+                    default=0.1,
+                    min=0.001,
+                    max=1.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip="Share of the key blocks that get exact attention. 0.1 is fast, 0.15 is "
+                    "the authors' choice for best quality.",
+                ),
+                io.String.Input(
+                    "dense_blocks",
+                    default="",
+                    tooltip="Transformer blocks that keep dense attention, such as '0, 38-39'.",
+                ),
+                io.Int.Input(
+                    "dense_steps",
+                    default=0,
+                    min=0,
+                    max=100,
+                    tooltip="How many of the first sampling steps keep dense attention.",
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=list(BACKENDS),
+                    default="auto",
+                    tooltip="auto: the Triton kernels where they can run. triton: those or an error. "
+                    "reference: plain torch, slow.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The MODEL with this attention; the input is untouched.")],
+        )
+
+    @classmethod
+    def execute(cls, model, attention, topk, dense_blocks, dense_steps, backend):
+        blocks = parse_blocks(dense_blocks, len(wan_model(model).blocks))
+        settings = SLASettings(attention, topk, blocks, dense_steps, backend)
+        return io.NodeOutput(patch_attention(model, settings))

@@ -1,0 +1,44 @@
+"""TurboLoader: a TurboDiffusion checkpoint file to a MODEL."""
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..turbo_core.comfy_loader import load_turbo_model
+from .schema import schema
+
+FOLDER = "diffusion_models"
+
+
+class TurboLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="TurboLoader",
+            display_name="Load TurboDiffusion Model",
+            category="model/loaders",
+            description="Loads a TurboDiffusion checkpoint for Wan 2.1 or 2.2 as an ordinary MODEL: "
+            "INT8 weights stay INT8, sparse-linear attention is on.",
+            search_aliases=["turbowan", "turbodiffusion", "sla", "int8", "wan"],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A file in models/diffusion_models, quantized (-quant) or not, "
+                    ".pth or .safetensors. What it holds is read from the file, not from its name.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="A Wan MODEL for any sampler, LoRA or patch node.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint):
+        if folder_paths.get_full_path(FOLDER, checkpoint):
+            return True
+        return (
+            f"checkpoint {checkpoint!r} is not in models/diffusion_models. "
+            "Put a TurboDiffusion checkpoint there, then press R to refresh the list."
+        )
+
+    @classmethod
+    def execute(cls, checkpoint):
+        return io.NodeOutput(load_turbo_model(folder_paths.get_full_path_or_raise(FOLDER, checkpoint)))

@@ -1,0 +1,178 @@
+"""One forward pass through ComfyUI's Wan model and our nodes, against the original's outputs.
+
+Mutants show that the bounds can be missed: the same measurement runs with one thing wrong at a time.
+"""
+
+import re
+
+import goldens
+import in_comfyui
+import pytest
+import torch
+from in_comfyui import comfy_attention, comfy_loader
+from turbodiffusion_pack.kernels.block_map import block_map, selected_count
+from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
+
+SLA_BOUND = 9e-3
+DENSE_BOUND = 6e-3
+BF16_BOUND = 1e-2
+
+
+def _keys(attention: str) -> list[str]:
+    return sorted(k for k in goldens.load("forward") if f".out.{attention}." in k)
+
+
+SLA_KEYS = _keys("sla")
+DENSE_KEYS = _keys("original")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def _load(folder, weights: str):
+    name = {"bf16": "t2v.pth", "int8": "t2v-quant.pth"}[weights]
+    return comfy_loader.load_turbo_model(str(goldens.unpack_checkpoint(name, folder)))
+
+
+KEY = re.compile(
+    r"(?P<inputs>\w+\.\w+)\.out\.\w+\.(?P<weights>bf16|int8)\.topk(?P<topk>[\d.]+)\.t(?P<timestep>\d+)"
+)
+
+
+def _error(folder, key: str, attention: str, topk: float | None = None, edit=None) -> float:
+    """Relative error of our output for the golden `key` (see tests/data/README.md for its parts)."""
+    parts = KEY.fullmatch(key)
+    # The keys name the timestep after the original's rounding; 988 stands for 987.5.
+    timestep = {"988": 987.5, "600": 600.0}[parts["timestep"]]
+    settings = SLASettings(attention, topk or float(parts["topk"]))
+    model = comfy_attention.patch_attention(_load(folder, parts["weights"]), settings)
+    if edit:
+        edit(model)
+    data, inputs = goldens.load("forward"), parts["inputs"]
+    out = in_comfyui.velocity(model, data[f"{inputs}.x"], data[f"{inputs}.context"], timestep)
+    return goldens.relative_error(out, data[key])
+
+
+def _with_sla(monkeypatch, change):
+    """Run every SLA call through `change(q, k, v, weight, bias, options) -> output`."""
+    original = comfy_attention.sla
+
+    def changed(q, k, v, weight, bias, **options):
+        return change(original, q, k, v, weight, bias, **options)
+
+    monkeypatch.setattr(comfy_attention, "sla", changed)
+
+
+def _record_maps(monkeypatch) -> list[torch.Tensor]:
+    """The block maps of all SLA calls from here on, in order."""
+    maps = []
+
+    def recording(sla, q, k, v, weight, bias, topk, **options):
+        maps.append(block_map(q.float(), k.float(), topk, backend="reference"))
+        return sla(q, k, v, weight, bias, block_map=maps[-1], **options)
+
+    _with_sla(monkeypatch, recording)
+    return maps
+
+
+def _replay_maps(monkeypatch, maps: list[torch.Tensor]) -> None:
+    """Give the SLA calls from here on these block maps, in order."""
+    left = iter(maps)
+
+    def replaying(sla, q, *args, **options):
+        return sla(q, *args, block_map=next(left).to(q.device), **options)
+
+    _with_sla(monkeypatch, replaying)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the fp32 references run on the CPU")
+@pytest.mark.parametrize("key", SLA_KEYS)
+def test_sla(folder, monkeypatch, key):
+    maps = _record_maps(monkeypatch)
+    assert _error(folder, key, "sla") <= SLA_BOUND
+    recorded = goldens.load("block_maps")
+    assert [torch.equal(m, recorded[f"{key}.block{i}"]) for i, m in enumerate(maps)] == [True] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the fp32 references run on the CPU")
+@pytest.mark.parametrize("key", DENSE_KEYS)
+def test_dense(folder, key):
+    assert _error(folder, key, "dense") <= DENSE_BOUND
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("key", SLA_KEYS)
+def test_sla_in_bf16_at_the_reference_block_map(folder, monkeypatch, key):
+    recorded = goldens.load("block_maps")
+    _replay_maps(monkeypatch, [recorded[f"{key}.block{i}"] for i in range(2)])
+    assert _error(folder, key, "sla") <= BF16_BOUND
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("key", DENSE_KEYS)
+def test_dense_in_bf16(folder, key):
+    assert _error(folder, key, "dense") <= BF16_BOUND
+
+
+def _dense_instead(sla, q, k, v, weight, bias, topk, **options):
+    return sla(q, k, v, None, None, topk=1.0, **options)
+
+
+def _no_linear_branch(sla, q, k, v, weight, bias, **options):
+    return sla(q, k, v, None, None, **options)
+
+
+def _identity_projection(sla, q, k, v, weight, bias, **options):
+    return sla(q, k, v, torch.eye(len(bias)).to(weight), torch.zeros_like(bias), **options)
+
+
+def _first_blocks(sla, q, k, v, weight, bias, topk, **options):
+    count = selected_count(topk, -(-k.shape[1] // 64))
+    shape = (q.shape[0], q.shape[2], -(-q.shape[1] // 128), count)
+    first = torch.arange(count, dtype=torch.int32, device=q.device).expand(shape).contiguous()
+    return sla(q, k, v, weight, bias, block_map=first, **options)
+
+
+def _half_the_blocks(sla, q, k, v, weight, bias, topk, **options):
+    return sla(q, k, v, weight, bias, topk=0.5, **options)
+
+
+def _channels_last_patches(model):
+    """Read the patch embedding as (kt kh kw c) where the file has (c kt kh kw)."""
+    embedding = model.model.diffusion_model.patch_embedding
+    weight = embedding.weight
+    wrong = weight.flatten(1).view(weight.shape[0], 4, -1).transpose(1, 2).reshape(weight.shape)
+    embedding.weight = torch.nn.Parameter(wrong, requires_grad=False)
+
+
+SLA_MUTANTS = {
+    "dense": _dense_instead,
+    "no linear branch": _no_linear_branch,
+    "identity proj_l": _identity_projection,
+    "first blocks": _first_blocks,
+    "top-k 0.5": _half_the_blocks,
+}
+
+
+@pytest.mark.parametrize("key", SLA_KEYS)
+@pytest.mark.parametrize("mutant", SLA_MUTANTS)
+def test_a_wrong_attention_misses_the_bound(folder, monkeypatch, mutant, key):
+    _with_sla(monkeypatch, SLA_MUTANTS[mutant])
+    assert _error(folder, key, "sla") > max(SLA_BOUND, BF16_BOUND)
+
+
+@pytest.mark.parametrize("key", [SLA_KEYS[0], DENSE_KEYS[0]])
+def test_a_wrong_patch_order_misses_the_bound(folder, key):
+    attention = "sla" if key in SLA_KEYS else "dense"
+    assert _error(folder, key, attention, edit=_channels_last_patches) > 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the fp32 references run on the CPU")
+@pytest.mark.parametrize("key", DENSE_KEYS)
+def test_an_unrounded_timestep_misses_the_dense_bound(folder, monkeypatch, key):
+    # The SLA bound is too wide for this mutant: 8.3e-3 to 9.4e-3. 600 is a bf16 number, so there
+    # rounding changes nothing and only the keys at 988 can tell.
+    monkeypatch.setattr(comfy_loader, "_round_timestep", lambda executor, *a, **k: executor(*a, **k))
+    assert (_error(folder, key, "dense") > DENSE_BOUND) == key.endswith(".t988")

@@ -1,0 +1,126 @@
+"""TurboDiffusion models under ComfyUI's own management: clones, LoRA, offload, options, errors."""
+
+import logging
+
+import goldens
+import in_comfyui
+import pytest
+import torch
+from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler
+from turbodiffusion_pack.turbo_core.comfy_operations import Linear
+from turbodiffusion_pack.turbo_core.comfy_quant import unpack
+from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
+from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
+
+KEY = "t2v.ragged"
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {name: str(goldens.unpack_checkpoint(name, folder)) for name in ("t2v.pth", "t2v-quant.pth")}
+
+
+@pytest.fixture
+def int8_model(paths):
+    return comfy_loader.load_turbo_model(paths["t2v-quant.pth"])
+
+
+def _forward(model):
+    data = goldens.load("forward")
+    return in_comfyui.velocity(model, data[f"{KEY}.x"], data[f"{KEY}.context"], 987.5)
+
+
+def _sample(model, mode="sde", steps=3, seed=0, callback=None):
+    data = goldens.load("rcm")
+    sampler = comfy_sampler.rcm_sampler(mode)
+    sigmas = rcm_sigmas(steps, 80)
+    noise = data["t2v.noise0"]
+    return in_comfyui.sample(model, sampler, sigmas, noise, data["t2v.context"], seed, callback)
+
+
+def _linears(model):
+    blocks = model.model.diffusion_model.blocks
+    return {n: m for n, m in blocks.named_modules() if isinstance(m, Linear) and "proj_l" not in n}
+
+
+def test_int8_stays_int8_and_equals_the_file(paths, int8_model):
+    file = torch.load(paths["t2v-quant.pth"], weights_only=True)
+    assert len(_linears(int8_model)) == 2 * 10
+    for name, linear in _linears(int8_model).items():
+        q, scale = unpack(linear.weight)
+        assert torch.equal(q.cpu(), file[f"blocks.{name}.int8_weight"])
+        assert torch.equal(scale.cpu(), file[f"blocks.{name}.scale"])
+
+
+def test_the_host_counts_int8_weights_once(paths, int8_model):
+    file = torch.load(paths["t2v-quant.pth"], weights_only=True)
+    size = sum(t.nbytes for t in file.values())
+    # Only the patch embedding is wider in ComfyUI's model than in the file (fp32 for bf16).
+    assert size <= int8_model.model_size() <= 1.05 * size
+
+
+def test_the_input_of_a_patch_is_untouched(int8_model):
+    before = _forward(int8_model)
+    options = dict(int8_model.model_options["transformer_options"][comfy_attention.KEY])
+    dense = comfy_attention.patch_attention(int8_model, SLASettings("dense"))
+    assert goldens.relative_error(_forward(dense), before) > 1e-2
+    assert int8_model.model_options["transformer_options"][comfy_attention.KEY] == options
+    assert torch.equal(_forward(int8_model), before)
+
+
+def test_a_removed_patch_leaves_the_stock_model(paths):
+    model = comfy_loader.load_turbo_model(paths["t2v.pth"])
+    _forward(model)
+    model.unpatch_model()
+    for block in model.model.diffusion_model.blocks:
+        assert block.self_attn.forward.__func__ is type(block.self_attn).forward
+
+
+def test_two_models_side_by_side(paths, int8_model):
+    bf16_model = comfy_loader.load_turbo_model(paths["t2v.pth"])
+    alone = [_forward(int8_model), _forward(bf16_model)]
+    assert goldens.relative_error(*alone) > 1e-3
+    for _ in range(2):
+        assert torch.equal(_forward(int8_model), alone[0])
+        assert torch.equal(_forward(bf16_model), alone[1])
+
+
+def _lora(model, rank=4, strength=0.05):
+    """A LoRA on every q and ffn.2 of the blocks, with ComfyUI's key names."""
+    generator = torch.Generator().manual_seed(3)
+    lora = {}
+    for name, linear in _linears(model).items():
+        if name.endswith((".q", "ffn.2")):
+            key = f"diffusion_model.blocks.{name}"
+            down = torch.randn(rank, linear.in_features, generator=generator)
+            up = torch.randn(linear.out_features, rank, generator=generator)
+            lora |= {f"{key}.lora_A.weight": down * strength, f"{key}.lora_B.weight": up * strength}
+    return lora
+
+
+def test_lora_on_int8_weights_and_back(int8_model):
+    before = _forward(int8_model)
+    weights = {n: unpack(m.weight)[0].clone() for n, m in _linears(int8_model).items()}
+    patched, _ = comfy.sd.load_lora_for_models(int8_model, None, _lora(int8_model), 1.0, 0.0)
+    assert goldens.relative_error(_forward(patched), before) > 5e-3
+    changed = [n for n, m in _linears(patched).items() if not torch.equal(unpack(m.weight)[0], weights[n])]
+    assert changed == [n for n in weights if n.endswith((".q", "ffn.2"))]
+    assert torch.equal(_forward(int8_model), before)
+    for name, linear in _linears(int8_model).items():
+        assert torch.equal(unpack(linear.weight)[0], weights[name])
+
+
+def test_streamed_weights_give_the_same_output(int8_model):
+    """Weights that do not fit stay offloaded and are fetched per use, LoRA included."""
+    data = goldens.load("forward")
+    patched, _ = comfy.sd.load_lora_for_models(int8_model, None, _lora(int8_model), 1.0, 0.0)
+    resident = _forward(patched)
+    patched.detach()
+    with torch.inference_mode():
+        patched.patch_model(device_to=in_comfyui.DEVICE, lowvram_model_memory=1)
+    assert all(m.weight_function for n, m in _linears(patched).items() if n.endswith(".q"))
+    streamed = in_comfyui.apply(patched, data[f"{KEY}.x"], data[f"{KEY}.context"], 987.5)
+    assert goldens.relative_error(streamed, resident) < 2e-3
+    patched.detach()
+    assert in_comfyui.apply(int8_model, data[f"{KEY}.x"], data[f"{KEY}.context"], 987.5) is not None

@@ -1,0 +1,166 @@
+"""INT8 linear: goldens, exact integer maths, and Triton against the reference."""
+
+import goldens
+import pytest
+import torch
+from devices import BATCHES, DEVICE, LENGTHS
+from turbodiffusion_pack.kernels.int8_linear import int8_linear
+from turbodiffusion_pack.kernels.int8_quant import (
+    dequantize_blocks,
+    dequantize_rows,
+    quantize_blocks,
+    quantize_rows,
+)
+
+GRANULARITIES = {
+    "blocks": (quantize_blocks, dequantize_blocks),
+    "rows": (quantize_rows, dequantize_rows),
+}
+BACKENDS = ("reference", "triton")
+
+
+def random_operands(batch, length, k, n, granularity):
+    """x_q, x_scale, w_q, w_scale as int8_linear takes them."""
+    quantize, _ = GRANULARITIES[granularity]
+    x = torch.randn(batch, length, k, device=DEVICE) * torch.rand(batch, length, 1, device=DEVICE)
+    w = torch.randn(n, k, device=DEVICE) * torch.rand(n, 1, device=DEVICE)
+    return *quantize(x, backend="reference"), *quantize(w, backend="reference")
+
+
+def exact_linear(x_q, x_scale, w_q, w_scale, bias, granularity):
+    """The float64 product of the dequantized operands."""
+    _, dequantize = GRANULARITIES[granularity]
+    x = dequantize(x_q, torch.ones_like(x_scale), torch.float64)
+    w = dequantize(w_q, torch.ones_like(w_scale), torch.float64)
+    x_step = dequantize(torch.ones_like(x_q), x_scale, torch.float64)
+    w_step = dequantize(torch.ones_like(w_q), w_scale, torch.float64)
+    return (x * x_step) @ (w * w_step).mT + bias.double()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", ("linear0", "linear1", "linear2"))
+def test_equals_the_original(case, backend):
+    data = {k: v.to(DEVICE) for k, v in goldens.load("operators").items() if k.startswith(case)}
+    operands = [data[f"{case}.{name}"] for name in ("x_q", "x_s", "w_q", "w_s")]
+    y = int8_linear(
+        operands[0][None], operands[1][None], *operands[2:], None, torch.float32, backend
+    )
+    # The golden is bf16, whose rounding alone is larger than the bound.
+    assert goldens.relative_error(y[0].bfloat16(), data[f"{case}.y"]) <= 1e-3
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_reference_follows_the_formula(length, batch, granularity):
+    operands = random_operands(batch, length, 200, 130, granularity)
+    bias = torch.randn(130, device=DEVICE)
+    y = int8_linear(*operands, bias, torch.float32, backend="reference")
+    assert y.shape == (batch, length, 130)
+    assert goldens.relative_error(y, exact_linear(*operands, bias, granularity)) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_sums_are_exact_over_the_longest_k(backend):
+    k = 13824
+    x_q = torch.full((1, 3, k), -128, dtype=torch.int8, device=DEVICE)
+    w_q = torch.randint(-128, -120, (5, k), dtype=torch.int8, device=DEVICE)
+    ones = torch.ones(1, 3, device=DEVICE), torch.ones(5, device=DEVICE)
+    y = int8_linear(x_q, ones[0], w_q, ones[1], None, torch.float32, backend)
+    exact = (x_q.cpu().long() @ w_q.cpu().long().mT).float()
+    assert torch.equal(y.cpu(), exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("value", (0.0, 3.0))
+def test_equal_inputs(value, granularity, backend):
+    quantize, _ = GRANULARITIES[granularity]
+    x = quantize(torch.full((1, 65, 130), value, device=DEVICE), backend="reference")
+    w = quantize(torch.full((7, 130), 1.0, device=DEVICE), backend="reference")
+    y = int8_linear(*x, *w, None, torch.float32, backend)
+    expected = torch.full_like(y, 130 * value * (127 / 128) ** 2)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("out_dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize(
+    ("batch", "length", "k", "n"), ((1, 1, 128, 8), (3, 129, 200, 140), (1, 65, 72, 300))
+)
+def test_triton_equals_the_reference(batch, length, k, n, out_dtype, granularity):
+    operands = random_operands(batch, length, k, n, granularity)
+    bias = torch.randn(n, device=DEVICE)
+    y = int8_linear(*operands, bias, out_dtype, backend="triton")
+    expected = int8_linear(*operands, bias, out_dtype, backend="reference")
+    assert y.dtype == out_dtype
+    assert goldens.relative_error(y, expected) <= (1e-6 if out_dtype == torch.float32 else 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(
+    ("batch", "length", "k", "n"),
+    ((1, 1, 128, 8), (3, 129, 200, 140), (2, 1000, 1536, 8960), (1, 2111, 13824, 5120)),
+)
+def test_triton_equals_the_reference_in_bf16(batch, length, k, n, granularity):
+    operands = random_operands(batch, length, k, n, granularity)
+    bias = torch.randn(n, device=DEVICE, dtype=torch.bfloat16)
+    y = int8_linear(*operands, bias)
+    expected = int8_linear(*operands, bias, backend="reference")
+    assert y.dtype == torch.bfloat16
+    assert goldens.relative_error(y, expected) <= 1e-3
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_triton_takes_strided_rows(granularity):
+    x_q, x_scale, w_q, w_scale = random_operands(3, 66, 144, 24, granularity)
+    wide_x = torch.zeros(66, 3, 200, dtype=torch.int8, device=DEVICE)
+    wide_x[..., :144] = x_q.transpose(0, 1)
+    wide_w = torch.zeros(24, 160, dtype=torch.int8, device=DEVICE)
+    wide_w[:, :144] = w_q
+    strided = wide_x[..., :144].transpose(0, 1), x_scale, wide_w[:, :144], w_scale
+    y = int8_linear(*strided, None, torch.float32, "triton")
+    expected = int8_linear(x_q, x_scale, w_q, w_scale, None, torch.float32, "reference")
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_blocks_restart_at_every_sample(backend):
+    x_q, x_scale, w_q, w_scale = random_operands(3, 130, 136, 16, "blocks")
+    y = int8_linear(x_q, x_scale, w_q, w_scale, None, torch.float32, backend)
+    for i in range(3):
+        one = x_q[i : i + 1], x_scale[i : i + 1], w_q, w_scale
+        alone = int8_linear(*one, None, torch.float32, "reference")
+        torch.testing.assert_close(y[i], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_bad_shapes_are_refused():
+    x_q, x_scale, w_q, w_scale = random_operands(2, 130, 200, 24, "blocks")
+    with pytest.raises(ValueError, match=r"got \[130, 200\] and \[24, 200\]"):
+        int8_linear(x_q[0], x_scale, w_q, w_scale)
+    with pytest.raises(ValueError, match=r"got \[2, 130, 200\] and \[24, 199\]"):
+        int8_linear(x_q, x_scale, w_q[:, 1:], w_scale)
+    with pytest.raises(ValueError, match="contiguous along K, got strides"):
+        int8_linear(x_q[..., ::2], x_scale, w_q[:, ::2], w_scale)
+    with pytest.raises(ValueError, match=r"needs bias \[24\], got \[25\]"):
+        int8_linear(x_q, x_scale, w_q, w_scale, torch.zeros(25))
+
+
+def test_scales_of_neither_granularity_are_refused():
+    x_q, x_scale, w_q, w_scale = random_operands(2, 130, 200, 24, "blocks")
+    row_scale = torch.ones(24, device=DEVICE)
+    with pytest.raises(ValueError, match=r"fit neither blocks.*got \[2, 2, 2\] and \[24\]"):
+        int8_linear(x_q, x_scale, w_q, row_scale)
+    with pytest.raises(ValueError, match=r"fit neither blocks.*got \[2, 3, 2\] and \[1, 2\]"):
+        int8_linear(x_q, torch.ones(2, 3, 2), w_q, w_scale)
+
+
+def test_bad_dtypes_are_refused():
+    x_q, x_scale, w_q, w_scale = random_operands(1, 4, 8, 8, "rows")
+    with pytest.raises(TypeError, match=r"int8 operands, got x_q torch\.float32"):
+        int8_linear(x_q.float(), x_scale, w_q, w_scale)
+    with pytest.raises(TypeError, match=r"fp32 scales, got torch\.float64"):
+        int8_linear(x_q, x_scale.double(), w_q, w_scale)
+    with pytest.raises(TypeError, match=r"got out_dtype torch\.int32"):
+        int8_linear(x_q, x_scale, w_q, w_scale, out_dtype=torch.int32)

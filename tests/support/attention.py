@@ -1,0 +1,66 @@
+"""Random inputs for the attention tests, and float64 formulas written without any blocks."""
+
+import torch
+from devices import DEVICE
+
+BLOCK_SHAPES = ((128, 64), (64, 64), (64, 128))
+
+
+def random_qkv(batch, length, heads, dim, dtype=torch.float32):
+    """q, k, v [B, L, H, D], strided views; neighbours are alike, so that blocks differ."""
+    scene = torch.randn(batch, 1 + length // 24, heads, 3, dim)
+    scene = scene.repeat_interleave(24, 1)[:, :length]
+    return (scene + torch.randn(batch, length, heads, 3, dim)).to(DEVICE, dtype).unbind(3)
+
+
+def random_proj(dim):
+    """A projection's weight [D, D] and bias [D]."""
+    return 0.1 * torch.randn(dim, dim, device=DEVICE), 0.1 * torch.randn(dim, device=DEVICE)
+
+
+def random_map(batch, length, heads, block_q, block_k, share=0.4):
+    """A random block map, int32 [B, H, NQ, count], ascending."""
+    n_queries, n_keys = -(-length // block_q), -(-length // block_k)
+    count = max(1, int(share * n_keys))
+    order = torch.rand(batch, heads, n_queries, n_keys).argsort(-1)[..., :count]
+    return order.sort(-1).values.int().to(DEVICE)
+
+
+def selected_keys(block_map, length, block_q, block_k):
+    """Which key each query sees, bool [B, H, L, L]."""
+    n_keys = -(-length // block_k)
+    blocks = torch.zeros(*block_map.shape[:3], n_keys, dtype=torch.bool, device=block_map.device)
+    blocks = blocks.scatter(-1, block_map.long(), True)
+    keys = blocks.repeat_interleave(block_q, 2).repeat_interleave(block_k, 3)
+    return keys[:, :, :length, :length]
+
+
+def exact_sparse(q, k, v, block_map, block_q=128, block_k=64, scale=None):
+    """Masked softmax attention in float64, [B, L, H, D]."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    hidden = ~selected_keys(block_map, q.shape[2], block_q, block_k)
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+def phi(x, feature_map):
+    """The feature maps of the paper."""
+    if feature_map == "softmax":
+        return x.exp() / x.exp().sum(-1, keepdim=True)
+    if feature_map == "elu":
+        return torch.where(x > 0, x + 1, x.exp())
+    return x.clamp_min(0)
+
+
+def linear_branch(q, k, v, weight, bias, feature_map):
+    """The linear branch as the paper writes it, in the inputs' dtype, [B, L, H, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    phi_q, phi_k = phi(q, feature_map), phi(k, feature_map)
+    divisor = 1e-5 + phi_q @ phi_k.sum(2)[..., None]
+    out = phi_q @ (phi_k.mT @ v) / divisor
+    return (out @ weight.to(q.dtype).T + bias.to(q.dtype)).transpose(1, 2)
+
+
+def exact_linear(q, k, v, weight, bias, feature_map):
+    """The linear branch in float64."""
+    return linear_branch(q.double(), k.double(), v.double(), weight, bias, feature_map)

@@ -1,0 +1,70 @@
+"""ComfyUI inside the test process, and the pack's own modules on top of it.
+
+Importing this starts ComfyUI once (on the CPU where there is no GPU); without a ComfyUI at hand
+every test module that imports it is skipped.
+"""
+
+import sys
+
+import comfyui_install
+import pytest
+import torch
+
+_folder = comfyui_install.find()
+if _folder is None:
+    pytest.skip("no ComfyUI found, set COMFYUI_DIR or run make test", allow_module_level=True)
+if str(_folder) not in sys.path:
+    sys.path.insert(0, str(_folder))
+    sys.argv = ["comfyui"] if torch.cuda.is_available() else ["comfyui", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+
+import comfy.model_management  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.utils  # noqa: E402
+from turbodiffusion_pack.turbo_core import comfy_attention, comfy_loader, comfy_sampler  # noqa: E402
+
+__all__ = ["comfy", "comfy_attention", "comfy_loader", "comfy_sampler"]
+
+DEVICE = comfy.model_management.get_torch_device()
+
+
+def pad_context(context: torch.Tensor) -> torch.Tensor:
+    """Golden text features [1, 40, 64] as umT5's [1, 512, 4096]."""
+    padded = torch.zeros(1, 512, 4096)
+    padded[:, : context.shape[1], : context.shape[2]] = context
+    return padded
+
+
+def velocity(model, x: torch.Tensor, context: torch.Tensor, timestep: float) -> torch.Tensor:
+    """One forward pass of `model` the way a sampler drives it; x [B, C, T, H, W]."""
+    comfy.model_management.load_models_gpu([model])
+    return apply(model, x, context, timestep)
+
+
+def apply(model, x: torch.Tensor, context: torch.Tensor, timestep: float) -> torch.Tensor:
+    """One forward pass of `model` with its weights where they are now."""
+    options = {**model.model_options["transformer_options"], "wrappers": model.wrappers}
+    sigma = torch.tensor([timestep / 1000], dtype=torch.float64, device=DEVICE)
+    x = x.float().to(DEVICE)
+    denoised = model.model.apply_model(
+        x,
+        sigma,
+        c_crossattn=pad_context(context).to(DEVICE),
+        transformer_options=options,
+    )
+    return (x - denoised) / sigma.float().view(-1, 1, 1, 1, 1)
+
+
+def sample(model, sampler, sigmas, noise: torch.Tensor, context: torch.Tensor, seed=0, callback=None):
+    """A whole run through ComfyUI's guider from an empty latent; the last state in model space."""
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": [[pad_context(context), {}]]})
+    guider.set_cfg(1.0)
+    latent = torch.zeros_like(noise)
+    out = guider.sample(
+        noise, latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=seed
+    )
+    return model.model.process_latent_in(out)

@@ -1,0 +1,88 @@
+"""TurboDiffusion checkpoints: a file in, a checked set of Wan tensors out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from . import checkpoint_layout as layout
+from .checkpoint_checks import check_dtypes, check_shapes, check_values
+from .checkpoint_file import CheckpointError, read_tensors
+
+__all__ = ["Checkpoint", "CheckpointError", "read_checkpoint"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete Wan transformer, checked; its tensors are views of the file where it allows that.
+
+    Attributes:
+        tensors: Wan's own names ("blocks.0.self_attn.q.weight"), dtypes as in the file; an INT8
+            weight is int8 [out, in] under the same name. patch_embedding.weight is
+            [dim, in, 1, 2, 2]. No scales and no proj_l.
+        scales: fp32 [ceil(out/128), ceil(in/128)] of every INT8 weight, by module name
+            ("blocks.0.self_attn.q"); empty in a plain checkpoint.
+        proj_l: SLA's (weight [128, 128], bias [128]) of each block in order; empty without SLA.
+        dim: model width; the heads are 128 wide.
+        ffn_dim: width inside the feed-forward layers.
+        num_layers: number of blocks.
+        in_channels: 16 (text to video) or 36 (image to video: 16 + 4 mask + 16 image).
+    """
+
+    tensors: dict[str, torch.Tensor]
+    scales: dict[str, torch.Tensor]
+    proj_l: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    dim: int
+    ffn_dim: int
+    num_layers: int
+    in_channels: int
+
+    @property
+    def head_dim(self) -> int:
+        return layout.HEAD_DIM
+
+    @property
+    def has_sla(self) -> bool:
+        return bool(self.proj_l)
+
+    @property
+    def quantized(self) -> bool:
+        return bool(self.scales)
+
+
+def read_checkpoint(
+    path: str | PathLike, progress: Callable[[int, int], None] | None = None
+) -> Checkpoint:
+    """Read a TurboDiffusion (or plain Wan) checkpoint in Wan's own layout, checked as a whole.
+
+    Nothing is copied or converted, and of the big weights not one byte is read: they stay
+    memory-mapped. What the file is gets decided from names and shapes, never from its name.
+
+    Args:
+        path: a .pth, .pt or .safetensors file, with or without the usual prefixes ("net.", ...).
+        progress: called with (done, total) while the small tensors are looked through.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, unsafe, incomplete or another model; the
+            message names the file, what was found and what to do.
+    """
+    try:
+        tensors = layout.wan_names(read_tensors(Path(path)))
+        return _checked(tensors, progress)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
+
+
+def _checked(
+    tensors: dict[str, torch.Tensor], progress: Callable[[int, int], None] | None
+) -> Checkpoint:
+    tensors, scales = layout.split_scales(tensors)
+    check_dtypes(tensors, scales)
+    tensors = layout.conv_patch_embedding(tensors)
+    sizes = layout.read_sizes(tensors)
+    tensors, proj_l = layout.split_proj_l(tensors, sizes.num_layers)
+    check_shapes(tensors, layout.wan_shapes(sizes))
+    check_values(layout.small_tensors(tensors, scales, proj_l), progress)
+    return Checkpoint(tensors, scales, proj_l, **vars(sizes))

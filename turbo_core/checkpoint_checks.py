@@ -1,0 +1,54 @@
+"""Checks on named tensors: shape, dtype and value, each one clear error."""
+
+from collections.abc import Callable
+
+import torch
+
+from .checkpoint_file import CheckpointError
+
+Tensors = dict[str, torch.Tensor]
+
+
+def describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def check_shapes(tensors: Tensors, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError at the first tensor that is missing or has another shape."""
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise CheckpointError(f"{name} is missing: download or convert the file again")
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{name} must be {list(shape)}, got {describe(tensors[name])}: download or "
+                "convert the file again"
+            )
+
+
+def check_dtypes(tensors: Tensors, int8_modules: Tensors) -> None:
+    """Raise CheckpointError at the first integer tensor that is not an INT8 weight with scales."""
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part == "weight" and module in int8_modules:
+            continue
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{name} must be floating point, or int8_weight with a scale, got "
+                f"{describe(tensor)}: take TurboDiffusion's plain or -quant file"
+            )
+
+
+def check_values(small: Tensors, progress: Callable[[int, int], None] | None = None) -> None:
+    """Raise CheckpointError at the first value that is not finite, or a scale not above 0."""
+    for done, (name, tensor) in enumerate(small.items(), start=1):
+        bad = ~torch.isfinite(tensor.float())
+        if name.endswith(".scale"):
+            bad |= tensor <= 0
+        if bad.any():
+            raise CheckpointError(
+                f"{name} has {int(bad.sum())} of {bad.numel()} values that are not finite"
+                f"{' and positive' if name.endswith('.scale') else ''}, got "
+                f"{tensor[bad][0].item()}: the file is damaged, download or convert it again"
+            )
+        if progress:
+            progress(done, len(small))

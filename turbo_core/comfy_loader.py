@@ -1,0 +1,69 @@
+"""A TurboDiffusion checkpoint as ComfyUI's own Wan model in a ModelPatcher."""
+
+import logging
+import os
+
+import comfy.sd
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from .checkpoint import Checkpoint, read_checkpoint
+from .comfy_attention import patch_attention, wan_model
+from .comfy_operations import Linear, TurboOperations
+from .sla_settings import SLASettings
+
+log = logging.getLogger(__name__)
+
+
+def load_turbo_model(path: str, disable_dynamic: bool = False):
+    """Load the checkpoint at `path` as a MODEL with SLA on, INT8 weights kept INT8.
+
+    The file's tensors are memory-mapped and become the model's weights without a copy. The model
+    computes in bf16. `disable_dynamic` is for newer hosts, which load a model again without their
+    dynamic VRAM when a node needs that.
+
+    Raises:
+        CheckpointError: the file is not a usable TurboDiffusion checkpoint, see checkpoint.py.
+    """
+    bar = comfy.utils.ProgressBar(1)
+    checkpoint = read_checkpoint(path, progress=bar.update_absolute)
+    model = _build(checkpoint, {"disable_dynamic": True} if disable_dynamic else {})
+    _attach_projections(model, checkpoint)
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "turbodiffusion.timestep", _round_timestep)
+    model.cached_patcher_init = (load_turbo_model, (path,))
+    log.info("TurboDiffusion: loaded %s, %s", os.path.basename(path), _describe(checkpoint))
+    if not checkpoint.has_sla:
+        return model
+    return patch_attention(model, SLASettings())
+
+
+def _build(checkpoint: Checkpoint, host_options: dict):
+    """ComfyUI's Wan model around the checkpoint's tensors."""
+    state_dict = dict(checkpoint.tensors)
+    for name, scale in checkpoint.scales.items():
+        state_dict[f"{name}.weight_scale"] = scale
+    options = {"dtype": torch.bfloat16, "custom_operations": TurboOperations}
+    return comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options, **host_options)
+
+
+def _attach_projections(model, checkpoint: Checkpoint) -> None:
+    """Give each block's self-attention its proj_l, as a comfy op so that the host manages it."""
+    for block, (weight, bias) in zip(wan_model(model).blocks, checkpoint.proj_l):
+        proj_l = Linear(*weight.shape, dtype=torch.float32)
+        proj_l.assign(weight, bias)
+        block.self_attn.proj_l = proj_l
+
+
+def _round_timestep(executor, x, timestep, *args, **kwargs):
+    # The original feeds bf16 timesteps (987.65 -> 988), in training too: what the weights know.
+    return executor(x, timestep.to(torch.bfloat16).to(timestep.dtype), *args, **kwargs)
+
+
+def _describe(checkpoint: Checkpoint) -> str:
+    weights = "INT8 weights" if checkpoint.quantized else "16-bit weights"
+    attention = "SLA" if checkpoint.has_sla else "no SLA projections, dense attention"
+    return (
+        f"Wan of {checkpoint.num_layers} blocks, dim {checkpoint.dim}, "
+        f"{checkpoint.in_channels} input channels, {weights}, {attention}"
+    )

@@ -1,0 +1,104 @@
+"""What really ran during one sampler run, collected while it runs and told in one log line."""
+
+import collections
+import contextlib
+import contextvars
+import logging
+
+import torch
+
+from ..kernels.dispatch import triton_unavailable
+
+log = logging.getLogger(__name__)
+
+GRANULARITY = {"blocks": "exact (128x128 blocks)", "rows": "fast (per token and channel)"}
+
+
+class RunReport:
+    """Counts of one sampler run; see `line` for what they mean."""
+
+    def __init__(self):
+        self.forwards = 0
+        self.num_blocks = 0
+        self.sla = collections.defaultdict(set)  # how -> blocks
+        self.dense = collections.defaultdict(set)  # why -> blocks
+        self.int8 = collections.Counter()  # granularity -> calls
+        self.kernels = set()
+
+    def line(self) -> str:
+        """One sentence: forward passes, SLA coverage, every step-aside, INT8, kernels."""
+        sparse = set().union(*self.sla.values())
+        parts = [f"{self.forwards} forward passes"]
+        parts += [f"SLA in {len(sparse)} of {self.num_blocks} blocks"]
+        parts += [f"{how} in {_ranges(blocks)}" for how, blocks in self.sla.items()]
+        parts += [f"dense in {_ranges(blocks)}: {why}" for why, blocks in self.dense.items()]
+        parts += [f"INT8 {how} in {n // self.forwards} linears" for how, n in self.int8.items()]
+        parts += [f"kernels: {name}" for name in sorted(self.kernels)]
+        return "TurboDiffusion: " + "; ".join(parts)
+
+
+_current = contextvars.ContextVar("turbodiffusion_run", default=None)
+
+
+@contextlib.contextmanager
+def run():
+    """Collect during one sampler run and log its line at the end, also of a cancelled run."""
+    report = RunReport()
+    token = _current.set(report)
+    try:
+        yield report
+    finally:
+        _current.reset(token)
+        if report.forwards:
+            log.info(report.line())
+
+
+def _report() -> RunReport | None:
+    # Inside torch.compile the counting would be traced; such a run reports its forwards only.
+    return None if torch.compiler.is_compiling() else _current.get()
+
+
+def note_forward(num_blocks: int) -> None:
+    """A forward pass through a model of `num_blocks` transformer blocks begins."""
+    if report := _report():
+        report.forwards += 1
+        report.num_blocks = num_blocks
+
+
+def note_sla(block: int, how: str, kernel: str) -> None:
+    """Block `block` ran sparse-linear attention, `how` in a few words, by `kernel`."""
+    if report := _report():
+        report.sla[how].add(block)
+        report.kernels.add(kernel)
+
+
+def note_dense(block: int, why: str) -> None:
+    """Block `block` ran dense attention, and `why`."""
+    if report := _report():
+        report.dense[why].add(block)
+
+
+def note_int8(granularity: str, kernel: str) -> None:
+    """An INT8 linear ran in `granularity` ("blocks" or "rows") by `kernel`."""
+    if report := _report():
+        report.int8[GRANULARITY[granularity]] += 1
+        report.kernels.add(kernel)
+
+
+def kernel_name(device: torch.device, backend: str = "auto") -> str:
+    """Which implementation the kernels use on `device`, with the reason if it is the slow one."""
+    if backend == "reference":
+        return "torch reference, asked for"
+    reason = triton_unavailable(device)
+    return "Triton" if reason is None else f"torch reference, as {reason}"
+
+
+def _ranges(blocks: set[int]) -> str:
+    """{0, 1, 2, 7} -> "blocks 0-2, 7"."""
+    spans = []
+    for block in sorted(blocks):
+        if spans and spans[-1][1] == block - 1:
+            spans[-1][1] = block
+        else:
+            spans.append([block, block])
+    return "blocks " + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
