@@ -57,7 +57,9 @@ class SLAAttentionPatch(io.ComfyNode):
                     "reference: plain torch, slow.",
                 ),
             ],
-            outputs=[io.Model.Output(tooltip="The MODEL with this attention; the input is untouched.")],
+            outputs=[
+                io.Model.Output(tooltip="The MODEL with this attention; the input is untouched.")
+            ],
         )
 
     @classmethod

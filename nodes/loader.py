@@ -41,4 +41,6 @@ class TurboLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint):
-        return io.NodeOutput(load_turbo_model(folder_paths.get_full_path_or_raise(FOLDER, checkpoint)))
+        return io.NodeOutput(
+            load_turbo_model(folder_paths.get_full_path_or_raise(FOLDER, checkpoint))
+        )

@@ -72,7 +72,7 @@ def _rebind_clone(original, clone) -> None:
 
 
 def _bind(attn: torch.nn.Module, index: int):
-    def forward(x, freqs, transformer_options={}):
+    def forward(x, freqs, transformer_options):
         return self_attention(attn, index, x, freqs, transformer_options)
 
     forward.turbodiffusion = True
@@ -89,7 +89,7 @@ def _around_run(executor, *args, **kwargs):
 
 
 def _around_forward(
-    executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs
+    executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **kwargs
 ):
     """Tell the blocks which step this is, and the report which blocks will not reach us."""
     blocks = executor.class_obj.blocks
@@ -100,7 +100,7 @@ def _around_forward(
             run_report.note_dense(index, f"its self-attention is patched by {owner}")
     options = {**transformer_options[KEY], "step": _step(transformer_options)}
     transformer_options = {**transformer_options, KEY: options}
-    return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs)
+    return executor(x, timestep, context, clip_fea, concat, transformer_options, **kwargs)
 
 
 def _step(transformer_options: dict) -> int:
@@ -112,7 +112,9 @@ def _step(transformer_options: dict) -> int:
     return int((sigmas > now + 1e-6).sum())
 
 
-def self_attention(attn, index: int, x: torch.Tensor, freqs: torch.Tensor, transformer_options: dict):
+def self_attention(
+    attn, index: int, x: torch.Tensor, freqs: torch.Tensor, transformer_options: dict
+):
     """Wan self-attention of block `index` on modulated x [B, L, C], with SLA where it applies.
 
     `freqs` is the host's rotation [1, L, 1, D/2, 2, 2]. Takes the place of
@@ -157,7 +159,11 @@ def _sla(attn, q, k, v, settings: SLASettings) -> torch.Tensor:
     if not hasattr(attn, "proj_l"):
         return sla(q, k, v, None, None, **options)
     weight, bias, stream = comfy.ops.cast_bias_weight(
-        attn.proj_l, dtype=torch.float32, device=q.device, bias_dtype=torch.float32, offloadable=True
+        attn.proj_l,
+        dtype=torch.float32,
+        device=q.device,
+        bias_dtype=torch.float32,
+        offloadable=True,
     )
     y = sla(q, k, v, weight, bias, **options)
     comfy.ops.uncast_bias_weight(attn.proj_l, weight, bias, stream)

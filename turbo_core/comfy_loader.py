@@ -28,13 +28,24 @@ def load_turbo_model(path: str, disable_dynamic: bool = False):
     """
     bar = comfy.utils.ProgressBar(1)
     checkpoint = read_checkpoint(path, progress=bar.update_absolute)
-    model = _build(checkpoint, {"disable_dynamic": True} if disable_dynamic else {})
-    _attach_projections(model, checkpoint)
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "turbodiffusion.timestep", _round_timestep)
+    log.info("TurboDiffusion: loading %s, %s", os.path.basename(path), _describe(checkpoint))
+    model = build_turbo_model(checkpoint, {"disable_dynamic": True} if disable_dynamic else {})
     model.cached_patcher_init = (load_turbo_model, (path,))
-    log.info("TurboDiffusion: loaded %s, %s", os.path.basename(path), _describe(checkpoint))
+    return model
+
+
+def build_turbo_model(checkpoint: Checkpoint, host_options: dict | None = None):
+    """A MODEL around the tensors of `checkpoint`, with SLA on where it has the projections.
+
+    `host_options` go to ComfyUI's load_diffusion_model_state_dict.
+    """
+    model = _build(checkpoint, host_options or {})
+    model.add_wrapper_with_key(
+        WrappersMP.DIFFUSION_MODEL, "turbodiffusion.timestep", _round_timestep
+    )
     if not checkpoint.has_sla:
         return model
+    _attach_projections(model, checkpoint)
     return patch_attention(model, SLASettings())
 
 
@@ -44,12 +55,14 @@ def _build(checkpoint: Checkpoint, host_options: dict):
     for name, scale in checkpoint.scales.items():
         state_dict[f"{name}.weight_scale"] = scale
     options = {"dtype": torch.bfloat16, "custom_operations": TurboOperations}
-    return comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options, **host_options)
+    return comfy.sd.load_diffusion_model_state_dict(
+        state_dict, model_options=options, **host_options
+    )
 
 
 def _attach_projections(model, checkpoint: Checkpoint) -> None:
     """Give each block's self-attention its proj_l, as a comfy op so that the host manages it."""
-    for block, (weight, bias) in zip(wan_model(model).blocks, checkpoint.proj_l):
+    for block, (weight, bias) in zip(wan_model(model).blocks, checkpoint.proj_l, strict=True):
         proj_l = Linear(*weight.shape, dtype=torch.float32)
         proj_l.assign(weight, bias)
         block.self_attn.proj_l = proj_l

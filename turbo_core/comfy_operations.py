@@ -92,7 +92,9 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             return weight
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
         weight = state_dict.get(prefix + "weight")
         if weight is None:
             missing.append(prefix + "weight")
@@ -102,7 +104,9 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if is_int8(self.weight):
-            destination[prefix + "weight"], destination[prefix + "weight_scale"] = unpack(self.weight)
+            destination[prefix + "weight"], destination[prefix + "weight_scale"] = unpack(
+                self.weight
+            )
         elif self.weight is not None:
             destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
         if self.bias is not None:

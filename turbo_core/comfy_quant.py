@@ -31,7 +31,7 @@ def _dequantize(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> tor
 if hasattr(comfy.quant_ops, "LAYOUTS"):
 
     class TurboInt8Layout(comfy.quant_ops.QuantizedLayout):
-        """int8 [out, in] with fp32 scales, 128x128 blocks [., .] or one per output channel [out]."""
+        """int8 [out, in] with fp32 scales: one per 128x128 block, or one per output channel."""
 
         @classmethod
         def quantize(cls, tensor, granularity="blocks", **_):
@@ -59,7 +59,7 @@ else:
     from comfy_kitchen.tensor.base import BaseLayoutParams
 
     class TurboInt8Layout(comfy.quant_ops.QuantizedLayout):
-        """int8 [out, in] with fp32 scales, 128x128 blocks [., .] or one per output channel [out]."""
+        """int8 [out, in] with fp32 scales: one per 128x128 block, or one per output channel."""
 
         @dataclasses.dataclass(frozen=True)
         class Params(BaseLayoutParams):
@@ -108,7 +108,7 @@ def unpack(weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def granularity(weight: QuantizedTensor) -> str:
-    """"blocks" (128x128, the checkpoints' own) or "rows" (one scale per output channel)."""
+    """ "blocks" (128x128, the checkpoints' own) or "rows" (one scale per output channel)."""
     return "blocks" if unpack(weight)[1].ndim == 2 else "rows"
 
 

@@ -70,7 +70,7 @@ def key_value_state_kernel(
 
 
 @triton.jit(do_not_specialize=["heads", "length"])
-def linear_attention_kernel(
+def apply_state_kernel(
     q, mix, normalizer, bias, out, q_b, q_l, q_h, heads, length,
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, FEATURE_MAP: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +129,7 @@ def linear_attention(
     mix = project_state(state, normalizer, proj_weight, q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with torch.cuda.device_of(q):
-        linear_attention_kernel[triton.cdiv(length, ROWS), batch * heads](
+        apply_state_kernel[triton.cdiv(length, ROWS), batch * heads](
             q, mix, normalizer.contiguous(), proj_bias.contiguous(), out,
             *q.stride()[:3], heads, length,
             HEAD_DIM=dim, ROWS=ROWS, FEATURE_MAP=feature_map, **LAUNCH,

@@ -41,7 +41,8 @@ def sla(
         topk: share of the key blocks to attend to, above 0 and at most 1.
         low_bit: SageSLA: int8 q k^T and fp8 or float16 values.
         feature_map: phi of the linear branch: "softmax", "elu" or "relu".
-        block_map: int32 [B, H, ceil(L / block_q), count] ascending, in place of choosing by topk.
+        block_map: int32 [B, H, ceil(L / block_q), count], in place of choosing by topk; see
+            `sparse_attention`.
         pv: "fp8" or "fp16" values in low bits; None takes fp8 where the GPU has it.
         block_q, block_k: rows in a query and a key block: 128 and 64, 64 and 64, or 64 and 128.
         backend: see `dispatch.use_triton`.

@@ -39,8 +39,8 @@ def sparse_attention(
 
     Args:
         q, k, v: [B, L, H, D], float32, float16 or bfloat16.
-        block_map: int32 [B, H, ceil(L / block_q), count], ascending indices of key blocks, as
-            `block_map.select_blocks` gives them; every index must lie below ceil(L / block_k).
+        block_map: int32 [B, H, ceil(L / block_q), count], indices of key blocks, each at most
+            once and below ceil(L / block_k), which is not checked: `select_blocks` gives such.
         block_q, block_k: rows in a query and a key block: 128 and 64, 64 and 64, or 64 and 128.
         scale: factor of q k^T, above 0; 1 / sqrt(D) if None.
         linear: the linear branch to add, computed on the same tile of queries.

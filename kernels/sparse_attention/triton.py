@@ -9,7 +9,7 @@ from ..linear_attention import LinearBranch
 from ..linear_attention.triton import add_linear_branch, project_state
 from .reference import LOG2_E, VALUE_LIMIT, Quantized
 
-SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0))  # 99 KB a block, elsewhere 163 KB or more
+LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0))  # 163 KB a block or more; 99 KB elsewhere
 LAUNCH = {"num_warps": 8, "num_stages": 1}  # of what only moves data, the same on every card
 
 
@@ -120,7 +120,7 @@ def sage_attention_kernel(
 
 
 @triton.jit(do_not_specialize=["heads", "length", "factor"])
-def quantize_blocks_kernel(
+def quantize_heads_kernel(
     x, center, integers, scales, stride_b, stride_l, stride_h, heads, length, factor,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
@@ -178,13 +178,13 @@ def quantize_values_kernel(
 
 def float_config(capability: tuple[int, int], block_q: int, block_k: int) -> dict[str, int]:
     """Launch configuration of `sparse_attention_kernel`."""
-    stages = 2 if capability in SMALL_SHARED_MEMORY or block_k == 128 else 3
+    stages = 3 if capability in LARGE_SHARED_MEMORY and block_k == 64 else 2
     return {"num_warps": block_q * block_k // 1024, "num_stages": stages}
 
 
 def low_bit_config(capability: tuple[int, int], block_q: int, block_k: int) -> dict[str, int]:
     """Launch configuration of `sage_attention_kernel`."""
-    stages = 3 if capability in SMALL_SHARED_MEMORY else 4
+    stages = 4 if capability in LARGE_SHARED_MEMORY else 3
     warps = block_q * block_k // 1024
     return {"num_warps": warps, "num_stages": 2 if block_k == 128 else stages}
 
@@ -275,7 +275,7 @@ def quantize_blocks(
     scales = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
     centered = center is not None
     with torch.cuda.device_of(x):
-        quantize_blocks_kernel[blocks, batch * heads](
+        quantize_heads_kernel[blocks, batch * heads](
             x, center if centered else x, integers, scales, *x.stride()[:3], heads, length,
             factor, BLOCK=block, HEAD_DIM=dim, CENTERED=centered,
             **LAUNCH,

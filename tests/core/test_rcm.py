@@ -33,7 +33,9 @@ def test_updates_follow_the_paper():
     x, x0, noise = torch.randn(3, 2, 5, dtype=torch.float64)
     s, s_next = 0.93, 0.85
     v = (x - x0) / s
-    torch.testing.assert_close(sde_step(x0, noise, s_next), (1 - s_next) * (x - s * v) + s_next * noise)
+    torch.testing.assert_close(
+        sde_step(x0, noise, s_next), (1 - s_next) * (x - s * v) + s_next * noise
+    )
     torch.testing.assert_close(ode_step(x, x0, s, s_next), x - (s - s_next) * v)
 
 

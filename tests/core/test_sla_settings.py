@@ -6,7 +6,14 @@ from turbodiffusion_pack.turbo_core.sla_settings import SLASettings, parse_block
 
 @pytest.mark.parametrize(
     ("text", "blocks"),
-    [("", ()), (" ", ()), ("3", (3,)), ("0, 2-4", (0, 2, 3, 4)), ("4,4, 3 - 4", (3, 4)), ("2-1", ())],
+    [
+        ("", ()),
+        (" ", ()),
+        ("3", (3,)),
+        ("0, 2-4", (0, 2, 3, 4)),
+        ("4,4, 3 - 4", (3, 4)),
+        ("2-1", ()),
+    ],
 )
 def test_blocks(text, blocks):
     assert parse_blocks(text, 5) == blocks

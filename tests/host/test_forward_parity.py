@@ -1,6 +1,6 @@
 """One forward pass through ComfyUI's Wan model and our nodes, against the original's outputs.
 
-Mutants show that the bounds can be missed: the same measurement runs with one thing wrong at a time.
+Mutants show that the bounds can be missed: the same measurement with one thing wrong at a time.
 """
 
 import re
@@ -174,5 +174,7 @@ def test_a_wrong_patch_order_misses_the_bound(folder, key):
 def test_an_unrounded_timestep_misses_the_dense_bound(folder, monkeypatch, key):
     # The SLA bound is too wide for this mutant: 8.3e-3 to 9.4e-3. 600 is a bf16 number, so there
     # rounding changes nothing and only the keys at 988 can tell.
-    monkeypatch.setattr(comfy_loader, "_round_timestep", lambda executor, *a, **k: executor(*a, **k))
+    monkeypatch.setattr(
+        comfy_loader, "_round_timestep", lambda executor, *a, **k: executor(*a, **k)
+    )
     assert (_error(folder, key, "dense") > DENSE_BOUND) == key.endswith(".t988")

@@ -1,7 +1,5 @@
 """TurboDiffusion models under ComfyUI's own management: clones, LoRA, offload, options, errors."""
 
-import logging
-
 import goldens
 import in_comfyui
 import pytest
@@ -18,7 +16,9 @@ KEY = "t2v.ragged"
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {name: str(goldens.unpack_checkpoint(name, folder)) for name in ("t2v.pth", "t2v-quant.pth")}
+    return {
+        name: str(goldens.unpack_checkpoint(name, folder)) for name in ("t2v.pth", "t2v-quant.pth")
+    }
 
 
 @pytest.fixture
@@ -104,7 +104,9 @@ def test_lora_on_int8_weights_and_back(int8_model):
     weights = {n: unpack(m.weight)[0].clone() for n, m in _linears(int8_model).items()}
     patched, _ = comfy.sd.load_lora_for_models(int8_model, None, _lora(int8_model), 1.0, 0.0)
     assert goldens.relative_error(_forward(patched), before) > 5e-3
-    changed = [n for n, m in _linears(patched).items() if not torch.equal(unpack(m.weight)[0], weights[n])]
+    changed = [
+        n for n, m in _linears(patched).items() if not torch.equal(unpack(m.weight)[0], weights[n])
+    ]
     assert changed == [n for n in weights if n.endswith((".q", "ffn.2"))]
     assert torch.equal(_forward(int8_model), before)
     for name, linear in _linears(int8_model).items():

@@ -9,7 +9,12 @@ from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 BOUND = 2e-2
-RUNS = [(steps, smax, mode) for steps in (1, 2, 3, 4) for smax in (80, 200, 1600) for mode in ("sde", "ode")]
+RUNS = [
+    (steps, smax, mode)
+    for steps in (1, 2, 3, 4)
+    for smax in (80, 200, 1600)
+    for mode in ("sde", "ode")
+]
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="needs the reference's block maps, which the CPU computes"
@@ -24,8 +29,10 @@ def model(tmp_path_factory):
     )
 
 
-def _error(model, steps, sigma_max, mode, *, run_mode=None, run_sigma_max=None, noises=(1, 2, 3, 4)):
-    """Relative error of the last state; the keyword arguments make one thing differ from the golden."""
+def _error(
+    model, steps, sigma_max, mode, *, run_mode=None, run_sigma_max=None, noises=(1, 2, 3, 4)
+):
+    """Relative error of the last state; the keywords make one thing differ from the golden."""
     data = goldens.load("rcm")
     noise = iter([data[f"t2v.noise{i}"] for i in noises])
     sampler = comfy_sampler.rcm_sampler(run_mode or mode)
@@ -47,7 +54,9 @@ def test_the_other_mode_misses_the_bound(model, steps, sigma_max, mode):
     assert _error(model, steps, sigma_max, mode, run_mode=other) > 1
 
 
-@pytest.mark.parametrize(("steps", "sigma_max"), [(s, m) for s, m, mode in RUNS if s > 1 and mode == "sde"])
+@pytest.mark.parametrize(
+    ("steps", "sigma_max"), [(s, m) for s, m, mode in RUNS if s > 1 and mode == "sde"]
+)
 def test_initial_noise_used_again_misses_the_bound(model, steps, sigma_max):
     assert _error(model, steps, sigma_max, "sde", noises=(0, 0, 0)) > 1
 

@@ -14,6 +14,9 @@ from turbodiffusion_pack.kernels.block_map import (
 from turbodiffusion_pack.kernels.block_map.triton import CHUNK
 
 BACKENDS = ("reference", "triton")
+# On sla1 the original selects no 64x128 block at all.
+GOLDEN_MAPS = [("sla0", shape) for shape in BLOCK_SHAPES]
+GOLDEN_MAPS += [("sla1", shape) for shape in BLOCK_SHAPES if shape != (64, 128)]
 FP32 = {"atol": 3e-6, "rtol": 1e-5}  # a few roundings of sums in another order
 
 
@@ -41,13 +44,10 @@ def misplaced(chosen, scores):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
-@pytest.mark.parametrize("name", ["sla0", "sla1"])
+@pytest.mark.parametrize(("name", "shape"), GOLDEN_MAPS, ids=str)
 def test_maps_equal_the_original(name, shape, backend):
     data = goldens.load("operators")
     key = f"{name}.map.{shape[0]}x{shape[1]}"
-    if key not in data:
-        pytest.skip("the original selects no block here")
     q, k = (data[f"{name}.{x}"].float().transpose(1, 2).to(DEVICE) for x in "qk")
     chosen = block_map(q, k, 0.2, *shape, backend)
     expected = data[key].to(DEVICE).nonzero()[:, -1].view(chosen.shape)
@@ -101,7 +101,7 @@ def test_triton_means_equal_the_reference(dim, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("topk", [0.001, 0.1, 0.34, 0.999, 1.0])
-@pytest.mark.parametrize("length", [1, 65, 1000])
+@pytest.mark.parametrize("length", [1, 65, 520])
 def test_selects_the_best_blocks_and_at_least_one(length, topk, backend):
     q, k, _ = random_qkv(2, length, 2, 64)
     n_keys = -(-length // 64)
@@ -170,7 +170,7 @@ def test_refuses_wrong_dtypes():
     q, k, _ = random_qkv(1, 130, 2, 64)
     with pytest.raises(TypeError, match="q must be float32, float16 or bfloat16"):
         block_map(q.double(), k.double(), 0.5)
-    with pytest.raises(TypeError, match="k must be torch.float32 like q"):
+    with pytest.raises(TypeError, match=r"k must be torch\.float32 like q"):
         block_map(q, k.half(), 0.5)
     means = block_means(q, 64)
     with pytest.raises(TypeError, match="means must be float32"):

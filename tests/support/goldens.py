@@ -25,7 +25,7 @@ def unpack_checkpoint(name: str, folder: Path) -> Path:
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖out − expected‖ / ‖expected‖ in float64; NaN counts as infinite."""
+    """|out - expected| / |expected| in float64; NaN counts as infinite."""
     out, expected = out.detach().double().cpu(), expected.detach().double().cpu()
     error = ((out - expected).norm() / expected.norm()).item()
     return error if error == error else float("inf")

@@ -58,7 +58,9 @@ def apply(model, x: torch.Tensor, context: torch.Tensor, timestep: float) -> tor
     return (x - denoised) / sigma.float().view(-1, 1, 1, 1, 1)
 
 
-def sample(model, sampler, sigmas, noise: torch.Tensor, context: torch.Tensor, seed=0, callback=None):
+def sample(
+    model, sampler, sigmas, noise: torch.Tensor, context: torch.Tensor, seed=0, callback=None
+):
     """A whole run through ComfyUI's guider from an empty latent; the last state in model space."""
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": [[pad_context(context), {}]]})

@@ -1,0 +1,125 @@
+"""The linear branch: float64, and Triton against torch's own error."""
+
+import goldens
+import pytest
+import torch
+from attention import exact_linear, linear_branch, phi, random_proj, random_qkv
+from devices import BATCHES, DEVICE, LENGTHS, TRITON_DTYPES
+from turbodiffusion_pack.kernels.linear_attention import (
+    FEATURE_MAPS,
+    key_value_state,
+    linear_attention,
+    reference,
+)
+
+BACKENDS = ("reference", "triton")
+# On a GPU float32 is the reference's: its tiles do not fit.
+DTYPES = TRITON_DTYPES if DEVICE == "cpu" else TRITON_DTYPES[1:]
+
+
+def branch(q, k, v, weight, bias, feature_map, backend):
+    state = key_value_state(k, v, feature_map, backend)
+    return linear_attention(q, *state, weight, bias, feature_map, backend)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_reference_is_the_formula(length, batch, feature_map):
+    q, k, v = random_qkv(batch, length, 2, 128)
+    weight, bias = random_proj(128)
+    out = branch(q, k, v, weight, bias, feature_map, "reference")
+    exact = exact_linear(q, k, v, weight, bias, feature_map)
+    assert goldens.relative_error(out, exact) <= 1e-6
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_reference_sums_the_keys_in_parts(feature_map, monkeypatch):
+    monkeypatch.setattr(reference, "ROWS", 100)
+    _, k, v = random_qkv(2, 333, 2, 64)
+    state, normalizer = key_value_state(k, v, feature_map, "reference")
+    exact = phi(k.double(), feature_map).transpose(1, 2)
+    assert goldens.relative_error(normalizer, exact.sum(2)) <= 1e-6
+    assert goldens.relative_error(state, exact.mT @ v.double().transpose(1, 2)) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize(("length", "dim"), [(1, 64), (65, 128), (300, 64)])
+def test_triton_errs_at_most_twice_as_much_as_torch(length, dim, feature_map, dtype):
+    q, k, v = random_qkv(2, length, 2, dim, dtype)
+    arguments = q, k, v, *random_proj(dim), feature_map
+    exact = exact_linear(*arguments)
+    bound = 2 * goldens.relative_error(linear_branch(*arguments), exact)
+    assert goldens.relative_error(branch(*arguments, "triton"), exact) <= max(bound, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("length", [*LENGTHS, 32760])
+def test_triton_errs_at_most_twice_as_much_as_torch_at_any_length(length, feature_map):
+    q, k, v = random_qkv(3, length, 2, 128, torch.bfloat16)
+    arguments = q, k, v, *random_proj(128), feature_map
+    exact = exact_linear(*arguments)
+    bound = 2 * goldens.relative_error(linear_branch(*arguments), exact)
+    assert goldens.relative_error(branch(*arguments, "triton"), exact) <= max(bound, 1e-6)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_triton_repeats_itself_to_the_bit(feature_map):
+    _, k, v = random_qkv(1, 300, 2, 64, torch.float16)
+    once, again = (key_value_state(k, v, feature_map, "triton") for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_beyond_float16_stay_finite(backend):
+    """Over 1000 keys elu's sums pass 65504 long before their quotient does."""
+    q, k, v = random_qkv(1, 1000, 1, 64, torch.float16)
+    arguments = q, (k * 20).abs(), (v * 100).abs(), *random_proj(64), "elu"
+    state, _ = key_value_state(*arguments[1:3], "elu", backend)
+    assert state.max() > 65504
+    exact = exact_linear(*arguments)
+    assert goldens.relative_error(branch(*arguments, backend), exact) <= 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dead", ["q", "k"])
+def test_a_relu_without_any_positive_channel_leaves_the_bias(dead, backend):
+    q, k, v = random_qkv(1, 70, 2, 64, torch.float16)
+    q, k = (-q.abs(), k) if dead == "q" else (q, -k.abs())
+    weight, bias = random_proj(64)
+    out = branch(q, k, v, weight, bias, "relu", backend)
+    torch.testing.assert_close(out, bias.half().expand(out.shape), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_all_equal_inputs_give_the_projected_value(feature_map, backend):
+    x = torch.full((1, 130, 2, 64), 0.5, dtype=torch.float16, device=DEVICE)
+    weight, bias = random_proj(64)
+    out = branch(x, x, x, weight, bias, feature_map, backend)
+    expected = (0.5 * weight.sum(1) + bias).half().expand(out.shape)
+    torch.testing.assert_close(out, expected, atol=3e-3, rtol=0)
+
+
+def test_refuses_what_does_not_fit():
+    q, k, v = random_qkv(1, 70, 2, 64)
+    state, normalizer = key_value_state(k, v)
+    weight, bias = random_proj(64)
+    wide = random_qkv(1, 70, 2, 96)[0]
+    good = [q, state, normalizer, weight, bias]
+    wrong = [
+        (0, wide, "q must have a head dim of 64 or 128, got 96"),
+        (1, state[:, :1], r"state must be \[1, 2, 64, 64\], got \[1, 1, 64, 64\]"),
+        (2, state, r"normalizer must be \[1, 2, 64\]"),
+        (3, weight[:32], r"proj_weight must be \[64, 64\], got \[32, 64\]"),
+        (4, bias[:1], r"proj_bias must be \[64\], got \[1\]"),
+    ]
+    for place, value, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            linear_attention(*good[:place], value, *good[place + 1 :])
+    with pytest.raises(ValueError, match="v must match k"):
+        key_value_state(k, v[:, 1:])
+    with pytest.raises(ValueError, match="must be one of softmax, elu, relu, got 'gelu'"):
+        key_value_state(k, v, "gelu")

@@ -1,0 +1,173 @@
+"""Sparse-linear attention against the original's outputs, and mutants that must miss them."""
+
+import goldens
+import pytest
+import torch
+from attention import (
+    BLOCK_SHAPES,
+    exact_linear,
+    exact_sparse,
+    random_map,
+    random_proj,
+    random_qkv,
+)
+from devices import BATCHES, DEVICE, LENGTHS
+from turbodiffusion_pack.kernels.block_map import block_map
+from turbodiffusion_pack.kernels.dispatch import has_fp8
+from turbodiffusion_pack.kernels.sla import sla
+
+BACKENDS = ("reference", "triton")
+BOUND = 5e-3
+TOPK = 0.2
+OUTPUTS = [("sla0", "softmax"), ("sla1", "softmax"), ("sla1", "elu"), ("sla1", "relu")]
+LOW_BIT_BOUND = {"fp16": 2.5e-2, "fp8": 4e-2}
+
+
+def golden(name, dtype=torch.float32):
+    """q, k, v [B, L, H, D], weight, bias of one golden, on the test's device."""
+    data = goldens.load("operators")
+    heads = (data[f"{name}.{x}"].to(DEVICE, dtype).transpose(1, 2) for x in "qkv")
+    return *heads, data[f"{name}.proj_w"].to(DEVICE), data[f"{name}.proj_b"].to(DEVICE)
+
+
+def golden_output(name, feature_map):
+    """The original's output [B, L, H, D]."""
+    return goldens.load("operators")[f"{name}.sla.{feature_map}"].transpose(1, 2)
+
+
+def first_blocks(q, k):
+    """A map of the right shape that always takes the first key blocks."""
+    chosen = block_map(q, k, TOPK)
+    first = torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device)
+    return first.expand(chosen.shape)
+
+
+MUTANTS = {
+    "no linear branch": lambda q, k, v, w, b, f: sla(q, k, v, None, None, TOPK),
+    "identity projection": lambda q, k, v, w, b, f: sla(
+        q, k, v, torch.eye(128, device=DEVICE), torch.zeros_like(b), TOPK, feature_map=f
+    ),
+    "first blocks": lambda q, k, v, w, b, f: sla(
+        q, k, v, w, b, block_map=first_blocks(q, k), feature_map=f
+    ),
+    "top-k 0.5": lambda q, k, v, w, b, f: sla(q, k, v, w, b, 0.5, feature_map=f),
+    "dense": lambda q, k, v, w, b, f: sla(q, k, v, w, b, 1.0, feature_map=f),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "feature_map"), OUTPUTS)
+def test_equals_the_original(name, feature_map, backend):
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    out = sla(*golden(name, dtype), TOPK, feature_map=feature_map, backend=backend)
+    assert goldens.relative_error(out, golden_output(name, feature_map)) <= BOUND
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize(("name", "feature_map"), OUTPUTS)
+def test_mutants_miss_the_original(name, feature_map, mutant):
+    out = MUTANTS[mutant](*golden(name), feature_map)
+    assert goldens.relative_error(out, golden_output(name, feature_map)) > BOUND
+
+
+@pytest.mark.parametrize("pv", LOW_BIT_BOUND)
+@pytest.mark.parametrize("name", ["sla0", "sla1"])
+def test_low_bits_stay_close_to_exact_arithmetic(name, pv):
+    """At the same block map; the original's own low-bit attention is 3.6e-2 away."""
+    q, k, v, weight, bias = golden(name)
+    chosen = block_map(q, k, TOPK)
+    exact = exact_sparse(q, k, v, chosen) + exact_linear(q, k, v, weight, bias, "softmax")
+    out = sla(q, k, v, weight, bias, low_bit=True, block_map=chosen, pv=pv, backend="reference")
+    assert goldens.relative_error(out, exact) <= LOW_BIT_BOUND[pv]
+
+
+@pytest.mark.parametrize("pv", ["fp16", pytest.param("fp8", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", ["sla0", "sla1"])
+def test_low_bits_in_triton_stay_close_to_exact_arithmetic(name, pv):
+    if pv == "fp8" and not has_fp8(torch.device(DEVICE)):
+        pytest.skip("needs an NVIDIA GPU of sm_89 or newer")
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    q, k, v, weight, bias = golden(name, dtype)
+    chosen = block_map(q, k, TOPK)
+    exact = exact_sparse(q, k, v, chosen) + exact_linear(q, k, v, weight, bias, "softmax")
+    out = sla(q, k, v, weight, bias, low_bit=True, block_map=chosen, pv=pv, backend="triton")
+    assert goldens.relative_error(out, exact) <= LOW_BIT_BOUND[pv]
+
+
+@pytest.mark.parametrize("topk", [0.001, 0.3, 1.0])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_is_sparse_plus_linear_attention(length, batch, topk):
+    q, k, v = random_qkv(batch, length, 2, 64)
+    weight, bias = random_proj(64)
+    chosen = block_map(q, k, topk)
+    exact = exact_sparse(q, k, v, chosen) + exact_linear(q, k, v, weight, bias, "softmax")
+    out = sla(q, k, v, weight, bias, topk)
+    assert goldens.relative_error(out, exact) <= 2e-6
+
+
+def test_topk_1_is_dense_attention_plus_the_linear_branch():
+    q, k, v = random_qkv(2, 300, 2, 128)
+    weight, bias = random_proj(128)
+    heads = (x.double().transpose(1, 2) for x in (q, k, v))
+    dense = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
+    exact = dense + exact_linear(q, k, v, weight, bias, "elu")
+    out = sla(q, k, v, weight, bias, 1.0, feature_map="elu")
+    assert goldens.relative_error(out, exact) <= 2e-6
+
+
+@pytest.mark.parametrize("low_bit", [False, True])
+@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_triton_equals_the_reference(dim, shape, low_bit):
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    q, k, v = random_qkv(2, 150, 2, dim, dtype)
+    weight, bias = random_proj(dim)
+    options = {"low_bit": low_bit, "pv": "fp16", "block_q": shape[0], "block_k": shape[1]}
+    expected = sla(q, k, v, weight, bias, 0.5, **options, backend="reference")
+    out = sla(q, k, v, weight, bias, 0.5, **options, backend="triton")
+    assert goldens.relative_error(out, expected) <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("low_bit", [False, True])
+@pytest.mark.parametrize("length", [1, 130])
+def test_all_equal_inputs_are_no_nan(length, low_bit, backend):
+    x = torch.zeros(1, length, 2, 64, dtype=torch.float16, device=DEVICE)
+    weight, bias = random_proj(64)
+    out = sla(x, x, x, weight, bias, 0.1, low_bit, backend=backend)
+    torch.testing.assert_close(out, bias.half().expand(out.shape), atol=1e-3, rtol=0)
+
+
+def test_an_injected_map_replaces_topk():
+    q, k, v = random_qkv(1, 300, 2, 64)
+    chosen = random_map(1, 300, 2, 128, 64)
+    out = sla(q, k, v, None, None, 1.0, block_map=chosen)
+    assert goldens.relative_error(out, exact_sparse(q, k, v, chosen)) <= 1e-6
+
+
+def test_refuses_what_does_not_fit():
+    q, k, v = random_qkv(1, 130, 2, 64)
+    wide = random_qkv(1, 130, 2, 96)
+    weight, bias = random_proj(64)
+    big, long = random_proj(128)
+    cases = [
+        ((*wide, weight, bias), {}, "q must have a head dim of 64 or 128, got 96"),
+        ((q, k, v, weight, bias), {"topk": 0.0}, "topk must be above 0 and at most 1, got 0.0"),
+        ((q, k, v, weight, bias), {"topk": 1.5}, "topk must be above 0 and at most 1, got 1.5"),
+        ((q, k, v, big, bias), {}, r"proj_weight must be \[64, 64\], got \[128, 128\]"),
+        ((q, k, v, weight, long), {}, r"proj_bias must be \[64\], got \[128\]"),
+        ((q, k, v, weight, None), {}, "proj_bias is None, give both or neither"),
+        ((q, k, v, None, bias), {}, "proj_weight is None, give both or neither"),
+        ((q, k, v, weight, bias), {"feature_map": "gelu"}, "feature_map must be one of"),
+        ((q, k, v, weight, bias), {"block_k": 32}, "must be 128x64, 64x64 or 64x128, got 128x32"),
+        ((q, k, v, weight, bias), {"backend": "cuda"}, "backend 'cuda' is unknown"),
+        (
+            (q, k, v, weight, bias),
+            {"block_map": random_map(1, 130, 1, 128, 64)},
+            r"block_map must be \[1, 2, 2, 1\], got \[1, 1, 2, 1\]",
+        ),
+    ]
+    for arguments, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            sla(*arguments, **options)
