@@ -24,8 +24,8 @@ class SLAAttentionPatch(io.ComfyNode):
                     "attention",
                     options=list(ATTENTIONS),
                     default="sagesla",
-                    tooltip="sagesla: SLA with INT8 queries and keys, fastest. sla: SLA in 16 bits. "
-                    "dense: ComfyUI's own attention.",
+                    tooltip="sagesla: SLA with INT8 queries and keys, fastest. sla: SLA in 16 "
+                    "bits. dense: ComfyUI's own attention.",
                 ),
                 io.Float.Input(
                     "topk",
@@ -34,8 +34,8 @@ class SLAAttentionPatch(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     round=0.001,
-                    tooltip="Share of the key blocks that get exact attention. 0.1 is fast, 0.15 is "
-                    "the authors' choice for best quality.",
+                    tooltip="Share of the key blocks that get exact attention. 0.1 is fast, 0.15 "
+                    "is the authors' choice for best quality.",
                 ),
                 io.String.Input(
                     "dense_blocks",
@@ -53,8 +53,8 @@ class SLAAttentionPatch(io.ComfyNode):
                     "backend",
                     options=list(BACKENDS),
                     default="auto",
-                    tooltip="auto: the Triton kernels where they can run. triton: those or an error. "
-                    "reference: plain torch, slow.",
+                    tooltip="auto: the Triton kernels where they can run. triton: those or an "
+                    "error. reference: plain torch, slow.",
                 ),
             ],
             outputs=[

@@ -3,7 +3,7 @@
 import folder_paths
 from comfy_api.latest import io
 
-from ..turbo_core.comfy_loader import load_turbo_model
+from ..turbo_core.comfy_loader import GRANULARITIES, load_turbo_model
 from .schema import schema
 
 FOLDER = "diffusion_models"
@@ -16,8 +16,8 @@ class TurboLoader(io.ComfyNode):
             node_id="TurboLoader",
             display_name="Load TurboDiffusion Model",
             category="model/loaders",
-            description="Loads a TurboDiffusion checkpoint for Wan 2.1 or 2.2 as an ordinary MODEL: "
-            "INT8 weights stay INT8, sparse-linear attention is on.",
+            description="Loads a TurboDiffusion checkpoint for Wan 2.1 or 2.2 as an ordinary "
+            "MODEL: INT8 weights stay INT8, sparse-linear attention is on.",
             search_aliases=["turbowan", "turbodiffusion", "sla", "int8", "wan"],
             inputs=[
                 io.Combo.Input(
@@ -25,6 +25,14 @@ class TurboLoader(io.ComfyNode):
                     options=folder_paths.get_filename_list(FOLDER),
                     tooltip="A file in models/diffusion_models, quantized (-quant) or not, "
                     ".pth or .safetensors. What it holds is read from the file, not from its name.",
+                ),
+                io.Combo.Input(
+                    "granularity",
+                    options=list(GRANULARITIES),
+                    default="fast",
+                    tooltip="Scales of the INT8 linears. fast: one per token and output channel. "
+                    "exact: the checkpoint's own 128x128 blocks, slower. Float checkpoints have "
+                    "none.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="A Wan MODEL for any sampler, LoRA or patch node.")],
@@ -40,7 +48,6 @@ class TurboLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, checkpoint):
-        return io.NodeOutput(
-            load_turbo_model(folder_paths.get_full_path_or_raise(FOLDER, checkpoint))
-        )
+    def execute(cls, checkpoint, granularity):
+        path = folder_paths.get_full_path_or_raise(FOLDER, checkpoint)
+        return io.NodeOutput(load_turbo_model(path, granularity))

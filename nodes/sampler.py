@@ -14,8 +14,8 @@ class RCMSampler(io.ComfyNode):
             node_id="rCMSampler",
             display_name="rCM Sampler (TurboDiffusion)",
             category="model/sampling/samplers",
-            description="The sampler and sigmas TurboDiffusion models were distilled for: a video in "
-            "1 to 4 steps, without CFG.",
+            description="The sampler and sigmas TurboDiffusion models were distilled for: a video "
+            "in 1 to 4 steps, without CFG.",
             search_aliases=["rcm", "turbodiffusion", "consistency", "few steps"],
             inputs=[
                 io.Int.Input(
@@ -23,7 +23,7 @@ class RCMSampler(io.ComfyNode):
                     default=4,
                     min=1,
                     max=100,
-                    tooltip="1 to 4 as the models were trained; more interpolates the same schedule.",
+                    tooltip="1 to 4 as the models were trained; more interpolate the schedule.",
                 ),
                 io.Float.Input(
                     "sigma_max",

@@ -1,21 +1,22 @@
-"""Sparse-linear attention inside ComfyUI's own Wan model, through ModelPatcher."""
+"""Puts the fused block and SLA into ComfyUI's own Wan model, through ModelPatcher."""
 
 import dataclasses
 
 import comfy.ldm.wan.model
 import comfy.model_patcher
-import comfy.ops
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..kernels.dispatch import has_fp8, use_triton
-from ..kernels.norm import rms_norm
-from ..kernels.rope import apply_rope
-from ..kernels.sla import sla
+from ..kernels.dispatch import use_triton
 from . import run_report
+from .comfy_block import block_forward, is_ours
+from .comfy_sla import KEY, self_attention
 from .sla_settings import SLASettings
 
-KEY = "turbodiffusion"
+PLAIN_BLOCKS = (
+    comfy.ldm.wan.model.WanAttentionBlock,
+    comfy.ldm.wan.model.WanAttentionBlockAudio,
+)
 
 
 def wan_model(model: comfy.model_patcher.ModelPatcher) -> comfy.ldm.wan.model.WanModel:
@@ -25,12 +26,21 @@ def wan_model(model: comfy.model_patcher.ModelPatcher) -> comfy.ldm.wan.model.Wa
         ValueError: the MODEL is something else.
     """
     diffusion_model = model.get_model_object("diffusion_model")
-    if not isinstance(diffusion_model, comfy.ldm.wan.model.WanModel):
+    if not isinstance(diffusion_model, comfy.ldm.wan.model.WanModel) or any(
+        _attends_otherwise(block) for block in diffusion_model.blocks
+    ):
         raise ValueError(
-            f"this needs a Wan MODEL, got {type(diffusion_model).__name__}. "
-            "Connect a Wan 2.1 or 2.2 model, from TurboLoader or any other loader."
+            "this needs a Wan MODEL with Wan's plain self-attention, got "
+            f"{type(diffusion_model).__name__}. Connect a Wan 2.1 or 2.2 model, from TurboLoader "
+            "or any other loader."
         )
     return diffusion_model
+
+
+def _attends_otherwise(block: torch.nn.Module) -> bool:
+    # Causal Wan attends through a KV cache, Wan Animate 2 to a pose as well.
+    is_wan = isinstance(block, comfy.ldm.wan.model.WanAttentionBlock)
+    return is_wan and type(block) not in PLAIN_BLOCKS
 
 
 def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettings):
@@ -58,11 +68,17 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
 
 
 def _bind_blocks(model: comfy.model_patcher.ModelPatcher) -> None:
-    """Put our forward on every block's self-attention that nobody else has patched."""
-    for index, block in enumerate(wan_model(model).blocks):
-        name = f"diffusion_model.blocks.{index}.self_attn.forward"
-        if name not in model.object_patches or _is_ours(model.object_patches[name]):
-            model.add_object_patch(name, _bind(block.self_attn, index))
+    """Put our forward on every block and its self-attention, unless somebody else patched it."""
+    patches = model.object_patches
+    for index in range(len(wan_model(model).blocks)):
+        block = f"diffusion_model.blocks.{index}"
+        for name, function in ((block, block_forward), (f"{block}.self_attn", self_attention)):
+            if is_ours(patches.get(f"{name}.forward")):
+                del patches[f"{name}.forward"]
+            if name not in patches and f"{name}.forward" not in patches:
+                # Not from `blocks`: those may be another clone's, which is loaded now.
+                module = model.get_model_object(name)
+                model.add_object_patch(f"{name}.forward", _bind(function, module, index))
 
 
 def _rebind_clone(original, clone) -> None:
@@ -71,16 +87,12 @@ def _rebind_clone(original, clone) -> None:
         _bind_blocks(clone)
 
 
-def _bind(attn: torch.nn.Module, index: int):
-    def forward(x, freqs, transformer_options):
-        return self_attention(attn, index, x, freqs, transformer_options)
+def _bind(function, module: torch.nn.Module, index: int):
+    def forward(*args, **kwargs):
+        return function(module, index, *args, **kwargs)
 
     forward.turbodiffusion = True
     return forward
-
-
-def _is_ours(forward) -> bool:
-    return getattr(forward, "turbodiffusion", False)
 
 
 def _around_run(executor, *args, **kwargs):
@@ -95,7 +107,7 @@ def _around_forward(
     blocks = executor.class_obj.blocks
     run_report.note_forward(len(blocks))
     for index, block in enumerate(blocks):
-        if not _is_ours(block.self_attn.forward):
+        if not is_ours(block.self_attn.forward):
             owner = getattr(block.self_attn.forward, "__module__", "another node")
             run_report.note_dense(index, f"its self-attention is patched by {owner}")
     options = {**transformer_options[KEY], "step": _step(transformer_options)}
@@ -110,82 +122,3 @@ def _step(transformer_options: dict) -> int:
         return -1
     now = transformer_options["sigmas"].max().to(sigmas)
     return int((sigmas > now + 1e-6).sum())
-
-
-def self_attention(
-    attn, index: int, x: torch.Tensor, freqs: torch.Tensor, transformer_options: dict
-):
-    """Wan self-attention of block `index` on modulated x [B, L, C], with SLA where it applies.
-
-    `freqs` is the host's rotation [1, L, 1, D/2, 2, 2]. Takes the place of
-    WanSelfAttention.forward and calls it for blocks and steps that stay dense.
-    """
-    options = dict(transformer_options[KEY])
-    step = options.pop("step", -1)
-    settings = SLASettings(**options)
-    if why := _dense_reason(settings, attn, index, step):
-        run_report.note_dense(index, why)
-        return type(attn).forward(attn, x, freqs, transformer_options=transformer_options)
-
-    heads = (*x.shape[:2], attn.num_heads, attn.head_dim)
-    cos, sin = freqs[:, :, 0, :, 0, 0], freqs[:, :, 0, :, 1, 0]
-    q = apply_rope(_norm(attn.norm_q, attn.q(x)).view(heads), cos, sin)
-    k = apply_rope(_norm(attn.norm_k, attn.k(x)).view(heads), cos, sin)
-    v = attn.v(x).view(heads)
-    y = _sla(attn, q, k, v, settings).flatten(2)
-    kernel = run_report.kernel_name(x.device, settings.backend)
-    run_report.note_sla(index, _how(settings, x.device, hasattr(attn, "proj_l")), kernel)
-    for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
-        y = patch({"x": y, "q": q, "k": k, "transformer_options": transformer_options})
-    return attn.o(y)
-
-
-def _dense_reason(settings: SLASettings, attn, index: int, step: int) -> str | None:
-    if settings.attention == "dense" or index in settings.dense_blocks:
-        return "asked for"
-    if 0 <= step < settings.dense_steps:
-        return f"first {settings.dense_steps} steps, asked for"
-    if attn.head_dim not in (64, 128):
-        return f"head_dim {attn.head_dim} is not 64 or 128"
-    return None
-
-
-def _sla(attn, q, k, v, settings: SLASettings) -> torch.Tensor:
-    options = {
-        "topk": settings.topk,
-        "low_bit": settings.attention == "sagesla",
-        "backend": settings.backend,
-    }
-    if not hasattr(attn, "proj_l"):
-        return sla(q, k, v, None, None, **options)
-    weight, bias, stream = comfy.ops.cast_bias_weight(
-        attn.proj_l,
-        dtype=torch.float32,
-        device=q.device,
-        bias_dtype=torch.float32,
-        offloadable=True,
-    )
-    y = sla(q, k, v, weight, bias, **options)
-    comfy.ops.uncast_bias_weight(attn.proj_l, weight, bias, stream)
-    return y
-
-
-def _norm(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm over the full dim with the checkpoint's fp32 weight, unless somebody patched it."""
-    if not isinstance(norm, comfy.ops.CastWeightBiasOp) or "forward" in vars(norm):
-        return norm(x)
-    weight, bias, stream = comfy.ops.cast_bias_weight(
-        norm, dtype=torch.float32, device=x.device, bias_dtype=torch.float32, offloadable=True
-    )
-    y = rms_norm(x, weight, norm.eps)
-    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
-    return y
-
-
-def _how(settings: SLASettings, device: torch.device, has_projection: bool) -> str:
-    """The attention that ran, in a few words for the report."""
-    bits = "16 bit"
-    if settings.attention == "sagesla":
-        bits = f"int8 QK and {'fp8' if has_fp8(device) else 'fp16'} PV"
-    branch = "" if has_projection else ", no proj_l so no linear branch"
-    return f"{settings.attention} top-k {settings.topk:g} ({bits}{branch})"

@@ -8,40 +8,63 @@ import torch
 
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_quant import quantize_blocks, quantize_rows
+from ..kernels.requantize import requantize_rows
 from . import run_report
-from .comfy_quant import granularity, is_int8, pack, requantize, unpack
+from .comfy_quant import is_int8, pack, requantize, unpack
 
 # Newer hosts requantize a weight after patching it, if asked to.
 _parameters = inspect.signature(comfy.ops.cast_bias_weight).parameters
 _REQUANTIZE = {"want_requant": True} if "want_requant" in _parameters else {}
 
 
-def fetch(op: torch.nn.Module, x: torch.Tensor):
-    """Weight, bias and offload stream of a comfy op, on x's device; INT8 weights stay INT8.
+Operands = tuple[torch.Tensor, torch.Tensor]  # int8 and its float32 scales
+
+
+def fetch(op: torch.nn.Module, dtype: torch.dtype, device: torch.device):
+    """Weight, bias and offload stream of a comfy op on `device`; INT8 weights stay INT8.
 
     The caller hands all three to comfy.ops.uncast_bias_weight after their last use.
     """
     patched = len(op.weight_function) > 0
-    dtype = op.weight.dtype if is_int8(op.weight) and not patched else x.dtype
+    weight_dtype = op.weight.dtype if is_int8(op.weight) and not patched else dtype
     return comfy.ops.cast_bias_weight(
-        op, dtype=dtype, device=x.device, bias_dtype=x.dtype, offloadable=True, **_REQUANTIZE
+        op, dtype=weight_dtype, device=device, bias_dtype=dtype, offloadable=True, **_REQUANTIZE
     )
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [B, L, in] times an INT8 or float weight [out, in], plus bias, in x's dtype."""
+def quantize(x: torch.Tensor, granularity: str, activation: str | None = None) -> Operands:
+    """Activations [B, L, C] to INT8 in "blocks" or "rows", after `activation` if there is one."""
+    quantizer = {"blocks": quantize_blocks, "rows": quantize_rows}[granularity]
+    return quantizer(x, activation=activation)
+
+
+def int8_product(op: "Linear", x: Operands, dtype: torch.dtype, **epilogue) -> torch.Tensor:
+    """The INT8 linear layer `op` on quantized activations; `epilogue` as int8_linear takes it."""
+    comfy.ops.run_every_op()
+    weight, bias, stream = fetch(op, dtype, x[0].device)
+    operands = _weight_operands(weight, op.granularity)
+    y = int8_linear(*x, *operands, bias, out_dtype=dtype, **epilogue)
+    comfy.ops.uncast_bias_weight(op, weight, bias, stream)
+    run_report.note_int8(op.granularity, run_report.kernel_name(x[0].device))
+    return y
+
+
+def _weight_operands(weight: torch.Tensor, granularity: str) -> Operands:
+    """The weight in the granularity it multiplies in; it is float after a LoRA while streamed."""
     if not is_int8(weight):
-        return torch.nn.functional.linear(x, weight, bias)
-    w_q, w_scale = unpack(weight)
-    x_q, x_scale = (quantize_blocks if w_scale.ndim == 2 else quantize_rows)(x)
-    run_report.note_int8(granularity(weight), run_report.kernel_name(x.device))
-    return int8_linear(x_q, x_scale, w_q, w_scale, bias, out_dtype=x.dtype)
+        return quantize(weight, granularity)
+    q, scale = unpack(weight)
+    if granularity == "rows" and scale.ndim == 2:
+        return requantize_rows(q, scale)
+    return q, scale
 
 
 class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     """Linear whose weight is whatever the checkpoint holds: float, or INT8 with its scales.
 
-    Not a torch.nn.Linear, so that nothing is allocated before the checkpoint's tensors are assigned.
+    `granularity` is what INT8 weights multiply in: "blocks", the checkpoints' own 128x128 scales,
+    or "rows", one scale per token and output channel, which weights are requantized to at each use.
+    Not a torch.nn.Linear, so that nothing is allocated before the checkpoint's are assigned.
     """
 
     comfy_cast_weights = True
@@ -51,6 +74,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         self.in_features = in_features
         self.out_features = out_features
         self.compute_dtype = dtype
+        self.granularity = "blocks"
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
         # Where the host streams weights, it casts float ones to these.
@@ -70,11 +94,11 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             self.bias = torch.nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x):
+        if is_int8(self.weight):
+            return int8_product(self, quantize(x, self.granularity), x.dtype)
         comfy.ops.run_every_op()
-        weight, bias, stream = fetch(self, x)
-        if is_int8(self.weight) and not is_int8(weight):
-            weight = requantize(weight, self.weight, self.compute_dtype)
-        y = linear(x, weight, bias)
+        weight, bias, stream = fetch(self, x.dtype, x.device)
+        y = torch.nn.functional.linear(x, weight, bias)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
 

@@ -59,7 +59,8 @@ def sample_rcm(
 def step_noise_sampler(x, seed: int | None):
     """ComfyUI's noise sampler for x, seeded never to repeat the initial noise of `seed`."""
     if seed is not None:
-        seed = (seed + STEP_NOISE_SEED) % 2**64
+        # One below 2**64, because newer hosts add 1 to it on the CPU.
+        seed = (seed + STEP_NOISE_SEED) % (2**64 - 1)
     return comfy.k_diffusion.sampling.default_noise_sampler(x, seed=seed)
 
 

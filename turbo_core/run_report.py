@@ -22,6 +22,8 @@ class RunReport:
         self.num_blocks = 0
         self.sla = collections.defaultdict(set)  # how -> blocks
         self.dense = collections.defaultdict(set)  # why -> blocks
+        self.fused = set()
+        self.unfused = collections.defaultdict(set)  # why -> blocks
         self.int8 = collections.Counter()  # granularity -> calls
         self.kernels = set()
 
@@ -32,6 +34,8 @@ class RunReport:
         parts += [f"SLA in {len(sparse)} of {self.num_blocks} blocks"]
         parts += [f"{how} in {_ranges(blocks)}" for how, blocks in self.sla.items()]
         parts += [f"dense in {_ranges(blocks)}: {why}" for why, blocks in self.dense.items()]
+        parts += [f"fused in {_ranges(self.fused)}"] if self.fused else []
+        parts += [f"not fused in {_ranges(blocks)}: {why}" for why, blocks in self.unfused.items()]
         parts += [f"INT8 {how} in {n // self.forwards} linears" for how, n in self.int8.items()]
         parts += [f"kernels: {name}" for name in sorted(self.kernels)]
         return "TurboDiffusion: " + "; ".join(parts)
@@ -76,6 +80,18 @@ def note_dense(block: int, why: str) -> None:
     """Block `block` ran dense attention, and `why`."""
     if report := _report():
         report.dense[why].add(block)
+
+
+def note_fused(block: int) -> None:
+    """Block `block` ran as one fused function."""
+    if report := _report():
+        report.fused.add(block)
+
+
+def note_unfused(block: int, why: str) -> None:
+    """Block `block` ran as the host's own forward, and `why`."""
+    if report := _report():
+        report.unfused[why].add(block)
 
 
 def note_int8(granularity: str, kernel: str) -> None:

@@ -39,12 +39,13 @@ def parse_blocks(text: str, num_blocks: int) -> tuple[int, ...]:
     blocks = set()
     for part in filter(None, (p.strip() for p in text.split(","))):
         first, dash, last = part.partition("-")
-        if not first.strip().isdigit() or (dash and not last.strip().isdigit()):
+        if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
             raise ValueError(f"dense blocks are numbers and ranges such as '0, 2-4', got {part!r}")
-        blocks.update(range(int(first), int(last if dash else first) + 1))
-    missing = sorted(b for b in blocks if b >= num_blocks)
-    if missing:
-        raise ValueError(
-            f"dense blocks name block {missing[0]}, but this model has blocks 0 to {num_blocks - 1}"
-        )
+        named = range(int(first), int(last if dash else first) + 1)
+        if named and named[-1] >= num_blocks:
+            raise ValueError(
+                f"dense blocks name block {max(named[0], num_blocks)}, but this model has blocks "
+                f"0 to {num_blocks - 1}"
+            )
+        blocks.update(named)
     return tuple(sorted(blocks))

@@ -12,6 +12,7 @@ if has_triton():
 __all__ = [
     "block_map",
     "block_means",
+    "center_means",
     "centered_means",
     "check_topk",
     "select_blocks",
@@ -59,8 +60,14 @@ def centered_means(
     Returns:
         float32 [B, H, ceil(L / block), D] and float32 [B, H, D].
     """
-    means = block_means(k, block, backend=backend)
-    mean = reference.mean_of_blocks(means, k.shape[1], block)
+    return center_means(block_means(k, block, backend=backend), k.shape[1], block)
+
+
+def center_means(
+    means: torch.Tensor, length: int, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block means [B, H, N, D] of `length` rows less the mean of all rows, and that mean."""
+    mean = reference.mean_of_blocks(means, length, block)
     return means - mean[:, :, None], mean
 
 

@@ -4,9 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK = 1024  # scores that one step of the selection looks at
+RESIDENT = 2048  # scores of a row that one warp holds in its registers; 1182 at 720p
+CHUNK = 1024  # scores that one step of the selection of longer rows looks at
 TILE = 64  # query and key blocks of one score tile
 LAUNCH = {"num_warps": 4, "num_stages": 1}  # memory-bound or tiny, the same on every card
+ROW_LAUNCH = {"num_warps": 1, "num_stages": 1}  # a warp counts without waiting for another
 
 
 @triton.jit(do_not_specialize=["heads", "length"])
@@ -62,6 +64,29 @@ def ordered_keys(scores, index, n_keys):
     score = tl.load(scores + index, mask=index < n_keys, other=0.0)
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit(do_not_specialize=["n_keys", "count"])
+def select_resident_kernel(scores, block_map, n_keys, count, RESIDENT: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, RESIDENT)
+    inside = index < n_keys
+    # No threshold below is as low as the filling.
+    key = tl.where(inside, ordered_keys(scores + row * n_keys, index, n_keys), -(2**31))
+    low = tl.full((), -(2**31), tl.int64)
+    high = tl.full((), 2**31 - 1, tl.int64)
+    for _ in range(32):
+        middle = (low + high + 1) >> 1
+        enough = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0) >= count
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    best = low.to(tl.int32)
+    above = key > best
+    tie = ((key == best) & inside).to(tl.int32)
+    ties = count - tl.sum(above.to(tl.int32), 0)
+    taken = above | ((tie > 0) & (tl.cumsum(tie, 0) <= ties))
+    place = tl.cumsum(taken.to(tl.int32), 0) - 1
+    tl.store(block_map + row * count + place, index, mask=taken)
 
 
 @triton.jit
@@ -132,7 +157,11 @@ def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> t
             q_means.contiguous(), k_means.contiguous(), scores, n_queries, n_keys,
             HEAD_DIM=dim, TILE=TILE, **LAUNCH,
         )  # fmt: skip
-        select_blocks_kernel[(batch * heads * n_queries,)](
-            scores, block_map, n_keys, count, CHUNK=CHUNK, **LAUNCH
-        )
+        rows = (batch * heads * n_queries,)
+        if n_keys <= RESIDENT:
+            select_resident_kernel[rows](
+                scores, block_map, n_keys, count, RESIDENT=RESIDENT, **ROW_LAUNCH
+            )
+        else:
+            select_blocks_kernel[rows](scores, block_map, n_keys, count, CHUNK=CHUNK, **LAUNCH)
     return block_map

@@ -20,13 +20,17 @@ def int8_linear(
     w_scale: Tensor,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """y = dequantized x @ dequantized w.T + bias, with exact int8 products.
+    """y = (dequantized x @ dequantized w.T + bias) * gate + residual, with exact int8 products.
 
     The shapes of the scales decide the granularity. Blocks: y = sum over blocks of 128 k of
     (x_q @ w_q.T) * x_scale * w_scale, accumulated in fp32 (TurboDiffusion, arXiv 2512.16093,
-    W8A8). Rows: int32 sums over all of K, then the two scales.
+    W8A8). Rows: int32 sums over all of K, then the two scales. Bias, gate and residual are applied
+    in fp32, before the one rounding to out_dtype.
 
     Args:
         x_q: int8 `[B, L, K]`, contiguous along K. Blocks of 128 rows restart at every sample.
@@ -35,21 +39,30 @@ def int8_linear(
         w_scale: fp32, blocks `[ceil(N/128), ceil(K/128)]` or rows `[N]`.
         bias: `[N]` of any float dtype, or None.
         out_dtype: bf16, fp16 or fp32.
+        gate: `[B, 1, N]` or `[B, L, N]` of any float dtype and any strides, or None.
+        residual: `[B, L, N]` of any float dtype, contiguous along N, or None.
+        out: `[B, L, N]` of out_dtype, contiguous along N, to write to; None allocates it. It may
+            be the residual itself, but overlap no other argument.
         backend: "auto", "triton" or "reference".
 
     Returns:
-        `[B, L, N]` in out_dtype, contiguous.
+        `out`, or a new contiguous `[B, L, N]` in out_dtype.
 
     Raises:
-        ValueError: shapes do not fit together, or an operand is not contiguous along K.
-        TypeError: operands are not int8, scales not fp32, or out_dtype is none of the three.
+        ValueError: shapes do not fit together, or a tensor is not contiguous where it has to be.
+        TypeError: operands are not int8, scales not fp32, gate or residual not float, out_dtype is
+            none of the three, or `out` is not of out_dtype.
         RuntimeError: Triton was asked for by name and cannot run.
     """
     _check_operands(x_q, w_q, bias, out_dtype)
-    by_blocks = _is_by_blocks(x_q, x_scale, w_q, w_scale)
+    _check_scales(x_q, x_scale, w_q, w_scale)
+    batch, length, _ = x_q.shape
+    shape = batch, length, w_q.shape[0]
+    _check_epilogue(shape, gate, residual, out, out_dtype)
     module = triton_kernels if use_triton("int8_linear", backend, x_q) else reference
-    linear = module.linear_blocks if by_blocks else module.linear_rows
-    return linear(x_q, x_scale, w_q, w_scale, bias, out_dtype)
+    if out is None:
+        out = torch.empty(shape, dtype=out_dtype, device=x_q.device)
+    return module.linear(x_q, x_scale, w_q, w_scale, bias, gate, residual, out)
 
 
 def _check_operands(x_q: Tensor, w_q: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
@@ -74,8 +87,7 @@ def _check_operands(x_q: Tensor, w_q: Tensor, bias: Tensor | None, out_dtype: to
         raise ValueError(f"int8_linear needs bias [{w_q.shape[0]}], got {list(bias.shape)}")
 
 
-def _is_by_blocks(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor) -> bool:
-    """Whether the scales are per block; False where they are per row."""
+def _check_scales(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor) -> None:
     batch, length, k = x_q.shape
     n = w_q.shape[0]
     k_blocks = -(-k // BLOCK)
@@ -89,4 +101,31 @@ def _is_by_blocks(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor) ->
         )
     if x_scale.dtype != torch.float32 or w_scale.dtype != torch.float32:
         raise TypeError(f"int8_linear takes fp32 scales, got {x_scale.dtype} and {w_scale.dtype}")
-    return got == blocks
+
+
+def _check_epilogue(
+    shape: tuple[int, int, int],
+    gate: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    batch, _, n = shape
+    if gate is not None and gate.shape not in ((batch, 1, n), shape):
+        raise ValueError(
+            f"int8_linear needs gate [{batch}, 1, {n}] or {list(shape)}, got {list(gate.shape)}"
+        )
+    for name, tensor in (("residual", residual), ("out", out)):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"int8_linear needs {name} {list(shape)}, got {list(tensor.shape)}")
+        if tensor.stride(-1) != 1:
+            raise ValueError(
+                f"int8_linear needs {name} contiguous along N, got strides {tensor.stride()}"
+            )
+    for name, tensor in (("gate", gate), ("residual", residual)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"int8_linear takes a float {name}, got {tensor.dtype}")
+    if out is not None and out.dtype != out_dtype:
+        raise TypeError(f"int8_linear: out must be of out_dtype {out_dtype}, got {out.dtype}")

@@ -1,9 +1,10 @@
-"""INT8 linear layer in Triton, one kernel per granularity of the scales."""
+"""INT8 linear layer in Triton: one kernel for both granularities of the scales."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import dispatch
 
@@ -12,166 +13,218 @@ BLOCK = 128
 GROUP = 8
 
 
-def blocks_config(capability: tuple[int, int]) -> dict[str, int]:
-    """Launch configuration with block scales; a tile is one block of scales on every side."""
-    tile = {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK, "BLOCK_K": BLOCK, "GROUP": GROUP, "num_warps": 8}
-    return {**tile, "num_stages": _stages(capability)}
+def linear_config(
+    capability: tuple[int, int], by_blocks: bool, tma: bool, n: int, k: int
+) -> dict[str, int]:
+    """Launch configuration, from what tests/benchmarks/int8_linear.py --sweep measured.
+
+    It does not look at the length: a new resolution never compiles again.
+    """
+    tile = {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK, "BLOCK_K": BLOCK, "GROUP": GROUP}
+    if capability[0] == 9 and tma:
+        # A wide tile has its SM to itself: it pays where K hides its epilogue, and N is wide.
+        if not by_blocks and k > 2048 and n >= 3072:
+            return {**tile, "BLOCK_N": 256, "num_warps": 8, "num_stages": 4}
+        # Two tiles share an SM. Block scales spill 48 bytes at 4 warps, yet are slower at 8.
+        return {**tile, "num_warps": 4, "num_stages": 3}
+    # 32 KB a stage: 227 KB a block on data center Hopper and Blackwell, 99 KB on most others.
+    return {**tile, "num_warps": 8, "num_stages": 4 if capability[0] in (9, 10) else 3}
 
 
-def rows_config(capability: tuple[int, int], out_dtype: torch.dtype) -> dict[str, int]:
-    """Launch configuration with row scales; a wide tile only where it does not spill."""
-    tile = {"BLOCK_M": 128, "BLOCK_K": 128, "GROUP": GROUP, "num_warps": 8}
-    wide = capability[0] == 9 and out_dtype.itemsize == 2
-    return {**tile, "BLOCK_N": 256 if wide else 128, "num_stages": _stages(capability)}
-
-
-def _stages(capability: tuple[int, int]) -> int:
-    """Stages of 32 KB: 227 KB a block on data center Hopper and Blackwell, 99 KB on most others."""
-    return 4 if capability[0] in (9, 10) else 3
-
-
-def linear_blocks(
+def linear(
     x_q: Tensor,
     x_scale: Tensor,
     w_q: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
-    out_dtype: torch.dtype,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
 ) -> Tensor:
-    config = blocks_config(dispatch.capability(x_q.device))
-    return _launch(linear_blocks_kernel, config, x_q, x_scale, w_q, w_scale, bias, out_dtype)
-
-
-def linear_rows(
-    x_q: Tensor,
-    x_scale: Tensor,
-    w_q: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    config = rows_config(dispatch.capability(x_q.device), out_dtype)
-    return _launch(linear_rows_kernel, config, x_q, x_scale, w_q, w_scale, bias, out_dtype)
-
-
-def _launch(kernel, config, x_q, x_scale, w_q, w_scale, bias, out_dtype) -> Tensor:
     batch, length, k = x_q.shape
     n = w_q.shape[0]
-    y = torch.empty(batch, length, n, dtype=out_dtype, device=x_q.device)
-    bias = None if bias is None else bias.contiguous()
+    by_blocks = x_scale.ndim == 3
+    matrices = x_q, w_q[None], residual, out
+    capability = dispatch.capability(x_q.device)
+    tma = capability >= (9, 0) and all(t is None or _fits_tensor_map(t) for t in matrices)
+    config = linear_config(capability, by_blocks, tma, n, k)
     tiles = triton.cdiv(length, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
+    x, w, residual_, out_ = _tensor_maps(matrices, config) if tma else (x_q, w_q, residual, out)
     with torch.cuda.device_of(x_q):
-        kernel[(tiles, batch)](
-            x_q,
+        linear_kernel[(tiles, batch)](
+            x,
             x_scale.contiguous(),
-            w_q,
+            w,
             w_scale.contiguous(),
-            bias,
-            y,
+            None if bias is None else bias.contiguous(),
+            gate,
+            residual_,
+            out_,
             length,
             n,
             k,
             *x_q.stride()[:2],
             w_q.stride(0),
+            *((0, 0, 0) if gate is None else gate.stride()),
+            *((0, 0) if residual is None else residual.stride()[:2]),
+            *out.stride()[:2],
+            BY_BLOCKS=by_blocks,
+            TMA=tma,
+            GATE_ROWS=gate is not None and gate.shape[1] > 1,
             **config,
         )
-    return y
+    return out
+
+
+def _fits_tensor_map(matrix: Tensor) -> bool:
+    """Whether the copy engine (TMA) can address [B, rows, columns]: 16-byte steps throughout."""
+    steps = [stride * matrix.itemsize for stride in matrix.stride()[:2]]
+    return matrix.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def tensor_map_blocks(config: dict[str, int]) -> list[list[int]]:
+    """What the kernel copies at a time of x, w, residual and out."""
+    m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    return [[1, m, k], [1, n, k], [1, m, n // 2], [1, m, n // 2]]
+
+
+def _tensor_maps(matrices, config: dict[str, int]) -> list[TensorDescriptor | None]:
+    return [
+        None if matrix is None else TensorDescriptor.from_tensor(matrix, block)
+        for matrix, block in zip(matrices, tensor_map_blocks(config), strict=True)
+    ]
 
 
 @triton.jit
-def _tile(length, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """The tile of this program: sample, row tile, column tile."""
-    tiles_m = tl.cdiv(length, BLOCK_M)
-    tiles_n = tl.cdiv(n, BLOCK_N)
+def _load(
+    matrix,
+    sample,
+    row,
+    column,
+    rows,
+    columns,
+    stride_b,
+    stride_r,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """[ROWS, COLUMNS] of matrix [B, rows, columns], zero outside of it."""
+    if TMA:
+        return matrix.load([sample, row, column]).reshape(ROWS, COLUMNS)
+    else:
+        o_r = row + tl.arange(0, ROWS)
+        o_c = column + tl.arange(0, COLUMNS)
+        inside = (o_r < rows)[:, None] & (o_c < columns)[None, :]
+        offsets = sample * stride_b + o_r.to(tl.int64)[:, None] * stride_r + o_c[None, :]
+        return tl.load(matrix + offsets, mask=inside, other=0)
+
+
+@triton.jit
+def _store(
+    matrix,
+    tile,
+    sample,
+    row,
+    column,
+    rows,
+    columns,
+    stride_b,
+    stride_r,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Write tile [ROWS, COLUMNS], as far as it is inside of matrix [B, rows, columns]."""
+    if TMA:
+        matrix.store([sample, row, column], tile.to(matrix.dtype).reshape(1, ROWS, COLUMNS))
+    else:
+        o_r = row + tl.arange(0, ROWS)
+        o_c = column + tl.arange(0, COLUMNS)
+        inside = (o_r < rows)[:, None] & (o_c < columns)[None, :]
+        offsets = sample * stride_b + o_r.to(tl.int64)[:, None] * stride_r + o_c[None, :]
+        tl.store(matrix + offsets, tile.to(matrix.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["length"])
+def linear_kernel(
+    x,
+    x_scale,
+    w,
+    w_scale,
+    bias,
+    gate,
+    residual,
+    out,
+    length,
+    n,
+    k,
+    stride_xb,
+    stride_xl,
+    stride_wn,
+    stride_gb,
+    stride_gl,
+    stride_gn,
+    stride_rb,
+    stride_rl,
+    stride_ob,
+    stride_ol,
+    BY_BLOCKS: tl.constexpr,
+    TMA: tl.constexpr,
+    GATE_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    half: tl.constexpr = BLOCK_N // 2
+    tiles_m, tiles_n = tl.cdiv(length, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    k_blocks = tl.cdiv(k, BLOCK_K)
     pid = tl.program_id(0)
     tile_m, tile_n = tl.swizzle2d(pid // tiles_n, pid % tiles_n, tiles_m, tiles_n, GROUP)
-    return tl.program_id(1).to(tl.int64), tile_m, tile_n
+    row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+    batch = tl.program_id(1).to(tl.int64)
+    # Coordinates of a tensor map are int32.
+    b = tl.program_id(1) if TMA else batch
 
-
-@triton.jit
-def _store(y, y_ptr, bias_ptr, batch, length, n, o_m, o_n):
-    """Add the bias and write the tile y."""
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + o_n, mask=o_n < n, other=0.0).to(tl.float32)[None, :]
-    inside = (o_m < length)[:, None] & (o_n < n)[None, :]
-    row = batch * length + o_m
-    tl.store(y_ptr + row[:, None] * n + o_n[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["length"])
-def linear_blocks_kernel(
-    x_ptr,
-    x_scale_ptr,
-    w_ptr,
-    w_scale_ptr,
-    bias_ptr,
-    y_ptr,
-    length,
-    n,
-    k,
-    stride_xb,
-    stride_xl,
-    stride_wn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    batch, tile_m, tile_n = _tile(length, n, BLOCK_M, BLOCK_N, GROUP)
-    o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, BLOCK_K)
-    k_blocks = tl.cdiv(k, BLOCK_K)
-    x_scale_ptr += (batch * tl.cdiv(length, BLOCK_M) + tile_m) * k_blocks
-    w_scale_ptr += tile_n * k_blocks
-    p_x = x_ptr + batch * stride_xb + o_m.to(tl.int64)[:, None] * stride_xl + o_k[None, :]
-    p_w = w_ptr + o_n.to(tl.int64)[None, :] * stride_wn + o_k[:, None]
-    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if BY_BLOCKS:
+        x_scale += (batch * tiles_m + tile_m) * k_blocks
+        w_scale += tile_n * k_blocks
+        y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        y = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for block in range(k_blocks):
-        inside_k = o_k < k - block * BLOCK_K
-        x = tl.load(p_x, mask=(o_m < length)[:, None] & inside_k[None, :], other=0)
-        w = tl.load(p_w, mask=(o_n < n)[None, :] & inside_k[:, None], other=0)
-        scale = tl.load(x_scale_ptr + block) * tl.load(w_scale_ptr + block)
-        y += tl.dot(x, w, out_dtype=tl.int32).to(tl.float32) * scale
-        p_x += BLOCK_K
-        p_w += BLOCK_K
-    _store(y, y_ptr, bias_ptr, batch, length, n, o_m, o_n)
+        start = block * BLOCK_K
+        x_tile = _load(x, b, row, start, length, k, stride_xb, stride_xl, BLOCK_M, BLOCK_K, TMA)
+        w_tile = _load(w, 0, column, start, n, k, 0, stride_wn, BLOCK_N, BLOCK_K, TMA)
+        if BY_BLOCKS:
+            scale = tl.load(x_scale + block) * tl.load(w_scale + block)
+            y += tl.dot(x_tile, w_tile.T, out_dtype=tl.int32).to(tl.float32) * scale
+        else:
+            y = tl.dot(x_tile, w_tile.T, y, out_dtype=tl.int32)
 
-
-@triton.jit(do_not_specialize=["length"])
-def linear_rows_kernel(
-    x_ptr,
-    x_scale_ptr,
-    w_ptr,
-    w_scale_ptr,
-    bias_ptr,
-    y_ptr,
-    length,
-    n,
-    k,
-    stride_xb,
-    stride_xl,
-    stride_wn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    batch, tile_m, tile_n = _tile(length, n, BLOCK_M, BLOCK_N, GROUP)
-    o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, BLOCK_K)
-    p_x = x_ptr + batch * stride_xb + o_m.to(tl.int64)[:, None] * stride_xl + o_k[None, :]
-    p_w = w_ptr + o_n.to(tl.int64)[None, :] * stride_wn + o_k[:, None]
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    for start in range(0, k, BLOCK_K):
-        inside_k = o_k < k - start
-        x = tl.load(p_x, mask=(o_m < length)[:, None] & inside_k[None, :], other=0)
-        w = tl.load(p_w, mask=(o_n < n)[None, :] & inside_k[:, None], other=0)
-        total = tl.dot(x, w, total, out_dtype=tl.int32)
-        p_x += BLOCK_K
-        p_w += BLOCK_K
-    x_scale = tl.load(x_scale_ptr + batch * length + o_m, mask=o_m < length, other=0.0)
-    w_scale = tl.load(w_scale_ptr + o_n, mask=o_n < n, other=0.0)
-    y = total.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
-    _store(y, y_ptr, bias_ptr, batch, length, n, o_m, o_n)
+    # Half the columns at a time: a whole tile with its epilogue does not fit the registers.
+    left, right = y.reshape(BLOCK_M, 2, half).permute(0, 2, 1).split()
+    o_m = row + tl.arange(0, BLOCK_M)
+    for i in tl.static_range(2):
+        first = column + i * half
+        y = (left if i == 0 else right).to(tl.float32)
+        o_n = first + tl.arange(0, half)
+        if not BY_BLOCKS:
+            x_factor = tl.load(x_scale + batch * length + o_m, mask=o_m < length, other=0.0)
+            w_factor = tl.load(w_scale + o_n, mask=o_n < n, other=0.0)
+            y = y * x_factor[:, None] * w_factor[None, :]
+        if bias is not None:
+            y += tl.load(bias + o_n, mask=o_n < n, other=0.0).to(tl.float32)[None, :]
+        if gate is not None:
+            p_gate = gate + batch * stride_gb + o_n.to(tl.int64) * stride_gn
+            if GATE_ROWS:
+                p_gate = p_gate[None, :] + o_m.to(tl.int64)[:, None] * stride_gl
+                inside = (o_m < length)[:, None] & (o_n < n)[None, :]
+                y *= tl.load(p_gate, mask=inside, other=0.0).to(tl.float32)
+            else:
+                y *= tl.load(p_gate, mask=o_n < n, other=0.0).to(tl.float32)[None, :]
+        if residual is not None:
+            r = _load(residual, b, row, first, length, n, stride_rb, stride_rl, BLOCK_M, half, TMA)
+            y += r.to(tl.float32)
+        _store(out, y, b, row, first, length, n, stride_ob, stride_ol, BLOCK_M, half, TMA)

@@ -10,10 +10,13 @@ if has_triton():
     from . import triton as triton_kernels
 
 BLOCK = reference.BLOCK
+ACTIVATIONS = (None, "gelu_tanh")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def quantize_blocks(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def quantize_blocks(
+    x: Tensor, activation: str | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Quantize in blocks of 128 rows by 128 columns.
 
     amax = max(|x|, 1e-8) over the block, scale = amax / 128 and
@@ -23,43 +26,48 @@ def quantize_blocks(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     Args:
         x: `[..., R, C]` fp32, fp16 or bf16. The blocks restart at every leading index; the last
             ones hold what is left.
+        activation: None, or "gelu_tanh" to quantize x (1 + tanh(u)) / 2 with
+            u = sqrt(2 / pi) (x + 0.044715 x^3), computed in fp32, in place of x.
         backend: "auto", "triton" or "reference".
 
     Returns:
         int8 `[..., R, C]` and fp32 scales `[..., ceil(R/128), ceil(C/128)]`.
 
     Raises:
-        ValueError: x has fewer than two dimensions or no elements.
+        ValueError: x has fewer than two dimensions or no elements, or the activation is unknown.
         TypeError: x is of another dtype.
         RuntimeError: Triton was asked for by name and cannot run.
     """
-    _check_input("quantize_blocks", x)
+    _check_input("quantize_blocks", x, activation)
     if use_triton("quantize_blocks", backend, x):
-        return triton_kernels.quantize_blocks(x)
-    return reference.quantize_blocks(x)
+        return triton_kernels.quantize_blocks(x, activation)
+    return reference.quantize_blocks(x, activation)
 
 
-def quantize_rows(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, activation: str | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Quantize every row with its own scale: per token for x, per output channel for weights.
 
     The formula is that of `quantize_blocks`, with the amax of the row.
 
     Args:
         x: `[..., R, C]` fp32, fp16 or bf16.
+        activation: applied first, as in `quantize_blocks`.
         backend: "auto", "triton" or "reference".
 
     Returns:
         int8 `[..., R, C]` and fp32 scales `[..., R]`.
 
     Raises:
-        ValueError: x has fewer than two dimensions or no elements.
+        ValueError: x has fewer than two dimensions or no elements, or the activation is unknown.
         TypeError: x is of another dtype.
         RuntimeError: Triton was asked for by name and cannot run.
     """
-    _check_input("quantize_rows", x)
+    _check_input("quantize_rows", x, activation)
     if use_triton("quantize_rows", backend, x):
-        return triton_kernels.quantize_rows(x)
-    return reference.quantize_rows(x)
+        return triton_kernels.quantize_rows(x, activation)
+    return reference.quantize_rows(x, activation)
 
 
 def dequantize_blocks(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,11 +106,13 @@ def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return reference.dequantize_rows(q, scale, dtype)
 
 
-def _check_input(op: str, x: Tensor) -> None:
+def _check_input(op: str, x: Tensor, activation: str | None) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"{op} takes fp32, fp16 or bf16, got {x.dtype}: convert x first")
     if x.ndim < 2 or x.numel() == 0:
         raise ValueError(f"{op} needs x [..., R, C] with elements in it, got {list(x.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op} needs activation None or 'gelu_tanh', got {activation!r}")
 
 
 def _check_quantized(op: str, q: Tensor) -> None:

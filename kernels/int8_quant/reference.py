@@ -7,16 +7,16 @@ BLOCK = 128
 SMALLEST_AMAX = 1e-8
 
 
-def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_blocks(x: Tensor, activation: str | None = None) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape[-2:]
-    tiles = _to_tiles(x.float())
+    tiles = _to_tiles(_activate(x.float(), activation))
     amax = tiles.abs().amax((-3, -1), keepdim=True).clamp_min(SMALLEST_AMAX)
     q = _from_tiles(_round(tiles, amax), rows, columns)
     return q, (amax / 128).squeeze((-3, -1))
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.float()
+def quantize_rows(x: Tensor, activation: str | None = None) -> tuple[Tensor, Tensor]:
+    x = _activate(x.float(), activation)
     amax = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX)
     return _round(x, amax), (amax / 128).squeeze(-1)
 
@@ -28,6 +28,10 @@ def dequantize_blocks(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (q * scale[..., None].float()).to(dtype)
+
+
+def _activate(x: Tensor, activation: str | None) -> Tensor:
+    return x if activation is None else torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def _round(x: Tensor, amax: Tensor) -> Tensor:

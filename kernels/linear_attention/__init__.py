@@ -19,6 +19,7 @@ __all__ = [
     "check_branch",
     "check_feature_map",
     "key_value_state",
+    "key_value_state_and_maximum",
     "linear_attention",
 ]
 
@@ -49,11 +50,32 @@ def key_value_state(
     Raises:
         ValueError, TypeError: a shape, dtype or the feature map does not fit.
     """
+    return _kernels(k, v, feature_map, backend).key_value_state(k, v, feature_map)
+
+
+def key_value_state_and_maximum(
+    k: torch.Tensor, v: torch.Tensor, feature_map: str = "softmax", backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`key_value_state` and max |v| over all keys, in one pass over v.
+
+    Args:
+        k, v, feature_map, backend: see `key_value_state`.
+
+    Returns:
+        state float32 [B, H, D, D], normalizer float32 [B, H, D], maximum float32 [B, H, D].
+
+    Raises:
+        ValueError, TypeError: as `key_value_state`.
+    """
+    return _kernels(k, v, feature_map, backend).key_value_state_and_maximum(k, v, feature_map)
+
+
+def _kernels(k, v, feature_map, backend):
+    """The module that sums over these keys, once they are known to fit."""
     check_heads(k=k, v=v)
     check_feature_map(feature_map)
-    if use_triton("key_value_state", backend, k, not_contiguous(k, v), float32_on_gpu(k)):
-        return triton_kernels.key_value_state(k, v, feature_map)
-    return reference.key_value_state(k, v, feature_map)
+    unsupported = not_contiguous(k, v), float32_on_gpu(k)
+    return triton_kernels if use_triton("key_value_state", backend, k, *unsupported) else reference
 
 
 def linear_attention(

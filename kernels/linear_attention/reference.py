@@ -29,6 +29,13 @@ def key_value_state(
     return state, normalizer
 
 
+def key_value_state_and_maximum(
+    k: torch.Tensor, v: torch.Tensor, feature_map: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same, and max |v| over the keys, float32 [B, H, D]."""
+    return *key_value_state(k, v, feature_map), v.abs().amax(1).float()
+
+
 def linear_rows(
     q: torch.Tensor,
     state: torch.Tensor,

@@ -4,10 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-TILE = 64  # keys of one step of the state
-SPLITS = 16  # parts of L that are summed side by side; fixed, so that sums never change order
+TILE = 16  # keys of one step of the state: two programs fit a multiprocessor's registers
+PROGRAMS = 1056  # of the state, over all heads: 4 waves of 2 on a card of 132 multiprocessors
 ROWS = 128  # queries of one program
-LAUNCH = {"num_warps": 8, "num_stages": 2}  # the same on every card
+STATE_LAUNCH = {"num_warps": 8, "num_stages": 3}  # both the same on every card
+LAUNCH = {"num_warps": 8, "num_stages": 2}
 
 
 @triton.jit
@@ -24,13 +25,12 @@ def apply_feature_map(x, FEATURE_MAP: tl.constexpr):
 
 
 @triton.jit
-def add_linear_branch(
-    acc, q, q_l, row, length, head, mix, normalizer, bias,
-    D: tl.constexpr, FEATURE_MAP: tl.constexpr,
-):  # fmt: skip
-    """acc [R, D] plus the linear branch of the queries q + row * q_l, rows [R, 1].
+def linear_rows(
+    q, q_l, row, length, head, mix, normalizer, bias, D: tl.constexpr, FEATURE_MAP: tl.constexpr
+):
+    """The linear branch of the queries q + row * q_l, rows [R, 1], float32 [R, D].
 
-    Each query takes a weighted mean of the rows of `mix`, see `project_state`.
+    Each query takes a weighted mean of the rows of mix [D, D], see `project_state`.
     """
     channel = tl.arange(0, D)
     offset = row.to(tl.int64) * q_l + channel[None, :]
@@ -38,35 +38,44 @@ def add_linear_branch(
     z = tl.load(normalizer + head * D + channel)[None, :]
     weights = apply_feature_map(tile.to(tl.float32), FEATURE_MAP) * z
     weights = weights / (1e-5 + tl.sum(weights, 1))[:, None]
-    b_mix = tl.load(mix + (head * D + channel[:, None]) * D + channel[None, :])  # [D, D]
-    acc = tl.dot(weights.to(b_mix.dtype), b_mix, acc)
-    return acc + tl.load(bias + channel).to(tl.float32)[None, :]
+    mixed = tl.dot(weights.to(mix.dtype), mix)
+    return mixed + tl.load(bias + channel).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["heads", "length", "rows"])
 def key_value_state_kernel(
-    k, v, state, normalizer, k_b, k_l, k_h, v_b, v_l, v_h, heads, length, rows,
-    HEAD_DIM: tl.constexpr, TILE: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    k, v, state, normalizer, maxima, k_b, k_l, k_h, v_b, v_l, v_h, heads, length, rows,
+    HEAD_DIM: tl.constexpr, TILE: tl.constexpr, FEATURE_MAP: tl.constexpr, MAXIMA: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     k += head // heads * k_b + head % heads * k_h
     v += head // heads * v_b + head % heads * v_h
     channel = tl.arange(0, HEAD_DIM)
+    offset = tl.arange(0, TILE)[:, None]
     b_state = tl.zeros((HEAD_DIM, HEAD_DIM), tl.float32)
-    b_normalizer = tl.zeros((HEAD_DIM,), tl.float32)
+    # Added up over the rows of a tile only at the end: each sum would wait for every warp.
+    b_normalizer = tl.zeros((TILE, HEAD_DIM), tl.float32)
+    b_maxima = tl.zeros((TILE, HEAD_DIM), tl.float32)
     end = tl.minimum((split + 1) * rows, length)
     for first in range(split * rows, end, TILE):
-        row = first + tl.arange(0, TILE).to(tl.int64)[:, None]
-        keys = tl.load(k + row * k_l + channel[None, :], mask=row < end, other=0.0)  # [TILE, D]
-        values = tl.load(v + row * v_l + channel[None, :], mask=row < end, other=0.0)
-        phi = tl.where(row < end, apply_feature_map(keys.to(tl.float32), FEATURE_MAP), 0.0)
-        b_normalizer += tl.sum(phi, 0)
+        inside = offset < end - first
+        p_k = k + tl.cast(first, tl.int64) * k_l
+        p_v = v + tl.cast(first, tl.int64) * v_l
+        keys = tl.load(p_k + (offset * k_l + channel[None, :]), mask=inside, other=0.0)  # [TILE, D]
+        values = tl.load(p_v + (offset * v_l + channel[None, :]), mask=inside, other=0.0)
+        phi = tl.where(inside, apply_feature_map(keys.to(tl.float32), FEATURE_MAP), 0.0)
+        b_normalizer += phi
+        if MAXIMA:
+            b_maxima = tl.maximum(b_maxima, tl.abs(values.to(tl.float32)))
         b_state = tl.dot(tl.trans(phi.to(values.dtype)), values, b_state)  # [D, D]
     part = split * tl.num_programs(1).to(tl.int64) + head
-    place = (part * HEAD_DIM + channel[:, None]) * HEAD_DIM + channel[None, :]
-    tl.store(state + place, b_state)
-    tl.store(normalizer + part * HEAD_DIM + channel, b_normalizer)
+    place = channel[:, None] * HEAD_DIM + channel[None, :]
+    tl.store(state + part * (HEAD_DIM * HEAD_DIM) + place, b_state)
+    tl.store(normalizer + part * HEAD_DIM + channel, tl.sum(b_normalizer, 0))
+    if MAXIMA:
+        maximum = tl.max(b_maxima, 0)
+        tl.store(maxima + part * HEAD_DIM + channel, maximum)
 
 
 @triton.jit(do_not_specialize=["heads", "length"])
@@ -78,13 +87,11 @@ def apply_state_kernel(
     sample = head // heads
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     q += sample * q_b + head % heads * q_h
-    acc = tl.zeros((ROWS, HEAD_DIM), tl.float32)
-    acc = add_linear_branch(
-        acc, q, q_l, row, length, head, mix, normalizer, bias, HEAD_DIM, FEATURE_MAP
-    )
+    channel = tl.arange(0, HEAD_DIM)
+    b_mix = tl.load(mix + (head * HEAD_DIM + channel[:, None]) * HEAD_DIM + channel[None, :])
+    rows = linear_rows(q, q_l, row, length, head, b_mix, normalizer, bias, HEAD_DIM, FEATURE_MAP)
     place = ((sample * length + row) * heads + head % heads) * HEAD_DIM
-    place += tl.arange(0, HEAD_DIM)[None, :]
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=row < length)
+    tl.store(out + place + channel[None, :], rows.to(out.dtype.element_ty), mask=row < length)
 
 
 def project_state(
@@ -102,18 +109,33 @@ def key_value_state(
     k: torch.Tensor, v: torch.Tensor, feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over keys: state float32 [B, H, D, D] and normalizer float32 [B, H, D]."""
+    return _sum_over_keys(k, v, feature_map, maxima=False)[:2]
+
+
+def key_value_state_and_maximum(
+    k: torch.Tensor, v: torch.Tensor, feature_map: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same, and max |v| over the keys, float32 [B, H, D], from the same reading of v."""
+    return _sum_over_keys(k, v, feature_map, maxima=True)
+
+
+def _sum_over_keys(k, v, feature_map, maxima: bool):
     batch, length, heads, dim = k.shape
-    rows = TILE * triton.cdiv(length, TILE * SPLITS)
+    # By the shape alone, so that sums never change order.
+    rows = TILE * triton.cdiv(length, TILE * max(1, PROGRAMS // (batch * heads)))
     splits = triton.cdiv(length, rows)
     options = {"dtype": torch.float32, "device": k.device}
     state = torch.empty(splits, batch, heads, dim, dim, **options)
     normalizer = torch.empty(splits, batch, heads, dim, **options)
+    maximum = torch.empty(splits, batch, heads, dim, **options) if maxima else normalizer
     with torch.cuda.device_of(k):
         key_value_state_kernel[splits, batch * heads](
-            k, v, state, normalizer, *k.stride()[:3], *v.stride()[:3], heads, length, rows,
-            HEAD_DIM=dim, TILE=TILE, FEATURE_MAP=feature_map, **LAUNCH,
+            k, v, state, normalizer, maximum, *k.stride()[:3], *v.stride()[:3],
+            heads, length, rows,
+            HEAD_DIM=dim, TILE=TILE, FEATURE_MAP=feature_map, MAXIMA=maxima,
+            **STATE_LAUNCH,
         )  # fmt: skip
-    return state.sum(0), normalizer.sum(0)
+    return state.sum(0), normalizer.sum(0), maximum.amax(0)
 
 
 def linear_attention(

@@ -65,16 +65,28 @@ def layer_norm(
         TypeError: x is of another dtype.
         RuntimeError: Triton was asked for by name and cannot run.
     """
-    _check_dtype("layer_norm", x)
-    if x.ndim != 3:
-        raise ValueError(f"layer_norm needs x [B, L, C], got {list(x.shape)}")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        _check_vector("layer_norm", name, vector, x)
-    for name, modulation in (("scale", scale), ("shift", shift)):
-        _check_modulation(name, modulation, x)
+    check_layer_norm("layer_norm", x, weight, bias, scale, shift)
     if use_triton("layer_norm", backend, x):
         return triton_kernels.layer_norm(x, weight, bias, scale, shift, eps)
     return reference.layer_norm(x, weight, bias, scale, shift, eps)
+
+
+def check_layer_norm(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    """Refuse operands of `op` that are not those of `layer_norm`, with its errors."""
+    _check_dtype(op, x)
+    if x.ndim != 3:
+        raise ValueError(f"{op} needs x [B, L, C], got {list(x.shape)}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        _check_vector(op, name, vector, x)
+    for name, modulation in (("scale", scale), ("shift", shift)):
+        _check_modulation(op, name, modulation, x)
 
 
 def _check_dtype(op: str, x: Tensor) -> None:
@@ -87,13 +99,11 @@ def _check_vector(op: str, name: str, vector: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"{op} needs {name} [{x.shape[-1]}], got {list(vector.shape)}")
 
 
-def _check_modulation(name: str, modulation: Tensor | None, x: Tensor) -> None:
+def _check_modulation(op: str, name: str, modulation: Tensor | None, x: Tensor) -> None:
     if modulation is None:
         return
     batch, length, channels = x.shape
     shape = list(modulation.shape)
     fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, length)
     if not fits or shape[2] != channels:
-        raise ValueError(
-            f"layer_norm needs {name} [{batch}, 1 or {length}, {channels}], got {shape}"
-        )
+        raise ValueError(f"{op} needs {name} [{batch}, 1 or {length}, {channels}], got {shape}")

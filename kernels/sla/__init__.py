@@ -4,16 +4,23 @@ import torch
 
 from ..block_map import (
     block_means,
+    center_means,
     centered_means,
     check_topk,
     select_blocks,
     selected_count,
 )
 from ..block_map.checks import check_block_shape, check_heads, check_shape
-from ..linear_attention import LinearBranch, check_feature_map, key_value_state
+from ..linear_attention import (
+    LinearBranch,
+    check_feature_map,
+    key_value_state,
+    key_value_state_and_maximum,
+)
+from ..qk_prepare import prepare
 from ..sparse_attention import sage_attention, sparse_attention
 
-__all__ = ["sla"]
+__all__ = ["sla", "sla_from_projections"]
 
 
 def sla(
@@ -43,7 +50,7 @@ def sla(
         feature_map: phi of the linear branch: "softmax", "elu" or "relu".
         block_map: int32 [B, H, ceil(L / block_q), count], in place of choosing by topk; see
             `sparse_attention`.
-        pv: "fp8" or "fp16" values in low bits; None takes fp8 where the GPU has it.
+        pv: "fp8" or "fp16" values in low bits; None takes `default_pv` of the GPU.
         block_q, block_k: rows in a query and a key block: 128 and 64, 64 and 64, or 64 and 128.
         backend: see `dispatch.use_triton`.
 
@@ -63,14 +70,82 @@ def sla(
         q_means = block_means(q, block_q, backend=backend)
         count = selected_count(topk, k_means.shape[2])
         block_map = select_blocks(q_means, k_means, count, backend)
-    linear = None
-    if proj_weight is not None:
-        state, normalizer = key_value_state(k, v, feature_map, backend)
-        linear = LinearBranch(state, normalizer, proj_weight, proj_bias, feature_map)
+    linear, v_max = _linear_branch(k, v, proj_weight, proj_bias, feature_map, low_bit, backend)
     shared = {"block_q": block_q, "block_k": block_k, "linear": linear, "backend": backend}
     if low_bit:
-        return sage_attention(q, k, v, block_map, pv, k_mean=k_mean, **shared)
+        return sage_attention(q, k, v, block_map, pv, k_mean=k_mean, v_max=v_max, **shared)
     return sparse_attention(q, k, v, block_map, **shared)
+
+
+def sla_from_projections(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    proj_weight: torch.Tensor | None,
+    proj_bias: torch.Tensor | None,
+    eps: float = 1e-6,
+    topk: float = 0.1,
+    low_bit: bool = False,
+    feature_map: str = "softmax",
+    block_map: torch.Tensor | None = None,
+    pv: str | None = None,
+    block_q: int = 128,
+    block_k: int = 64,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`sla` of what Wan's projections give: `sla(apply_rope(rms_norm(q)), ..., v)`.
+
+    Block means and the int8 of q come out of the same pass as the norm and the rotation.
+
+    Args:
+        q, k, v: [B, L, H, D], the projections; float32, float16 or bfloat16.
+        q_weight, k_weight: [H * D] of any float dtype, of the RMSNorm over all heads.
+        cos, sin: [1 or B, L, D / 2] float32; see `apply_rope`. Pairs that lie side by side
+            (stride 1) save a copy.
+        eps: of both norms.
+        proj_weight, proj_bias, topk, low_bit, feature_map, block_map, pv, block_q, block_k,
+            backend: see `sla`.
+
+    Returns:
+        [B, L, H, D] in q's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape, block size, dtype or option does not fit.
+    """
+    check_heads(q=q, k=k, v=v)
+    check_block_shape(block_q, block_k)
+    check_topk(topk)
+    _check_projection(q, proj_weight, proj_bias, feature_map)
+    # Triton reads them once per head; copied here, so that q and k share the copy.
+    cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
+    queries = prepare(q, q_weight, cos, sin, eps, block_q, low_bit, backend)
+    keys = prepare(k, k_weight, cos, sin, eps, block_k, False, backend)
+    k_means, k_mean = center_means(keys.means, k.shape[1], block_k)
+    if block_map is None:
+        count = selected_count(topk, k_means.shape[2])
+        block_map = select_blocks(queries.means, k_means, count, backend)
+    q, k = queries.x, keys.x
+    linear, v_max = _linear_branch(k, v, proj_weight, proj_bias, feature_map, low_bit, backend)
+    shared = {"block_q": block_q, "block_k": block_k, "linear": linear, "backend": backend}
+    if not low_bit:
+        return sparse_attention(q, k, v, block_map, **shared)
+    known = {"k_mean": k_mean, "q_blocks": (queries.q, queries.scale), "v_max": v_max}
+    return sage_attention(q, k, v, block_map, pv, **known, **shared)
+
+
+def _linear_branch(k, v, proj_weight, proj_bias, feature_map, low_bit, backend):
+    """The linear branch, None without a projection, and in low bits the maximum of |v|."""
+    if proj_weight is None:
+        return None, None
+    if low_bit:
+        *sums, v_max = key_value_state_and_maximum(k, v, feature_map, backend)
+    else:
+        sums, v_max = key_value_state(k, v, feature_map, backend), None
+    return LinearBranch(*sums, proj_weight, proj_bias, feature_map), v_max
 
 
 def _check_projection(q, proj_weight, proj_bias, feature_map) -> None:

@@ -19,7 +19,7 @@ if has_triton():
 
 PV_DTYPES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16}
 
-__all__ = ["PV_DTYPES", "sage_attention", "sparse_attention"]
+__all__ = ["PV_DTYPES", "default_pv", "sage_attention", "sparse_attention"]
 
 
 def sparse_attention(
@@ -71,6 +71,8 @@ def sage_attention(
     scale: float | None = None,
     linear: LinearBranch | None = None,
     k_mean: torch.Tensor | None = None,
+    q_blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
+    v_max: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """`sparse_attention` in low bits: int8 q k^T, and fp8 or float16 weights and values.
@@ -80,8 +82,11 @@ def sage_attention(
 
     Args:
         q, k, v, block_map, block_q, block_k, scale, linear: see `sparse_attention`.
-        pv: "fp8" (e4m3) or "fp16"; None takes fp8 where the GPU has it.
+        pv: "fp8" (e4m3) or "fp16"; None takes `default_pv`.
         k_mean: float32 [B, H, D], the mean of k over L if it is known already.
+        q_blocks: q in int8 [B, H, ceil(L / block_q) block_q, D] and its scales, float32
+            [B, H, ceil(L / block_q)], if they are known already; see `qk_prepare`.
+        v_max: float32 [B, H, D], max |v| over L if it is known already.
         backend: see `dispatch.use_triton`.
 
     Returns:
@@ -91,18 +96,32 @@ def sage_attention(
         ValueError, TypeError: a shape, block size, dtype, the scale or `pv` does not fit.
     """
     scale = _check(q, k, v, block_map, block_q, block_k, scale, linear)
-    pv = pv or ("fp8" if has_fp8(q.device) else "fp16")
+    pv = pv or default_pv(q.device)
     if pv not in PV_DTYPES:
         raise ValueError(f"pv must be 'fp8', 'fp16' or None, got {pv!r}")
     if k_mean is None:
         _, k_mean = centered_means(k, block_k, backend)
-    check_shape("k_mean", k_mean, (q.shape[0], *q.shape[2:]))
+    per_channel = (q.shape[0], *q.shape[2:])
+    check_shape("k_mean", k_mean, per_channel)
+    if v_max is not None:
+        check_shape("v_max", v_max, per_channel)
+    if q_blocks is not None:
+        _check_q_blocks(q, q_blocks, block_q)
     sizes = block_q, block_k
     reasons = not_contiguous(q, k, v), float32_on_gpu(q), _no_fp8(q, pv)
     triton_runs = use_triton("sage_attention", backend, q, *reasons)
     kernels = triton_kernels if triton_runs else reference
-    operands = kernels.quantize(q, k, v, k_mean, PV_DTYPES[pv], *sizes, scale)
+    operands = kernels.quantize(q, k, v, k_mean, PV_DTYPES[pv], *sizes, scale, q_blocks, v_max)
     return kernels.sage_attention(q, operands, block_map, *sizes, linear)
+
+
+def default_pv(device: torch.device) -> str:
+    """What `sage_attention` takes for weights and values on `device`: "fp8" or "fp16".
+
+    fp8 where the tensor cores have it, but for Hopper: there fp16 is faster than fp8 whose sums
+    are exact, and twice as accurate.
+    """
+    return "fp8" if has_fp8(device) and capability(device)[0] != 9 else "fp16"
 
 
 def _check(q, k, v, block_map, block_q, block_k, scale, linear) -> float:
@@ -122,6 +141,17 @@ def _check(q, k, v, block_map, block_q, block_k, scale, linear) -> float:
     if linear is not None:
         check_branch(q, linear)
     return dim**-0.5 if scale is None else scale
+
+
+def _check_q_blocks(q, q_blocks, block_q) -> None:
+    """Require that q in int8 and its scales fit q."""
+    integers, scale = q_blocks
+    batch, length, heads, dim = q.shape
+    blocks = -(-length // block_q)
+    check_shape("q_blocks[0]", integers, (batch, heads, blocks * block_q, dim))
+    check_shape("q_blocks[1]", scale, (batch, heads, blocks))
+    if integers.dtype != torch.int8:
+        raise TypeError(f"q_blocks[0] must be int8, got {integers.dtype}")
 
 
 def _no_fp8(q: torch.Tensor, pv: str) -> str | None:

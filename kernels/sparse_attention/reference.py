@@ -64,7 +64,7 @@ def sage_attention(
         values = one.v.float().mT * one.v_scale
         return attend(
             queries, keys, values, block_map[b, h], q.shape[1],
-            lambda weights: (weights * weight_scale).to(dtype).float(),
+            lambda weights: (weights * weight_scale).to(dtype).float() / weight_scale,
         )  # fmt: skip
 
     return over_heads(q, head, linear)
@@ -111,9 +111,10 @@ def attend(
         scores = (q[chunk] @ k[index].flatten(1, 2).mT).unflatten(-1, key.shape[-2:])
         scores.masked_fill_(key >= length, -torch.inf)  # [N, block_q, count, block_k]
         highest = scores.amax(-1, keepdim=True).cummax(2).values
-        weights = round_weights((scores - highest).exp2())
-        weights = (weights * (highest - highest[:, :, -1:]).exp2()).flatten(-2)
-        out[chunk] = weights @ v[index].flatten(1, 2) / weights.sum(-1, keepdim=True)
+        weights, rescale = (scores - highest).exp2(), (highest - highest[:, :, -1:]).exp2()
+        total = (weights * rescale).sum((-2, -1))[..., None]  # [N, block_q, 1]
+        rounded = (round_weights(weights) * rescale).flatten(-2)
+        out[chunk] = rounded @ v[index].flatten(1, 2) / total
     return out.flatten(0, 1)[:length]
 
 
@@ -133,11 +134,13 @@ def quantize(
     block_q: int,
     block_k: int,
     scale: float,
+    q_blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
+    v_max: torch.Tensor | None = None,
 ) -> Quantized:
     """q and k - k_mean in int8 with a scale per block, v with a scale per channel."""
-    q_int, q_scale = quantize_blocks(q, block_q)
+    q_int, q_scale = quantize_blocks(q, block_q) if q_blocks is None else q_blocks
     k_int, k_scale = quantize_blocks(k.float() - k_mean[:, None], block_k)
-    values, v_scale = quantize_values(v, v_dtype, block_k)
+    values, v_scale = quantize_values(v, v_dtype, block_k, v_max)
     return Quantized(q_int, q_scale * (scale * LOG2_E), k_int, k_scale, values, v_scale)
 
 
@@ -149,14 +152,15 @@ def quantize_blocks(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Te
     # Not 127 / amax: torch computes that as 127 times the reciprocal, rounded twice.
     factor = torch.full_like(amax, 127) / amax
     integers = (blocks * factor[..., None, None]).round().clamp(-127, 127)
-    return integers.to(torch.int8).flatten(2, 3), amax / 127
+    return integers.to(torch.int8).contiguous().flatten(2, 3), amax / 127
 
 
 def quantize_values(
-    v: torch.Tensor, dtype: torch.dtype, block: int
+    v: torch.Tensor, dtype: torch.dtype, block: int, v_max: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, L, H, D] to `dtype` [B, H, N, D, block] and float32 [B, H, D], a scale per channel."""
-    amax = v.float().abs().amax(1).clamp_min(1e-8)  # [B, H, D]
+    amax = v.float().abs().amax(1) if v_max is None else v_max  # [B, H, D]
+    amax = amax.clamp_min(1e-8)
     scaled = (v.float() * (VALUE_LIMIT / amax)[:, None]).clamp(-VALUE_LIMIT, VALUE_LIMIT)
     rows = torch.nn.functional.pad(scaled.transpose(1, 2), (0, 0, 0, -v.shape[1] % block))
     return rows.unflatten(2, (-1, block)).mT.contiguous().to(dtype), amax / VALUE_LIMIT

@@ -3,19 +3,24 @@
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import capability
 from ..linear_attention import LinearBranch
-from ..linear_attention.triton import add_linear_branch, project_state
+from ..linear_attention.triton import linear_rows, project_state
 from .reference import LOG2_E, VALUE_LIMIT, Quantized
 
 LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0))  # 163 KB a block or more; 99 KB elsewhere
+HOPPER = (9, 0)  # its warp groups multiply 64 rows at a time: 4 warps keep both halves of a tile
 LAUNCH = {"num_warps": 8, "num_stages": 1}  # of what only moves data, the same on every card
 
 
 @triton.jit
 def soft_weights(scores, scale, row_max, SHIFT: tl.constexpr):
-    """2^(scale * scores - m + SHIFT), the new maximum m, and the factor of all sums so far."""
+    """2^(scale * scores - m + SHIFT), the new maximum m, and the factor of all sums so far.
+
+    The shift lifts the weights in e4m3, whose smallest number is 2^-9.
+    """
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - (new_max - SHIFT)[:, None])
     return weights, new_max, tl.exp2(row_max - new_max)
@@ -23,105 +28,186 @@ def soft_weights(scores, scale, row_max, SHIFT: tl.constexpr):
 
 @triton.jit
 def mask_end(scores, first, length, BLOCK_K: tl.constexpr):
-    """Hide the keys past the end; only the key block that L cuts short has any."""
-    if first + BLOCK_K > length:
-        key = first + tl.arange(0, BLOCK_K)
-        scores = tl.where(key[None, :] < length, scores, float("-inf"))
-    return scores
+    """Hide the keys past the end.
+
+    Without a branch, though only the last key block has any: a branch between the two products
+    raced with the asynchronous fp8 one on Hopper (Triton 3.6).
+    """
+    key = tl.arange(0, BLOCK_K)
+    return tl.where(key[None, :] < (length - first).to(tl.int32), scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["heads", "length", "count", "scale"])
+@triton.jit
+def load_rows(
+    x, stride, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr
+):
+    """ROWS rows from `first` on: of x [B, H, L, D] under TMA, of the head x points to elsewhere."""
+    if TMA:
+        tile = x.load([tl.program_id(2), tl.program_id(1), first, 0]).reshape(ROWS, HEAD_DIM)
+    else:
+        # Past the end the last row is read again, so that no load needs a mask.
+        row = tl.minimum(tl.arange(0, ROWS), length - 1 - first)[:, None]
+        channel = tl.arange(0, HEAD_DIM)[None, :]
+        tile = tl.load(x + first.to(tl.int64) * stride + (row * stride + channel))
+    return tile
+
+
+@triton.jit
+def load_block(
+    x, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """Block number `block` of x, which holds [ROWS, COLUMNS] blocks one after another."""
+    if TMA:
+        tile = x.load([block * ROWS, 0])
+    else:
+        offset = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        tile = tl.load(x + block.to(tl.int64) * (ROWS * COLUMNS) + offset)
+    return tile
+
+
+@triton.jit
+def output_rows(out, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Pointers [ROWS, D] to this program's head of out [B, L, H, D] from row `first` on, and
+    their mask."""
+    heads = tl.num_programs(1)
+    offset = tl.arange(0, ROWS)[:, None]
+    row = tl.program_id(2).to(tl.int64) * length + first
+    out += (row * heads + tl.program_id(1)) * HEAD_DIM
+    place = out + offset * (heads * HEAD_DIM) + tl.arange(0, HEAD_DIM)[None, :]
+    return place, offset < length - first
+
+
+@triton.jit
+def store_linear_rows(
+    out, q, q_l, first, length, head, mix, normalizer, bias,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, FEATURE_MAP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Leave the linear branch of ROWS rows in `out`; past the barrier every thread may read it.
+
+    It waits there while the softmax branch runs: registers do not hold both sums.
+    """
+    for part in tl.range(0, ROWS, 32, num_stages=1):
+        row = first + part + tl.arange(0, 32)[:, None]
+        b_mix = load_block(mix, head, HEAD_DIM, HEAD_DIM, TMA)
+        rows = linear_rows(
+            q, q_l, row, length, head, b_mix, normalizer, bias, HEAD_DIM, FEATURE_MAP
+        )
+        place, inside = output_rows(out, first + part, length, 32, HEAD_DIM)
+        tl.store(place, rows.to(out.dtype.element_ty), mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def store_rows(
+    rows, out, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, LINEAR: tl.constexpr
+):
+    """Write rows [ROWS, D] to `out`, on top of the linear branch that waits there."""
+    place, inside = output_rows(out, first, length, ROWS, HEAD_DIM)
+    if LINEAR:
+        rows += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, rows.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["length", "count", "scale"])
 def sparse_attention_kernel(
     q, k, v, block_map, out, mix, normalizer, bias,
-    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, heads, length, count, scale,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, length, count, scale,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    LINEAR: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    LINEAR: tl.constexpr, FEATURE_MAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    sample = head // heads
-    q += sample * q_b + head % heads * q_h
-    k += sample * k_b + head % heads * k_h
-    v += sample * v_b + head % heads * v_h
-    block_map += (head * tl.num_programs(0) + tl.program_id(0)) * count
+    own, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    q += sample * q_b + own * q_h
+    if not TMA:
+        k += sample * k_b + own * k_h
+        v += sample * v_b + own * v_h
+    block_map += (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * count
     # Rows stay int32 while the loop runs: twice the width would spill registers.
-    row = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]
+    first_row = tl.program_id(0) * BLOCK_Q
+    if LINEAR:
+        store_linear_rows(
+            out, q, q_l, first_row, length, head, mix, normalizer, bias,
+            BLOCK_Q, HEAD_DIM, FEATURE_MAP, TMA,
+        )  # fmt: skip
+    row = first_row + tl.arange(0, BLOCK_Q)[:, None]
     channel = tl.arange(0, HEAD_DIM)[None, :]
     tile = tl.load(q + row.to(tl.int64) * q_l + channel, mask=row < length, other=0.0)
     acc = tl.zeros((BLOCK_Q, HEAD_DIM), tl.float32)
     row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     for i in range(count):
-        first = tl.load(block_map + i).to(tl.int64) * BLOCK_K
-        # Past the end the last key is read again, so that no load needs a mask.
-        key = tl.minimum(tl.arange(0, BLOCK_K), (length - 1 - first).to(tl.int32))[:, None]
-        keys = tl.load(k + first * k_l + (key * k_l + channel))  # [BLOCK_K, D]
+        first = tl.load(block_map + i) * BLOCK_K
+        keys = load_rows(k, k_l, first, length, BLOCK_K, HEAD_DIM, TMA)
         scores = tl.dot(tile, tl.trans(keys))  # [BLOCK_Q, BLOCK_K]
         scores = mask_end(scores, first, length, BLOCK_K)
-        values = tl.load(v + first * v_l + (key * v_l + channel))  # [BLOCK_K, D]
+        values = load_rows(v, v_l, first, length, BLOCK_K, HEAD_DIM, TMA)
         weights, row_max, factor = soft_weights(scores, scale, row_max, 0)
         row_sum = row_sum * factor + tl.sum(weights, 1)
         acc = acc * factor[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc)
-    result = acc / row_sum[:, None]
-    if LINEAR:
-        result = add_linear_branch(
-            result, q, q_l, row, length, head, mix, normalizer, bias, HEAD_DIM, FEATURE_MAP
-        )
-    place = ((sample * length + row) * heads + head % heads) * HEAD_DIM + channel
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=row < length)
+    rows = acc * (1.0 / row_sum)[:, None]
+    store_rows(rows, out, first_row, length, BLOCK_Q, HEAD_DIM, LINEAR)
 
 
-@triton.jit(do_not_specialize=["heads", "length", "count"])
+@triton.jit(do_not_specialize=["length", "count"])
 def sage_attention_kernel(
     q, q_int, q_scale, k_int, k_scale, v, v_scale, block_map, out,
-    mix, normalizer, bias, q_b, q_l, q_h, heads, length, count,
-    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SHIFT: tl.constexpr,
-    LINEAR: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    mix, normalizer, bias, q_b, q_l, q_h, length, count,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FP8: tl.constexpr,
+    LINEAR: tl.constexpr, FEATURE_MAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    sample = head // heads
+    head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     q_block = head * tl.num_programs(0) + tl.program_id(0)
-    k_blocks = tl.cdiv(length, BLOCK_K)
-    k_int += head * k_blocks * BLOCK_K * HEAD_DIM
-    k_scale += head * k_blocks
-    v += head * k_blocks * BLOCK_K * HEAD_DIM
-    block_map += q_block * count
-    offset = tl.arange(0, BLOCK_Q)[:, None]
+    first_k_block = head * tl.cdiv(length, BLOCK_K)
+    block_map += q_block.to(tl.int64) * count
+    first_row = tl.program_id(0) * BLOCK_Q
+    if LINEAR:
+        own, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+        q += sample * q_b + own * q_h
+        store_linear_rows(
+            out, q, q_l, first_row, length, head, mix, normalizer, bias,
+            BLOCK_Q, HEAD_DIM, FEATURE_MAP, TMA,
+        )  # fmt: skip
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    tile = tl.load(q_int + (q_block * BLOCK_Q + offset) * HEAD_DIM + channel)  # [BLOCK_Q, D]
+    tile = load_block(q_int, q_block, BLOCK_Q, HEAD_DIM, False)
     tile_scale = tl.load(q_scale + q_block)
     acc = tl.zeros((BLOCK_Q, HEAD_DIM), tl.float32)
     row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
-    key = tl.arange(0, BLOCK_K)
     for i in range(count):
-        block = tl.load(block_map + i).to(tl.int64)
-        first = block * BLOCK_K
-        keys = tl.load(k_int + first * HEAD_DIM + (key[:, None] * HEAD_DIM + channel))
+        block = tl.load(block_map + i)
+        keys = load_block(k_int, first_k_block + block, BLOCK_K, HEAD_DIM, TMA)
         scores = tl.dot(tile, tl.trans(keys)).to(tl.float32)  # [BLOCK_Q, BLOCK_K]
-        scores = mask_end(scores, first, length, BLOCK_K)
-        scale = tile_scale * tl.load(k_scale + block)
-        values = tl.load(v + first * HEAD_DIM + (tl.trans(channel) * BLOCK_K + key[None, :]))
-        weights, row_max, factor = soft_weights(scores, scale, row_max, SHIFT)
-        rounded = weights.to(values.dtype)
-        row_sum = row_sum * factor + tl.sum(rounded.to(tl.float32), 1)
+        scores = mask_end(scores, block * BLOCK_K, length, BLOCK_K)
+        scale = tile_scale * tl.load(k_scale + first_k_block + block)
+        values = tl.trans(load_block(v, first_k_block + block, HEAD_DIM, BLOCK_K, TMA))
+        weights, row_max, factor = soft_weights(scores, scale, row_max, 8 if FP8 else 0)
+        row_sum = row_sum * factor + tl.sum(weights, 1)
         acc = acc * factor[:, None]
-        # Hopper's fp8 sums drop low bits: 64 keys at most, the rest is added in fp32.
-        acc = tl.dot(rounded, tl.trans(values), acc, max_num_imprecise_acc=64)
-    result = acc / row_sum[:, None] * tl.load(v_scale + head * HEAD_DIM + channel)
-    row = tl.program_id(0) * BLOCK_Q + offset
-    if LINEAR:
-        q += sample * q_b + head % heads * q_h
-        result = add_linear_branch(
-            result, q, q_l, row, length, head, mix, normalizer, bias, HEAD_DIM, FEATURE_MAP
-        )
-    place = ((sample * length + row) * heads + head % heads) * HEAD_DIM + channel
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=row < length)
+        if FP8:
+            # A sum of its own per key block: fp8 products add up in about 14 bits on Hopper.
+            acc += tl.dot(weights.to(values.dtype), values)
+        else:
+            acc = tl.dot(weights.to(values.dtype), values, acc)
+    rows = acc * (1.0 / row_sum)[:, None] * tl.load(v_scale + head * HEAD_DIM + channel)
+    store_rows(rows, out, first_row, length, BLOCK_Q, HEAD_DIM, LINEAR)
 
 
-@triton.jit(do_not_specialize=["heads", "length", "factor"])
+@triton.jit
+def round_block(tile):
+    """A block as int8, clamp(round_half_even(x * (127 / amax))), and its scale amax / 127."""
+    amax = tl.maximum(tl.max(tl.abs(tile)), 1e-8)
+    # Clamped before the sum below, so that no FMA can skip the rounding of the product.
+    full_scale = tl.full(amax.shape, 127.0, tl.float32)
+    scaled = tl.clamp(tile * tl.div_rn(full_scale, amax), -127.0, 127.0)
+    # Adding 1.5 * 2^23 leaves no bit for the fraction, and fp32 additions round half to even.
+    rounded = (scaled + 12582912.0) - 12582912.0
+    return rounded.to(tl.int8), tl.div_rn(amax, full_scale)
+
+
+@triton.jit(do_not_specialize=["heads", "length"])
 def quantize_heads_kernel(
-    x, center, integers, scales, stride_b, stride_l, stride_h, heads, length, factor,
+    x, center, integers, scales, stride_b, stride_l, stride_h, heads, length,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
@@ -134,14 +220,9 @@ def quantize_heads_kernel(
     if CENTERED:
         mean = tl.load(center + head * HEAD_DIM + channel)
         tile = tl.where(row < length, tile - mean, 0.0)  # [BLOCK, D]
-    amax = tl.maximum(tl.max(tl.abs(tile)), 1e-8)
-    # Clamped before the sum below, so that no FMA can skip the rounding of the product.
-    full_scale = tl.full(amax.shape, 127.0, tl.float32)
-    scaled = tl.clamp(tile * tl.div_rn(full_scale, amax), -127.0, 127.0)
-    # Adding 1.5 * 2^23 leaves no bit for the fraction, and fp32 additions round half to even.
-    rounded = ((scaled + 12582912.0) - 12582912.0).to(tl.int8)
+    rounded, scale = round_block(tile)
     tl.store(integers + (block * BLOCK + offset) * HEAD_DIM + channel, rounded)
-    tl.store(scales + block, tl.div_rn(amax, full_scale) * factor)
+    tl.store(scales + block, scale)
 
 
 @triton.jit(do_not_specialize=["heads", "length"])
@@ -176,16 +257,24 @@ def quantize_values_kernel(
     tl.store(values + place, tl.trans(scaled))  # [D, BLOCK]
 
 
+def has_tma(capability: tuple[int, int]) -> bool:
+    """Whether a card has the tensor memory accelerator, which loads tiles by descriptor."""
+    return capability >= (9, 0)
+
+
 def float_config(capability: tuple[int, int], block_q: int, block_k: int) -> dict[str, int]:
     """Launch configuration of `sparse_attention_kernel`."""
     stages = 3 if capability in LARGE_SHARED_MEMORY and block_k == 64 else 2
     return {"num_warps": block_q * block_k // 1024, "num_stages": stages}
 
 
-def low_bit_config(capability: tuple[int, int], block_q: int, block_k: int) -> dict[str, int]:
+def low_bit_config(
+    capability: tuple[int, int], block_q: int, block_k: int, fp8: bool
+) -> dict[str, int]:
     """Launch configuration of `sage_attention_kernel`."""
-    stages = 4 if capability in LARGE_SHARED_MEMORY else 3
-    warps = block_q * block_k // 1024
+    stages = 4 if capability in ((8, 0), (10, 0)) else 3
+    # On Hopper 4 warps take half as many turns, but fp8's second sum does not fit them.
+    warps = 4 if capability == HOPPER and not fp8 else block_q * block_k // 1024
     return {"num_warps": warps, "num_stages": 2 if block_k == 128 else stages}
 
 
@@ -202,14 +291,18 @@ def sparse_attention(
     """Softmax attention over the selected key blocks, [B, L, H, D]."""
     batch, length, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    branch, flags = linear_arguments(q, linear)
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    card = capability(q.device)
+    tma = has_tma(card) and fits_tma(k, v)
+    if tma:
+        k, v = describe_rows(k, block_k), describe_rows(v, block_k)
+    branch, flags = linear_arguments(q, linear, tma)
     with torch.cuda.device_of(q):
-        sparse_attention_kernel[block_map.shape[2], batch * heads](
-            q, k, v, block_map.contiguous(), out, *branch,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            heads, length, block_map.shape[3], scale * LOG2_E,
-            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, **flags,
-            **float_config(capability(q.device), block_q, block_k),
+        sparse_attention_kernel[block_map.shape[2], heads, batch](
+            q, k, v, block_map.contiguous(), out, *branch, *strides,
+            length, block_map.shape[3], scale * LOG2_E,
+            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, TMA=tma, **flags,
+            **float_config(card, block_q, block_k),
         )  # fmt: skip
     return out
 
@@ -225,25 +318,50 @@ def sage_attention(
     """The same on quantized operands; q itself is read by the linear branch only."""
     batch, length, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    branch, flags = linear_arguments(q, linear)
     fp8 = operands.v.dtype == torch.float8_e4m3fn
+    card = capability(q.device)
+    tma = has_tma(card)
+    branch, flags = linear_arguments(q, linear, tma)
+    if tma:
+        keys, values = describe_blocks(operands.k, block_k), describe_blocks(operands.v, dim)
+        operands = operands._replace(k=keys, v=values)
     with torch.cuda.device_of(q):
-        sage_attention_kernel[block_map.shape[2], batch * heads](
+        sage_attention_kernel[block_map.shape[2], heads, batch](
             q, *operands, block_map.contiguous(), out, *branch,
-            *q.stride()[:3], heads, length, block_map.shape[3],
-            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, SHIFT=8 if fp8 else 0, **flags,
-            **low_bit_config(capability(q.device), block_q, block_k),
+            *q.stride()[:3], length, block_map.shape[3],
+            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, FP8=fp8, TMA=tma, **flags,
+            **low_bit_config(card, block_q, block_k, fp8),
         )  # fmt: skip
     return out
 
 
-def linear_arguments(q: torch.Tensor, linear: LinearBranch | None) -> tuple[tuple, dict]:
+def linear_arguments(
+    q: torch.Tensor, linear: LinearBranch | None, tma: bool
+) -> tuple[tuple, dict]:
     """The kernels' tensors and flags for a linear branch; stand-ins where there is none."""
     if linear is None:
         return (q, q, q), {"LINEAR": False, "FEATURE_MAP": "softmax"}
     mix = project_state(linear.state, linear.normalizer, linear.proj_weight, q.dtype)
+    mix = describe_blocks(mix, q.shape[-1]) if tma else mix
     tensors = mix, linear.normalizer.contiguous(), linear.proj_bias.contiguous()
     return tensors, {"LINEAR": True, "FEATURE_MAP": linear.feature_map}
+
+
+def describe_blocks(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """x [..., D] as tiles of `rows` rows, one after another."""
+    columns = x.shape[-1]
+    return TensorDescriptor.from_tensor(x.view(-1, columns), [rows, columns])
+
+
+def fits_tma(*tensors: torch.Tensor) -> bool:
+    """Whether descriptors can address these [B, L, H, D]: in steps of 16 bytes, none of them 0."""
+    steps = [(x.data_ptr(), *(s * x.element_size() for s in x.stride()[:3])) for x in tensors]
+    return all(step > 0 and step % 16 == 0 for of_one in steps for step in of_one)
+
+
+def describe_rows(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """x [B, L, H, D] as [B, H, L, D] in tiles of `rows` rows of one head; zeros past the end."""
+    return TensorDescriptor.from_tensor(x.transpose(1, 2), [1, 1, rows, x.shape[-1]])
 
 
 def quantize(
@@ -255,18 +373,20 @@ def quantize(
     block_q: int,
     block_k: int,
     scale: float,
+    q_blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
+    v_max: torch.Tensor | None = None,
 ) -> Quantized:
     """q and k - k_mean in int8 with a scale per block, v with a scale per channel."""
-    q_int, q_scale = quantize_blocks(q, block_q, scale * LOG2_E)
-    k_int, k_scale = quantize_blocks(k, block_k, 1.0, k_mean.float().contiguous())
-    values, v_scale = quantize_values(v, v_dtype, block_k)
-    return Quantized(q_int, q_scale, k_int, k_scale, values, v_scale)
+    q_int, q_scale = quantize_blocks(q, block_q) if q_blocks is None else q_blocks
+    k_int, k_scale = quantize_blocks(k, block_k, k_mean.float().contiguous())
+    values, v_scale = quantize_values(v, v_dtype, block_k, v_max)
+    return Quantized(q_int, q_scale * (scale * LOG2_E), k_int, k_scale, values, v_scale)
 
 
 def quantize_blocks(
-    x: torch.Tensor, block: int, factor: float, center: torch.Tensor | None = None
+    x: torch.Tensor, block: int, center: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x - center to int8 [B, H, N * block, D]; scales times `factor`, float32 [B, H, N]."""
+    """x - center to int8 [B, H, N * block, D] and float32 [B, H, N], one scale per block."""
     batch, length, heads, dim = x.shape
     blocks = triton.cdiv(length, block)
     integers = torch.empty(
@@ -277,28 +397,34 @@ def quantize_blocks(
     with torch.cuda.device_of(x):
         quantize_heads_kernel[blocks, batch * heads](
             x, center if centered else x, integers, scales, *x.stride()[:3], heads, length,
-            factor, BLOCK=block, HEAD_DIM=dim, CENTERED=centered,
-            **LAUNCH,
+            BLOCK=block, HEAD_DIM=dim, CENTERED=centered, **LAUNCH,
         )  # fmt: skip
     return integers, scales
 
 
 def quantize_values(
-    v: torch.Tensor, dtype: torch.dtype, block: int
+    v: torch.Tensor, dtype: torch.dtype, block: int, v_max: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """v to `dtype` [B, H, N, D, block] and float32 [B, H, D], one scale per channel."""
     batch, length, heads, dim = v.shape
     blocks = triton.cdiv(length, block)
-    grid = blocks, batch * heads
-    parts = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=v.device)
     values = torch.empty(batch, heads, blocks, dim, block, dtype=dtype, device=v.device)
+    amax = (channel_max(v, block) if v_max is None else v_max).clamp_min(1e-8)  # [B, H, D]
     with torch.cuda.device_of(v):
-        channel_max_kernel[grid](
-            v, parts, *v.stride()[:3], heads, length, ROWS=block, HEAD_DIM=dim, **LAUNCH
-        )
-        amax = parts.amax(2).clamp_min(1e-8)  # [B, H, D]
-        quantize_values_kernel[grid](
+        quantize_values_kernel[blocks, batch * heads](
             v, VALUE_LIMIT / amax, values, *v.stride()[:3], heads, length, VALUE_LIMIT,
             BLOCK=block, HEAD_DIM=dim, **LAUNCH,
         )  # fmt: skip
     return values, amax / VALUE_LIMIT
+
+
+def channel_max(v: torch.Tensor, rows: int) -> torch.Tensor:
+    """max |v| over L, float32 [B, H, D]."""
+    batch, length, heads, dim = v.shape
+    parts = triton.cdiv(length, rows)
+    amax = torch.empty(batch, heads, parts, dim, dtype=torch.float32, device=v.device)
+    with torch.cuda.device_of(v):
+        channel_max_kernel[parts, batch * heads](
+            v, amax, *v.stride()[:3], heads, length, ROWS=rows, HEAD_DIM=dim, **LAUNCH
+        )
+    return amax.amax(2)

@@ -3,19 +3,24 @@
 Mutants show that the bounds can be missed: the same measurement with one thing wrong at a time.
 """
 
+import functools
 import re
 
 import goldens
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy_attention, comfy_loader
+from in_comfyui import comfy_attention, comfy_loader, comfy_sla
 from turbodiffusion_pack.kernels.block_map import block_map, selected_count
+from turbodiffusion_pack.kernels.norm import rms_norm
+from turbodiffusion_pack.kernels.rope import apply_rope
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 SLA_BOUND = 9e-3
 DENSE_BOUND = 6e-3
 BF16_BOUND = 1e-2
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the fp32 references run on the CPU")
 
 
 def _keys(attention: str) -> list[str]:
@@ -31,9 +36,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("checkpoints")
 
 
-def _load(folder, weights: str):
+def _load(folder, weights: str, granularity: str):
     name = {"bf16": "t2v.pth", "int8": "t2v-quant.pth"}[weights]
-    return comfy_loader.load_turbo_model(str(goldens.unpack_checkpoint(name, folder)))
+    path = goldens.unpack_checkpoint(name, folder)
+    return comfy_loader.load_turbo_model(str(path), granularity)
 
 
 KEY = re.compile(
@@ -41,13 +47,13 @@ KEY = re.compile(
 )
 
 
-def _error(folder, key: str, attention: str, topk: float | None = None, edit=None) -> float:
-    """Relative error of our output for the golden `key` (see tests/data/README.md for its parts)."""
+def _error(folder, key: str, attention: str, granularity: str = "exact", edit=None) -> float:
+    """Relative error of our output for the golden `key` (tests/data/README.md has its parts)."""
     parts = KEY.fullmatch(key)
     # The keys name the timestep after the original's rounding; 988 stands for 987.5.
     timestep = {"988": 987.5, "600": 600.0}[parts["timestep"]]
-    settings = SLASettings(attention, topk or float(parts["topk"]))
-    model = comfy_attention.patch_attention(_load(folder, parts["weights"]), settings)
+    model = _load(folder, parts["weights"], granularity)
+    model = comfy_attention.patch_attention(model, SLASettings(attention, float(parts["topk"])))
     if edit:
         edit(model)
     data, inputs = goldens.load("forward"), parts["inputs"]
@@ -56,22 +62,37 @@ def _error(folder, key: str, attention: str, topk: float | None = None, edit=Non
 
 
 def _with_sla(monkeypatch, change):
-    """Run every SLA call through `change(q, k, v, weight, bias, options) -> output`."""
-    original = comfy_attention.sla
+    """Send every SLA call through change(run, q, k, weight, bias, **options) -> output.
 
-    def changed(q, k, v, weight, bias, **options):
-        return change(original, q, k, v, weight, bias, **options)
+    `q` and `k` are normed and rotated; run(weight, bias, **options) is the call itself.
+    """
+    whole, from_projections = comfy_sla.sla, comfy_sla.sla_from_projections
 
-    monkeypatch.setattr(comfy_attention, "sla", changed)
+    def changed_whole(q, k, v, weight, bias, **options):
+        run = functools.partial(whole, q, k, v)
+        return change(run, q, k, weight, bias, **options)
+
+    def changed_from_projections(q, k, v, *tensors, eps, **options):
+        *front, weight, bias = tensors
+        q_weight, k_weight, *rotation = front
+        normed = (
+            rms_norm(x.flatten(2), w, eps).view_as(x) for x, w in ((q, q_weight), (k, k_weight))
+        )
+        rotated = (apply_rope(x, *rotation) for x in normed)
+        run = functools.partial(from_projections, q, k, v, *front, eps=eps)
+        return change(run, *rotated, weight, bias, **options)
+
+    monkeypatch.setattr(comfy_sla, "sla", changed_whole)
+    monkeypatch.setattr(comfy_sla, "sla_from_projections", changed_from_projections)
 
 
 def _record_maps(monkeypatch) -> list[torch.Tensor]:
     """The block maps of all SLA calls from here on, in order."""
     maps = []
 
-    def recording(sla, q, k, v, weight, bias, topk, **options):
+    def recording(run, q, k, weight, bias, topk, **options):
         maps.append(block_map(q.float(), k.float(), topk, backend="reference"))
-        return sla(q, k, v, weight, bias, block_map=maps[-1], **options)
+        return run(weight, bias, block_map=maps[-1], **options)
 
     _with_sla(monkeypatch, recording)
     return maps
@@ -81,13 +102,13 @@ def _replay_maps(monkeypatch, maps: list[torch.Tensor]) -> None:
     """Give the SLA calls from here on these block maps, in order."""
     left = iter(maps)
 
-    def replaying(sla, q, *args, **options):
-        return sla(q, *args, block_map=next(left).to(q.device), **options)
+    def replaying(run, q, k, weight, bias, **options):
+        return run(weight, bias, block_map=next(left).to(q.device), **options)
 
     _with_sla(monkeypatch, replaying)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the fp32 references run on the CPU")
+@on_cpu
 @pytest.mark.parametrize("key", SLA_KEYS)
 def test_sla(folder, monkeypatch, key):
     maps = _record_maps(monkeypatch)
@@ -96,47 +117,56 @@ def test_sla(folder, monkeypatch, key):
     assert [torch.equal(m, recorded[f"{key}.block{i}"]) for i, m in enumerate(maps)] == [True] * 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the fp32 references run on the CPU")
+@on_cpu
+@pytest.mark.parametrize("key", [key for key in SLA_KEYS if "int8" in key])
+def test_sla_with_a_scale_per_token_and_channel(folder, key):
+    assert _error(folder, key, "sla", "fast") <= SLA_BOUND
+
+
+@on_cpu
+@pytest.mark.parametrize("granularity", ["exact", "fast"])
 @pytest.mark.parametrize("key", DENSE_KEYS)
-def test_dense(folder, key):
-    assert _error(folder, key, "dense") <= DENSE_BOUND
+def test_dense(folder, key, granularity):
+    assert _error(folder, key, "dense", granularity) <= DENSE_BOUND
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("granularity", ["exact", "fast"])
 @pytest.mark.parametrize("key", SLA_KEYS)
-def test_sla_in_bf16_at_the_reference_block_map(folder, monkeypatch, key):
+def test_sla_in_bf16_at_the_reference_block_map(folder, monkeypatch, key, granularity):
     recorded = goldens.load("block_maps")
     _replay_maps(monkeypatch, [recorded[f"{key}.block{i}"] for i in range(2)])
-    assert _error(folder, key, "sla") <= BF16_BOUND
+    assert _error(folder, key, "sla", granularity) <= BF16_BOUND
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("granularity", ["exact", "fast"])
 @pytest.mark.parametrize("key", DENSE_KEYS)
-def test_dense_in_bf16(folder, key):
-    assert _error(folder, key, "dense") <= BF16_BOUND
+def test_dense_in_bf16(folder, key, granularity):
+    assert _error(folder, key, "dense", granularity) <= BF16_BOUND
 
 
-def _dense_instead(sla, q, k, v, weight, bias, topk, **options):
-    return sla(q, k, v, None, None, topk=1.0, **options)
+def _dense_instead(run, q, k, weight, bias, topk, **options):
+    return run(None, None, topk=1.0, **options)
 
 
-def _no_linear_branch(sla, q, k, v, weight, bias, **options):
-    return sla(q, k, v, None, None, **options)
+def _no_linear_branch(run, q, k, weight, bias, **options):
+    return run(None, None, **options)
 
 
-def _identity_projection(sla, q, k, v, weight, bias, **options):
-    return sla(q, k, v, torch.eye(len(bias)).to(weight), torch.zeros_like(bias), **options)
+def _identity_projection(run, q, k, weight, bias, **options):
+    return run(torch.eye(len(bias)).to(weight), torch.zeros_like(bias), **options)
 
 
-def _first_blocks(sla, q, k, v, weight, bias, topk, **options):
+def _first_blocks(run, q, k, weight, bias, topk, **options):
     count = selected_count(topk, -(-k.shape[1] // 64))
     shape = (q.shape[0], q.shape[2], -(-q.shape[1] // 128), count)
     first = torch.arange(count, dtype=torch.int32, device=q.device).expand(shape).contiguous()
-    return sla(q, k, v, weight, bias, block_map=first, **options)
+    return run(weight, bias, block_map=first, **options)
 
 
-def _half_the_blocks(sla, q, k, v, weight, bias, topk, **options):
-    return sla(q, k, v, weight, bias, topk=0.5, **options)
+def _half_the_blocks(run, q, k, weight, bias, topk, **options):
+    return run(weight, bias, topk=0.5, **options)
 
 
 def _channels_last_patches(model):
@@ -169,7 +199,7 @@ def test_a_wrong_patch_order_misses_the_bound(folder, key):
     assert _error(folder, key, attention, edit=_channels_last_patches) > 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the fp32 references run on the CPU")
+@on_cpu
 @pytest.mark.parametrize("key", DENSE_KEYS)
 def test_an_unrounded_timestep_misses_the_dense_bound(folder, monkeypatch, key):
     # The SLA bound is too wide for this mutant: 8.3e-3 to 9.4e-3. 600 is a bf16 number, so there

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 def model(tmp_path_factory):
     path = goldens.unpack_checkpoint("t2v-quant.pth", tmp_path_factory.mktemp("checkpoints"))
     return comfy_attention.patch_attention(
-        comfy_loader.load_turbo_model(str(path)), SLASettings("sla", 0.3)
+        comfy_loader.load_turbo_model(str(path), "exact"), SLASettings("sla", 0.3)
     )
 
 

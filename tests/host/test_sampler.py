@@ -1,4 +1,4 @@
-"""rCM as a ComfyUI sampler: noise, callbacks, cancel, masks, and ComfyUI's own samplers as judges."""
+"""rCM as a ComfyUI sampler: noise, callbacks, cancel, masks, and equality with stock samplers."""
 
 import logging
 
@@ -10,8 +10,10 @@ from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
+# A GPU computes in bf16, the CPU in fp32.
+EXACT = 1e-2 if torch.cuda.is_available() else 1e-5
 SEEDS = (0, 1, 123456789, 2**64 - 1)
-# The host adds 1 to a seed on the CPU; with this one our step seed is the largest there is.
+# Newer hosts add 1 to a seed on the CPU, and 2**64 - 1 is the largest that torch takes.
 LAST_STEP_SEED = 2**64 - 1 - comfy_sampler.STEP_NOISE_SEED
 
 
@@ -136,12 +138,12 @@ def test_callback_comes_once_a_step_with_the_whole_state(dense_model, monkeypatc
 
     out = _run(dense_model, sampler, sigmas, latent, callback=preview)
     assert seen == [(i, latent.shape, latent.shape, steps) for i in range(steps)]
-    assert [set(s) >= {"x", "i", "sigma", "sigma_hat", "denoised"} for s in states] == [True] * steps
+    assert all(set(s) >= {"x", "i", "sigma", "sigma_hat", "denoised"} for s in states)
     assert [s["i"] for s in states] == list(range(steps))
     assert torch.equal(torch.stack([s["sigma"] for s in states]).cpu(), sigmas[:-1])
     assert torch.equal(states[0]["x"], inputs[0])
     last = dense_model.model.process_latent_out(states[-1]["denoised"])
-    assert goldens.relative_error(out, last) < 1e-6
+    assert goldens.relative_error(out, last) < EXACT
 
 
 def test_cancel_stops_the_run_and_leaves_a_clean_model(model, caplog):
@@ -184,7 +186,7 @@ def test_a_batch_equals_its_single_runs(dense_model, mode):
 
     both = run(slice(0, 2))
     singles = torch.cat([run(slice(i, i + 1)) for i in range(2)])
-    assert goldens.relative_error(both, singles) < 1e-5
+    assert goldens.relative_error(both, singles) < EXACT
     assert goldens.relative_error(both[:1], both[1:]) > 0.1
 
 
@@ -195,21 +197,19 @@ def test_a_masked_region_keeps_its_latent(dense_model, mode):
     mask[..., 8:] = 1
     sampler = comfy_sampler.rcm_sampler(mode)
     out = _run(dense_model, sampler, latent=latent, denoise_mask=mask)
-    assert goldens.relative_error(out[..., :8], latent[..., :8]) < 1e-5
+    assert goldens.relative_error(out[..., :8], latent[..., :8]) < EXACT
     assert goldens.relative_error(out[..., 8:], latent[..., 8:]) > 0.1
     whole = _run(dense_model, sampler, latent=latent)
     assert goldens.relative_error(whole[..., :8], latent[..., :8]) > 0.1
 
 
-STOCK = {"sde": comfy.k_diffusion.sampling.sample_lcm, "ode": comfy.k_diffusion.sampling.sample_euler}
-
-
 def _stock(mode):
-    options = {}
-    if mode == "sde":
-        noises = iter([comfy.sample.prepare_noise(_latent(), seed) for seed in range(10, 20)])
-        options["noise_sampler"] = lambda *_: next(noises).to(in_comfyui.DEVICE)
-    return comfy.samplers.KSAMPLER(STOCK[mode], options)
+    """ComfyUI's own lcm or euler; a new one draws the same noises again."""
+    if mode == "ode":
+        return comfy.samplers.KSAMPLER(comfy.k_diffusion.sampling.sample_euler)
+    noises = iter([comfy.sample.prepare_noise(_latent(), seed) for seed in range(10, 20)])
+    options = {"noise_sampler": lambda *_: next(noises).to(in_comfyui.DEVICE)}
+    return comfy.samplers.KSAMPLER(comfy.k_diffusion.sampling.sample_lcm, options)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 7])
@@ -220,12 +220,12 @@ def test_equals_the_stock_sampler_of_the_same_rule(dense_model, mode, steps):
     ours.extra_options |= _stock(mode).extra_options
     sigmas = rcm_sigmas(steps, 80)
     expected = _run(dense_model, stock, sigmas)
-    assert goldens.relative_error(_run(dense_model, ours, sigmas), expected) < 1e-5
+    assert goldens.relative_error(_run(dense_model, ours, sigmas), expected) < EXACT
 
 
 def test_the_other_rule_is_far_from_the_stock_sampler(dense_model):
-    expected = _run(dense_model, _stock("ode"))
-    assert goldens.relative_error(_run(dense_model, comfy_sampler.rcm_sampler("sde")), expected) > 0.1
+    out = _run(dense_model, comfy_sampler.rcm_sampler("sde"))
+    assert goldens.relative_error(out, _run(dense_model, _stock("ode"))) > 0.1
 
 
 def test_split_sigmas_continue_a_run(dense_model):
@@ -234,7 +234,7 @@ def test_split_sigmas_continue_a_run(dense_model):
     whole = _run(dense_model, ode, sigmas)
     half = _run(dense_model, ode, sigmas[:3])
     rest = _run(dense_model, ode, sigmas[2:], latent=half, noise=torch.zeros_like(half))
-    assert goldens.relative_error(rest, whole) < 1e-4
+    assert goldens.relative_error(rest, whole) < EXACT
 
 
 @pytest.mark.parametrize("mode", ["sde", "ode"])

@@ -11,7 +11,7 @@ from turbodiffusion_pack.kernels.block_map import (
     centered_means,
     select_blocks,
 )
-from turbodiffusion_pack.kernels.block_map.triton import CHUNK
+from turbodiffusion_pack.kernels.block_map.triton import CHUNK, RESIDENT
 
 BACKENDS = ("reference", "triton")
 # On sla1 the original selects no 64x128 block at all.
@@ -133,9 +133,19 @@ def test_all_equal_inputs_select_the_first_blocks(backend):
     assert chosen.flatten(0, 2).unique(dim=0).tolist() == [[0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("count", [1, 700, CHUNK + 30])
-def test_triton_selects_across_chunks(count):
-    n_keys = CHUNK + 40
+@pytest.mark.parametrize(
+    ("n_keys", "count"),
+    [
+        (40, 7),
+        (CHUNK + 40, 1),
+        (CHUNK + 40, 700),
+        (RESIDENT, RESIDENT),
+        (RESIDENT + 2, 1),
+        (RESIDENT + CHUNK + 40, 700),
+        (RESIDENT + CHUNK + 40, RESIDENT + CHUNK + 30),
+    ],
+)
+def test_triton_selects_from_registers_and_across_chunks(n_keys, count):
     q_means = torch.randn(1, 1, 3, 64, device=DEVICE)
     k_means = torch.randn(1, 1, n_keys, 64, device=DEVICE)
     k_means[:, :, 1::2] = k_means[:, :, ::2]  # every score twice, and next to each other

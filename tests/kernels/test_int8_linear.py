@@ -4,7 +4,8 @@ import goldens
 import pytest
 import torch
 from devices import BATCHES, DEVICE, LENGTHS
-from turbodiffusion_pack.kernels.int8_linear import int8_linear
+from turbodiffusion_pack.kernels import dispatch
+from turbodiffusion_pack.kernels.int8_linear import int8_linear, triton_kernels
 from turbodiffusion_pack.kernels.int8_quant import (
     dequantize_blocks,
     dequantize_rows,
@@ -17,6 +18,29 @@ GRANULARITIES = {
     "rows": (quantize_rows, dequantize_rows),
 }
 BACKENDS = ("reference", "triton")
+# A gate per sample or per token, and whether there is a residual.
+EPILOGUES = (
+    (None, True),
+    ("sample", False),
+    ("sample", True),
+    ("token", False),
+    ("token", True),
+)
+
+
+@pytest.fixture(params=("pointers", "tensor maps"))
+def addressing(request, monkeypatch):
+    """How the Triton kernel reads and writes: as on sm_80, or as on Hopper and newer."""
+    if request.param == "pointers":
+        monkeypatch.setattr(dispatch, "capability", lambda device: (8, 0))
+    elif DEVICE == "cpu":
+        monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
+    elif torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU has no tensor maps")
+    made, make = [], triton_kernels._tensor_maps
+    monkeypatch.setattr(triton_kernels, "_tensor_maps", lambda *a: made.append(a) or make(*a))
+    yield request.param
+    assert bool(made) == (request.param == "tensor maps")
 
 
 def random_operands(batch, length, k, n, granularity):
@@ -43,7 +67,7 @@ def test_equals_the_original(case, backend):
     data = {k: v.to(DEVICE) for k, v in goldens.load("operators").items() if k.startswith(case)}
     operands = [data[f"{case}.{name}"] for name in ("x_q", "x_s", "w_q", "w_s")]
     y = int8_linear(
-        operands[0][None], operands[1][None], *operands[2:], None, torch.float32, backend
+        operands[0][None], operands[1][None], *operands[2:], None, torch.float32, backend=backend
     )
     # The golden is bf16, whose rounding alone is larger than the bound.
     assert goldens.relative_error(y[0].bfloat16(), data[f"{case}.y"]) <= 1e-3
@@ -66,7 +90,7 @@ def test_row_sums_are_exact_over_the_longest_k(backend):
     x_q = torch.full((1, 3, k), -128, dtype=torch.int8, device=DEVICE)
     w_q = torch.randint(-128, -120, (5, k), dtype=torch.int8, device=DEVICE)
     ones = torch.ones(1, 3, device=DEVICE), torch.ones(5, device=DEVICE)
-    y = int8_linear(x_q, ones[0], w_q, ones[1], None, torch.float32, backend)
+    y = int8_linear(x_q, ones[0], w_q, ones[1], None, torch.float32, backend=backend)
     exact = (x_q.cpu().long() @ w_q.cpu().long().mT).float()
     assert torch.equal(y.cpu(), exact)
 
@@ -78,7 +102,7 @@ def test_equal_inputs(value, granularity, backend):
     quantize, _ = GRANULARITIES[granularity]
     x = quantize(torch.full((1, 65, 130), value, device=DEVICE), backend="reference")
     w = quantize(torch.full((7, 130), 1.0, device=DEVICE), backend="reference")
-    y = int8_linear(*x, *w, None, torch.float32, backend)
+    y = int8_linear(*x, *w, None, torch.float32, backend=backend)
     expected = torch.full_like(y, 130 * value * (127 / 128) ** 2)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
 
@@ -97,17 +121,115 @@ def test_triton_equals_the_reference(batch, length, k, n, out_dtype, granularity
     assert goldens.relative_error(y, expected) <= (1e-6 if out_dtype == torch.float32 else 1e-4)
 
 
+def random_epilogue(shape, gate, residual, dtype=torch.float32):
+    """Gate per sample or per token, and residual, as int8_linear takes them."""
+    rows = {"sample": 1, "token": shape[1]}
+    if gate is not None:
+        # One of six vectors of a modulation: strided along the batch.
+        gate = torch.randn(shape[0], rows[gate], 6, shape[2], device=DEVICE)[:, :, 2]
+    return gate, torch.randn(shape, device=DEVICE).to(dtype) if residual else None
+
+
+def exact_epilogue(y, gate, residual):
+    y = y if gate is None else y * gate.double()
+    return y if residual is None else y + residual.double()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(("gate", "residual"), EPILOGUES)
+def test_reference_epilogue_follows_the_formula(gate, residual, granularity):
+    operands = random_operands(3, 129, 200, 136, granularity)
+    bias = torch.randn(136, device=DEVICE)
+    gate, residual = random_epilogue((3, 129, 136), gate, residual)
+    y = int8_linear(*operands, bias, torch.float32, gate, residual, backend="reference")
+    expected = exact_epilogue(exact_linear(*operands, bias, granularity), gate, residual)
+    assert goldens.relative_error(y, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(("gate", "residual"), [(None, False), *EPILOGUES])
+def test_triton_epilogue_follows_the_formula(gate, residual, granularity, addressing):
+    operands = random_operands(3, 129, 208, 136, granularity)
+    bias = torch.randn(136, device=DEVICE)
+    gate, residual = random_epilogue((3, 129, 136), gate, residual)
+    y = int8_linear(*operands, bias, torch.float32, gate, residual, backend="triton")
+    expected = exact_epilogue(exact_linear(*operands, bias, granularity), gate, residual)
+    assert goldens.relative_error(y, expected) <= 1e-6
+
+
+def test_triton_takes_a_gate_of_any_strides(addressing):
+    operands = random_operands(2, 70, 48, 24, "rows")
+    gate = torch.randn(24, 70, 2, device=DEVICE).half().permute(2, 1, 0)
+    y = int8_linear(*operands, None, torch.float32, gate, backend="triton")
+    expected = int8_linear(*operands, None, torch.float32, gate, backend="reference")
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("addressing", ("tensor maps",), indirect=True)
+def test_wide_tiles(addressing):
+    """The tile that Hopper takes where K and N are large."""
+    operands = random_operands(1, 130, 2064, 3080, "rows")
+    gate, residual = random_epilogue((1, 130, 3080), "sample", True)
+    y = int8_linear(*operands, None, torch.float32, gate, residual, backend="triton")
+    expected = int8_linear(*operands, None, torch.float32, gate, residual, backend="reference")
+    assert goldens.relative_error(y, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_triton_writes_into_the_residual(granularity, addressing):
+    operands = random_operands(3, 129, 144, 136, granularity)
+    gate, residual = random_epilogue((3, 129, 136), "sample", True, torch.float16)
+    epilogue = {"out_dtype": torch.float16, "gate": gate, "residual": residual}
+    expected = int8_linear(*operands, **epilogue, backend="reference")
+    y = int8_linear(*operands, **epilogue, out=residual, backend="triton")
+    assert y is residual
+    assert goldens.relative_error(residual, expected) <= 1e-4
+
+
+def test_reference_writes_into_the_residual():
+    operands = random_operands(3, 129, 144, 136, "blocks")
+    gate, residual = random_epilogue((3, 129, 136), "sample", True)
+    epilogue = {"out_dtype": torch.float32, "gate": gate, "residual": residual}
+    expected = int8_linear(*operands, **epilogue, backend="reference")
+    assert int8_linear(*operands, **epilogue, out=residual, backend="reference") is residual
+    assert torch.equal(residual, expected)
+
+
+def test_triton_writes_nothing_beside_a_strided_out(addressing):
+    operands = random_operands(2, 129, 48, 24, "blocks")
+    wide = torch.full((2, 160, 40), 7.0, device=DEVICE)
+    y = int8_linear(*operands, None, torch.float32, out=wide[:, :129, :24], backend="triton")
+    expected = int8_linear(*operands, None, torch.float32, backend="reference")
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert wide[:, 129:].eq(7).all() and wide[..., 24:].eq(7).all()
+
+
+@pytest.mark.parametrize(("k", "n"), ((200, 24), (208, 23)))
+def test_rows_that_tensor_maps_cannot_address(k, n, monkeypatch):
+    """8-byte rows of x and w, or 4-byte rows of the output, go through pointers on every card."""
+    monkeypatch.setattr(triton_kernels, "_tensor_maps", None)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
+    operands = random_operands(2, 65, k, n, "rows")
+    y = int8_linear(*operands, None, torch.float32, backend="triton")
+    expected = int8_linear(*operands, None, torch.float32, backend="reference")
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize(
     ("batch", "length", "k", "n"),
     ((1, 1, 128, 8), (3, 129, 200, 140), (2, 1000, 1536, 8960), (1, 2111, 13824, 5120)),
 )
-def test_triton_equals_the_reference_in_bf16(batch, length, k, n, granularity):
+@pytest.mark.parametrize("gate", (None, "sample", "token"))
+def test_triton_equals_the_reference_in_bf16(gate, batch, length, k, n, granularity):
     operands = random_operands(batch, length, k, n, granularity)
     bias = torch.randn(n, device=DEVICE, dtype=torch.bfloat16)
-    y = int8_linear(*operands, bias)
-    expected = int8_linear(*operands, bias, backend="reference")
+    shape = batch, length, n
+    gate, residual = random_epilogue(shape, gate, gate is not None, torch.bfloat16)
+    y = int8_linear(*operands, bias, gate=gate, residual=residual)
+    expected = int8_linear(*operands, bias, gate=gate, residual=residual, backend="reference")
     assert y.dtype == torch.bfloat16
     assert goldens.relative_error(y, expected) <= 1e-3
 
@@ -120,18 +242,18 @@ def test_triton_takes_strided_rows(granularity):
     wide_w = torch.zeros(24, 160, dtype=torch.int8, device=DEVICE)
     wide_w[:, :144] = w_q
     strided = wide_x[..., :144].transpose(0, 1), x_scale, wide_w[:, :144], w_scale
-    y = int8_linear(*strided, None, torch.float32, "triton")
-    expected = int8_linear(x_q, x_scale, w_q, w_scale, None, torch.float32, "reference")
+    y = int8_linear(*strided, None, torch.float32, backend="triton")
+    expected = int8_linear(x_q, x_scale, w_q, w_scale, None, torch.float32, backend="reference")
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_row_blocks_restart_at_every_sample(backend):
     x_q, x_scale, w_q, w_scale = random_operands(3, 130, 136, 16, "blocks")
-    y = int8_linear(x_q, x_scale, w_q, w_scale, None, torch.float32, backend)
+    y = int8_linear(x_q, x_scale, w_q, w_scale, None, torch.float32, backend=backend)
     for i in range(3):
         one = x_q[i : i + 1], x_scale[i : i + 1], w_q, w_scale
-        alone = int8_linear(*one, None, torch.float32, "reference")
+        alone = int8_linear(*one, None, torch.float32, backend="reference")
         torch.testing.assert_close(y[i], alone[0], rtol=1e-5, atol=1e-5)
 
 
@@ -145,6 +267,24 @@ def test_bad_shapes_are_refused():
         int8_linear(x_q[..., ::2], x_scale, w_q[:, ::2], w_scale)
     with pytest.raises(ValueError, match=r"needs bias \[24\], got \[25\]"):
         int8_linear(x_q, x_scale, w_q, w_scale, torch.zeros(25))
+
+
+def test_bad_epilogues_are_refused():
+    operands = random_operands(2, 130, 200, 24, "blocks")
+    whole = torch.zeros(2, 130, 24, device=DEVICE)
+    with pytest.raises(ValueError, match=r"gate \[2, 1, 24\] or \[2, 130, 24\], got \[1, 1, 24\]"):
+        int8_linear(*operands, gate=whole[:1, :1])
+    with pytest.raises(ValueError, match=r"residual \[2, 130, 24\], got \[2, 1, 24\]"):
+        int8_linear(*operands, residual=whole[:, :1])
+    with pytest.raises(ValueError, match=r"out \[2, 130, 24\], got \[2, 130, 8\]"):
+        int8_linear(*operands, out=whole[..., :8])
+    across = torch.zeros(2, 24, 130, device=DEVICE).mT
+    with pytest.raises(ValueError, match="residual contiguous along N, got strides"):
+        int8_linear(*operands, residual=across)
+    with pytest.raises(TypeError, match=r"a float gate, got torch\.int64"):
+        int8_linear(*operands, gate=whole.long())
+    with pytest.raises(TypeError, match=r"of out_dtype torch\.bfloat16, got torch\.float32"):
+        int8_linear(*operands, residual=whole, out=whole)
 
 
 def test_scales_of_neither_granularity_are_refused():

@@ -142,6 +142,60 @@ def test_triton_equals_the_reference(shape, quantize, dtype):
     assert torch.equal(scale, expected_scale)
 
 
+def test_triton_equals_the_reference_on_the_widest_rows():
+    x = random_input(2, 20000)
+    for mine, expected in zip(
+        quantize_rows(x, backend="triton"), quantize_rows(x, backend="reference"), strict=True
+    ):
+        assert torch.equal(mine, expected)
+
+
+def exact_gelu(x):
+    x = x.double()
+    return x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
+
+
+def assert_gelu_equal_but_for_ties(quantize, x):
+    """Triton's integers differ only where float64 lies between two, by fp32's error."""
+    q, scale = quantize(x, "gelu_tanh", backend="triton")
+    expected_q, expected_scale = quantize(x, "gelu_tanh", backend="reference")
+    torch.testing.assert_close(scale, expected_scale, rtol=2e-6, atol=0)
+    y = exact_gelu(x)
+    block = (1, x.shape[-1]) if quantize is quantize_rows else (128, 128)
+    exact = y * 128 / exact_amax(y, block)
+    differing = q != expected_q
+    assert differing.sum() <= 1 + q.numel() / 2000
+    assert ((exact - exact.floor() - 0.5)[differing].abs() <= 1e-5 * 128).all()
+    assert (q - exact.clamp(-128, 127)).abs().max() <= 0.5 + 1e-5 * 128
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+@pytest.mark.parametrize("shape", ((1, 8), (63, 65), (3, 129, 200), (2, 1536)))
+def test_gelu_equals_the_reference_but_for_ties(shape, quantize, dtype):
+    x = random_input(*shape, dtype=dtype)
+    x[..., 0] = 4  # a row without a positive value is all cancellation in torch's gelu
+    assert_gelu_equal_but_for_ties(quantize, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+def test_gelu_equals_the_reference_at_model_size(quantize):
+    x = random_input(2, 1000, 13824, dtype=torch.bfloat16)
+    assert_gelu_equal_but_for_ties(quantize, x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+@pytest.mark.parametrize("value", (0.0, -0.0, 3.0, -200.0, -1e20, 1e4, 1e30))
+def test_gelu_neither_overflows_nor_makes_nan(quantize, value, backend):
+    x = torch.full((2, 5, 130), value, device=DEVICE)
+    q, scale = quantize(x, "gelu_tanh", backend=backend)
+    assert (q == (127 if value > 0 else 0)).all()
+    expected = exact_gelu(x[0, 0, 0]).abs().clamp_min(1e-8).float() / 128
+    torch.testing.assert_close(scale, expected.expand_as(scale))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantize", QUANTIZERS)
 def test_triton_equals_the_reference_at_model_size(quantize):
@@ -189,6 +243,8 @@ def test_bad_input_is_refused(quantize):
         quantize(torch.zeros(4))
     with pytest.raises(ValueError, match=r"with elements in it, got \[0, 4\]"):
         quantize(torch.zeros(0, 4))
+    with pytest.raises(ValueError, match="activation None or 'gelu_tanh', got 'gelu'"):
+        quantize(torch.zeros(4, 4), "gelu")
     with pytest.raises(ValueError, match="backend 'cuda' is unknown"):
         quantize(torch.zeros(4, 4), backend="cuda")
 

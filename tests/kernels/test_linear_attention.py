@@ -8,6 +8,7 @@ from devices import BATCHES, DEVICE, LENGTHS, TRITON_DTYPES
 from turbodiffusion_pack.kernels.linear_attention import (
     FEATURE_MAPS,
     key_value_state,
+    key_value_state_and_maximum,
     linear_attention,
     reference,
 )
@@ -63,6 +64,17 @@ def test_triton_errs_at_most_twice_as_much_as_torch_at_any_length(length, featur
     exact = exact_linear(*arguments)
     bound = 2 * goldens.relative_error(linear_branch(*arguments), exact)
     assert goldens.relative_error(branch(*arguments, "triton"), exact) <= max(bound, 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [1, 65, 300])
+def test_finds_the_largest_value_on_the_way(length, backend):
+    _, k, v = random_qkv(2, length, 2, 64, torch.float16)
+    v[:, -1] *= 9
+    *sums, maximum = key_value_state_and_maximum(k, v, "softmax", backend)
+    assert torch.equal(maximum, v.abs().amax(1).float())
+    plain = key_value_state(k, v, "softmax", backend)
+    assert all(torch.equal(x, y) for x, y in zip(sums, plain, strict=True))
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)

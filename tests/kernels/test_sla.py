@@ -14,8 +14,11 @@ from attention import (
 from devices import BATCHES, DEVICE, LENGTHS
 from turbodiffusion_pack.kernels.block_map import block_map
 from turbodiffusion_pack.kernels.dispatch import has_fp8
-from turbodiffusion_pack.kernels.sla import sla
+from turbodiffusion_pack.kernels.norm import rms_norm
+from turbodiffusion_pack.kernels.rope import apply_rope
+from turbodiffusion_pack.kernels.sla import sla, sla_from_projections
 
+GPU = pytest.mark.gpu
 BACKENDS = ("reference", "triton")
 BOUND = 5e-3
 TOPK = 0.2
@@ -144,6 +147,66 @@ def test_an_injected_map_replaces_topk():
     chosen = random_map(1, 300, 2, 128, 64)
     out = sla(q, k, v, None, None, 1.0, block_map=chosen)
     assert goldens.relative_error(out, exact_sparse(q, k, v, chosen)) <= 1e-6
+
+
+def random_projections(length, heads, dim, dtype=torch.float32):
+    """What sla_from_projections takes: q, k, v, both norms' weights, cos, sin, weight, bias."""
+    q, k, v = random_qkv(1, length, heads, dim, dtype)
+    norms = (1 + 0.2 * torch.randn(heads * dim, device=DEVICE) for _ in "qk")
+    angles = torch.rand(1, length, dim // 2, device=DEVICE)
+    return q, k, v, *norms, angles.cos(), angles.sin(), *random_proj(dim)
+
+
+def by_its_parts(q, k, v, q_weight, k_weight, cos, sin, weight, bias, **options):
+    """Norm, rotation and attention, one after the other."""
+
+    def rotated(x, norm):
+        return apply_rope(rms_norm(x.flatten(2), norm).view(x.shape), cos, sin)
+
+    q, k = rotated(q, q_weight), rotated(k, k_weight)
+    return sla(q, k, v, weight, bias, **options, backend="reference")
+
+
+@pytest.mark.parametrize("low_bit", [False, True])
+@pytest.mark.parametrize("length", [1, 65, 300])
+def test_from_projections_is_norm_rotation_and_attention(length, low_bit):
+    arguments = random_projections(length, 2, 64)
+    options = {"topk": 0.5, "low_bit": low_bit, "pv": "fp16"}
+    out = sla_from_projections(*arguments, **options, backend="reference")
+    assert torch.equal(out, by_its_parts(*arguments, **options))
+
+
+@pytest.mark.parametrize(
+    ("low_bit", "pv"), [(False, None), (True, "fp16"), pytest.param(True, "fp8", marks=GPU)]
+)
+@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_from_projections_in_triton(dim, shape, low_bit, pv):
+    if pv == "fp8" and not has_fp8(torch.device(DEVICE)):
+        pytest.skip("needs an NVIDIA GPU of sm_89 or newer")
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    arguments = random_projections(200, 2, dim, dtype)
+    options = {"low_bit": low_bit, "pv": pv, "block_q": shape[0], "block_k": shape[1]}
+    options["block_map"] = random_map(1, 200, 2, *shape, share=0.7)
+    expected = by_its_parts(*arguments, **options)
+    out = sla_from_projections(*arguments, **options, backend="triton")
+    # One more rounding of q and k than in test_triton_equals_the_reference, and e4m3's steps.
+    bound = 2e-2 if pv == "fp8" else 8 * torch.finfo(dtype).eps
+    assert goldens.relative_error(out, expected) <= bound
+
+
+def test_from_projections_takes_every_option():
+    arguments = random_projections(300, 2, 64)
+    plain = *arguments[:7], None, None
+    chosen = random_map(1, 300, 2, 64, 64)
+    for options in (
+        {"topk": 1.0, "feature_map": "elu"},
+        {"block_map": chosen, "block_q": 64},
+        {"low_bit": True, "pv": "fp8", "topk": 0.3},
+    ):
+        for inputs in (arguments, plain):
+            out = sla_from_projections(*inputs, **options)
+            assert torch.equal(out, by_its_parts(*inputs, **options))
 
 
 def test_refuses_what_does_not_fit():

@@ -1,5 +1,7 @@
 """Block-sparse attention in float and in low bits: float64, and Triton against the reference."""
 
+import sys
+
 import goldens
 import pytest
 import torch
@@ -17,6 +19,7 @@ from turbodiffusion_pack.kernels.dispatch import has_fp8
 from turbodiffusion_pack.kernels.linear_attention import LinearBranch, key_value_state
 from turbodiffusion_pack.kernels.sparse_attention import (
     PV_DTYPES,
+    default_pv,
     reference,
     sage_attention,
     sparse_attention,
@@ -192,6 +195,44 @@ def test_triton_fp8_layout_in_the_interpreter():
     assert goldens.relative_error(out, expected) <= 0.12
 
 
+@pytest.mark.parametrize("low_bit", [False, True])
+@pytest.mark.parametrize(("length", "shape"), [(70, (64, 64)), (200, (128, 64)), (130, (64, 128))])
+def test_descriptors_read_what_pointers_read(length, shape, low_bit, monkeypatch):
+    """Loads by descriptor, as on Hopper and newer, against loads by pointer."""
+    q, k, v = random_qkv(2, length, 2, 64, torch.float16)
+    block_map = random_map(2, length, 2, *shape, share=0.7)
+    branch = LinearBranch(*key_value_state(k, v), *random_proj(64))
+    attention = sage_attention if low_bit else sparse_attention
+    arguments = {"block_q": shape[0], "block_k": shape[1], "linear": branch, "backend": "triton"}
+    if low_bit:
+        arguments["pv"] = "fp16"
+    monkeypatch.setattr(triton_kernels, "has_tma", lambda card: False)
+    expected = attention(q, k, v, block_map, **arguments)
+    if DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0):
+        monkeypatch.setattr(triton_kernels, "has_tma", lambda card: True)
+    assert triton_kernels.fits_tma(k, v)
+    out = attention(q, k, v, block_map, **arguments)
+    torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_descriptors_need_steps_of_16_bytes():
+    x = torch.zeros(1, 8, 2, 72, dtype=torch.float16, device=DEVICE)
+    assert triton_kernels.fits_tma(x[..., :64])
+    assert not triton_kernels.fits_tma(x[..., 1:65])
+    assert not triton_kernels.fits_tma(x[..., :1, :64].expand(1, 8, 2, 64))
+    assert not triton_kernels.fits_tma(torch.zeros(1, 8, 2, 68, dtype=x.dtype)[..., :64])
+
+
+def test_takes_what_is_known_of_q_and_v():
+    q, k, v = random_qkv(1, 130, 2, 64)
+    block_map = random_map(1, 130, 2, 128, 64)
+    known = {"q_blocks": reference.quantize_blocks(q, 128), "v_max": v.abs().amax(1)}
+    for backend in ("reference", "triton"):
+        arguments = q, k, v, block_map, "fp16"
+        out = sage_attention(*arguments, backend=backend)
+        assert torch.equal(sage_attention(*arguments, **known, backend=backend), out)
+
+
 def test_takes_the_mean_of_k_where_it_is_known():
     q, k, v = random_qkv(1, 130, 2, 64)
     block_map = random_map(1, 130, 2, 128, 64)
@@ -200,10 +241,22 @@ def test_takes_the_mean_of_k_where_it_is_known():
     assert goldens.relative_error(known, out) <= 1e-4
 
 
-def test_values_go_to_fp16_where_there_is_no_fp8():
+@pytest.mark.parametrize(
+    ("card", "pv"),
+    [((0, 0), "fp16"), ((8, 0), "fp16"), ((8, 6), "fp16"), ((9, 0), "fp16")]
+    + [(card, "fp8") for card in ((8, 9), (10, 0), (12, 0))],
+)
+def test_values_go_to_fp8_where_that_is_faster(card, pv, monkeypatch):
+    module = sys.modules[sparse_attention.__module__]
+    monkeypatch.setattr(module, "capability", lambda device: card)
+    monkeypatch.setattr(module, "has_fp8", lambda device: card >= (8, 9))
+    assert default_pv(torch.device("cuda")) == pv
+
+
+def test_values_go_where_the_card_wants_them():
     q, k, v = random_qkv(1, 130, 2, 64, torch.float16)
     block_map = random_map(1, 130, 2, 128, 64)
-    pv = "fp8" if has_fp8(torch.device(DEVICE)) else "fp16"
+    pv = default_pv(torch.device(DEVICE))
     expected = sage_attention(q, k, v, block_map, pv)
     assert torch.equal(sage_attention(q, k, v, block_map), expected)
 
@@ -225,6 +278,11 @@ def test_refuses_what_does_not_fit():
         (lambda: sparse_attention(q, k, v, good, linear=branch), r"proj_weight must be \[64, 64\]"),
         (lambda: sage_attention(q, k, v, good, "int8"), "pv must be 'fp8', 'fp16' or None"),
         (lambda: sage_attention(q, k, v, good, k_mean=k), r"k_mean must be \[1, 2, 64\]"),
+        (lambda: sage_attention(q, k, v, good, v_max=k), r"v_max must be \[1, 2, 64\]"),
+        (
+            lambda: sage_attention(q, k, v, good, q_blocks=(k, k)),
+            r"q_blocks\[0\] must be \[1, 2, 256, 64\]",
+        ),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

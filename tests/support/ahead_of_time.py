@@ -37,7 +37,7 @@ class Variant(NamedTuple):
 
     `signature` maps every parameter that is not a constexpr to its Triton type; a ":16" behind
     the type says that the pointer or the integer is divisible by 16. `label` tells variants of
-    one kernel apart.
+    one kernel apart. `spills` is how many bytes a thread may spill, 0 but for a measured reason.
     """
 
     kernel: Any
@@ -47,6 +47,7 @@ class Variant(NamedTuple):
     num_stages: int
     capabilities: tuple[tuple[int, int], ...] = CARDS
     label: str = ""
+    spills: int = 0
 
 
 class Job(NamedTuple):

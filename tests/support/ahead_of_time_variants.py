@@ -5,19 +5,27 @@ One function per op, listed in OPS at the end. Launch configurations come from t
 
 import functools
 
-import torch
 from ahead_of_time import CARDS, Variant, variants_of
 from turbodiffusion_pack.kernels.block_map import triton as block_map
 from turbodiffusion_pack.kernels.int8_linear import triton as int8_linear
 from turbodiffusion_pack.kernels.int8_quant import triton as int8_quant
 from turbodiffusion_pack.kernels.linear_attention import triton as linear_attention
 from turbodiffusion_pack.kernels.norm import triton as norm
+from turbodiffusion_pack.kernels.norm_quant import triton as norm_quant
+from turbodiffusion_pack.kernels.qk_prepare import triton as qk_prepare
 from turbodiffusion_pack.kernels.rope import triton as rope
 from turbodiffusion_pack.kernels.sparse_attention import triton as sparse_attention
 
 FP8_CARDS = tuple(card for card in CARDS if card >= (8, 9))
 TILES = ((128, 128, 64), (64, 128, 64), (128, 64, 64), (128, 64, 128))  # head dim, block_q, block_k
-OUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CHANNELS = (1536, 5120, 13824)  # widths of Wan's rows: the two models', and the larger MLP's
+LAYER_NORM_CONTIGUOUS = dict.fromkeys(("stride_xc", "stride_scale_c", "stride_shift_c"), 1)
+TMA_CARDS = tuple(card for card in CARDS if card >= (9, 0))
+# Output dtype of INT8 linear, and whether its gate has a row per token.
+LINEAR_EPILOGUES = {"plain": ("bf16", False), "gate": ("bf16", False), "gates": ("fp32", True)}
+# Bytes: products and sums of a block fill 256 registers at 4 warps. At 8 warps nothing spills, and
+# an H100 takes 1.1 to 1.4 times as long.
+LINEAR_SPILLS = 128
 
 
 def int8_quant_variants() -> list[Variant]:
@@ -30,51 +38,54 @@ def int8_quant_variants() -> list[Variant]:
         "stride_b": "i32:16",
         "stride_r": "i32:16",
     }
-    launches = (
-        (int8_quant.quantize_blocks_kernel, int8_quant.BLOCKS_LAUNCH),
-        (int8_quant.quantize_rows_kernel, int8_quant.ROWS_LAUNCH),
-    )
+    launches = [("blocks", int8_quant.quantize_blocks_kernel, int8_quant.BLOCKS_LAUNCH)]
+    launches += [(f"{c}", int8_quant.quantize_rows_kernel, norm.row_launch(c)) for c in CHANNELS]
     return [
         variant
-        for kernel, launch in launches
-        for variant in variants_of(kernel, signature, {"stride_c": 1}, lambda _, to=launch: to)
+        for label, kernel, launch in launches
+        for activation in (None, "gelu_tanh")
+        for variant in variants_of(
+            kernel,
+            signature,
+            {"stride_c": 1, "ACTIVATION": activation},
+            lambda _, to=launch: to,
+            f"{label}-{activation}",
+        )
     ]
 
 
 def int8_linear_variants() -> list[Variant]:
-    variants = []
-    for name, dtype in OUT_DTYPES.items():
-        signature = _int8_linear_signature(name)
-        variants += [
-            *variants_of(
-                int8_linear.linear_blocks_kernel, signature, {}, int8_linear.blocks_config, name
-            ),
-            *variants_of(
-                int8_linear.linear_rows_kernel,
-                signature,
-                {},
-                functools.partial(int8_linear.rows_config, out_dtype=dtype),
-                name,
-            ),
-        ]
-    return variants
+    launches = [(by_blocks, False, card) for by_blocks in (True, False) for card in CARDS]
+    launches += [(by_blocks, True, card) for by_blocks in (True, False) for card in TMA_CARDS]
+    return [
+        _int8_linear_variant(by_blocks, tma, card, width, epilogue)
+        for by_blocks, tma, card in launches
+        for width in ((1536, 5120) if tma and not by_blocks and card == (9, 0) else (5120,))
+        for epilogue in LINEAR_EPILOGUES
+    ]
 
 
-def _int8_linear_signature(out: str) -> dict[str, str]:
-    return {
-        "x_ptr": "*i8:16",
-        "x_scale_ptr": "*fp32:16",
-        "w_ptr": "*i8:16",
-        "w_scale_ptr": "*fp32:16",
-        "bias_ptr": "*bf16:16",
-        "y_ptr": f"*{out}:16",
-        "length": "i32",
-        "n": "i32:16",
-        "k": "i32:16",
-        "stride_xb": "i32:16",
-        "stride_xl": "i32:16",
-        "stride_wn": "i32:16",
-    }
+def _int8_linear_variant(by_blocks, tma, card, width, epilogue) -> Variant:
+    """`width` is both K and N, which decide the tile."""
+    config = int8_linear.linear_config(card, by_blocks, tma, width, width)
+    out, gate_rows = LINEAR_EPILOGUES[epilogue]
+    signature = _pointers("fp32", "x_scale", "w_scale") | _sizes("length") | {"bias": "*bf16:16"}
+    strides = ("xb", "xl", "wn", "gb", "gl", "rb", "rl", "ob", "ol")
+    signature |= dict.fromkeys(("n", "k", *(f"stride_{s}" for s in strides)), "i32:16")
+    matrices = dict(zip(("x", "w", "residual", "out"), ("i8", "i8", out, out), strict=True))
+    blocks = int8_linear.tensor_map_blocks(config)
+    for (name, dtype), block in zip(matrices.items(), blocks, strict=True):
+        signature[name] = f"tensordesc<{dtype}{block}>" if tma else f"*{dtype}:16"
+    flags = {"BY_BLOCKS": by_blocks, "TMA": tma, "GATE_ROWS": gate_rows, "stride_gn": 1}
+    if epilogue == "plain":
+        del signature["residual"]
+        flags |= {"gate": None, "residual": None}
+    else:
+        signature["gate"] = "*fp32:16"
+    label = f"{'blocks' if by_blocks else 'rows'}-{'tma' if tma else 'pointers'}-{width}-{epilogue}"
+    kernel = int8_linear.linear_kernel
+    (variant,) = variants_of(kernel, signature, flags, lambda _: config, label, (card,))
+    return variant._replace(spills=LINEAR_SPILLS if by_blocks and tma and card == (9, 0) else 0)
 
 
 def norm_variants() -> list[Variant]:
@@ -86,13 +97,38 @@ def norm_variants() -> list[Variant]:
         "eps": "fp32",
         "stride_r": "i32:16",
     }
-    layer = {
+    layer = _layer_norm_signature() | {"y_ptr": "*bf16:16"}
+    launches = ((norm.rms_norm_kernel, rms, {"stride_c": 1}),)
+    launches += ((norm.layer_norm_kernel, layer, LAYER_NORM_CONTIGUOUS),)
+    return [
+        variant
+        for launch in launches
+        for c in CHANNELS
+        for variant in variants_of(*launch, lambda _, width=c: norm.row_launch(width), f"{c}")
+    ]
+
+
+def norm_quant_variants() -> list[Variant]:
+    signature = _layer_norm_signature() | {"q_ptr": "*i8:16", "q_scale_ptr": "*fp32:16"}
+    rows, blocks = norm_quant.layer_norm_rows_kernel, norm_quant.layer_norm_blocks_kernel
+    launches = [(rows, {}, norm.row_launch(c), f"{c}") for c in CHANNELS]
+    launches += [
+        (blocks, {"PER_TOKEN": per_token}, norm_quant.BLOCKS_LAUNCH, f"per_token_{per_token}")
+        for per_token in (False, True)
+    ]
+    return [
+        variant
+        for kernel, flags, launch, label in launches
+        for variant in variants_of(
+            kernel, signature, LAYER_NORM_CONTIGUOUS | flags, lambda _, to=launch: to, label
+        )
+    ]
+
+
+def _layer_norm_signature() -> dict[str, str]:
+    return {
         "x_ptr": "*bf16:16",
-        "weight_ptr": "*fp32:16",
-        "bias_ptr": "*fp32:16",
-        "scale_ptr": "*fp32:16",
-        "shift_ptr": "*fp32:16",
-        "y_ptr": "*bf16:16",
+        **_pointers("fp32", "weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr"),
         "length": "i32",
         "channels": "i32:16",
         "eps": "fp32",
@@ -100,11 +136,6 @@ def norm_variants() -> list[Variant]:
         **dict.fromkeys(("stride_scale_b", "stride_scale_l"), "i32:16"),
         **dict.fromkeys(("stride_shift_b", "stride_shift_l"), "i32:16"),
     }
-    contiguous = dict.fromkeys(("stride_xc", "stride_scale_c", "stride_shift_c"), 1)
-    return [
-        *variants_of(norm.rms_norm_kernel, rms, {"stride_c": 1}, lambda _: norm.LAUNCH),
-        *variants_of(norm.layer_norm_kernel, layer, contiguous, lambda _: norm.LAUNCH),
-    ]
 
 
 def rope_variants() -> list[Variant]:
@@ -143,53 +174,113 @@ def block_map_variants() -> list[Variant]:
         (block_map.scores_kernel, scores, {"TILE": block_map.TILE, "HEAD_DIM": 128}),
         (block_map.select_blocks_kernel, select, {"CHUNK": block_map.CHUNK}),
     )
-    return [v for launch in launches for v in variants_of(*launch, lambda _: block_map.LAUNCH)]
+    resident = block_map.select_resident_kernel, select, {"RESIDENT": block_map.RESIDENT}
+    return [
+        *(v for launch in launches for v in variants_of(*launch, lambda _: block_map.LAUNCH)),
+        *variants_of(*resident, lambda _: block_map.ROW_LAUNCH),
+    ]
+
+
+def prepare_variants() -> list[Variant]:
+    norms = {"x": "*bf16:16", "norms": "*fp32:16", **_strides("stride"), "eps": "fp32"}
+    norms |= _sizes("length", "heads")
+    rows = _pointers("bf16", "x", "out") | {"integers": "*i8:16"} | _strides("x")
+    rows |= _pointers("fp32", "norms", "weight", "cos", "sin", "means", "scales")
+    rows |= dict.fromkeys(("cos_b", "cos_l", "sin_b", "sin_l"), "i32:16")
+    rows |= _sizes("length", "heads")
+    variants = variants_of(
+        qk_prepare.row_norms_kernel,
+        norms,
+        {"HEAD_DIM": 128, "HEADS": 64},
+        lambda _: qk_prepare.ROW_LAUNCH,
+    )
+    for block, quantize in ((128, True), (128, False), (64, True), (64, False)):
+        flags = {"BLOCK": block, "HEAD_DIM": 128, "QUANTIZE": quantize}
+        variants += variants_of(
+            qk_prepare.prepare_kernel,
+            rows,
+            flags | {"HEADS": qk_prepare.HEADS},
+            lambda _, block=block: qk_prepare.config(block),
+            f"{block}{'-int8' if quantize else ''}",
+        )
+    return variants
 
 
 def linear_attention_variants() -> list[Variant]:
-    state = {**_pointers("bf16", "k", "v"), **_pointers("fp32", "state", "normalizer")}
+    state = {**_pointers("bf16", "k", "v"), **_pointers("fp32", "state", "normalizer", "maxima")}
     state |= _strides("k", "v") | _sizes("heads", "length", "rows")
     branch = {**_pointers("bf16", "q", "out", "mix"), **_pointers("fp32", "normalizer", "bias")}
     branch |= _strides("q") | _sizes("heads", "length")
     flags = {"HEAD_DIM": 128, "FEATURE_MAP": "softmax"}
+    op = linear_attention
     launches = (
-        (linear_attention.key_value_state_kernel, state, {"TILE": linear_attention.TILE}),
-        (linear_attention.apply_state_kernel, branch, {"ROWS": linear_attention.ROWS}),
+        (op.key_value_state_kernel, state, {"TILE": op.TILE, "MAXIMA": True}, op.STATE_LAUNCH),
+        (op.apply_state_kernel, branch, {"ROWS": op.ROWS}, op.LAUNCH),
     )
     return [
         variant
-        for kernel, signature, tile in launches
-        for variant in variants_of(
-            kernel, signature, flags | tile, lambda _: linear_attention.LAUNCH
-        )
+        for kernel, signature, tile, launch in launches
+        for variant in variants_of(kernel, signature, flags | tile, lambda _, to=launch: to)
     ]
 
 
 def sparse_attention_variants() -> list[Variant]:
-    signature = _pointers("bf16", "q", "k", "v", "out", "mix") | {"block_map": "*i32:16"}
+    signature = _pointers("bf16", "q", "out") | {"block_map": "*i32:16"}
     signature |= _pointers("fp32", "normalizer", "bias") | {"scale": "fp32"}
-    signature |= _strides("q", "k", "v") | _sizes("heads", "length", "count")
+    signature |= _strides("q", "k", "v") | _sizes("length", "count")
+
+    def operands(tile, tma):
+        dim, _, block_k = tile
+        if not tma:
+            return _pointers("bf16", "k", "v", "mix")
+        rows, mix = f"tensordesc<bf16[1, 1, {block_k}, {dim}]>", f"tensordesc<bf16[{dim}, {dim}]>"
+        return {"k": rows, "v": rows, "mix": mix}
+
     kernel, config = sparse_attention.sparse_attention_kernel, sparse_attention.float_config
-    return [v for tile in TILES for v in _tile_variants(kernel, signature, {}, config, tile)]
+    return [
+        variant
+        for tile in TILES
+        for variant in _tile_variants(kernel, signature, operands, {}, config, tile, "bf16")
+    ]
 
 
 def sage_attention_variants() -> list[Variant]:
+    signature = _pointers("bf16", "q", "out")
+    signature |= {"q_int": "*i8:16", "block_map": "*i32:16"}
+    signature |= _pointers("fp32", "q_scale", "k_scale", "v_scale", "normalizer", "bias")
+    signature |= _strides("q") | _sizes("length", "count")
+
+    def operands(tile, tma, pv):
+        dim, _, block_k = tile
+        if not tma:
+            return {"k_int": "*i8:16", "v": f"*{pv}:16", "mix": "*bf16:16"}
+        return {
+            "mix": f"tensordesc<bf16[{dim}, {dim}]>",
+            "k_int": f"tensordesc<i8[{block_k}, {dim}]>",
+            "v": f"tensordesc<{pv}[{dim}, {block_k}]>",
+        }
+
     kernel, config = sparse_attention.sage_attention_kernel, sparse_attention.low_bit_config
-    variants = []
-    for pv, shift in (("fp16", 0), ("fp8e4nv", 8)):
-        signature = _pointers("bf16", "q", "out", "mix") | {"v": f"*{pv}:16"}
-        signature |= _pointers("i8", "q_int", "k_int") | {"block_map": "*i32:16"}
-        signature |= _pointers("fp32", "q_scale", "k_scale", "v_scale", "normalizer", "bias")
-        signature |= _strides("q") | _sizes("heads", "length", "count")
-        for tile in TILES:
-            variants += _tile_variants(kernel, signature, {"SHIFT": shift}, config, tile, pv)
-    return variants
+    return [
+        variant
+        for pv in ("fp16", "fp8e4nv")
+        for tile in TILES
+        for variant in _tile_variants(
+            kernel,
+            signature,
+            functools.partial(operands, pv=pv),
+            {"FP8": pv != "fp16"},
+            functools.partial(config, fp8=pv != "fp16"),
+            tile,
+            pv,
+        )
+    ]
 
 
 def attention_operand_variants() -> list[Variant]:
     values = {"v": "*bf16:16", **_strides("stride"), **_sizes("heads", "length")}
     blocks = {"x": "*bf16:16", "integers": "*i8:16", **_pointers("fp32", "center", "scales")}
-    blocks |= {"factor": "fp32", **_strides("stride"), **_sizes("heads", "length")}
+    blocks |= {**_strides("stride"), **_sizes("heads", "length")}
     quantized = values | {"factors": "*fp32:16", "limit": "fp32"}
     block = {"BLOCK": 64, "HEAD_DIM": 128}
     centered = {"BLOCK": 128, "HEAD_DIM": 128, "CENTERED": True}
@@ -208,20 +299,28 @@ def attention_operand_variants() -> list[Variant]:
     ]
 
 
-def _tile_variants(kernel, signature, flags, config, tile, pv="bf16") -> list[Variant]:
-    """One tile with its linear branch; all but the default tile only where memory is tightest."""
+def _tile_variants(kernel, signature, operands, flags, config, tile, pv) -> list[Variant]:
+    """One tile with and without its linear branch; all but the default tile only where memory is
+    tightest, and on Hopper. `operands(tile, tma)` are the types of what TMA loads."""
     dim, block_q, block_k = tile
     flags = flags | {"HEAD_DIM": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k}
-    flags |= {"LINEAR": True, "FEATURE_MAP": "softmax"}
-    cards = FP8_CARDS if pv == "fp8e4nv" else CARDS
-    return variants_of(
-        kernel,
-        signature,
-        flags,
-        functools.partial(config, block_q=block_q, block_k=block_k),
-        f"{pv}-{dim}-{block_q}x{block_k}",
-        cards if tile == TILES[0] else ((12, 0),),
-    )
+    cards = CARDS if tile == TILES[0] else ((9, 0), (12, 0))
+    return [
+        variant
+        for card in cards
+        for linear in (True, False)
+        if pv != "fp8e4nv" or card in FP8_CARDS
+        for variant in variants_of(
+            kernel,
+            signature | operands(tile, sparse_attention.has_tma(card)),
+            flags
+            | {"LINEAR": linear, "FEATURE_MAP": "softmax"}
+            | {"TMA": sparse_attention.has_tma(card)},
+            functools.partial(config, block_q=block_q, block_k=block_k),
+            f"{pv}-{dim}-{block_q}x{block_k}{'' if linear else '-plain'}",
+            (card,),
+        )
+    ]
 
 
 def _pointers(dtype: str, *names: str) -> dict[str, str]:
@@ -240,8 +339,10 @@ OPS = (
     int8_quant_variants,
     int8_linear_variants,
     norm_variants,
+    norm_quant_variants,
     rope_variants,
     block_map_variants,
+    prepare_variants,
     linear_attention_variants,
     sparse_attention_variants,
     sage_attention_variants,

@@ -24,9 +24,14 @@ import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.utils  # noqa: E402
-from turbodiffusion_pack.turbo_core import comfy_attention, comfy_loader, comfy_sampler  # noqa: E402
+from turbodiffusion_pack.turbo_core import (  # noqa: E402
+    comfy_attention,
+    comfy_loader,
+    comfy_sampler,
+    comfy_sla,
+)
 
-__all__ = ["comfy", "comfy_attention", "comfy_loader", "comfy_sampler"]
+__all__ = ["comfy", "comfy_attention", "comfy_loader", "comfy_sampler", "comfy_sla"]
 
 DEVICE = comfy.model_management.get_torch_device()
 

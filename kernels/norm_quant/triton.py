@@ -1,0 +1,115 @@
+"""LayerNorm and INT8 quantization in one Triton kernel; the normalised values stay on the chip."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..int8_quant.triton import quantize_tile
+from ..norm.triton import layer_norm_operands, layer_norm_row, modulate, row_launch
+
+BLOCK = 128
+# Bandwidth-bound: the same launch on every card. With 8 warps some cards spill.
+BLOCKS_LAUNCH = {"BLOCK": BLOCK, "num_warps": 16, "num_stages": 1}
+
+
+def layer_norm_quant(
+    x: Tensor,
+    granularity: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    batch, length, channels = x.shape
+    operands, strides = layer_norm_operands(x, weight, bias, scale, shift)
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    if granularity == "rows":
+        kernel, programs, scales = layer_norm_rows_kernel, batch * length, (batch, length)
+        launch = row_launch(channels)
+    else:
+        row_blocks = triton.cdiv(length, BLOCK)
+        kernel, programs = layer_norm_blocks_kernel, batch * row_blocks
+        scales = batch, row_blocks, triton.cdiv(channels, BLOCK)
+        per_token = any(m is not None and m.shape[1] > 1 for m in (scale, shift))
+        launch = {"PER_TOKEN": per_token, **BLOCKS_LAUNCH}
+    q_scale = torch.empty(scales, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        kernel[(programs,)](x, *operands, q, q_scale, length, channels, eps, *strides, **launch)
+    return q, q_scale
+
+
+@triton.jit(do_not_specialize=["length"])
+def layer_norm_rows_kernel(
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, q_ptr, q_scale_ptr, length, channels, eps,
+    stride_xb, stride_xl, stride_xc, stride_scale_b, stride_scale_l, stride_scale_c,
+    stride_shift_b, stride_shift_l, stride_shift_c,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    y = layer_norm_row(
+        x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, length, channels, eps,
+        stride_xb, stride_xl, stride_xc, stride_scale_b, stride_scale_l, stride_scale_c,
+        stride_shift_b, stride_shift_l, stride_shift_c, BLOCK,
+    )  # fmt: skip
+    q, q_scale = quantize_tile(y)
+    pid = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    tl.store(q_ptr + pid * channels + c, q, mask=c < channels)
+    tl.store(q_scale_ptr + pid, q_scale)
+
+
+@triton.jit
+def _row_moments(x_ptr, channels, eps, stride_xc, BLOCK: tl.constexpr):
+    """Mean and 1 / sqrt(variance + eps) of the rows at x_ptr [BLOCK, 1], both [BLOCK, 1]."""
+    mean = tl.zeros([BLOCK, 1], tl.float32)
+    squares = tl.zeros([BLOCK, 1], tl.float32)
+    for start in range(0, channels, BLOCK):
+        c = start + tl.arange(0, BLOCK)[None, :]
+        x = tl.load(x_ptr + c.to(tl.int64) * stride_xc, mask=c < channels, other=0.0)
+        x = x.to(tl.float32)
+        count = tl.minimum(channels - start, BLOCK)
+        chunk_mean = tl.sum(x, 1, keep_dims=True) / count
+        # Lanes beyond the last channel hold 0, which is not the mean.
+        centered = tl.where(c < channels, x - chunk_mean, 0.0)
+        # Chan, Golub, LeVeque 1979: as exact as a second pass, without reading x for it.
+        share = count / (start + count)
+        delta = chunk_mean - mean
+        mean += delta * share
+        squares += tl.sum(centered * centered, 1, keep_dims=True) + delta * delta * (start * share)
+    return mean, tl.rsqrt(squares / channels + eps)
+
+
+@triton.jit(do_not_specialize=["length"])
+def layer_norm_blocks_kernel(
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, q_ptr, q_scale_ptr, length, channels, eps,
+    stride_xb, stride_xl, stride_xc, stride_scale_b, stride_scale_l, stride_scale_c,
+    stride_shift_b, stride_shift_l, stride_shift_c,
+    PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    row_blocks = tl.cdiv(length, BLOCK)
+    batch = (pid // row_blocks).to(tl.int64)
+    row = (pid % row_blocks * BLOCK + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
+    # Rows beyond the last repeat it, which leaves every amax as it is.
+    source = tl.minimum(row, length - 1)
+    x_ptr += batch * stride_xb + source * stride_xl  # [BLOCK, 1]
+    mean, rstd = _row_moments(x_ptr, channels, eps, stride_xc, BLOCK)
+    token = source if PER_TOKEN else 0
+    blocks = tl.cdiv(channels, BLOCK)
+    for done in range(0, blocks):
+        # Backwards: the columns read last are the likeliest to be in the cache still.
+        block = blocks - 1 - done
+        c = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+        wide = c.to(tl.int64)
+        x = tl.load(x_ptr + wide * stride_xc, mask=c < channels, other=0.0).to(tl.float32)
+        y = tl.where(c < channels, (x - mean) * rstd, 0.0)
+        scale_offset = batch * stride_scale_b + token * stride_scale_l + wide * stride_scale_c
+        shift_offset = batch * stride_shift_b + token * stride_shift_l + wide * stride_shift_c
+        y = modulate(
+            y, c, channels, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_offset, shift_offset
+        )
+        q, q_scale = quantize_tile(y)
+        inside = (row < length) & (c < channels)
+        tl.store(q_ptr + (batch * length + row) * channels + c, q, mask=inside)
+        tl.store(q_scale_ptr + pid.to(tl.int64) * blocks + block, q_scale)

@@ -1,0 +1,118 @@
+"""What prepares q and k in Triton: the rows' norms in one pass, all the rest in a second one."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..sparse_attention.triton import round_block
+from .reference import Prepared
+
+HEADS = 8  # of one program, which reads its cosines from memory once
+ROW_LAUNCH = {"num_warps": 4, "num_stages": 1}  # bandwidth-bound, the same on every card
+
+
+@triton.jit(do_not_specialize=["length", "heads", "eps"])
+def row_norms_kernel(
+    x, norms, stride_b, stride_l, stride_h, length, heads, eps,
+    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    row, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    channel = tl.arange(0, HEAD_DIM)[None, :]
+    x += sample * stride_b + row * stride_l
+    tile = tl.load(x + head * stride_h + channel, mask=head < heads, other=0.0).to(tl.float32)
+    mean_square = tl.sum(tile * tile) / (heads * HEAD_DIM)
+    tl.store(norms + sample * length + row, tl.rsqrt(mean_square + eps))
+
+
+@triton.jit
+def rotate(tile, cos, sin, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Rotate the channel pairs (2i, 2i + 1) of a tile [R, D] by angles [R, D / 2]."""
+    a, b = tl.split(tile.reshape(ROWS, HEAD_DIM // 2, 2))
+    return tl.join(a * cos - b * sin, a * sin + b * cos).reshape(ROWS, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def prepare_kernel(
+    x, norms, weight, cos, sin, out, means, integers, scales,
+    x_b, x_l, x_h, cos_b, cos_l, sin_b, sin_l, length, heads,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, QUANTIZE: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(2).to(tl.int64)
+    block, blocks = tl.program_id(1), tl.num_programs(1)
+    first = block.to(tl.int64) * BLOCK
+    offset = tl.arange(0, BLOCK)[:, None]
+    inside = offset < length - first
+    channel = tl.arange(0, HEAD_DIM)[None, :]
+    pair = tl.arange(0, HEAD_DIM // 2)[None, :]
+    x += sample * x_b + first * x_l
+    cos += sample * cos_b + first * cos_l
+    sin += sample * sin_b + first * sin_l
+    out += (sample * length + first) * heads * HEAD_DIM
+    norm = tl.load(norms + sample * length + first + offset, mask=inside, other=0.0)
+    rows = tl.minimum(length - first, BLOCK).to(tl.float32)
+    for head in range(tl.program_id(0) * HEADS, tl.minimum((tl.program_id(0) + 1) * HEADS, heads)):
+        place = offset * x_l + (head * x_h + channel)
+        tile = tl.load(x + place, mask=inside, other=0.0, eviction_policy="evict_first")
+        factor = tl.load(weight + head * HEAD_DIM + channel).to(tl.float32)
+        # Rounded here and below, as by RMSNorm and RoPE one after the other.
+        tile = (tile.to(tl.float32) * norm * factor).to(x.dtype.element_ty).to(tl.float32)
+        b_cos = tl.load(cos + offset * cos_l + pair, mask=inside, other=0.0)
+        b_sin = tl.load(sin + offset * sin_l + pair, mask=inside, other=0.0)
+        rotated = rotate(tile, b_cos, b_sin, BLOCK, HEAD_DIM).to(x.dtype.element_ty)
+        tl.store(out + (offset * heads + head) * HEAD_DIM + channel, rotated, mask=inside)
+        tile = rotated.to(tl.float32)  # [BLOCK, D]
+        part = (sample * heads + head) * blocks + block
+        mean = tl.sum(tile, 0) / rows
+        tl.store(means + part * HEAD_DIM + tl.arange(0, HEAD_DIM), mean)
+        if QUANTIZE:
+            rounded, scale = round_block(tile)
+            tl.store(integers + part * (BLOCK * HEAD_DIM) + offset * HEAD_DIM + channel, rounded)
+            tl.store(scales + part, scale)
+
+
+def config(block: int) -> dict[str, int]:
+    """Launch configuration of `prepare_kernel`, the same on every card."""
+    return {"num_warps": block // 8, "num_stages": 1}
+
+
+def contiguous_pairs(angles: torch.Tensor) -> torch.Tensor:
+    """cos or sin [B, L, D / 2] with its pairs side by side: every head reads them again."""
+    return angles if angles.stride(-1) == 1 else angles.contiguous()
+
+
+def prepare(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    block: int,
+    quantize: bool,
+) -> Prepared:
+    """RMSNorm over all heads, RoPE, block means and int8 blocks."""
+    batch, length, heads, dim = x.shape
+    blocks = triton.cdiv(length, block)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    options = {"dtype": torch.float32, "device": x.device}
+    norms = torch.empty(batch, length, **options)
+    means = torch.empty(batch, heads, blocks, dim, **options)
+    integers, scales = None, None
+    if quantize:
+        integers = torch.empty(
+            batch, heads, blocks * block, dim, dtype=torch.int8, device=x.device
+        )
+        scales = torch.empty(batch, heads, blocks, **options)
+    cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
+    with torch.cuda.device_of(x):
+        row_norms_kernel[length, batch](
+            x, norms, *x.stride()[:3], length, heads, eps,
+            HEAD_DIM=dim, HEADS=triton.next_power_of_2(heads), **ROW_LAUNCH,
+        )  # fmt: skip
+        prepare_kernel[triton.cdiv(heads, HEADS), blocks, batch](
+            x, norms, weight.contiguous(), cos, sin, out, means,
+            integers if quantize else x, scales if quantize else norms,
+            *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], length, heads,
+            BLOCK=block, HEAD_DIM=dim, HEADS=HEADS, QUANTIZE=quantize, **config(block),
+        )  # fmt: skip
+    return Prepared(out, means, integers, scales)

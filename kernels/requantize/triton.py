@@ -1,0 +1,50 @@
+"""Requantization in Triton: one pass over the weight, a program per output channel."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..int8_quant.triton import BLOCK, round_to_int8
+
+
+def config(columns: int) -> dict[str, int]:
+    """Launch configuration: the whole row in registers, 32 values a thread."""
+    width = triton.next_power_of_2(columns)
+    return {"WIDTH": width, "num_warps": max(1, min(16, width // 1024)), "num_stages": 1}
+
+
+def requantize_rows(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = q.shape
+    out = torch.empty(q.shape, dtype=torch.int8, device=q.device)
+    row_scale = torch.empty(rows, dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        requantize_rows_kernel[(rows,)](
+            q, scale.contiguous(), out, row_scale, columns, *q.stride(), **config(columns)
+        )
+    return out, row_scale
+
+
+@triton.jit
+def requantize_rows_kernel(
+    q_ptr,
+    scale_ptr,
+    out_ptr,
+    row_scale_ptr,
+    columns,
+    stride_r,
+    stride_c,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr = BLOCK,
+):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, WIDTH)
+    inside = c < columns
+    q = tl.load(q_ptr + row * stride_r + c * stride_c, mask=inside, other=0)
+    scale = tl.load(
+        scale_ptr + row // BLOCK * tl.cdiv(columns, BLOCK) + c // BLOCK, mask=inside, other=0.0
+    )
+    w = q.to(tl.float32) * scale
+    amax = tl.maximum(tl.max(tl.abs(w)), 1e-8)
+    tl.store(out_ptr + row * columns + c, round_to_int8(w, amax), mask=inside)
+    tl.store(row_scale_ptr + row, amax * (1 / 128))

@@ -1,0 +1,160 @@
+"""The floors of the pack and what none of its modules does, read from the source itself."""
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOORS = ("kernels", "turbo_core", "nodes", "__init__")  # from the ground up
+SHIPPED = sorted(
+    path.relative_to(ROOT)
+    for path in (ROOT / "__init__.py", *(p for f in FLOORS for p in (ROOT / f).rglob("*.py")))
+)
+
+EVERYWHERE = sys.stdlib_module_names | {"torch"}
+COMFYUI = {"comfy", "comfy_api", "comfy_kitchen", "folder_paths"}
+NO_MODULES = {"ctypes", "ftplib", "http", "requests", "socket", "subprocess", "urllib"}
+NO_CALLS = {"print", "eval", "exec", "breakpoint", "__import__"}
+NO_OS = {"environ", "getenv", "putenv", "system", "popen"}
+LONGEST, LONGEST_KERNEL = 80, 120
+
+
+def floor(path: Path) -> int:
+    return FLOORS.index(path.with_suffix("").parts[0])
+
+
+def is_host_side(path: Path) -> bool:
+    """Whether this file may touch ComfyUI."""
+    return floor(path) >= FLOORS.index("nodes") or path.name.startswith("comfy_")
+
+
+def imports(path: Path, tree: ast.AST) -> Iterator[tuple[str, ...]]:
+    """Every imported name, as (module,) from outside and as parts from the root inside the pack."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0],) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield (node.module.split(".")[0],)
+        elif isinstance(node, ast.ImportFrom):
+            package = path.parent.parts[: len(path.parent.parts) + 1 - node.level]
+            module = tuple(node.module.split(".")) if node.module else ()
+            yield from (("pack", *package, *module, alias.name) for alias in node.names)
+
+
+def wrong_imports(path: Path, source: str) -> list[str]:
+    """Imports that go up, or that this file's place does not allow."""
+    allowed = EVERYWHERE | ({"triton"} if floor(path) == 0 else {"safetensors"})
+    allowed = (allowed | COMFYUI if is_host_side(path) else allowed) - NO_MODULES
+    wrong = []
+    for first, *rest in imports(path, ast.parse(source)):
+        if first == "pack":
+            up = rest[0] in FLOORS and FLOORS.index(rest[0]) > floor(path)
+            to_host = any(part.startswith("comfy_") for part in rest) and not is_host_side(path)
+            if up or to_host:
+                wrong.append(".".join(rest))
+        elif first not in allowed:
+            wrong.append(first)
+    return wrong
+
+
+def wrong_uses(source: str) -> list[str]:
+    """Calls that do not belong into a node pack, and uses of the environment."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            wrong += {node.func.id} & NO_CALLS
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            wrong += {node.attr} & NO_OS if node.value.id == "os" else ()
+        elif isinstance(node, ast.ImportFrom) and node.module == "os":
+            wrong += {alias.name for alias in node.names} & NO_OS
+    return wrong
+
+
+def functions(source: str) -> list[ast.FunctionDef]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+
+
+def too_long(source: str) -> list[str]:
+    wrong = []
+    for function in functions(source):
+        lines = function.end_lineno - function.lineno + 1
+        is_kernel = any("jit" in ast.unparse(d) for d in function.decorator_list)
+        if lines > (LONGEST_KERNEL if is_kernel else LONGEST):
+            wrong.append(f"{function.name}: {lines} lines")
+    return wrong
+
+
+def undocumented(source: str) -> list[str]:
+    """Public functions of a module without a docstring."""
+    public = (f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef))
+    return [f.name for f in public if not f.name.startswith("_") and not ast.get_docstring(f)]
+
+
+def read(path: Path) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_every_floor_is_read():
+    assert {floor(path) for path in SHIPPED} == set(range(len(FLOORS)))
+
+
+def faults(check: Callable[[str], list[str]], paths: list[Path] = SHIPPED) -> dict[str, list[str]]:
+    """What `check(source)` finds, by file."""
+    found = {path.as_posix(): check(read(path)) for path in paths}
+    return {path: wrong for path, wrong in found.items() if wrong}
+
+
+def test_imports_go_down_only():
+    found = {path.as_posix(): wrong_imports(path, read(path)) for path in SHIPPED}
+    assert {path: wrong for path, wrong in found.items() if wrong} == {}
+
+
+def test_no_print_no_eval_no_environment():
+    assert faults(wrong_uses) == {}
+
+
+def test_functions_stay_short():
+    assert faults(too_long) == {}
+
+
+def test_public_functions_have_docstrings():
+    kernels = [p for p in SHIPPED if p.parts[0] == "kernels" and p.stem == "__init__"]
+    turbo_core = [p for p in SHIPPED if p.parts[0] == "turbo_core"]
+    assert faults(undocumented, kernels + turbo_core) == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "wrong"),
+    [
+        ("kernels/sla/__init__.py", "from ...turbo_core import rcm", ["turbo_core.rcm"]),
+        ("kernels/dispatch.py", "import comfy.ops", ["comfy"]),
+        ("kernels/dispatch.py", "import safetensors", ["safetensors"]),
+        ("turbo_core/rcm.py", "from ..nodes.loader import x", ["nodes.loader.x"]),
+        ("turbo_core/rcm.py", "from comfy.utils import x", ["comfy"]),
+        ("turbo_core/rcm.py", "from . import comfy_quant", ["turbo_core.comfy_quant"]),
+        ("turbo_core/comfy_quant.py", "from .. import NODES, nodes", ["nodes"]),
+        ("nodes/loader.py", "import einops", ["einops"]),
+        ("__init__.py", "def f():\n    import subprocess", ["subprocess"]),
+    ],
+)
+def test_a_wrong_import_is_found(path, source, wrong):
+    assert wrong_imports(Path(path), source) == wrong
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["print(1)", "eval('1')", "x = os.environ['A']", "from os import getenv", "os.system('a')"],
+)
+def test_a_wrong_use_is_found(source):
+    assert wrong_uses(source)
+
+
+def test_a_long_function_is_found():
+    body = "    x = 0\n" * LONGEST
+    assert too_long(f"def f():\n{body}")
+    assert not too_long(f"@triton.jit\ndef f():\n{body}")
+    assert undocumented("def f():\n    return 1") == ["f"]

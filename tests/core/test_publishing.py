@@ -1,0 +1,94 @@
+"""What the ComfyUI registry and the README's readers see."""
+
+import re
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+from turbodiffusion_pack.turbo_core.run_report import RunReport
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+# All that an installed pack consists of.
+SHIPPED = {
+    "__init__.py",
+    "CHANGELOG.md",
+    "LICENSE",
+    "README.md",
+    "example_workflows",
+    "kernels",
+    "nodes",
+    "pyproject.toml",
+    "requirements.txt",
+    "turbo_core",
+    "web",
+}
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def lines(name: str) -> list[str]:
+    """The lines of a list file, without comments and blank lines."""
+    stripped = (line.strip() for line in read(name).splitlines())
+    return [line for line in stripped if line and not line.startswith("#")]
+
+
+def packed() -> set[str]:
+    """The files and folders at the top that publishing packs."""
+    ignored = [pattern.rstrip("/") for pattern in lines(".comfyignore") + lines(".gitignore")]
+    names = {path.name for path in ROOT.iterdir()}
+    return {name for name in names if not any(fnmatch(name, pattern) for pattern in ignored)}
+
+
+def test_requirements_equal_the_dependencies():
+    assert lines("requirements.txt") == PROJECT["project"]["dependencies"]
+
+
+def test_registry_fields():
+    comfy = PROJECT["tool"]["comfy"]
+    assert comfy["DisplayName"] == "TurboDiffusion for Wan"
+    assert re.fullmatch(r"[a-z0-9-]+", comfy["PublisherId"])
+    assert comfy["requires-comfyui"] == ">=0.3.75"
+    assert "web" not in comfy, "help pages are served by WEB_DIRECTORY; both would load JS twice"
+    assert PROJECT["project"]["name"] == "turbodiffusion-wan"
+    assert PROJECT["project"]["urls"]["Repository"].startswith("https://github.com/")
+
+
+def test_license():
+    assert PROJECT["project"]["license"] == {"file": "LICENSE"}
+    assert "Apache License" in read("LICENSE")
+
+
+def test_newest_change_is_this_version():
+    versions = re.findall(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)
+    assert versions[0] == PROJECT["project"]["version"]
+
+
+def test_only_the_pack_is_packed():
+    assert packed() == SHIPPED
+
+
+def test_readme_is_short():
+    assert len(read("README.md").splitlines()) <= 150
+
+
+def test_readme_shows_the_log_line_of_a_run():
+    report = RunReport()
+    report.forwards, report.num_blocks = 4, 30
+    report.sla["sagesla top-k 0.1 (int8 QK and fp8 PV)"].update(range(30))
+    report.int8["exact (128x128 blocks)"] = report.forwards * 300
+    report.kernels.add("Triton")
+    assert report.line() in " ".join(read("README.md").split())
+
+
+def test_readme_links_to_files_that_exist():
+    targets = re.findall(r"\]\((?!https?://|#)([^)]+)\)", read("README.md"))
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []

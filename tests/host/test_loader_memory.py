@@ -1,0 +1,172 @@
+"""Loading into ComfyUI copies no weight; 1.1 times the file's size in memory is promised."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import comfyui_install
+import pytest
+import torch
+from peak_memory import can_measure
+from safetensors.torch import save_file
+from turbodiffusion_pack.turbo_core.checkpoint_layout import (
+    BLOCK_LINEARS,
+    PROJ_L,
+    Sizes,
+    wan_shapes,
+)
+
+pytestmark = [
+    pytest.mark.skipif(not can_measure(), reason="needs /proc/self/status"),
+    pytest.mark.skipif(comfyui_install.find() is None, reason="no ComfyUI found"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's driver takes memory of its own"),
+]
+
+TESTS = Path(__file__).resolve().parent.parent
+MIB = 2**20
+BLOCK_BYTES = 64 * MIB  # of one INT8 block of `_official`
+
+# A fresh process, so that no memory freed earlier hides what the work takes.
+CHILD = """
+import sys
+tests, path = sys.argv[1:]  # ComfyUI takes the arguments from here on
+sys.path.append(tests)
+import conftest
+import json, logging, pathlib
+import torch
+import in_comfyui
+from in_comfyui import comfy, comfy_loader
+from peak_memory import peak_anonymous
+
+def mapped(path):
+    lines = pathlib.Path("/proc/self/maps").read_text().splitlines()
+    ranges = [line.split()[0].split("-") for line in lines if line.endswith(path)]
+    return [(int(start, 16), int(end, 16)) for start, end in ranges]
+
+def storage(parameter):
+    return parameter._qdata if hasattr(parameter, "_qdata") else parameter
+
+torch.set_num_threads(1)
+warnings = []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: warnings.append(record.getMessage())
+logging.getLogger().addHandler(handler)
+with torch.inference_mode(), peak_anonymous() as peak:
+    model = {load}
+ranges = mapped(path)
+parameters = {{n: storage(p) for n, p in model.model.diffusion_model.named_parameters()}}
+told = {{
+    "peak": peak.bytes,
+    "warnings": warnings,
+    "parameters": {{
+        name: [
+            str(p.dtype),
+            p.device.type,
+            p.nbytes,
+            any(start <= p.data_ptr() and p.data_ptr() + p.nbytes <= end for start, end in ranges),
+        ]
+        for name, p in parameters.items()
+    }},
+}}
+sys.stdout.write(json.dumps(told))
+"""
+TURBO = "comfy_loader.load_turbo_model(path)"
+STOCK = "comfy.sd.load_diffusion_model(path)"
+
+
+def _load(load: str, path: Path) -> dict:
+    """What a fresh ComfyUI tells after the expression `load`: peak, warnings, parameters."""
+    command = [sys.executable, "-c", CHILD.format(load=load), str(TESTS), str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def _official(num_layers: int, quantized: bool) -> dict[str, torch.Tensor]:
+    """A checkpoint in the official format, 64 MiB (INT8) or 128 MiB (bf16) a block, all zeros."""
+    sizes = Sizes(dim=2048, ffn_dim=8192, num_layers=num_layers, in_channels=16)
+    tensors = {}
+    for name, shape in wan_shapes(sizes).items():
+        module = name.removesuffix(".weight")
+        if quantized and module != name and module.endswith(BLOCK_LINEARS):
+            tensors[f"{module}.int8_weight"] = torch.zeros(shape, dtype=torch.int8)
+            tensors[f"{module}.scale"] = torch.ones(shape[0] // 128, shape[1] // 128)
+        else:
+            norm = "norm" in name
+            tensors[name] = torch.zeros(shape, dtype=torch.float32 if norm else torch.bfloat16)
+    for index in range(num_layers):
+        tensors[f"blocks.{index}.{PROJ_L}.weight"] = torch.zeros(128, 128)
+        tensors[f"blocks.{index}.{PROJ_L}.bias"] = torch.zeros(128)
+    tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"].flatten(1)
+    return tensors
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Returns a function that writes tensors to a file, which is removed after the test."""
+    paths = []
+
+    def save(name: str, tensors: dict[str, torch.Tensor]) -> Path:
+        paths.append(tmp_path / name)
+        (save_file if name.endswith(".safetensors") else torch.save)(tensors, paths[-1])
+        return paths[-1]
+
+    yield save
+    for path in paths:
+        path.unlink()
+
+
+def _is_complete(told: dict, names: set[str]) -> None:
+    """Every parameter of ComfyUI's model came from the file of these tensors."""
+    assert told["warnings"] == []
+    devices = {device for _, device, _, _ in told["parameters"].values()}
+    assert devices == {"cpu"}
+    names = {n.replace("int8_weight", "weight").replace(PROJ_L, "self_attn.proj_l") for n in names}
+    assert set(told["parameters"]) == {n for n in names if not n.endswith(".scale")}
+
+
+def _copied(told: dict) -> list[str]:
+    """Weights of a megabyte or more that are not the file's own bytes."""
+    big = {n: mapped for n, (_, _, size, mapped) in told["parameters"].items() if size >= MIB}
+    return [name for name, mapped in big.items() if not mapped]
+
+
+@pytest.mark.parametrize(
+    ("quantized", "num_layers", "size"), [(True, 30, 2e9), (False, 8, 1e9)], ids=["int8", "bf16"]
+)
+def test_a_checkpoint_is_loaded_without_a_copy(write, quantized, num_layers, size):
+    tensors = _official(num_layers, quantized)
+    names = set(tensors)
+    path = write("official.pth", tensors)
+    del tensors
+    assert path.stat().st_size > size
+    told = _load(TURBO, path)
+    _is_complete(told, names)
+    assert _copied(told) == []
+    linears = [n for n in told["parameters"] if n.removesuffix(".weight").endswith(BLOCK_LINEARS)]
+    linears = [n for n in linears if n.endswith(".weight")]
+    assert len(linears) == 10 * num_layers
+    dtype = "torch.int8" if quantized else "torch.bfloat16"
+    assert {told["parameters"][n][0] for n in linears} == {dtype}
+    assert told["peak"] < 1.1 * path.stat().st_size
+    assert told["peak"] < BLOCK_BYTES, f"it takes less than one block; got {told['peak']} bytes"
+
+
+def test_safetensors_are_loaded_without_a_copy(write):
+    tensors = _official(num_layers=3, quantized=True)
+    told = _load(TURBO, write("official.safetensors", tensors))
+    _is_complete(told, set(tensors))
+    assert _copied(told) == []
+    assert told["peak"] < BLOCK_BYTES
+
+
+def test_a_loader_that_copies_would_be_seen(write):
+    """ComfyUI's own loader copies every weight into parameters that it allocated before."""
+    tensors = _official(num_layers=1, quantized=False)
+    tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"].view(2048, 16, 1, 2, 2)
+    path = write("plain.safetensors", tensors)
+    told = _load(STOCK, path)
+    assert told["peak"] > 0.9 * path.stat().st_size
+    assert len(_copied(told)) > 10
+    assert [w for w in told["warnings"] if "proj_l" in w] != []

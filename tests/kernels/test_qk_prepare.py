@@ -1,0 +1,114 @@
+"""What prepares q and k: the composition of its ops, and Triton against it."""
+
+import goldens
+import pytest
+import torch
+from devices import BATCHES, DEVICE, TRITON_DTYPES
+from turbodiffusion_pack.kernels.block_map import block_means
+from turbodiffusion_pack.kernels.norm import rms_norm
+from turbodiffusion_pack.kernels.qk_prepare import prepare
+from turbodiffusion_pack.kernels.qk_prepare import triton as triton_kernels
+from turbodiffusion_pack.kernels.rope import apply_rope
+from turbodiffusion_pack.kernels.sparse_attention.reference import quantize_blocks
+
+
+def random_projection(batch, length, heads, dim, dtype, own_angles=False):
+    """x [B, L, H, D], a strided view, weight [H D], cos and sin [1 or B, L, D / 2], strided."""
+    x = torch.randn(batch, length, heads, 2, dim, device=DEVICE).to(dtype)[..., 1, :]
+    weight = 1 + 0.2 * torch.randn(heads * dim, device=DEVICE)
+    samples = batch if own_angles else 1
+    angles = torch.rand(samples, length, dim // 2, 1, device=DEVICE) * 7
+    turn = torch.cat((angles.cos(), angles.sin()), -1)
+    return x, weight, turn[..., 0], turn[..., 1]
+
+
+def exact(x, weight, cos, sin):
+    """RMSNorm over all heads and the rotation in float64."""
+    wide = x.double().flatten(2)
+    wide = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    pairs = torch.view_as_complex(wide.view(*x.shape[:3], -1, 2))
+    turn = torch.complex(cos.double(), sin.double())[:, :, None]
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("length", [1, 65, 300])
+def test_reference_is_the_composition(length, batch):
+    arguments = random_projection(batch, length, 3, 64, torch.float32, own_angles=True)
+    x, weight, cos, sin = arguments
+    found = prepare(*arguments, block=64, quantize=True, backend="reference")
+    expected = apply_rope(rms_norm(x.flatten(2), weight).view(x.shape), cos, sin)
+    assert goldens.relative_error(found.x, exact(*arguments)) <= 1e-6
+    assert torch.equal(found.x, expected)
+    assert torch.equal(found.means, block_means(expected, 64))
+    integers, scale = quantize_blocks(expected, 64)
+    assert torch.equal(found.q, integers) and torch.equal(found.scale, scale)
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("own_angles", [False, True])
+@pytest.mark.parametrize(
+    ("length", "heads", "dim", "block"),
+    [(1, 1, 64, 64), (65, 3, 128, 64), (200, 11, 64, 128), (128, 8, 128, 128)],
+)
+def test_triton_equals_the_reference(length, heads, dim, block, own_angles, dtype):
+    """To the rounding of x's dtype: the squares of a row add up in another order."""
+    arguments = random_projection(2, length, heads, dim, dtype, own_angles)
+    options = {"block": block, "quantize": True}
+    found = prepare(*arguments, **options, backend="triton")
+    expected = prepare(*arguments, **options, backend="reference")
+    eps = torch.finfo(dtype).eps
+    assert goldens.relative_error(found.x, expected.x) <= eps
+    torch.testing.assert_close(found.means, expected.means, atol=max(eps, 3e-6), rtol=0)
+    torch.testing.assert_close(found.scale, expected.scale, atol=0, rtol=max(2 * eps, 1e-6))
+    assert (found.q.int() - expected.q.int()).abs().max() <= 1
+    assert (found.q != expected.q).float().mean() <= 1e-2
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+def test_means_and_integers_are_those_of_the_rounded_rows(dtype):
+    arguments = random_projection(1, 150, 2, 64, dtype)
+    found = prepare(*arguments, block=128, quantize=True, backend="triton")
+    integers, scale = quantize_blocks(found.x, 128)
+    assert torch.equal(found.q, integers)
+    torch.testing.assert_close(found.scale, scale, atol=0, rtol=1e-6)
+    torch.testing.assert_close(found.means, block_means(found.x, 128), atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_makes_integers_only_if_asked(backend):
+    arguments = random_projection(1, 70, 2, 64, torch.float16)
+    found = prepare(*arguments, block=64, backend=backend)
+    assert found.q is None and found.scale is None
+    assert found.x.shape == (1, 70, 2, 64) and found.means.shape == (1, 2, 2, 64)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_zeros_stay_zeros(backend):
+    x, *rest = random_projection(1, 70, 2, 64, torch.float16)
+    found = prepare(torch.zeros_like(x), *rest, block=64, quantize=True, backend=backend)
+    assert all(not part.count_nonzero() for part in (found.x, found.means, found.q))
+
+
+def test_every_head_is_reached():
+    heads = triton_kernels.HEADS + 1
+    arguments = random_projection(1, 5, heads, 64, torch.float32)
+    found = prepare(*arguments, block=64, backend="triton")
+    assert goldens.relative_error(found.x, exact(*arguments)) <= 1e-6
+
+
+def test_refuses_what_does_not_fit():
+    x, weight, cos, sin = random_projection(1, 70, 2, 64, torch.float32)
+    cases = [
+        ((x[0], weight, cos, sin), {}, r"x must be \[B, L, H, D\]"),
+        ((x, weight[:64], cos, sin), {}, r"weight must be \[128\], got \[64\]"),
+        ((x, weight, cos[:, 1:], sin), {}, r"cos must be \[1, 70, 32\], got \[1, 69, 32\]"),
+        ((x, weight, cos, sin.repeat(2, 1, 1)), {}, r"sin must be \[1, 70, 32\]"),
+        ((x, weight, cos, sin), {"block": 32}, "block must be 64 or 128, got 32"),
+        ((x, weight, cos, sin), {"backend": "cuda"}, "backend 'cuda' is unknown"),
+    ]
+    for arguments, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            prepare(*arguments, **options)
+    with pytest.raises(TypeError, match=r"cos must be float32, got torch\.float16"):
+        prepare(x, weight, cos.half(), sin)

@@ -1,0 +1,62 @@
+"""INT8 weights from block scales to one scale per output channel."""
+
+import goldens
+import pytest
+import torch
+from devices import DEVICE
+from turbodiffusion_pack.kernels.int8_quant import (
+    dequantize_blocks,
+    dequantize_rows,
+    quantize_blocks,
+)
+from turbodiffusion_pack.kernels.requantize import requantize_rows
+
+
+def _weight(n, k):
+    generator = torch.Generator().manual_seed(n * k)
+    return torch.randn(n, k, generator=generator).to(DEVICE) * torch.rand(n, 1).to(DEVICE)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (128, 128), (130, 300), (257, 1000)])
+def test_equals_quantizing_what_the_blocks_stand_for(n, k):
+    q, scale = quantize_blocks(_weight(n, k))
+    exact = (
+        q.double() * scale.double().repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+    )
+    amax = exact.abs().amax(1, keepdim=True).clamp_min(1e-8)
+    found, row_scale = requantize_rows(q, scale, backend="reference")
+    steps = exact * 128 / amax
+    assert ((found.double() - steps).abs() <= 0.5 + 1e-4).logical_or(found == 127).all()
+    torch.testing.assert_close(row_scale.double(), amax[:, 0] / 128, rtol=1e-6, atol=0)
+
+
+def test_costs_less_than_another_rounding():
+    weight = _weight(256, 2048)
+    blocks = quantize_blocks(weight)
+    before = goldens.relative_error(dequantize_blocks(*blocks, torch.float32), weight)
+    after = goldens.relative_error(
+        dequantize_rows(*requantize_rows(*blocks), torch.float32), weight
+    )
+    assert before < after < 1.4 * before
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (130, 300), (64, 2048)])
+def test_triton_gives_the_same_integers(n, k):
+    operands = quantize_blocks(_weight(n, k))
+    found = requantize_rows(*operands, backend="triton")
+    expected = requantize_rows(*operands, backend="reference")
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=0)
+
+
+def test_zero_weights():
+    q, scale = requantize_rows(*quantize_blocks(torch.zeros(130, 130, device=DEVICE)))
+    assert not q.any() and scale.isfinite().all()
+
+
+def test_scales_that_do_not_fit():
+    q, scale = quantize_blocks(_weight(130, 300))
+    with pytest.raises(ValueError, match=r"got \[130, 300\] with \[1, 3\]"):
+        requantize_rows(q, scale[:1])
+    with pytest.raises(TypeError, match=r"q must be int8, got torch\.float32"):
+        requantize_rows(q.float(), scale)
