@@ -10,6 +10,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def describe(tensor: torch.Tensor) -> str:
+    """"int8 [256, 256]" and the like, for messages."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 

@@ -5,7 +5,7 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
-from turbodiffusion_pack.turbo_core.run_report import RunReport
+from turbodiffusion_pack.turbo_core.run_report import GRANULARITY, RunReport
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -82,8 +82,9 @@ def test_readme_is_short():
 def test_readme_shows_the_log_line_of_a_run():
     report = RunReport()
     report.forwards, report.num_blocks = 4, 30
-    report.sla["sagesla top-k 0.1 (int8 QK and fp8 PV)"].update(range(30))
-    report.int8["exact (128x128 blocks)"] = report.forwards * 300
+    report.sla["sagesla top-k 0.1 (int8 QK and fp16 PV)"].update(range(30))
+    report.fused.update(range(30))
+    report.int8[GRANULARITY["rows"]] = report.forwards * 300
     report.kernels.add("Triton")
     assert report.line() in " ".join(read("README.md").split())
 
