@@ -73,16 +73,24 @@ def use_triton(op: str, backend: str, x: torch.Tensor, *unsupported: str | None)
     """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend {backend!r} is unknown, use one of {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return False
-    reasons = [r for r in (triton_unavailable(x.device), *unsupported) if r]
-    if not reasons and (backend == "triton" or not interpreting()):
+    reason = reference_reason(backend, x, *unsupported)
+    if reason is None:
         return True
     if backend == "triton":
-        raise RuntimeError(f"{op}: Triton was asked for, but {'; '.join(reasons)}. Use 'auto'.")
-    if x.device.type == "cuda":
-        say_once(f"{op} runs on the slow torch reference: {'; '.join(reasons)}")
+        raise RuntimeError(f"{op}: Triton was asked for, but {reason}. Use 'auto'.")
+    if backend == "auto" and x.device.type == "cuda":
+        say_once(f"{op} runs on the slow torch reference: {reason}")
     return False
+
+
+def reference_reason(backend: str, x: torch.Tensor, *unsupported: str | None) -> str | None:
+    """Why an op on `x` runs its torch reference; None where it runs Triton. See `use_triton`."""
+    if backend == "reference":
+        return "it was asked for"
+    reasons = [r for r in (triton_unavailable(x.device), *unsupported) if r]
+    if not reasons and backend == "auto" and interpreting():
+        return "Triton only interprets here"
+    return "; ".join(reasons) or None
 
 
 @functools.cache

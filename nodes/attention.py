@@ -53,8 +53,8 @@ class SLAAttentionPatch(io.ComfyNode):
                     "backend",
                     options=list(BACKENDS),
                     default="auto",
-                    tooltip="auto: the Triton kernels where they can run. triton: those or an "
-                    "error. reference: plain torch, slow.",
+                    tooltip="Kernels of the attention. auto: Triton where it can run. triton: "
+                    "that or an error. reference: plain torch, slow.",
                 ),
             ],
             outputs=[

@@ -7,6 +7,7 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
+from ..kernels.block_map.checks import float32_on_gpu
 from ..kernels.dispatch import use_triton
 from . import run_report
 from .comfy_block import block_forward, is_ours
@@ -52,7 +53,9 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
     """
     wan_model(model)
     if settings.attention != "dense":
-        use_triton("SLA", settings.backend, torch.empty(0, device=model.load_device))
+        dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+        sample = torch.empty(0, dtype=dtype, device=model.load_device)
+        use_triton("SLA", settings.backend, sample, float32_on_gpu(sample))
     patched = model.clone()
     patched.model_options["transformer_options"][KEY] = dataclasses.asdict(settings)
     _bind_blocks(patched)
@@ -107,12 +110,18 @@ def _around_forward(
     blocks = executor.class_obj.blocks
     run_report.note_forward(len(blocks))
     for index, block in enumerate(blocks):
+        if not is_ours(block.forward):
+            run_report.note_unfused(index, f"it is patched by {_owner(block.forward)}")
         if not is_ours(block.self_attn.forward):
-            owner = getattr(block.self_attn.forward, "__module__", "another node")
+            owner = _owner(block.self_attn.forward)
             run_report.note_dense(index, f"its self-attention is patched by {owner}")
     options = {**transformer_options[KEY], "step": _step(transformer_options)}
     transformer_options = {**transformer_options, KEY: options}
     return executor(x, timestep, context, clip_fea, concat, transformer_options, **kwargs)
+
+
+def _owner(forward) -> str:
+    return getattr(forward, "__module__", "another node")
 
 
 def _step(transformer_options: dict) -> int:

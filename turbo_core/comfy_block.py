@@ -9,38 +9,33 @@ import comfy.model_management
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
+from ..kernels.int8_linear import int8_linear
+from ..kernels.int8_quant import BLOCK
 from ..kernels.norm import rms_norm
 from ..kernels.norm_quant import layer_norm_quant
 from . import run_report
-from .comfy_operations import Linear, int8_product, quantize
+from .comfy_operations import Linear, int8_product, int8_weights, quantize
 from .comfy_quant import is_int8
-from .comfy_sla import attend, float32_weights
+from .comfy_sla import attend, float32_weights, is_stock
 
 # Tokens that go through the feed-forward layers at once: bounds its memory, fills the GPU still.
-FFN_TOKENS = 25600
+FFN_TOKENS = 32768
 
 
-def block_forward(
-    block, index, x, e, freqs, context, context_img_len=257, transformer_options=None
-):
+def block_forward(block, index, x, e, freqs, context, transformer_options=None, **others):
     """WanAttentionBlock.forward of block `index`: x [B, L, C] with modulation e [B, (1,) 6, C].
 
-    `freqs` is the host's rotation [1, L, 1, D/2, 2, 2], `context` the text features [B, T, C].
+    `freqs` is the host's rotation [1, L, 1, D/2, 2, 2], `context` the text features [B, T, C];
+    `others` are what only the host's own forward takes.
     """
+    transformer_options = transformer_options or {}
     reason = why_not_fused(block, e, transformer_options)
     if reason is None:
         run_report.note_fused(index)
         return _fused(block, index, x, e, freqs, context, transformer_options)
     run_report.note_unfused(index, reason)
-    return type(block).forward(
-        block,
-        x,
-        e=e,
-        freqs=freqs,
-        context=context,
-        context_img_len=context_img_len,
-        transformer_options=transformer_options,
-    )
+    others["transformer_options"] = transformer_options
+    return type(block).forward(block, x, e=e, freqs=freqs, context=context, **others)
 
 
 def _fused(block, index, x, e, freqs, context, transformer_options):
@@ -51,24 +46,31 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     attn = block.self_attn
     n = layer_norm_quant(x, granularity, scale=scale1, shift=shift1, eps=eps)
     q, k, v = (int8_product(op, n, dtype) for op in (attn.q, attn.k, attn.v))  # [B, L, C]
+    del n
     y = attend(attn, index, q, k, v, freqs, transformer_options)
-    del n, q, k, v
+    del q, k, v
     x = int8_product(attn.o, quantize(y, granularity), dtype, gate=gate1, residual=x)
 
     attn = block.cross_attn
-    with float32_weights(block.norm3, x.device) as (weight, bias):
-        n = layer_norm_quant(x, granularity, weight=weight, bias=bias, eps=eps)
+    weight, bias = float32_weights(block.norm3, x.device)
+    n = layer_norm_quant(x, granularity, weight=weight, bias=bias, eps=eps)
     y = _cross_attend(attn, int8_product(attn.q, n, dtype), context, transformer_options)
     del n
     int8_product(attn.o, quantize(y, granularity), dtype, residual=x, out=x)
     del y
 
-    up, _, down = block.ffn
-    for part in x.split(FFN_TOKENS, dim=1) if len(x) == 1 else (x,):
+    up, down = (int8_weights(block.ffn[i], dtype, x.device) for i in (0, 2))
+    for part in x.split(_part_length(x.shape[1]), dim=1):
         n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
-        h = quantize(int8_product(up, n, dtype), granularity, activation="gelu_tanh")
-        int8_product(down, h, dtype, gate=gate2, residual=part, out=part)
+        h = quantize(int8_linear(*n, *up, dtype), granularity, activation="gelu_tanh")
+        int8_linear(*h, *down, dtype, gate=gate2, residual=part, out=part)
     return x
+
+
+def _part_length(length: int) -> int:
+    """Length of even parts of at most FFN_TOKENS, in whole blocks of scales."""
+    parts = -(-length // FFN_TOKENS)
+    return -(-length // (parts * BLOCK)) * BLOCK
 
 
 def _modulation(block, e, device) -> tuple[torch.Tensor, ...]:
@@ -79,10 +81,8 @@ def _modulation(block, e, device) -> tuple[torch.Tensor, ...]:
 
 def _cross_attend(attn, q, context, transformer_options) -> torch.Tensor:
     """Attention of the queries q [B, L, C] to the text, by the host's own attention."""
-    with float32_weights(attn.norm_q, q.device) as (weight, _):
-        q = rms_norm(q, weight, attn.eps)
-    with float32_weights(attn.norm_k, q.device) as (weight, _):
-        k = rms_norm(attn.k(context), weight, attn.eps)
+    q = rms_norm(q, float32_weights(attn.norm_q, q.device)[0], attn.eps)
+    k = rms_norm(attn.k(context), float32_weights(attn.norm_k, q.device)[0], attn.eps)
     v = attn.v(context)
     options = {"heads": attn.num_heads, "transformer_options": transformer_options}
     return optimized_attention(q, k, v, **options)
@@ -93,7 +93,7 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
     if type(block) is not comfy.ldm.wan.model.WanAttentionBlock:
         return f"it is a {type(block).__name__}"
     if type(block.cross_attn) is not comfy.ldm.wan.model.WanT2VCrossAttention:
-        return "its cross-attention sees an image too"
+        return f"its cross-attention is a {type(block.cross_attn).__name__}"
     if e.ndim == 4 and e.shape[1] != 1:
         return "timesteps differ between tokens"
     if transformer_options.get("patches", {}).keys() & {"attn1_patch", "attn2_patch"}:
@@ -107,7 +107,7 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
             return "its weights are not INT8"
     norms = [getattr(attn, name) for attn in attentions for name in ("norm_q", "norm_k")]
     parts = block.cross_attn, block.ffn, *linears, *norms, block.norm1, block.norm2, block.norm3
-    if not all(map(_is_stock, parts)):
+    if not all(map(is_stock, parts)):
         return "a node patches a part of it"
     return None
 
@@ -115,9 +115,3 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
 def is_ours(forward) -> bool:
     """Whether a module's forward is one that this pack put there."""
     return getattr(forward, "turbodiffusion", False)
-
-
-def _is_stock(module) -> bool:
-    # An unpatched module keeps its own bound method as an attribute.
-    forward = vars(module).get("forward")
-    return forward is None or getattr(forward, "__func__", None) is type(module).forward

@@ -14,7 +14,7 @@ from .comfy_operations import Linear, TurboOperations
 from .sla_settings import SLASettings
 
 # What INT8 linears multiply in: the checkpoint's own 128x128 blocks of scales, or a scale per token
-# and output channel, which is faster and, on most data, no less accurate.
+# and output channel, which is faster; both stay within the same bounds of the original's outputs.
 GRANULARITIES = {"fast": "rows", "exact": "blocks"}
 
 log = logging.getLogger(__name__)

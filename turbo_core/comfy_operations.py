@@ -45,8 +45,24 @@ def int8_product(op: "Linear", x: Operands, dtype: torch.dtype, **epilogue) -> t
     operands = _weight_operands(weight, op.granularity)
     y = int8_linear(*x, *operands, bias, out_dtype=dtype, **epilogue)
     comfy.ops.uncast_bias_weight(op, weight, bias, stream)
-    run_report.note_int8(op.granularity, run_report.kernel_name(x[0].device))
+    run_report.note_int8(op.granularity, op, run_report.kernel_name(x[0]))
     return y
+
+
+def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
+    """What int8_linear takes of `op`, fetched once for several products: w_q, w_scale and bias.
+
+    Copies: the host reuses the buffer that it streams a weight into for the next ops.
+    """
+    comfy.ops.run_every_op()
+    weight, bias, stream = fetch(op, dtype, device)
+    operands = _weight_operands(weight, op.granularity)
+    if op.granularity == "blocks":
+        operands = tuple(x.clone() for x in operands)
+    bias = None if bias is None else bias.clone()
+    comfy.ops.uncast_bias_weight(op, weight, None, stream)
+    run_report.note_int8(op.granularity, op, run_report.kernel_name(operands[0]))
+    return *operands, bias
 
 
 def _weight_operands(weight: torch.Tensor, granularity: str) -> Operands:

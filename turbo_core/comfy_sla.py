@@ -1,11 +1,10 @@
 """Wan's self-attention as SLA: from the host's module and options to kernels/."""
 
-import contextlib
-
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
+from ..kernels.block_map.checks import float32_on_gpu
 from ..kernels.norm import rms_norm
 from ..kernels.rope import apply_rope
 from ..kernels.sla import sla, sla_from_projections
@@ -17,12 +16,13 @@ KEY = "turbodiffusion"
 
 
 def self_attention(
-    attn, index: int, x: torch.Tensor, freqs: torch.Tensor, transformer_options: dict
+    attn, index: int, x: torch.Tensor, freqs: torch.Tensor, transformer_options: dict | None = None
 ) -> torch.Tensor:
     """WanSelfAttention.forward of block `index` on modulated x [B, L, C], SLA where it applies.
 
     `freqs` is the host's rotation [1, L, 1, D/2, 2, 2].
     """
+    transformer_options = transformer_options or {}
     settings, why_dense = _choose(attn, index, transformer_options)
     if why_dense:
         run_report.note_dense(index, why_dense)
@@ -31,9 +31,8 @@ def self_attention(
     q = apply_rope(_norm(attn.norm_q, attn.q(x)).unflatten(2, _heads(attn)), *rotation)
     k = apply_rope(_norm(attn.norm_k, attn.k(x)).unflatten(2, _heads(attn)), *rotation)
     v = attn.v(x).unflatten(2, _heads(attn))
-    with _projection(attn, x.device) as projection:
-        y = sla(q, k, v, *projection, **_sla_options(settings)).flatten(2)
-    _note_sla(attn, index, settings, x.device)
+    y = sla(q, k, v, *_projection(attn, x.device), **_sla_options(settings)).flatten(2)
+    _note_sla(attn, index, settings, x)
     for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
         y = patch({"x": y, "q": q, "k": k, "transformer_options": transformer_options})
     return attn.o(y)
@@ -42,28 +41,30 @@ def self_attention(
 def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tensor:
     """Self-attention of block `index` from its projections q, k, v [B, L, C], before `o`.
 
-    For the fused block: RMSNorm and RoPE happen in here, SLA or the host's attention follows.
+    Overwrites q and k. For the fused block: RMSNorm and RoPE happen in here, SLA or the host's
+    attention follows.
     """
     settings, why_dense = _choose(attn, index, transformer_options)
-    norms = float32_weights(attn.norm_q, q.device), float32_weights(attn.norm_k, q.device)
-    with norms[0] as (q_weight, _), norms[1] as (k_weight, _):
-        if why_dense:
-            run_report.note_dense(index, why_dense)
-            rotation = _rotation(freqs)
-            q = apply_rope(rms_norm(q, q_weight, attn.eps).unflatten(2, _heads(attn)), *rotation)
-            k = apply_rope(rms_norm(k, k_weight, attn.eps).unflatten(2, _heads(attn)), *rotation)
-            options = {"heads": attn.num_heads, "transformer_options": transformer_options}
-            return optimized_attention(q.flatten(2), k.flatten(2), v, **options)
-        _note_sla(attn, index, settings, q.device)
-        q, k, v = (x.unflatten(2, _heads(attn)) for x in (q, k, v))
-        with _projection(attn, q.device) as projection:
-            options = {"eps": attn.eps, **_sla_options(settings)}
-            weights = q_weight, k_weight, *_rotation(freqs), *projection
-            return sla_from_projections(q, k, v, *weights, **options).flatten(2)
+    q_weight, _ = float32_weights(attn.norm_q, q.device)
+    k_weight, _ = float32_weights(attn.norm_k, q.device)
+    rotation, heads = _rotation(freqs), _heads(attn)
+    if why_dense:
+        run_report.note_dense(index, why_dense)
+        q = apply_rope(rms_norm(q, q_weight, attn.eps).unflatten(2, heads), *rotation)
+        k = apply_rope(rms_norm(k, k_weight, attn.eps).unflatten(2, heads), *rotation)
+        options = {"heads": attn.num_heads, "transformer_options": transformer_options}
+        return optimized_attention(q.flatten(2), k.flatten(2), v, **options)
+    _note_sla(attn, index, settings, q)
+    q, k, v = (x.unflatten(2, heads) for x in (q, k, v))
+    weights = q_weight, k_weight, *rotation, *_projection(attn, q.device)
+    options = {"eps": attn.eps, "overwrite": True, **_sla_options(settings)}
+    return sla_from_projections(q, k, v, *weights, **options).flatten(2)
 
 
 def _choose(attn, index: int, transformer_options: dict) -> tuple[SLASettings, str | None]:
     """The settings, and why this block stays dense in this step if it does."""
+    if KEY not in transformer_options:
+        return SLASettings("dense"), "the host passes this block no options"
     options = dict(transformer_options[KEY])
     step = options.pop("step", -1)
     settings = SLASettings(**options)
@@ -81,9 +82,9 @@ def _rotation(freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _dense_reason(settings: SLASettings, attn, index: int, step: int) -> str | None:
     if settings.attention == "dense" or index in settings.dense_blocks:
-        return "asked for"
+        return "dense attention chosen"
     if 0 <= step < settings.dense_steps:
-        return f"first {settings.dense_steps} steps, asked for"
+        return f"chosen for the first {settings.dense_steps} steps"
     if attn.head_dim not in (64, 128):
         return f"head_dim {attn.head_dim} is not 64 or 128"
     return None
@@ -94,33 +95,41 @@ def _sla_options(settings: SLASettings) -> dict:
     return {"topk": settings.topk, "low_bit": low_bit, "backend": settings.backend}
 
 
-@contextlib.contextmanager
-def float32_weights(op, device: torch.device):
-    """Weight and bias of a comfy op in float32 on `device`, wherever the host keeps them."""
+def float32_weights(op, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a small comfy op in float32 on `device`, wherever the host keeps them.
+
+    Copies: the host reuses the buffer that it streams a weight into for the next ops.
+    """
     options = {"dtype": torch.float32, "bias_dtype": torch.float32, "offloadable": True}
     weight, bias, stream = comfy.ops.cast_bias_weight(op, device=device, **options)
-    yield weight, bias
+    copies = weight.clone(), None if bias is None else bias.clone()
     comfy.ops.uncast_bias_weight(op, weight, bias, stream)
+    return copies
 
 
-def _projection(attn, device: torch.device):
-    """Context of proj_l's weight and bias; of (None, None) where the checkpoint had none."""
-    if hasattr(attn, "proj_l"):
-        return float32_weights(attn.proj_l, device)
-    return contextlib.nullcontext((None, None))
+def _projection(attn, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weight and bias of proj_l, None for both where the checkpoint had none."""
+    return float32_weights(attn.proj_l, device) if hasattr(attn, "proj_l") else (None, None)
 
 
 def _norm(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """RMSNorm over the full dim with the checkpoint's fp32 weight, unless somebody patched it."""
-    if not isinstance(norm, comfy.ops.CastWeightBiasOp) or "forward" in vars(norm):
+    if not isinstance(norm, comfy.ops.CastWeightBiasOp) or not is_stock(norm):
         return norm(x)
-    with float32_weights(norm, x.device) as (weight, _):
-        return rms_norm(x, weight, norm.eps)
+    return rms_norm(x, float32_weights(norm, x.device)[0], norm.eps)
 
 
-def _note_sla(attn, index: int, settings: SLASettings, device: torch.device) -> None:
+def is_stock(module: torch.nn.Module) -> bool:
+    """Whether nobody patched or hooked the module's forward."""
+    # An unpatched module keeps its own bound method as an attribute.
+    forward = vars(module).get("forward")
+    stock = forward is None or getattr(forward, "__func__", None) is type(module).forward
+    return stock and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _note_sla(attn, index: int, settings: SLASettings, x: torch.Tensor) -> None:
     """Tell the report which attention runs, in a few words."""
-    bits = f"int8 QK and {default_pv(device)} PV" if settings.attention == "sagesla" else "16 bit"
+    bits = f"int8 QK and {default_pv(x.device)} PV" if settings.attention == "sagesla" else "16 bit"
     branch = "" if hasattr(attn, "proj_l") else ", no proj_l so no linear branch"
     how = f"{settings.attention} top-k {settings.topk:g} ({bits}{branch})"
-    run_report.note_sla(index, how, run_report.kernel_name(device, settings.backend))
+    run_report.note_sla(index, how, run_report.kernel_name(x, settings.backend, float32_on_gpu(x)))

@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from ..kernels.dispatch import triton_unavailable
+from ..kernels.dispatch import reference_reason
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class RunReport:
         self.dense = collections.defaultdict(set)  # why -> blocks
         self.fused = set()
         self.unfused = collections.defaultdict(set)  # why -> blocks
-        self.int8 = collections.Counter()  # granularity -> calls
+        self.int8 = collections.defaultdict(set)  # granularity -> linears
         self.kernels = set()
 
     def line(self) -> str:
@@ -36,7 +36,7 @@ class RunReport:
         parts += [f"dense in {_ranges(blocks)}: {why}" for why, blocks in self.dense.items()]
         parts += [f"fused in {_ranges(self.fused)}"] if self.fused else []
         parts += [f"not fused in {_ranges(blocks)}: {why}" for why, blocks in self.unfused.items()]
-        parts += [f"INT8 {how} in {n // self.forwards} linears" for how, n in self.int8.items()]
+        parts += [f"INT8 {how} in {len(linears)} linears" for how, linears in self.int8.items()]
         parts += [f"kernels: {name}" for name in sorted(self.kernels)]
         return "TurboDiffusion: " + "; ".join(parts)
 
@@ -94,18 +94,16 @@ def note_unfused(block: int, why: str) -> None:
         report.unfused[why].add(block)
 
 
-def note_int8(granularity: str, kernel: str) -> None:
-    """An INT8 linear ran in `granularity` ("blocks" or "rows") by `kernel`."""
+def note_int8(granularity: str, linear: object, kernel: str) -> None:
+    """The INT8 layer `linear` ran in `granularity` ("blocks" or "rows") by `kernel`."""
     if report := _report():
-        report.int8[GRANULARITY[granularity]] += 1
+        report.int8[GRANULARITY[granularity]].add(id(linear))
         report.kernels.add(kernel)
 
 
-def kernel_name(device: torch.device, backend: str = "auto") -> str:
-    """Which implementation the kernels use on `device`, with the reason if it is the slow one."""
-    if backend == "reference":
-        return "torch reference, asked for"
-    reason = triton_unavailable(device)
+def kernel_name(x: torch.Tensor, backend: str = "auto", *unsupported: str | None) -> str:
+    """Which implementation an op on `x` uses, with the reason if it is the slow one."""
+    reason = reference_reason(backend, x, *unsupported)
     return "Triton" if reason is None else f"torch reference, as {reason}"
 
 

@@ -20,15 +20,12 @@ __all__ = [
 ]
 
 
-def block_means(
-    x: torch.Tensor, block: int, center: torch.Tensor | None = None, backend: str = "auto"
-) -> torch.Tensor:
+def block_means(x: torch.Tensor, block: int, backend: str = "auto") -> torch.Tensor:
     """Means over blocks of rows; the last block averages the rows it has.
 
     Args:
         x: [B, L, H, D], float32, float16 or bfloat16.
         block: rows in a block, 64 or 128.
-        center: [B, H, D], subtracted from every mean.
         backend: see `dispatch.use_triton`.
 
     Returns:
@@ -39,12 +36,9 @@ def block_means(
     """
     check_heads(x=x)
     check_block_size(block)
-    batch, _, heads, dim = x.shape
-    if center is not None:
-        check_shape("center", center, (batch, heads, dim))
     if use_triton("block_means", backend, x, not_contiguous(x)):
-        return triton_kernels.block_means(x, block, center)
-    return reference.block_means(x, block, center)
+        return triton_kernels.block_means(x, block)
+    return reference.block_means(x, block)
 
 
 def centered_means(
@@ -60,7 +54,7 @@ def centered_means(
     Returns:
         float32 [B, H, ceil(L / block), D] and float32 [B, H, D].
     """
-    return center_means(block_means(k, block, backend=backend), k.shape[1], block)
+    return center_means(block_means(k, block, backend), k.shape[1], block)
 
 
 def center_means(
@@ -135,7 +129,7 @@ def block_map(
     check_heads(q=q, k=k)
     check_topk(topk)
     k_means, _ = centered_means(k, block_k, backend)
-    q_means = block_means(q, block_q, backend=backend)
+    q_means = block_means(q, block_q, backend)
     return select_blocks(q_means, k_means, selected_count(topk, k_means.shape[2]), backend)
 
 

@@ -3,10 +3,9 @@
 import torch
 
 
-def block_means(x: torch.Tensor, block: int, center: torch.Tensor | None = None) -> torch.Tensor:
+def block_means(x: torch.Tensor, block: int) -> torch.Tensor:
     """Means of [B, L, H, D] over blocks of rows, float32 [B, H, ceil(L / block), D]."""
-    means = torch.stack([rows.float().mean(1) for rows in x.split(block, 1)], 2)
-    return means if center is None else means - center[:, :, None]
+    return torch.stack([rows.float().mean(1) for rows in x.split(block, 1)], 2)
 
 
 def mean_of_blocks(means: torch.Tensor, length: int, block: int) -> torch.Tensor:

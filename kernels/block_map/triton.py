@@ -13,8 +13,8 @@ ROW_LAUNCH = {"num_warps": 1, "num_stages": 1}  # a warp counts without waiting 
 
 @triton.jit(do_not_specialize=["heads", "length"])
 def block_means_kernel(
-    x, center, means, stride_b, stride_l, stride_h, heads, length,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, CENTERED: tl.constexpr,
+    x, means, stride_b, stride_l, stride_h, heads, length,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -26,8 +26,6 @@ def block_means_kernel(
     )  # [BLOCK, D]
     rows = tl.minimum(length - first, BLOCK).to(tl.float32)
     mean = tl.sum(tile.to(tl.float32), 0) / rows
-    if CENTERED:
-        mean -= tl.load(center + head * HEAD_DIM + channel)
     block = head * tl.num_programs(0) + tl.program_id(0)
     tl.store(means + block * HEAD_DIM + channel, mean)
 
@@ -127,17 +125,15 @@ def select_blocks_kernel(scores, block_map, n_keys, count, CHUNK: tl.constexpr):
         ties -= tl.sum(tie, 0)
 
 
-def block_means(x: torch.Tensor, block: int, center: torch.Tensor | None = None) -> torch.Tensor:
+def block_means(x: torch.Tensor, block: int) -> torch.Tensor:
     """Means of [B, L, H, D] over blocks of rows, float32 [B, H, ceil(L / block), D]."""
     batch, length, heads, dim = x.shape
     blocks = triton.cdiv(length, block)
     means = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
-    centered = center is not None
     with torch.cuda.device_of(x):
         block_means_kernel[blocks, batch * heads](
-            x, center.float().contiguous() if centered else x, means, *x.stride()[:3], heads,
-            length, BLOCK=block, HEAD_DIM=dim, CENTERED=centered, **LAUNCH,
-        )  # fmt: skip
+            x, means, *x.stride()[:3], heads, length, BLOCK=block, HEAD_DIM=dim, **LAUNCH
+        )
     return means
 
 

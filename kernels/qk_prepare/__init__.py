@@ -22,6 +22,7 @@ def prepare(
     block: int = 128,
     quantize: bool = False,
     backend: str = "auto",
+    out: torch.Tensor | None = None,
 ) -> Prepared:
     """RMSNorm over all heads, RoPE, block means and, if asked for, int8 blocks.
 
@@ -37,6 +38,7 @@ def prepare(
         block: rows in a block, 64 or 128.
         quantize: whether to make int8 blocks.
         backend: see `dispatch.use_triton`.
+        out: where the rotated rows go, contiguous like x; may be x itself. A new tensor if None.
 
     Returns:
         `Prepared`: x [B, L, H, D], means float32 [B, H, N, D], and q int8 [B, H, N * block, D]
@@ -49,7 +51,11 @@ def prepare(
     check_block_size(block)
     check_shape("weight", weight, (x.shape[2] * x.shape[3],))
     check_angles(x, cos, sin)
-    arguments = x, weight, cos, sin, eps, block, quantize
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    check_shape("out", out, tuple(x.shape))
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
+    arguments = x, weight, cos, sin, eps, block, quantize, out
     if use_triton("prepare", backend, x, not_contiguous(x)):
         return triton_kernels.prepare(*arguments)
     return reference.prepare(*arguments)

@@ -27,9 +27,10 @@ def prepare(
     eps: float,
     block: int,
     quantize: bool,
+    out: torch.Tensor,
 ) -> Prepared:
     """RMSNorm over all heads, RoPE, block means and int8 blocks."""
     normalized = rms_norm(x.flatten(2), weight, eps).view(x.shape)
-    rotated = apply_rope(normalized, cos, sin)
+    rotated = out.copy_(apply_rope(normalized, cos, sin))
     integers = quantize_blocks(rotated, block) if quantize else (None, None)
     return Prepared(rotated, block_means(rotated, block), *integers)

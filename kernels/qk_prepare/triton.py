@@ -89,11 +89,11 @@ def prepare(
     eps: float,
     block: int,
     quantize: bool,
+    out: torch.Tensor,
 ) -> Prepared:
     """RMSNorm over all heads, RoPE, block means and int8 blocks."""
     batch, length, heads, dim = x.shape
     blocks = triton.cdiv(length, block)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     options = {"dtype": torch.float32, "device": x.device}
     norms = torch.empty(batch, length, **options)
     means = torch.empty(batch, heads, blocks, dim, **options)

@@ -14,8 +14,8 @@ if has_triton():
 def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """`quantize_rows` of the weight that 128x128 block scales stand for.
 
-    Cheap enough to be done at every use (0.2 ms for the weights of a 14B block, where its products
-    take 38 ms), so that a model keeps the checkpoint's own integers, memory-mapped.
+    Reads the weight once, which is little beside the product it is for: so it is done at every
+    use, and a model keeps the checkpoint's own integers, memory-mapped.
 
     Args:
         q: int8 `[N, K]`.

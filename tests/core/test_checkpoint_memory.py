@@ -8,12 +8,7 @@ import pytest
 import torch
 from peak_memory import can_measure
 from safetensors.torch import save_file
-from turbodiffusion_pack.turbo_core.checkpoint_layout import (
-    BLOCK_LINEARS,
-    PROJ_L,
-    Sizes,
-    wan_shapes,
-)
+from zero_checkpoint import official_zeros
 
 pytestmark = pytest.mark.skipif(not can_measure(), reason="needs /proc/self/status")
 
@@ -44,28 +39,10 @@ def peak_of(work: str, path: Path) -> int:
     return int(run.stdout)
 
 
-def official(num_layers: int) -> dict[str, torch.Tensor]:
-    """A quantised checkpoint in the official format, 64 MiB a block; the values mean nothing."""
-    sizes = Sizes(dim=2048, ffn_dim=8192, num_layers=num_layers, in_channels=16)
-    tensors = {}
-    for name, shape in wan_shapes(sizes).items():
-        module = name.removesuffix(".weight")
-        if module != name and module.endswith(BLOCK_LINEARS):
-            tensors[f"{module}.int8_weight"] = torch.zeros(shape, dtype=torch.int8)
-            tensors[f"{module}.scale"] = torch.ones(shape[0] // 128, shape[1] // 128)
-        else:
-            tensors[name] = torch.zeros(shape, dtype=torch.bfloat16)
-    for index in range(num_layers):
-        tensors[f"blocks.{index}.{PROJ_L}.weight"] = torch.zeros(128, 128)
-        tensors[f"blocks.{index}.{PROJ_L}.bias"] = torch.zeros(128)
-    tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"].flatten(1)
-    return tensors
-
-
 @pytest.fixture(params=[".pth", ".safetensors"])
 def small_file(request, tmp_path):
     path = tmp_path / f"small{request.param}"
-    (torch.save if request.param == ".pth" else save_file)(official(num_layers=3), path)
+    (torch.save if request.param == ".pth" else save_file)(official_zeros(num_layers=3), path)
     assert path.stat().st_size > 200 * MIB
     yield path
     path.unlink()
@@ -74,7 +51,7 @@ def small_file(request, tmp_path):
 @pytest.fixture
 def big_file(tmp_path):
     path = tmp_path / "big.pth"
-    torch.save(official(num_layers=30), path)
+    torch.save(official_zeros(num_layers=30), path)
     yield path
     path.unlink()
 

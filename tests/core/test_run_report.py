@@ -11,7 +11,7 @@ def test_the_line_tells_what_ran(caplog):
             run_report.note_forward(num_blocks=5)
             for block in range(4):
                 run_report.note_sla(block, "sla top-k 0.1", "Triton")
-                run_report.note_int8("blocks", "Triton")
+                run_report.note_int8("blocks", block, "Triton")
             run_report.note_dense(4, "asked for")
     (line,) = caplog.messages
     assert line.startswith("TurboDiffusion: 2 forward passes; SLA in 4 of 5 blocks; ")

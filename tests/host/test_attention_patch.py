@@ -111,10 +111,10 @@ def test_dense_blocks_stay_dense(loaded, line, sla_calls):
     assert sla_calls == [0, 0]
     report = line()
     assert "SLA in 1 of 2 blocks" in report
-    assert "dense in blocks 1: asked for" in report
+    assert "dense in blocks 1: dense attention chosen" in report
     every = _run(_patch(loaded, dense_blocks=(0, 1)), steps=2)
     assert sla_calls == [0, 0]
-    assert "SLA in 0 of 2 blocks; dense in blocks 0-1: asked for" in line()
+    assert "SLA in 0 of 2 blocks; dense in blocks 0-1: dense attention chosen" in line()
     assert torch.equal(every, _run(_patch(loaded, "dense"), steps=2))
     assert goldens.relative_error(some, every) > 1e-3
 
@@ -126,7 +126,7 @@ def test_first_steps_stay_dense(loaded, line, sla_calls):
     assert calls_before_step == [0, 2, 4]
     report = line()
     assert "SLA in 2 of 2 blocks" in report
-    assert "dense in blocks 0-1: first 1 steps, asked for" in report
+    assert "dense in blocks 0-1: chosen for the first 1 steps" in report
     assert goldens.relative_error(mixed, _run(_patch(loaded), steps=3)) > 1e-3
 
 
@@ -362,4 +362,4 @@ def test_context_windows(loaded, line, sla_calls, order):
     assert windows > 1
     report = line()
     assert f"{2 * windows} forward passes; SLA in 2 of 2 blocks" in report
-    assert "dense in blocks 0-1: first 1 steps" in report
+    assert "dense in blocks 0-1: chosen for the first 1 steps" in report

@@ -10,12 +10,8 @@ import pytest
 import torch
 from peak_memory import can_measure
 from safetensors.torch import save_file
-from turbodiffusion_pack.turbo_core.checkpoint_layout import (
-    BLOCK_LINEARS,
-    PROJ_L,
-    Sizes,
-    wan_shapes,
-)
+from turbodiffusion_pack.turbo_core.checkpoint_layout import BLOCK_LINEARS, PROJ_L
+from zero_checkpoint import official_zeros
 
 pytestmark = [
     pytest.mark.skipif(not can_measure(), reason="needs /proc/self/status"),
@@ -25,7 +21,7 @@ pytestmark = [
 
 TESTS = Path(__file__).resolve().parent.parent
 MIB = 2**20
-BLOCK_BYTES = 64 * MIB  # of one INT8 block of `_official`
+BLOCK_BYTES = 64 * MIB  # of one INT8 block of `official_zeros`
 
 # A fresh process, so that no memory freed earlier hides what the work takes.
 CHILD = """
@@ -83,25 +79,6 @@ def _load(load: str, path: Path) -> dict:
     return json.loads(run.stdout)
 
 
-def _official(num_layers: int, quantized: bool) -> dict[str, torch.Tensor]:
-    """A checkpoint in the official format, 64 MiB (INT8) or 128 MiB (bf16) a block, all zeros."""
-    sizes = Sizes(dim=2048, ffn_dim=8192, num_layers=num_layers, in_channels=16)
-    tensors = {}
-    for name, shape in wan_shapes(sizes).items():
-        module = name.removesuffix(".weight")
-        if quantized and module != name and module.endswith(BLOCK_LINEARS):
-            tensors[f"{module}.int8_weight"] = torch.zeros(shape, dtype=torch.int8)
-            tensors[f"{module}.scale"] = torch.ones(shape[0] // 128, shape[1] // 128)
-        else:
-            norm = "norm" in name
-            tensors[name] = torch.zeros(shape, dtype=torch.float32 if norm else torch.bfloat16)
-    for index in range(num_layers):
-        tensors[f"blocks.{index}.{PROJ_L}.weight"] = torch.zeros(128, 128)
-        tensors[f"blocks.{index}.{PROJ_L}.bias"] = torch.zeros(128)
-    tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"].flatten(1)
-    return tensors
-
-
 @pytest.fixture
 def write(tmp_path):
     """Returns a function that writes tensors to a file, which is removed after the test."""
@@ -136,7 +113,7 @@ def _copied(told: dict) -> list[str]:
     ("quantized", "num_layers", "size"), [(True, 30, 2e9), (False, 8, 1e9)], ids=["int8", "bf16"]
 )
 def test_a_checkpoint_is_loaded_without_a_copy(write, quantized, num_layers, size):
-    tensors = _official(num_layers, quantized)
+    tensors = official_zeros(num_layers, quantized)
     names = set(tensors)
     path = write("official.pth", tensors)
     del tensors
@@ -154,7 +131,7 @@ def test_a_checkpoint_is_loaded_without_a_copy(write, quantized, num_layers, siz
 
 
 def test_safetensors_are_loaded_without_a_copy(write):
-    tensors = _official(num_layers=3, quantized=True)
+    tensors = official_zeros(num_layers=3, quantized=True)
     told = _load(TURBO, write("official.safetensors", tensors))
     _is_complete(told, set(tensors))
     assert _copied(told) == []
@@ -163,7 +140,7 @@ def test_safetensors_are_loaded_without_a_copy(write):
 
 def test_a_loader_that_copies_would_be_seen(write):
     """ComfyUI's own loader copies every weight into parameters that it allocated before."""
-    tensors = _official(num_layers=1, quantized=False)
+    tensors = official_zeros(num_layers=1, quantized=False)
     tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"].view(2048, 16, 1, 2, 2)
     path = write("plain.safetensors", tensors)
     told = _load(STOCK, path)

@@ -118,11 +118,11 @@ FAULTS = {
     ),
     "no scales": (
         lambda t: _without(t, f"{Q0}.scale"),
-        rf"{Q0}.int8_weight has no {Q0}.scale.*download|convert",
+        rf"{Q0}.int8_weight has no {Q0}.scale.*(download|convert)",
     ),
     "scales that do not fit": (
         lambda t: _changed(t, f"{Q0}.scale", lambda s: s[:1]),
-        rf"{Q0}.scale must be float32 \[2, 2\].*got float32 \[1, 2\].*download|convert",
+        rf"{Q0}.scale must be float32 \[2, 2\].*got float32 \[1, 2\].*(download|convert)",
     ),
     "proj_l of the wrong size": (
         lambda t: _changed(t, PROJ_L, lambda w: w[:64]),

@@ -22,11 +22,23 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = goldens.unpack_checkpoint("t2v-quant.pth", tmp_path_factory.mktemp("checkpoints"))
-    return comfy_attention.patch_attention(
-        comfy_loader.load_turbo_model(str(path), "exact"), SLASettings("sla", 0.3)
-    )
+def path(tmp_path_factory):
+    return goldens.unpack_checkpoint("t2v-quant.pth", tmp_path_factory.mktemp("checkpoints"))
+
+
+def _load(path, granularity):
+    model = comfy_loader.load_turbo_model(str(path), granularity)
+    return comfy_attention.patch_attention(model, SLASettings("sla", 0.3))
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return _load(path, "exact")
+
+
+@pytest.fixture(scope="module")
+def fast_model(path):
+    return _load(path, "fast")
 
 
 def _error(
@@ -45,6 +57,11 @@ def _error(
 @pytest.mark.parametrize(("steps", "sigma_max", "mode"), RUNS)
 def test_last_state(model, steps, sigma_max, mode):
     assert _error(model, steps, sigma_max, mode) <= BOUND
+
+
+@pytest.mark.parametrize(("steps", "sigma_max", "mode"), [run for run in RUNS if run[0] == 4])
+def test_last_state_at_the_default_granularity(fast_model, steps, sigma_max, mode):
+    assert _error(fast_model, steps, sigma_max, mode) <= BOUND
 
 
 @pytest.mark.parametrize(("steps", "sigma_max", "mode"), [run for run in RUNS if run[0] > 1])

@@ -1,5 +1,7 @@
 """Every Triton kernel compiles for every card, fits its shared memory and spills nothing."""
 
+import ast
+
 import ahead_of_time
 import pytest
 
@@ -13,6 +15,24 @@ def compiled():
 
 def test_names_tell_the_jobs_apart(compiled):
     assert len(JOBS) == len(ahead_of_time.jobs()) == len(compiled)
+
+
+def _kernels_in(path) -> set[str]:
+    """Names of the file's functions called `*_kernel` that Triton compiles."""
+    functions = [f for f in ast.walk(ast.parse(path.read_text())) if isinstance(f, ast.FunctionDef)]
+    return {
+        f.name
+        for f in functions
+        if f.name.endswith("_kernel")
+        and any(ast.unparse(d).startswith("triton.jit") for d in f.decorator_list)
+    }
+
+
+def test_every_kernel_is_compiled():
+    files = (ahead_of_time.ROOT / "kernels").rglob("*.py")
+    written = set().union(*map(_kernels_in, files))
+    assert written
+    assert written == {job.variant.kernel.__name__ for job in JOBS.values()}
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -112,3 +112,24 @@ def test_refuses_what_does_not_fit():
             prepare(*arguments, **options)
     with pytest.raises(TypeError, match=r"cos must be float32, got torch\.float16"):
         prepare(x, weight, cos.half(), sin)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_rotates_in_place(backend):
+    x, weight, cos, sin = random_projection(2, 100, 2, 64, torch.float16)
+    x = x.contiguous()
+    apart = prepare(x, weight, cos, sin, block=64, quantize=True, backend=backend)
+    before = x.clone()
+    inside = prepare(x, weight, cos, sin, block=64, quantize=True, backend=backend, out=x)
+    assert inside.x is x and not torch.equal(x, before)
+    for name in apart._fields:
+        assert torch.equal(getattr(inside, name), getattr(apart, name))
+
+
+def test_out_must_fit():
+    x, weight, cos, sin = random_projection(1, 10, 2, 64, torch.float32)
+    x = x.contiguous()
+    with pytest.raises(ValueError, match=r"out must be \[1, 10, 2, 64\], got \[1, 9, 2, 64\]"):
+        prepare(x, weight, cos, sin, out=x[:, :9])
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        prepare(x, weight, cos, sin, out=x.transpose(1, 2).contiguous().transpose(1, 2))

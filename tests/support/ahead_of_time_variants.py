@@ -13,12 +13,14 @@ from turbodiffusion_pack.kernels.linear_attention import triton as linear_attent
 from turbodiffusion_pack.kernels.norm import triton as norm
 from turbodiffusion_pack.kernels.norm_quant import triton as norm_quant
 from turbodiffusion_pack.kernels.qk_prepare import triton as qk_prepare
+from turbodiffusion_pack.kernels.requantize import triton as requantize
 from turbodiffusion_pack.kernels.rope import triton as rope
 from turbodiffusion_pack.kernels.sparse_attention import triton as sparse_attention
 
 FP8_CARDS = tuple(card for card in CARDS if card >= (8, 9))
 TILES = ((128, 128, 64), (64, 128, 64), (128, 64, 64), (128, 64, 128))  # head dim, block_q, block_k
 CHANNELS = (1536, 5120, 13824)  # widths of Wan's rows: the two models', and the larger MLP's
+WEIGHT_COLUMNS = (1536, 5120, 8960, 13824)  # widths of the weights' rows: both models', both MLPs'
 LAYER_NORM_CONTIGUOUS = dict.fromkeys(("stride_xc", "stride_scale_c", "stride_shift_c"), 1)
 TMA_CARDS = tuple(card for card in CARDS if card >= (9, 0))
 # Output dtype of INT8 linear, and whether its gate has a row per token.
@@ -86,6 +88,23 @@ def _int8_linear_variant(by_blocks, tma, card, width, epilogue) -> Variant:
     kernel = int8_linear.linear_kernel
     (variant,) = variants_of(kernel, signature, flags, lambda _: config, label, (card,))
     return variant._replace(spills=LINEAR_SPILLS if by_blocks and tma and card == (9, 0) else 0)
+
+
+def requantize_variants() -> list[Variant]:
+    signature = _pointers("fp32", "scale_ptr", "row_scale_ptr")
+    signature |= {"q_ptr": "*i8:16", "out_ptr": "*i8:16"}
+    signature |= dict.fromkeys(("columns", "stride_r"), "i32:16")
+    return [
+        variant
+        for columns in WEIGHT_COLUMNS
+        for variant in variants_of(
+            requantize.requantize_rows_kernel,
+            signature,
+            {"stride_c": 1, "BLOCK": requantize.BLOCK},
+            lambda _, columns=columns: requantize.config(columns),
+            f"{columns}",
+        )
+    ]
 
 
 def norm_variants() -> list[Variant]:
@@ -165,10 +184,10 @@ def rope_variants() -> list[Variant]:
 
 
 def block_map_variants() -> list[Variant]:
-    means = {"x": "*bf16:16", **_pointers("fp32", "center", "means"), **_strides("stride")}
+    means = {"x": "*bf16:16", "means": "*fp32:16", **_strides("stride")}
     scores = {**_pointers("fp32", "q_means", "k_means", "scores"), **_sizes("n_queries", "n_keys")}
     select = {"scores": "*fp32:16", "block_map": "*i32:16", **_sizes("n_keys", "count")}
-    block = {"BLOCK": 128, "HEAD_DIM": 128, "CENTERED": True}
+    block = {"BLOCK": 128, "HEAD_DIM": 128}
     launches = (
         (block_map.block_means_kernel, means | _sizes("heads", "length"), block),
         (block_map.scores_kernel, scores, {"TILE": block_map.TILE, "HEAD_DIM": 128}),
@@ -338,6 +357,7 @@ def _sizes(*names: str) -> dict[str, str]:
 OPS = (
     int8_quant_variants,
     int8_linear_variants,
+    requantize_variants,
     norm_variants,
     norm_quant_variants,
     rope_variants,

@@ -37,8 +37,8 @@ DEVICE = comfy.model_management.get_torch_device()
 
 
 def pad_context(context: torch.Tensor) -> torch.Tensor:
-    """Golden text features [1, 40, 64] as umT5's [1, 512, 4096]."""
-    padded = torch.zeros(1, 512, 4096)
+    """Golden text features [B, 40, 64] as umT5's [B, 512, 4096]."""
+    padded = torch.zeros(len(context), 512, 4096)
     padded[:, : context.shape[1], : context.shape[2]] = context
     return padded
 
@@ -52,7 +52,7 @@ def velocity(model, x: torch.Tensor, context: torch.Tensor, timestep: float) -> 
 def apply(model, x: torch.Tensor, context: torch.Tensor, timestep: float) -> torch.Tensor:
     """One forward pass of `model` with its weights where they are now."""
     options = {**model.model_options["transformer_options"], "wrappers": model.wrappers}
-    sigma = torch.tensor([timestep / 1000], dtype=torch.float64, device=DEVICE)
+    sigma = torch.full((len(x),), timestep / 1000, dtype=torch.float64, device=DEVICE)
     x = x.float().to(DEVICE)
     denoised = model.model.apply_model(
         x,
