@@ -8,6 +8,7 @@ memory and a table of kernels.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -179,7 +180,6 @@ def measure(name: str, settings: SLASettings, runs: int, ceiling: float) -> dict
         "finite": finite,
         "kernels": kernel_table(run),
     }
-    del run, out, model
     in_comfyui.comfy.model_management.unload_all_models()
     return result
 
@@ -200,6 +200,7 @@ def main() -> None:
             for attention in options.attention:
                 settings = SLASettings(attention, options.topk)
                 results.append(measure(name, settings, options.runs, options.ceiling))
+                gc.collect()  # a model holds itself through its patched forwards
                 show(results[-1], options.rows)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))

@@ -161,7 +161,8 @@ def by_its_parts(q, k, v, q_weight, k_weight, cos, sin, weight, bias, **options)
     """Norm, rotation and attention, one after the other."""
 
     def rotated(x, norm):
-        return apply_rope(rms_norm(x.flatten(2), norm).view(x.shape), cos, sin)
+        normed = rms_norm(x.flatten(2), norm, backend="reference").view(x.shape)
+        return apply_rope(normed, cos, sin, backend="reference")
 
     q, k = rotated(q, q_weight), rotated(k, k_weight)
     return sla(q, k, v, weight, bias, **options, backend="reference")
