@@ -118,7 +118,7 @@ def operations(shape: Shape, settings: SLASettings) -> float:
 
 
 def make_forward(shape: Shape, settings: SLASettings):
-    """A function that runs one forward pass, and the MODEL it runs."""
+    """A function that runs one forward pass."""
     model = comfy_loader.build_turbo_model(random_checkpoint(shape))
     model = comfy_attention.patch_attention(model, settings)
     in_comfyui.comfy.model_management.load_models_gpu([model])
@@ -131,7 +131,7 @@ def make_forward(shape: Shape, settings: SLASettings):
         "transformer_options": options,
     }
     sigma = torch.tensor([0.9338], device="cuda")
-    return lambda: model.model.apply_model(x, sigma, **inputs), model
+    return lambda: model.model.apply_model(x, sigma, **inputs)
 
 
 def median_ms(run, runs: int) -> float:
@@ -162,7 +162,7 @@ def kernel_table(run) -> list[dict]:
 
 def measure(name: str, settings: SLASettings, runs: int, ceiling: float) -> dict:
     shape = MODELS[name]
-    run, model = make_forward(shape, settings)
+    run = make_forward(shape, settings)
     for _ in range(2):
         out = run()
     finite = bool(out.isfinite().all())
