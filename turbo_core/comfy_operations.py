@@ -57,7 +57,7 @@ def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
     comfy.ops.run_every_op()
     weight, bias, stream = fetch(op, dtype, device)
     operands = _weight_operands(weight, op.granularity)
-    if op.granularity == "blocks":
+    if is_int8(weight) and operands[0] is unpack(weight)[0]:
         operands = tuple(x.clone() for x in operands)
     bias = None if bias is None else bias.clone()
     comfy.ops.uncast_bias_weight(op, weight, None, stream)
@@ -80,7 +80,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     `granularity` is what INT8 weights multiply in: "blocks", the checkpoints' own 128x128 scales,
     or "rows", one scale per token and output channel, which weights are requantized to at each use.
-    Not a torch.nn.Linear, so that nothing is allocated before the checkpoint's are assigned.
+    Not a torch.nn.Linear, so that nothing is allocated before the tensors are assigned.
     """
 
     comfy_cast_weights = True

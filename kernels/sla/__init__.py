@@ -60,9 +60,7 @@ def sla(
     Raises:
         ValueError, TypeError: a shape, block size, dtype or option does not fit.
     """
-    check_heads(q=q, k=k, v=v)
-    check_block_shape(block_q, block_k)
-    check_topk(topk)
+    _check(q, k, v, block_q, block_k, topk)
     _check_projection(q, proj_weight, proj_bias, feature_map)
     k_mean = None
     if block_map is None:
@@ -110,7 +108,7 @@ def sla_from_projections(
         eps: of both norms.
         proj_weight, proj_bias, topk, low_bit, feature_map, block_map, pv, block_q, block_k,
             backend: see `sla`.
-        overwrite: rotate q and k, contiguous, in place: a fifth less memory at its peak.
+        overwrite: rotate q and k, contiguous, in place, which saves the memory of two activations.
 
     Returns:
         [B, L, H, D] in q's dtype.
@@ -118,9 +116,7 @@ def sla_from_projections(
     Raises:
         ValueError, TypeError: a shape, block size, dtype or option does not fit.
     """
-    check_heads(q=q, k=k, v=v)
-    check_block_shape(block_q, block_k)
-    check_topk(topk)
+    _check(q, k, v, block_q, block_k, topk)
     _check_projection(q, proj_weight, proj_bias, feature_map)
     # Triton reads them once per head; copied here, so that q and k share the copy.
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
@@ -149,6 +145,13 @@ def _linear_branch(k, v, proj_weight, proj_bias, feature_map, low_bit, backend):
     else:
         sums, v_max = key_value_state(k, v, feature_map, backend), None
     return LinearBranch(*sums, proj_weight, proj_bias, feature_map), v_max
+
+
+def _check(q, k, v, block_q, block_k, topk) -> None:
+    """What both ops ask of their inputs."""
+    check_heads(q=q, k=k, v=v)
+    check_block_shape(block_q, block_k)
+    check_topk(topk)
 
 
 def _check_projection(q, proj_weight, proj_bias, feature_map) -> None:

@@ -9,7 +9,6 @@ Random projections, head dim 128. Prints medians in milliseconds; the stages are
 import argparse
 import json
 import os
-import statistics
 import sys
 import types
 from pathlib import Path
@@ -18,10 +17,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT]
+sys.path.append(str(ROOT / "tests" / "support"))
 pack = types.ModuleType("turbodiffusion_pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["turbodiffusion_pack"] = pack
 
+from gpu_timing import median_ms  # noqa: E402
 from turbodiffusion_pack.kernels.block_map import (  # noqa: E402
     center_means,
     select_blocks,
@@ -81,21 +82,6 @@ def stages(inputs: tuple[torch.Tensor, ...], topk: float, pv: str) -> dict:
             queries.x, operands, chosen, BLOCK_Q, BLOCK_K, branch
         ),
     }
-
-
-def median_ms(run, runs: int) -> float:
-    """Median over `runs` runs after two to warm up, by device events."""
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(runs):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ import gc
 import json
 import math
 import os
-import statistics
 import sys
 import types
 from pathlib import Path
@@ -29,6 +28,7 @@ sys.modules["turbodiffusion_pack"] = pack
 arguments, sys.argv = sys.argv, sys.argv[:1]
 
 import in_comfyui  # noqa: E402
+from gpu_timing import median_ms  # noqa: E402
 from in_comfyui import comfy_attention, comfy_loader  # noqa: E402
 from turbodiffusion_pack.turbo_core.checkpoint import Checkpoint  # noqa: E402
 from turbodiffusion_pack.turbo_core.sla_settings import ATTENTIONS, SLASettings  # noqa: E402
@@ -134,19 +134,6 @@ def make_forward(shape: Shape, settings: SLASettings):
     return lambda: model.model.apply_model(x, sigma, **inputs)
 
 
-def median_ms(run, runs: int) -> float:
-    """Median over `runs` runs, by device events."""
-    times = []
-    for _ in range(runs):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
 def kernel_table(run) -> list[dict]:
     """GPU time of one run by kernel, most first."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -163,9 +150,7 @@ def kernel_table(run) -> list[dict]:
 def measure(name: str, settings: SLASettings, runs: int, ceiling: float) -> dict:
     shape = MODELS[name]
     run = make_forward(shape, settings)
-    for _ in range(2):
-        out = run()
-    finite = bool(out.isfinite().all())
+    finite = bool(run().isfinite().all())
     torch.cuda.reset_peak_memory_stats()
     ms = median_ms(run, runs)
     tops = operations(shape, settings) / ms / 1e9

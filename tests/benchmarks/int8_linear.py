@@ -10,7 +10,6 @@ linear_config chooses between, and marks the fastest and the one that ships.
 import argparse
 import json
 import os
-import statistics
 import sys
 import types
 from pathlib import Path
@@ -20,10 +19,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT]
+sys.path.append(str(ROOT / "tests" / "support"))
 pack = types.ModuleType("turbodiffusion_pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["turbodiffusion_pack"] = pack
 
+from gpu_timing import median_ms  # noqa: E402
 from turbodiffusion_pack.kernels.int8_linear import int8_linear, triton_kernels  # noqa: E402
 
 # L, N, K: 14B at 720p (down, up, attention), then 1.3B at 480p (up, down, attention).
@@ -76,20 +77,6 @@ def operands(granularity: str, length: int, n: int, k: int, epilogue: bool) -> d
     return arguments | {"out": out}
 
 
-def median_ms(run, runs: int) -> float:
-    """Median time of one call over `runs` groups of calls, after a warm-up, by device events."""
-    times = []
-    for _ in range(runs + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(CALLS):
-            run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / CALLS)
-    return statistics.median(times[1:])
-
-
 def tile_config(block_m: int, block_n: int, warps: int, stages: int, group: int) -> dict[str, int]:
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 128, "GROUP": group}
     return {**tile, "num_warps": warps, "num_stages": stages}
@@ -104,7 +91,7 @@ def shipped_config(granularity: str, n: int, k: int) -> dict[str, int]:
 def measure(granularity: str, shape: tuple[int, int, int], config: dict, options) -> dict:
     arguments = operands(granularity, *shape, options.epilogue)
     with mock.patch.object(triton_kernels, "linear_config", lambda *_: config):
-        ms = median_ms(lambda: int8_linear(**arguments, backend="triton"), options.runs)
+        ms = median_ms(lambda: int8_linear(**arguments, backend="triton"), options.runs, CALLS)
     tops = 2 * shape[0] * shape[1] * shape[2] / ms / 1e9
     numbers = {"ms": round(ms, 3), "tops": round(tops), "share": round(tops / options.ceiling, 3)}
     return {"granularity": granularity, "shape": shape, "config": config, **numbers}

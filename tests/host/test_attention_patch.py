@@ -30,12 +30,6 @@ def info_log(caplog):
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return [str(goldens.unpack_checkpoint(name, folder)) for name in ("t2v-quant.pth", "t2v.pth")]
-
-
-@pytest.fixture(scope="module")
 def loaded(paths):
     return comfy_loader.load_turbo_model(paths[0])
 

@@ -18,12 +18,6 @@ LAST_STEP_SEED = 2**64 - 1 - comfy_sampler.STEP_NOISE_SEED
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return [str(goldens.unpack_checkpoint(name, folder)) for name in ("t2v-quant.pth", "t2v.pth")]
-
-
-@pytest.fixture(scope="module")
 def model(paths):
     return comfy_loader.load_turbo_model(paths[0])
 
