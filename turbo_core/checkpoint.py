@@ -9,9 +9,20 @@ import torch
 
 from . import checkpoint_layout as layout
 from .checkpoint_checks import check_dtypes, check_shapes, check_values
-from .checkpoint_file import CheckpointError, read_tensors
+from .checkpoint_file import CheckpointError
+from .checkpoint_names import PROJ_L, wan_names
+from .checkpoint_shards import read_files
 
-__all__ = ["Checkpoint", "CheckpointError", "read_checkpoint"]
+NAMES = ("official", "comfy")
+
+__all__ = [
+    "NAMES",
+    "Checkpoint",
+    "CheckpointError",
+    "check_tensors",
+    "file_tensors",
+    "read_checkpoint",
+]
 
 
 @dataclass(frozen=True)
@@ -22,8 +33,9 @@ class Checkpoint:
         tensors: Wan's own names ("blocks.0.self_attn.q.weight"), dtypes as in the file; an INT8
             weight is int8 [out, in] under the same name. patch_embedding.weight is
             [dim, in, 1, 2, 2]. No scales and no proj_l.
-        scales: fp32 [ceil(out/128), ceil(in/128)] of every INT8 weight, by module name
-            ("blocks.0.self_attn.q"); empty in a plain checkpoint.
+        scales: fp32 [ceil(out/128), ceil(in/128)], or [out] where one scale serves an output
+            channel, of every INT8 weight, by module name ("blocks.0.self_attn.q"); empty in a plain
+            checkpoint.
         proj_l: SLA's (weight [128, 128], bias [128]) of each block in order; empty without SLA.
         dim: model width; the heads are 128 wide.
         ffn_dim: width inside the feed-forward layers.
@@ -55,13 +67,15 @@ class Checkpoint:
 def read_checkpoint(
     path: str | PathLike, progress: Callable[[int, int], None] | None = None
 ) -> Checkpoint:
-    """Read a TurboDiffusion (or plain Wan) checkpoint in Wan's own layout, checked as a whole.
+    """Read a TurboDiffusion (or plain Wan) checkpoint of any known layout, checked as a whole.
 
     Nothing is copied or converted, and of the big weights not one byte is read: they stay
     memory-mapped. What the file is gets decided from names and shapes, never from its name.
 
     Args:
-        path: a .pth, .pt or .safetensors file, with or without the usual prefixes ("net.", ...).
+        path: a .pth, .pt or .safetensors file; of a set of shards any shard, the index or the
+            folder. Names as TurboDiffusion, FastVideo or SGLang write them, with or without the
+            usual prefixes ("net.", ...).
         progress: called with (done, total) while the small tensors are looked through.
 
     Raises:
@@ -69,15 +83,19 @@ def read_checkpoint(
             message names the file, what was found and what to do.
     """
     try:
-        tensors = layout.wan_names(read_tensors(Path(path)))
-        return _checked(tensors, progress)
+        return check_tensors(wan_names(read_files(Path(path))), progress)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
 
 
-def _checked(
-    tensors: dict[str, torch.Tensor], progress: Callable[[int, int], None] | None
+def check_tensors(
+    tensors: dict[str, torch.Tensor], progress: Callable[[int, int], None] | None = None
 ) -> Checkpoint:
+    """The checkpoint that `tensors`, under Wan's names, make up.
+
+    Raises:
+        CheckpointError: they make up none; the message says what was found and what to do.
+    """
     tensors, scales = layout.split_scales(tensors)
     check_dtypes(tensors, scales)
     tensors = layout.conv_patch_embedding(tensors)
@@ -86,3 +104,37 @@ def _checked(
     check_shapes(tensors, layout.wan_shapes(sizes))
     check_values(layout.small_tensors(tensors, scales, proj_l), progress)
     return Checkpoint(tensors, scales, proj_l, **vars(sizes))
+
+
+def file_tensors(checkpoint: Checkpoint, names: str) -> dict[str, torch.Tensor]:
+    """The tensors of `checkpoint` as a file holds them; nothing is copied.
+
+    Args:
+        names: "official", exactly as TurboDiffusion's own files have them; "comfy" differs in one
+            shape, patch_embedding.weight [dim, in, 1, 2, 2], so that ComfyUI's own loader takes a
+            float checkpoint too. INT8 weights keep their official names in both: under ".weight"
+            that loader would take the integers for values.
+
+    Raises:
+        ValueError: unknown names.
+        CheckpointError: the official names have no place for one scale per output channel.
+    """
+    if names not in NAMES:
+        raise ValueError(f"names must be one of {', '.join(NAMES)}, got {names!r}")
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
+        module = name.removesuffix(".weight")
+        tensors[f"{module}.int8_weight" if module in checkpoint.scales else name] = tensor
+    for module, scale in checkpoint.scales.items():
+        if names == "official" and scale.ndim != 2:
+            raise CheckpointError(
+                f"{module}.scale is one per output channel, which the official files have no place "
+                f"for, got shape {list(scale.shape)}: choose the names comfy"
+            )
+        tensors[f"{module}.scale"] = scale
+    for index, (weight, bias) in enumerate(checkpoint.proj_l):
+        tensors[f"blocks.{index}.{PROJ_L}.weight"] = weight
+        tensors[f"blocks.{index}.{PROJ_L}.bias"] = bias
+    if names == "official":
+        tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"].flatten(1)
+    return tensors

@@ -18,6 +18,9 @@ FOREIGN_STARTS = {
     b"<": "is a web page, not a checkpoint: use the direct download link",
 }
 
+# Keys of a training file's state dict, the surest first.
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "weights")
+
 # What torch.load raises on bytes that torch.save did not write.
 DAMAGE = (
     AssertionError,
@@ -40,7 +43,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
     The first bytes tell the format. Zip-format .pth and .safetensors
     are memory-mapped; PyTorch's pre-1.6 format cannot be, so it is read into memory once. No code
-    in a pickle is run. A training file's {"state_dict": ...} is unwrapped.
+    in a pickle is run. A training file's {"state_dict": ...} and the like are unwrapped.
 
     Raises:
         CheckpointError: missing, empty, truncated or damaged file, another format, code in it, or
@@ -68,8 +71,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _first_bytes(path: Path) -> bytes:
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{what}: choose a .pth, .pt or .safetensors file")
+        raise CheckpointError("does not exist: choose a .pth, .pt or .safetensors file")
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
@@ -124,8 +126,7 @@ def _damaged(error: Exception) -> str:
 
 
 def _named_tensors(data: object) -> dict[str, torch.Tensor]:
-    if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
-        data = data["state_dict"]
+    data = _unwrapped(data)
     if not isinstance(data, dict) or not data:
         found = "an empty dict" if data == {} else f"a {type(data).__name__}"
         raise CheckpointError(f"does not hold named tensors, got {found}: save the state dict")
@@ -136,3 +137,13 @@ def _named_tensors(data: object) -> dict[str, torch.Tensor]:
                 "save the model's state dict alone"
             )
     return {name: value.detach() for name, value in data.items()}
+
+
+def _unwrapped(data: object) -> object:
+    """The innermost dict under the keys that training scripts put a state dict under."""
+    while isinstance(data, dict):
+        inner = next((data[key] for key in WRAPPERS if isinstance(data.get(key), dict)), None)
+        if inner is None:
+            break
+        data = inner
+    return data

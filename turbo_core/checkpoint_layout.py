@@ -2,13 +2,13 @@
 
 import itertools
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 
 from .checkpoint_checks import check_shapes, describe
 from .checkpoint_file import CheckpointError
+from .checkpoint_names import BLOCK_NAME, PROJ_L, renamed
 
 Tensors = dict[str, torch.Tensor]
 Pairs = tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -24,19 +24,13 @@ IN_CHANNELS = {16: "text to video", 36: "image to video"}
 
 ATTENTION_LINEARS = tuple(f"{a}_attn.{p}" for a in ("self", "cross") for p in "qkvo")
 BLOCK_LINEARS = (*ATTENTION_LINEARS, "ffn.0", "ffn.2")
-PROJ_L = "self_attn.attn_op.local_attn.proj_l"
+# Wan 2.1 image to video has these; TurboDiffusion's models do not, but W8A8Quantize takes any.
+IMAGE_LINEARS = ("cross_attn.k_img", "cross_attn.v_img")
 
-CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
-MARKER = re.compile(r"((?:net\.|model\.|diffusion_model\.|module\.)*)head\.modulation")
-BLOCK_NAME = re.compile(r"blocks\.(\d+)\.")
-
-FOREIGN_LAYOUTS = {
-    "scale_shift_table": "this looks like a diffusers layout, take the file in Wan's own layout",
-    "condition_embedder": "this looks like a diffusers layout, take the file in Wan's own layout",
-    "lora_": "this looks like a LoRA, load it with a LoRA node on top of a model",
-    "self_attn.q.": "this looks like a part of a Wan model, take the whole file",
-}
-FOREIGN_SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "comfy_quant", "scaled_fp8")
+# Scales of an int8 X.weight: ComfyUI's ModelSave writes a MODEL of ours so, SGLang the other. Both
+# multiply, as the official X.scale does.
+SCALES = ("weight_scale", "weight_scale_inv")
+FOREIGN_SCALES = ("scale_weight", "comfy_quant", "scaled_fp8")
 
 
 @dataclass(frozen=True)
@@ -49,42 +43,14 @@ class Sizes:
     in_channels: int
 
 
-def wan_names(tensors: Tensors) -> Tensors:
-    """The diffusion model's tensors under Wan's own names, wrappers and prefixes taken off.
-
-    Tensors outside the model's prefix (a text encoder or VAE in the same file) are left out.
-    """
-    plain = {name.replace(CHECKPOINT_WRAPPER, ""): tensor for name, tensor in tensors.items()}
-    prefixes = [match[1] for name in plain if (match := MARKER.fullmatch(name))]
-    if not prefixes:
-        raise CheckpointError(_another_architecture(plain))
-    prefix = min(prefixes, key=len)
-    return {n.removeprefix(prefix): t for n, t in plain.items() if n.startswith(prefix)}
-
-
-def _another_architecture(tensors: Tensors) -> str:
-    hints = (hint for part, hint in FOREIGN_LAYOUTS.items() if any(part in n for n in tensors))
-    advice = next(hints, "choose a TurboDiffusion checkpoint (TurboWan...)")
-    found = ", ".join(list(tensors)[:3])
-    return (
-        f"is not a complete Wan model: head.modulation is missing, got {len(tensors)} tensors "
-        f"such as {found}; {advice}"
-    )
-
-
 def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """Rename X.int8_weight to X.weight and set X.scale apart.
 
     Returns:
         The tensors without scales, and the scales by module name X: fp32
-        [ceil(out/128), ceil(in/128)] (arXiv 2512.16093, W8A8 in 128x128 blocks).
+        [ceil(out/128), ceil(in/128)] (arXiv 2512.16093, W8A8 in 128x128 blocks), or [out].
     """
-    for name in tensors:
-        if name.rpartition(".")[2] in FOREIGN_SCALES:
-            raise CheckpointError(
-                f"is quantised in another format, got {name}: take TurboDiffusion's plain or "
-                "-quant file, or load this one with ComfyUI's own loader"
-            )
+    tensors = _official_int8(tensors)
     int8 = _by_module(tensors, ".int8_weight")
     scales = _by_module(tensors, ".scale")
     for module in int8:
@@ -94,8 +60,25 @@ def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:
             raise CheckpointError(
                 f"{module}.scale has no {module}.int8_weight: convert or download the file again"
             )
-    renamed = {n.replace(".int8_weight", ".weight"): t for n, t in tensors.items()}
-    return {n: t for n, t in renamed.items() if not n.endswith(".scale")}, scales
+    weights = {n.replace(".int8_weight", ".weight"): t for n, t in tensors.items()}
+    return {n: t for n, t in weights.items() if not n.endswith(".scale")}, scales
+
+
+def _official_int8(tensors: Tensors) -> Tensors:
+    """Int8 X.weight with X.weight_scale or X.weight_scale_inv as X.int8_weight with X.scale."""
+    names = {}
+    for name in tensors:
+        module, _, part = name.rpartition(".")
+        weight = tensors.get(f"{module}.weight")
+        ours = part in SCALES and weight is not None and weight.dtype == torch.int8
+        if ours:
+            names.update({name: f"{module}.scale", f"{module}.weight": f"{module}.int8_weight"})
+        elif part in (*SCALES, *FOREIGN_SCALES):
+            raise CheckpointError(
+                f"is quantised in another format, got {name}: take TurboDiffusion's plain or "
+                "-quant file, or load this one with ComfyUI's own loader"
+            )
+    return renamed(tensors, lambda name: names.get(name, name))
 
 
 def _by_module(tensors: Tensors, suffix: str) -> Tensors:
@@ -105,7 +88,7 @@ def _by_module(tensors: Tensors, suffix: str) -> Tensors:
 def _check_pair(module: str, tensors: Tensors, scales: Tensors) -> None:
     parts = BLOCK_NAME.match(module)
     weight = tensors[f"{module}.int8_weight"]
-    if parts is None or module[parts.end() :] not in BLOCK_LINEARS:
+    if parts is None or module[parts.end() :] not in (*BLOCK_LINEARS, *IMAGE_LINEARS):
         wrong = "is not a Linear of a block, TurboDiffusion quantises nothing else"
     elif f"{module}.weight" in tensors:
         wrong = f"stands beside {module}.weight, only one of them can be meant"
@@ -119,11 +102,12 @@ def _check_pair(module: str, tensors: Tensors, scales: Tensors) -> None:
 
 
 def _check_scale(module: str, weight: torch.Tensor, scale: torch.Tensor) -> None:
-    expected = tuple(-(-n // INT8_BLOCK) for n in weight.shape)
-    if scale.dtype != torch.float32 or scale.shape != expected:
+    blocks = tuple(-(-n // INT8_BLOCK) for n in weight.shape)
+    if scale.dtype != torch.float32 or scale.shape not in (blocks, weight.shape[:1]):
         raise CheckpointError(
-            f"{module}.scale must be float32 {list(expected)}, one per 128x128 block of a weight "
-            f"{list(weight.shape)}, got {describe(scale)}: convert or download the file again"
+            f"{module}.scale must be float32 {list(blocks)}, one per 128x128 block of a weight "
+            f"{list(weight.shape)}, or {list(weight.shape[:1])}, one per output channel, got "
+            f"{describe(scale)}: convert or download the file again"
         )
 
 

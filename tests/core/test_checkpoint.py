@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from goldens import unpack_checkpoint
+from layouts import as_official, assert_holds, mapped_file
 from safetensors.torch import save_file
-from turbodiffusion_pack.turbo_core.checkpoint import Checkpoint, read_checkpoint
+from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
 
-PROJ_L = ".self_attn.attn_op.local_attn.proj_l."
 NAMES = ("t2v.pth", "t2v-quant.pth")
 
 
@@ -37,42 +37,6 @@ def path(request, files) -> Path:
 
 def original(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)
-
-
-def as_in_file(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors by the names that the official files use."""
-    tensors = {}
-    for name, tensor in checkpoint.tensors.items():
-        module = name.removesuffix(".weight")
-        tensors[f"{module}.int8_weight" if module in checkpoint.scales else name] = tensor
-    for module, scale in checkpoint.scales.items():
-        tensors[f"{module}.scale"] = scale
-    for index, (weight, bias) in enumerate(checkpoint.proj_l):
-        tensors[f"blocks.{index}{PROJ_L}weight"] = weight
-        tensors[f"blocks.{index}{PROJ_L}bias"] = bias
-    return tensors
-
-
-def assert_holds(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> None:
-    """Same names, dtypes and bits; only patch_embedding.weight may have another shape."""
-    tensors = as_in_file(checkpoint)
-    assert tensors.keys() == expected.keys()
-    for name, tensor in tensors.items():
-        shape = tensor.shape if name == "patch_embedding.weight" else expected[name].shape
-        assert tensor.shape == shape, name
-        assert tensor.dtype == expected[name].dtype, name
-        assert torch.equal(tensor, expected[name].reshape(shape)), name
-
-
-def mapped_file(tensor: torch.Tensor) -> str:
-    """Which file, if any, the tensor's first and last byte are mapped from."""
-    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes - 1
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, _, _, _, _, *file = line.split(maxsplit=5)
-        start, end = (int(address, 16) for address in span.split("-"))
-        if start <= first and last < end:
-            return file[0] if file else ""
-    return ""
 
 
 def test_every_tensor_is_the_files_own(path):
@@ -113,7 +77,7 @@ def test_every_tensor_is_a_view_of_the_file(path, tmp_path, suffix):
     if suffix == ".safetensors":
         save_file(original(path), tmp_path / "a.safetensors")
         path = tmp_path / "a.safetensors"
-    tensors = as_in_file(read_checkpoint(path))
+    tensors = as_official(read_checkpoint(path))
     assert {mapped_file(tensor) for tensor in tensors.values()} == {str(path)}
 
 
@@ -150,22 +114,13 @@ def test_prefixes_and_nesting_come_off(path, tmp_path, prefix, nested):
     assert_holds(read_checkpoint(tmp_path / "a.pth"), original(path))
 
 
-def test_checkpoint_wrappers_inside_names_come_off(path, tmp_path):
-    wrapped = {
-        "net." + name.replace("self_attn.", "_checkpoint_wrapped_module.self_attn."): tensor
-        for name, tensor in original(path).items()
-    }
-    torch.save({"state_dict": wrapped}, tmp_path / "a.pth")
-    assert_holds(read_checkpoint(tmp_path / "a.pth"), original(path))
-
-
 def test_parameters_become_plain_tensors(files, tmp_path):
     tensors = original(files["t2v.pth"])
     parameters = {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
     torch.save(parameters, tmp_path / "a.pth")
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     assert_holds(checkpoint, tensors)
-    assert not any(tensor.requires_grad for tensor in as_in_file(checkpoint).values())
+    assert not any(tensor.requires_grad for tensor in as_official(checkpoint).values())
 
 
 def test_pytorchs_old_format_is_read_too(path, tmp_path):
@@ -188,13 +143,6 @@ def test_a_safetensors_header_that_starts_like_a_pickle(path, tmp_path):
     assert header[:1] == b"\x80"
     (tmp_path / "a.bin").write_bytes(header + data[8 + length :])
     assert_holds(read_checkpoint(tmp_path / "a.bin"), original(path))
-
-
-def test_other_models_in_the_same_file_are_left_out(path, tmp_path):
-    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in original(path).items()}
-    tensors["first_stage_model.encoder.scale"] = torch.ones(3)
-    torch.save(tensors, tmp_path / "all.pth")
-    assert_holds(read_checkpoint(tmp_path / "all.pth"), original(path))
 
 
 def test_a_wan_model_without_sla_is_one(path, tmp_path):
@@ -227,6 +175,23 @@ def test_a_width_that_is_no_multiple_of_the_int8_block(files, tmp_path):
     assert checkpoint.ffn_dim == 500
     assert checkpoint.scales["blocks.0.ffn.0"].shape == (4, 2)
     assert_holds(checkpoint, tensors)
+
+
+def test_an_image_branch_may_be_quantised(image_to_video, tmp_path):
+    """W8A8Quantize makes such files of Wan 2.1 image-to-video models."""
+    tensors = original(image_to_video)
+    for part in ("int8_weight", "scale", "bias"):
+        name = f"blocks.0.cross_attn.k_img.{part}"
+        tensors[name] = tensors[f"blocks.0.cross_attn.k.{part}"].clone()
+    torch.save(tensors, tmp_path / "a.pth")
+    assert_holds(read_checkpoint(tmp_path / "a.pth"), tensors)
+
+
+def test_a_weight_may_have_one_scale_per_output_channel(files, tmp_path):
+    tensors = original(files["t2v-quant.pth"])
+    tensors["blocks.1.ffn.2.scale"] = torch.rand(256) + 0.5
+    torch.save(tensors, tmp_path / "a.pth")
+    assert_holds(read_checkpoint(tmp_path / "a.pth"), tensors)
 
 
 def test_progress_counts_up_to_its_total(path):

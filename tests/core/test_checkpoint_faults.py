@@ -1,15 +1,17 @@
 """Every unusable file is one clear error: what is wrong, what was found, what to do."""
 
 import io
+import json
 import pickle
 import re
 import zipfile
 from pathlib import Path
 
+import layouts
 import pytest
 import torch
 from goldens import unpack_checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
 
 Q0 = "blocks.0.self_attn.q"
@@ -50,8 +52,14 @@ def test_no_file(tmp_path):
     refuse(tmp_path / "nothing.pth", "does not exist", "choose a .pth")
 
 
-def test_a_folder(tmp_path):
-    refuse(tmp_path, "is a folder", "choose a .pth")
+def test_a_folder_without_a_model(tmp_path):
+    refuse(tmp_path, "is a folder without one index", "got none", "choose a .pth")
+
+
+def test_a_folder_of_several_models(plain, tmp_path):
+    for name in ("high.safetensors", "low.safetensors"):
+        save_file(torch.load(plain), tmp_path / name)
+    refuse(tmp_path, "is a folder", "got high.safetensors, low.safetensors", "choose a .pth")
 
 
 def test_an_empty_file(tmp_path):
@@ -195,8 +203,8 @@ def test_something_else_than_named_tensors(tmp_path, content, parts):
     [
         ("model.diffusion_model.input_blocks.0.0.weight", "choose a TurboDiffusion checkpoint"),
         ("double_blocks.0.img_attn.qkv.weight", "choose a TurboDiffusion checkpoint"),
-        ("condition_embedder.time_embedder.linear_1.weight", "diffusers layout"),
-        ("blocks.0.scale_shift_table", "diffusers layout"),
+        ("condition_embedder.time_embedder.linear_1.weight", "part of a diffusers model"),
+        ("blocks.0.scale_shift_table", "part of a diffusers model"),
         ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "LoRA"),
         ("blocks.7.self_attn.q.weight", "part of a Wan model"),
     ],
@@ -204,6 +212,98 @@ def test_something_else_than_named_tensors(tmp_path, content, parts):
 def test_another_architecture(tmp_path, name, advice):
     content = {name: torch.ones(2)}
     refuse_tensors(tmp_path, content, "not a complete Wan model", "head.modulation", name, advice)
+
+
+@pytest.fixture
+def shards(quant, tmp_path) -> Path:
+    """The index of a set of three shards."""
+    return layouts.sglang_shards(torch.load(quant), tmp_path)
+
+
+SHARD_2 = "diffusion_pytorch_model-00002-of-00003.safetensors"
+
+
+def test_a_missing_shard(shards):
+    shards.with_name(SHARD_2).unlink()
+    refuse(shards, f"{SHARD_2} is missing beside", "download it too")
+    refuse(shards.with_name(SHARD_2.replace("2-of", "1-of")), f"{SHARD_2} is missing")
+
+
+def test_a_shard_without_its_index(shards):
+    shards.unlink()
+    refuse(shards.with_name(SHARD_2), "is one of several shards", shards.name, "whole folder")
+
+
+def test_a_truncated_shard(shards):
+    shard = shards.with_name(SHARD_2)
+    shard.write_bytes(shard.read_bytes()[:10_000])
+    refuse(shards, f"shard {SHARD_2}: is truncated or damaged", "Download it again")
+
+
+def test_a_shard_of_another_download(shards):
+    shard = shards.with_name(SHARD_2)
+    tensors = load_file(shard)
+    name, _ = tensors.popitem()
+    save_file(tensors, shard)
+    refuse(shards, f"{name} is in {shards.name} but not in {SHARD_2}", "download all shards again")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "JSONDecodeError"),
+        ("{}", "KeyError"),
+        ("[]", "TypeError"),
+        ('{"weight_map": []}', "AttributeError"),
+        ('{"weight_map": {"a": 3}}', "TypeError"),
+    ],
+)
+def test_a_damaged_index(shards, text, found):
+    shards.write_text(text)
+    refuse(shards, f"{shards.name} is damaged ({found}", "Download it again")
+
+
+@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors"])
+def test_an_index_that_leaves_its_folder(shards, file):
+    shards.write_text(json.dumps({"weight_map": {"a": file}}))
+    refuse(shards, "names files outside its folder", "official source")
+
+
+@pytest.mark.parametrize("layout", ["fastvideo", "sglang"])
+def test_a_diffusers_model_with_an_image_encoder(plain, tmp_path, layout):
+    name = "blocks.1.attn2.add_k_proj.weight"
+    tensors = {**torch.load(plain), name: torch.ones(2)}
+    path = layouts.LAYOUTS[layout](tensors, tmp_path)
+    refuse(path, f"is a diffusers model with {name}", "no place in TurboDiffusion's Wan", "choose")
+
+
+def test_names_of_two_layouts(plain, tmp_path):
+    tensors = torch.load(plain)
+    tensors["blocks.1.to_q.weight"] = tensors.pop("blocks.1.self_attn.q.weight")
+    found = "blocks.1.to_q.weight of diffusers beside head.modulation of Wan"
+    refuse_tensors(tmp_path, tensors, "mixes two layouts", f"got {found}", "convert the file again")
+
+
+def test_half_a_diffusers_model(plain, tmp_path):
+    path = layouts.fastvideo_in_memory(torch.load(plain), tmp_path)
+    tensors = torch.load(path)["state_dict"]
+    del tensors["blocks.1.attn2.to_k.weight"]
+    refuse_tensors(tmp_path, tensors, "blocks.1.cross_attn.k.weight is missing", "download")
+
+
+def test_a_tensor_under_two_names(plain, tmp_path):
+    tensors = torch.load(plain)
+    other = f"_orig_mod.{Q0}.bias"
+    tensors[other] = tensors[f"{Q0}.bias"]
+    refuse_tensors(tmp_path, tensors, f"has {Q0}.bias and {other}", "the same tensor", "download")
+
+
+@pytest.mark.parametrize("part", ["weight_scale", "weight_scale_inv"])
+def test_fp8_weights(plain, tmp_path, part):
+    tensors = torch.load(plain)
+    tensors[f"{Q0}.weight"] = tensors[f"{Q0}.weight"].to(torch.float8_e4m3fn)
+    tensors[f"{Q0}.{part}"] = torch.ones(2, 2)
+    refuse_tensors(tmp_path, tensors, "another format", f"{Q0}.{part}", "-quant")
 
 
 def test_a_wan_model_of_other_channels(plain, tmp_path):
@@ -254,9 +354,15 @@ INT8_FAULTS = {
         put("blocks.1.ffn.0.scale", lambda s: s.T),
         ["blocks.1.ffn.0.scale must be float32 [4, 2]", "got float32 [2, 4]"],
     ),
-    "scale of one channel each": (
-        put(f"{Q0}.scale", lambda s: torch.ones(256)),
-        [f"{Q0}.scale must be float32 [2, 2]", "got float32 [256]"],
+    "scales of another width": (
+        put("blocks.1.ffn.2.scale", lambda s: torch.ones(512)),
+        ["blocks.1.ffn.2.scale must be float32 [2, 4]", "or [256]", "got float32 [512]"],
+    ),
+    "scale twice": (
+        lambda t: t.update(
+            {f"{Q0}.weight_scale": t[f"{Q0}.scale"], f"{Q0}.weight": t[f"{Q0}.int8_weight"]}
+        ),
+        [f"has {Q0}.scale and {Q0}.weight_scale, which mean the same tensor"],
     ),
     "scale in bf16": (
         put(f"{Q0}.scale", torch.Tensor.bfloat16),

@@ -1,0 +1,47 @@
+"""TurboSaveCheckpoint: a Wan MODEL to a checkpoint file."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..turbo_core.comfy_save import save_turbo_model, workflow_metadata
+from .schema import schema
+
+
+class TurboSaveCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="TurboSaveCheckpoint",
+            display_name="Save TurboDiffusion Model",
+            category="model/merging",
+            description="Saves a Wan MODEL as a .safetensors checkpoint for Load TurboDiffusion "
+            "Model: INT8 weights and SLA projections as they are, LoRAs baked in.",
+            search_aliases=["export model", "checkpoint save", "turbodiffusion", "int8"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="A Wan MODEL with float weights or this pack's INT8 weights. LoRAs on "
+                    "it are baked in; its attention settings are not saved.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="diffusion_models/TurboDiffusion",
+                    tooltip="Folder and start of the file's name in ComfyUI's output folder; a "
+                    "number is added. Loaders list what is in output/diffusion_models.",
+                ),
+            ],
+            outputs=[],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, filename_prefix):
+        output = folder_paths.get_output_directory()
+        folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, output)
+        path = Path(folder, f"{name}_{counter:05}_.safetensors")
+        metadata = workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+        save_turbo_model(model, path, metadata)
+        return io.NodeOutput(ui=ui.PreviewText(str(path)))

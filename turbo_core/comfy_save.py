@@ -1,0 +1,123 @@
+"""A Wan MODEL as a checkpoint file that TurboLoader loads again."""
+
+import json
+from pathlib import Path
+
+import comfy.cli_args
+import comfy.lora
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from .checkpoint import CheckpointError, check_tensors, file_tensors
+from .checkpoint_names import PROJ_L
+from .checkpoint_write import write_safetensors
+from .comfy_attention import wan_model
+from .comfy_experts import KEY as EXPERTS
+from .comfy_quant import is_int8, pack, requantize, unpack
+
+PREFIX = "diffusion_model."
+
+# A weight as the host holds it, and the patches (LoRAs) to apply to it.
+Weights = dict[str, tuple[torch.Tensor, list]]
+
+
+def save_turbo_model(model, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write the weights of `model` to `path`, a .safetensors file in the names comfy.
+
+    INT8 weights stay INT8 with their scales, SLA's projections come along, and what weight patches
+    (LoRAs) change is baked in: added in float32, then back in the weight's own format. Attention
+    settings and other patches are not part of a file. `model` is untouched, wherever its weights
+    are. Baking a LoRA takes about four times a weight in float32, one weight after the other.
+
+    Raises:
+        ValueError: not a Wan MODEL, or not one that TurboLoader could load again.
+        FileExistsError, OSError: see write_safetensors.
+    """
+    _check_patches(model)
+    weights = _weights(model)
+    tensors = _checked({n: t for name, (w, _) in weights.items() for n, t in _parts(name, w)})
+    bar = comfy.utils.ProgressBar(len(tensors))
+
+    def progress(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    baked = ((n, _baked(n, *w, model.load_device)) for n, w in weights.items())
+    values = (value for name, weight in baked for value in _parts(name, weight))
+    write_safetensors(path, tensors, values, metadata, progress=progress)
+
+
+def workflow_metadata(prompt: dict | None, extra_pnginfo: dict | None) -> dict[str, str]:
+    """The workflow as ComfyUI's own save nodes put it into a file, unless it is told not to."""
+    if comfy.cli_args.args.disable_metadata:
+        return {}
+    parts = {"prompt": prompt, **(extra_pnginfo or {})}
+    return {name: json.dumps(part) for name, part in parts.items() if part is not None}
+
+
+def _check_patches(model) -> None:
+    """Refuse what a user would miss in the file."""
+    if EXPERTS in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
+        raise ValueError(
+            "this MODEL is two experts, got one from Wan22ExpertSwitch, and a file holds one. "
+            "Save each expert by itself, before Wan22ExpertSwitch"
+        )
+    for key in model.injections:
+        raise ValueError(
+            f"this MODEL carries modules that are not its own, got {key}, and a file would be "
+            "without them. Save the MODEL from before the node that adds them (a LoRA in bypass "
+            "mode, SLA projections of another file)"
+        )
+
+
+def _weights(model) -> Weights:
+    """The MODEL's own weights, without what patches have made of them, by their names in a file."""
+    wan_model(model)
+    weights = {}
+    for key, ((weight, _), *patches) in model.get_key_patches(PREFIX).items():
+        name = key.removeprefix(PREFIX).replace(".self_attn.proj_l.", f".{PROJ_L}.")
+        if name.endswith(".weight_scale") and is_int8(weights[name.removesuffix("_scale")][0]):
+            continue  # it is inside the weight
+        if not is_int8(weight) and type(weight) not in (torch.Tensor, torch.nn.Parameter):
+            raise ValueError(
+                f"this MODEL makes no checkpoint for TurboLoader: {name} is in another quantized "
+                f"format, got a {type(weight).__name__}. Load the unquantized model, or use "
+                "ComfyUI's ModelSave"
+            )
+        weights[name] = (weight, patches)
+    return weights
+
+
+def _parts(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """A weight's tensors as a file names them; INT8 ones have two."""
+    if not is_int8(weight):
+        return [(name, weight.detach())]
+    q, scale = unpack(weight)
+    module = name.removesuffix(".weight")
+    return [(f"{module}.int8_weight", q), (f"{module}.scale", scale)]
+
+
+def _checked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as they are, once TurboLoader would take them."""
+    try:
+        return file_tensors(check_tensors(tensors), "comfy")
+    except CheckpointError as error:
+        raise ValueError(
+            f"this MODEL makes no checkpoint for TurboLoader ({error}). ComfyUI's ModelSave may "
+            "save it"
+        ) from error
+
+
+def _baked(name: str, weight: torch.Tensor, patches: list, device: torch.device) -> torch.Tensor:
+    """`weight` with its patches applied in float32, in the format it had."""
+    if not patches:
+        return weight
+    if is_int8(weight):
+        q, scale = unpack(weight)
+        value = pack(q.to(device), scale.to(device), torch.float32).dequantize()
+    else:
+        value = weight.detach().to(device, torch.float32, copy=True)
+    value = comfy.lora.calculate_weight(patches, value, f"{PREFIX}{name}")
+    return requantize(value, weight, torch.float32) if is_int8(weight) else value.to(weight.dtype)

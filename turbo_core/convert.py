@@ -1,0 +1,83 @@
+"""Converts a checkpoint of any known layout into one file, without ComfyUI and without kernels.
+
+    python -m turbo_core.convert IN OUT [--names official|comfy] [--overwrite]
+
+Run it in the pack's folder. Values and dtypes stay bit for bit what they are.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .checkpoint import NAMES, file_tensors, read_checkpoint
+from .checkpoint_write import write_pth, write_safetensors
+
+# The names that a file of this kind has unless others are asked for.
+DEFAULT_NAMES = {".safetensors": "comfy", ".pth": "official", ".pt": "official"}
+
+
+def convert(
+    source: Path,
+    target: Path,
+    names: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write the checkpoint at `source` to `target`, in the format of its suffix.
+
+    Args:
+        source: what read_checkpoint takes.
+        target: a .safetensors, .pth or .pt file.
+        names: see file_tensors; by default comfy for .safetensors, official for .pth and .pt.
+        overwrite: whether an older `target` may be replaced.
+        progress: called with (done, total) after each tensor of a .safetensors file.
+
+    Returns:
+        How many tensors were written.
+
+    Raises:
+        CheckpointError: `source` is not usable, or has no form under these names.
+        ValueError: another suffix, or `target` is `source`.
+        OSError: `target` exists or could not be written; an older one is unchanged.
+    """
+    if target.suffix not in DEFAULT_NAMES:
+        raise ValueError(
+            f"{target} must end in {', '.join(DEFAULT_NAMES)}, got {target.suffix or 'no suffix'!r}"
+        )
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"{target} is the file that is read: choose another name")
+    tensors = file_tensors(read_checkpoint(source), names or DEFAULT_NAMES[target.suffix])
+    if target.suffix == ".safetensors":
+        write_safetensors(target, tensors, overwrite=overwrite, progress=progress)
+    else:
+        write_pth(target, tensors, overwrite)
+    return len(tensors)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m turbo_core.convert",
+        description="Converts a TurboDiffusion checkpoint of any known layout into one file.",
+    )
+    parser.add_argument("source", metavar="IN", type=Path, help="file, shard, index or folder")
+    parser.add_argument("target", metavar="OUT", type=Path, help=".safetensors, .pth or .pt")
+    parser.add_argument("--names", choices=NAMES, help="default: comfy for .safetensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older OUT")
+    args = parser.parse_args()
+    try:
+        count = convert(args.source, args.target, args.names, args.overwrite, _show)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    size = args.target.stat().st_size / 1e9
+    sys.stdout.write(f"{args.target}: {count} tensors, {size:.2f} GB\n")
+
+
+def _show(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{done} of {total} tensors" + "\n" * (done == total))
+
+
+if __name__ == "__main__":
+    main()
