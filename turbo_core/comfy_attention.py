@@ -1,6 +1,7 @@
 """Puts the fused block and SLA into ComfyUI's own Wan model, through ModelPatcher."""
 
 import dataclasses
+import math
 
 import comfy.ldm.wan.model
 import comfy.model_patcher
@@ -13,6 +14,9 @@ from . import run_report
 from .comfy_block import block_forward, is_ours
 from .comfy_sla import KEY, self_attention
 from .sla_settings import SLASettings
+
+# In the options of an expert that begins below a sigma: that sigma. Its own steps count from there.
+BOUNDARY = "turbodiffusion.boundary"
 
 PLAIN_BLOCKS = (
     comfy.ldm.wan.model.WanAttentionBlock,
@@ -125,9 +129,10 @@ def _owner(forward) -> str:
 
 
 def _step(transformer_options: dict) -> int:
-    """Index of the current sampling step; -1 outside a sampler or where no step is kept dense."""
+    """Index of the step among this model's; -1 outside a sampler or where no step is kept dense."""
     sigmas = transformer_options.get("sample_sigmas")
     if sigmas is None or transformer_options[KEY]["dense_steps"] == 0:
         return -1
     now = transformer_options["sigmas"].max().to(sigmas)
-    return int((sigmas > now + 1e-6).sum())
+    own = sigmas < transformer_options.get(BOUNDARY, math.inf)
+    return int((own & (sigmas > now + 1e-6)).sum())

@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 GRANULARITY = {"blocks": "exact (128x128 blocks)", "rows": "fast (per token and channel)"}
 
 
-class RunReport:
-    """Counts of one sampler run; see `line` for what they mean."""
+class Counts:
+    """Counts of one model in one sampler run; see `text` for what they mean."""
 
     def __init__(self):
         self.forwards = 0
@@ -27,8 +27,10 @@ class RunReport:
         self.int8 = collections.defaultdict(set)  # granularity -> linears
         self.kernels = set()
 
-    def line(self) -> str:
+    def text(self) -> str:
         """One sentence: forward passes, SLA coverage, every step-aside, INT8, kernels."""
+        if not self.forwards:
+            return "runs without TurboDiffusion"
         sparse = set().union(*self.sla.values())
         parts = [f"{self.forwards} forward passes"]
         parts += [f"SLA in {len(sparse)} of {self.num_blocks} blocks"]
@@ -38,7 +40,26 @@ class RunReport:
         parts += [f"not fused in {_ranges(blocks)}: {why}" for why, blocks in self.unfused.items()]
         parts += [f"INT8 {how} in {len(linears)} linears" for how, linears in self.int8.items()]
         parts += [f"kernels: {name}" for name in sorted(self.kernels)]
-        return "TurboDiffusion: " + "; ".join(parts)
+        return "; ".join(parts)
+
+
+class RunReport:
+    """Counts of one sampler run, one set for each expert that took part in it."""
+
+    def __init__(self):
+        self.experts = collections.defaultdict(Counts)  # name -> counts
+        self.expert = ""  # whose turn it is; a run of one model has no names
+
+    @property
+    def counts(self) -> Counts:
+        """Those of the model that runs now."""
+        return self.experts[self.expert]
+
+    def line(self) -> str:
+        """What ran, expert by expert."""
+        names = {name: f"{name}: " if name else "" for name in self.experts}
+        told = [names[name] + counts.text() for name, counts in self.experts.items()]
+        return "TurboDiffusion: " + " | ".join(told)
 
 
 _current = contextvars.ContextVar("turbodiffusion_run", default=None)
@@ -46,59 +67,73 @@ _current = contextvars.ContextVar("turbodiffusion_run", default=None)
 
 @contextlib.contextmanager
 def run():
-    """Collect during one sampler run and log its line at the end, also of a cancelled run."""
+    """Collect during one sampler run and log its line at the end, also of a cancelled run.
+
+    Inside another run it joins that one.
+    """
+    if (report := _current.get()) is not None:
+        yield report
+        return
     report = RunReport()
     token = _current.set(report)
     try:
         yield report
     finally:
         _current.reset(token)
-        if report.forwards:
+        if any(counts.forwards for counts in report.experts.values()):
             log.info(report.line())
 
 
-def _report() -> RunReport | None:
+def note_expert(name: str) -> None:
+    """From here on the expert called `name` runs."""
+    if report := _current.get():
+        report.expert = name
+        report.experts[name]  # told of even if nothing of ours runs in it
+
+
+def _counts() -> Counts | None:
     # Inside torch.compile the counting would be traced; such a run reports its forwards only.
-    return None if torch.compiler.is_compiling() else _current.get()
+    report = None if torch.compiler.is_compiling() else _current.get()
+    return None if report is None else report.counts
 
 
 def note_forward(num_blocks: int) -> None:
     """A forward pass through a model of `num_blocks` transformer blocks begins."""
-    if report := _report():
-        report.forwards += 1
-        report.num_blocks = num_blocks
+    if counts := _counts():
+        counts.forwards += 1
+        counts.num_blocks = num_blocks
 
 
 def note_sla(block: int, how: str, kernel: str) -> None:
     """Block `block` ran sparse-linear attention, `how` in a few words, by `kernel`."""
-    if report := _report():
-        report.sla[how].add(block)
-        report.kernels.add(kernel)
+    if counts := _counts():
+        counts.sla[how].add(block)
+        counts.kernels.add(kernel)
 
 
 def note_dense(block: int, why: str) -> None:
     """Block `block` ran dense attention, and `why`."""
-    if report := _report():
-        report.dense[why].add(block)
+    if counts := _counts():
+        counts.dense[why].add(block)
 
 
 def note_fused(block: int) -> None:
     """Block `block` ran as one fused function."""
-    if report := _report():
-        report.fused.add(block)
+    if counts := _counts():
+        counts.fused.add(block)
 
 
 def note_unfused(block: int, why: str) -> None:
     """Block `block` ran as the host's own forward, and `why`."""
-    if report := _report():
-        report.unfused[why].add(block)
+    if counts := _counts():
+        counts.unfused[why].add(block)
 
 
 def note_int8(granularity: str, linear: object, kernel: str) -> None:
     """The INT8 layer `linear` ran in `granularity` ("blocks" or "rows") by `kernel`."""
-    if report := _report():
-        report.int8[GRANULARITY[granularity]].add(id(linear))
-        report.kernels.add(kernel)
+    if counts := _counts():
+        counts.int8[GRANULARITY[granularity]].add(id(linear))
+        counts.kernels.add(kernel)
 
 
 def kernel_name(x: torch.Tensor, backend: str = "auto", *unsupported: str | None) -> str:

@@ -81,11 +81,12 @@ def test_readme_is_short():
 
 def test_readme_shows_the_log_line_of_a_run():
     report = RunReport()
-    report.forwards, report.num_blocks = 4, 30
-    report.sla["sagesla top-k 0.1 (int8 QK and fp16 PV)"].update(range(30))
-    report.fused.update(range(30))
-    report.int8[GRANULARITY["rows"]].update(range(300))
-    report.kernels.add("Triton")
+    counts = report.counts
+    counts.forwards, counts.num_blocks = 4, 30
+    counts.sla["sagesla top-k 0.1 (int8 QK and fp16 PV)"].update(range(30))
+    counts.fused.update(range(30))
+    counts.int8[GRANULARITY["rows"]].update(range(300))
+    counts.kernels.add("Triton")
     assert report.line() in " ".join(read("README.md").split())
 
 

@@ -38,3 +38,38 @@ def test_nothing_is_told_outside_a_run(caplog):
         with run_report.run():
             pass
     assert not caplog.messages
+
+
+def test_two_experts_are_told_apart(caplog):
+    with caplog.at_level(logging.INFO), run_report.run():
+        for expert in ("high", "high", "low"):
+            run_report.note_expert(expert)
+            run_report.note_forward(num_blocks=2)
+            run_report.note_sla(0, f"sla of {expert}", "Triton")
+    (line,) = caplog.messages
+    high, low = line.removeprefix("TurboDiffusion: ").split(" | ")
+    assert high.startswith("high: 2 forward passes; SLA in 1 of 2 blocks; sla of high in blocks 0;")
+    assert low.startswith("low: 1 forward passes; SLA in 1 of 2 blocks; sla of low in blocks 0;")
+
+
+def test_an_expert_without_anything_of_ours(caplog):
+    with caplog.at_level(logging.INFO):
+        with run_report.run():
+            run_report.note_expert("high")
+        assert not caplog.messages
+        with run_report.run():
+            run_report.note_expert("high")
+            run_report.note_expert("low")
+            run_report.note_forward(num_blocks=2)
+    (line,) = caplog.messages
+    assert line.startswith("TurboDiffusion: high: runs without TurboDiffusion | low: 1 forward")
+
+
+def test_a_run_within_a_run_is_one_run(caplog):
+    with caplog.at_level(logging.INFO), run_report.run():
+        run_report.note_forward(num_blocks=2)
+        with run_report.run():
+            run_report.note_forward(num_blocks=2)
+        assert not caplog.messages
+    (line,) = caplog.messages
+    assert line.startswith("TurboDiffusion: 2 forward passes")

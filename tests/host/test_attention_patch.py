@@ -326,30 +326,12 @@ def test_int8_blocks_start_anew_at_every_sample(paths):
     assert goldens.relative_error(linear(x.flatten(0, 1)[None])[0, :TOKENS], singles[0]) > 1e-2
 
 
-def _context_windows(model, length, overlap):
-    """`model` with ComfyUI's own node for windows of `length` frames."""
-    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
-
-    options = {
-        "context_length": length,
-        "context_overlap": overlap,
-        "context_schedule": "standard_static",
-        "context_stride": 1,
-        "closed_loop": False,
-        "fuse_method": "pyramid",
-        "freenoise": False,
-    }
-    known = inspect.signature(WanContextWindowsManualNode.execute).parameters
-    chosen = {name: value for name, value in options.items() if name in known}
-    return WanContextWindowsManualNode.execute(model, **chosen).args[0]
-
-
 @pytest.mark.parametrize("order", ["windows first", "sla first"])
 def test_context_windows(loaded, line, sla_calls, order):
     if order == "sla first":
-        model = _context_windows(_patch(loaded, dense_steps=1), length=9, overlap=5)
+        model = in_comfyui.context_windows(_patch(loaded, dense_steps=1), length=9, overlap=5)
     else:
-        model = _patch(_context_windows(loaded, length=9, overlap=5), dense_steps=1)
+        model = _patch(in_comfyui.context_windows(loaded, length=9, overlap=5), dense_steps=1)
     out = _run(model, steps=2, noise=_noise(frames=5))
     assert out.isfinite().all()
     windows = len(sla_calls) // 2  # in the second step

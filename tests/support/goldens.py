@@ -13,15 +13,22 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 
 @functools.cache
 def load(name: str) -> dict[str, torch.Tensor]:
-    """All tensors of tests/data/`name`.safetensors; callers must not write to them."""
-    return load_file(DATA / f"{name}.safetensors")
+    """All tensors of tests/data/`name`*.safetensors; callers must not write to them."""
+    files = sorted(DATA.glob(f"{name}*.safetensors"))
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
 def unpack_checkpoint(name: str, folder: Path) -> Path:
     """Write the golden checkpoint `name` (such as "t2v-quant.pth") into `folder`."""
-    with lzma.open(DATA / "checkpoints.tar.xz") as packed, tarfile.open(fileobj=packed) as archive:
-        folder.joinpath(name).write_bytes(archive.extractfile(name).read())
+    folder.joinpath(name).write_bytes(_checkpoint(name))
     return folder / name
+
+
+@functools.cache
+def _checkpoint(name: str) -> bytes:
+    packed = DATA / ("checkpoints_i2v.tar.xz" if name.startswith("i2v") else "checkpoints.tar.xz")
+    with lzma.open(packed) as file, tarfile.open(fileobj=file) as archive:
+        return archive.extractfile(name).read()
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:

@@ -4,6 +4,7 @@ Importing this starts ComfyUI once (on the CPU where there is no GPU); without a
 every test module that imports it is skipped.
 """
 
+import inspect
 import sys
 
 import comfyui_install
@@ -43,13 +44,20 @@ def pad_context(context: torch.Tensor) -> torch.Tensor:
     return padded
 
 
-def velocity(model, x: torch.Tensor, context: torch.Tensor, timestep: float) -> torch.Tensor:
-    """One forward pass of `model` the way a sampler drives it; x [B, C, T, H, W]."""
+def velocity(
+    model, x: torch.Tensor, context: torch.Tensor, timestep: float, image=None
+) -> torch.Tensor:
+    """One forward pass of `model` the way a sampler drives it; x [B, C, T, H, W].
+
+    `image` [B, 20, T, H, W] is what an image-to-video model sees beside x: mask and latent.
+    """
     comfy.model_management.load_models_gpu([model])
-    return apply(model, x, context, timestep)
+    return apply(model, x, context, timestep, image)
 
 
-def apply(model, x: torch.Tensor, context: torch.Tensor, timestep: float) -> torch.Tensor:
+def apply(
+    model, x: torch.Tensor, context: torch.Tensor, timestep: float, image=None
+) -> torch.Tensor:
     """One forward pass of `model` with its weights where they are now."""
     options = {**model.model_options["transformer_options"], "wrappers": model.wrappers}
     sigma = torch.full((len(x),), timestep / 1000, dtype=torch.float64, device=DEVICE)
@@ -57,6 +65,7 @@ def apply(model, x: torch.Tensor, context: torch.Tensor, timestep: float) -> tor
     denoised = model.model.apply_model(
         x,
         sigma,
+        c_concat=None if image is None else image.float().to(DEVICE),
         c_crossattn=pad_context(context).to(DEVICE),
         transformer_options=options,
     )
@@ -64,14 +73,50 @@ def apply(model, x: torch.Tensor, context: torch.Tensor, timestep: float) -> tor
 
 
 def sample(
-    model, sampler, sigmas, noise: torch.Tensor, context: torch.Tensor, seed=0, callback=None
+    model,
+    sampler,
+    sigmas,
+    noise: torch.Tensor,
+    context: torch.Tensor,
+    seed=0,
+    callback=None,
+    image: torch.Tensor | None = None,
 ):
     """A whole run through ComfyUI's guider from an empty latent; the last state in model space."""
     guider = comfy.samplers.CFGGuider(model)
-    guider.inner_set_conds({"positive": [[pad_context(context), {}]]})
+    guider.inner_set_conds({"positive": [[pad_context(context), image_conditioning(model, image)]]})
     guider.set_cfg(1.0)
     latent = torch.zeros_like(noise)
     out = guider.sample(
         noise, latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=seed
     )
     return model.model.process_latent_in(out)
+
+
+def image_conditioning(model, image: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What WanImageToVideo adds to a conditioning where `model` is to see `image`, mask first."""
+    if image is None:
+        return {}
+    mask, latent = image.float().split((4, 16), dim=1)
+    return {
+        "concat_latent_image": model.model.process_latent_out(latent),
+        "concat_mask": 1 - mask,
+    }
+
+
+def context_windows(model, length: int, overlap: int):
+    """`model` with ComfyUI's own node for windows of `length` frames."""
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+
+    options = {
+        "context_length": length,
+        "context_overlap": overlap,
+        "context_schedule": "standard_static",
+        "context_stride": 1,
+        "closed_loop": False,
+        "fuse_method": "pyramid",
+        "freenoise": False,
+    }
+    known = inspect.signature(WanContextWindowsManualNode.execute).parameters
+    chosen = {name: value for name, value in options.items() if name in known}
+    return WanContextWindowsManualNode.execute(model, **chosen).args[0]

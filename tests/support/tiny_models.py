@@ -16,6 +16,7 @@ HEAD_DIM = 128
 TEXT_DIM = 4096
 FREQ_DIM = 256
 PATCH = 16 * 1 * 2 * 2  # latent channels x the patch (1, 2, 2)
+I2V_CHANNELS = 36  # 16 of the latent, 4 of a mask, 16 of the image
 BLOCK = 128
 VAE_CONFIG = {
     "dim": 8,
@@ -28,8 +29,13 @@ VAE_CONFIG = {
 }
 
 
+def i2v_checkpoint(seed: int = 0, **sizes: int) -> dict[str, torch.Tensor]:
+    """One expert of a random Wan 2.2 I2V model; another seed makes the other expert."""
+    return t2v_checkpoint(seed, **sizes, in_channels=I2V_CHANNELS)
+
+
 def t2v_checkpoint(
-    seed: int = 0, dim: int = 256, ffn: int = 512, layers: int = 2
+    seed: int = 0, dim: int = 256, ffn: int = 512, layers: int = 2, in_channels: int = 16
 ) -> dict[str, torch.Tensor]:
     """A random Wan T2V state dict as TurboDiffusion's `-quant.pth` files hold it."""
     generator = torch.Generator().manual_seed(seed)
@@ -68,7 +74,7 @@ def t2v_checkpoint(
         }
 
     tensors = {
-        **linear("patch_embedding", dim, PATCH),
+        **linear("patch_embedding", dim, in_channels * PATCH // 16),
         **linear("text_embedding.0", dim, TEXT_DIM),
         **linear("text_embedding.2", dim, dim),
         **linear("time_embedding.0", dim, FREQ_DIM),

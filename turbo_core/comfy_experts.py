@@ -1,0 +1,247 @@
+"""Two experts of one Wan model as one MODEL that switches between them by sigma.
+
+The MODEL is a clone of the high-noise expert. Below the boundary the guider that samples it holds
+the low-noise expert in its place, with the options and the wrappers that expert came with. ComfyUI
+loads each expert when its turn comes, so neither has to leave room for the other.
+"""
+
+import contextlib
+
+import comfy.ldm.wan.model
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+
+from . import run_report
+from .comfy_attention import BOUNDARY
+
+KEY = "turbodiffusion.experts"
+HIGH, LOW = "high-noise expert", "low-noise expert"
+
+# What both experts of one model have in common, by its name in ComfyUI's Wan model.
+SHAPE = {
+    "in_dim": "input channels",
+    "dim": "channels",
+    "ffn_dim": "feed-forward channels",
+    "num_layers": "blocks",
+    "num_heads": "attention heads",
+    "out_dim": "output channels",
+    "model_type": "model type",
+}
+
+# Options and wrappers of a sampler run rather than of a model: they go for both experts.
+RUN_OPTIONS = ("context_handler", "disable_cfg1_optimization")
+RUN_WRAPPERS = (WrappersMP.PREPARE_SAMPLING, WrappersMP.SAMPLER_SAMPLE)
+GUIDANCE = ("sampler_cfg_function", "sampler_calc_cond_batch_function")
+GUIDANCE_LISTS = ("sampler_pre_cfg_function", "sampler_post_cfg_function")
+
+
+def switch_experts(high: ModelPatcher, low: ModelPatcher, boundary: float) -> ModelPatcher:
+    """A clone of `high` that lets `low` denoise while sigma is below `boundary`, 0 to 1.
+
+    Both inputs stay as they are, and each expert keeps its own patches, LoRAs and settings. What is
+    patched into the clone later reaches `high` only, but for guidance and context windows.
+
+    Raises:
+        ValueError: not two experts of one Wan model, or a boundary outside of 0 to 1.
+    """
+    _check(high, low, boundary)
+    guidance = dict(high.model_options)  # what `high` comes with is not for `low`
+
+    def around_run(executor, *args, **kwargs):
+        run = ExpertRun(executor, low, boundary, guidance)
+        with run_report.run():
+            return run.sample(*args, **kwargs)
+
+    model = high.clone()
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, around_run)
+    return model
+
+
+def _check(high: ModelPatcher, low: ModelPatcher, boundary: float) -> None:
+    if not 0 <= boundary <= 1:
+        raise ValueError(
+            f"boundary is a sigma from 0 to 1, got {boundary}: use 0.9 for image to video, 0.875 "
+            "for text to video"
+        )
+    _check_shapes(_wan_model("model_high", high), _wan_model("model_low", low))
+    if high.is_clone(low) or _same_weights(high, low):
+        raise ValueError(
+            "model_high and model_low must be two experts, got the same model twice. Load the "
+            "high-noise file for one and the low-noise file for the other."
+        )
+
+
+def _wan_model(name: str, model: ModelPatcher) -> comfy.ldm.wan.model.WanModel:
+    diffusion_model = model.get_model_object("diffusion_model")
+    if not isinstance(diffusion_model, comfy.ldm.wan.model.WanModel):
+        raise ValueError(
+            f"{name} must be a Wan MODEL, got {type(diffusion_model).__name__}. Connect an expert "
+            "of Wan 2.2, from TurboLoader or any other loader."
+        )
+    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+        raise ValueError(
+            f"{name} must be one expert, got the MODEL of another Wan22ExpertSwitch. Connect what "
+            "a loader gives."
+        )
+    return diffusion_model
+
+
+def _check_shapes(high: torch.nn.Module, low: torch.nn.Module) -> None:
+    differ = [
+        f"{ours} and {theirs} {label}"
+        for name, label in SHAPE.items()
+        if (ours := getattr(high, name)) != (theirs := getattr(low, name))
+    ]
+    if type(high) is not type(low):
+        differ.insert(0, f"a {type(high).__name__} and a {type(low).__name__}")
+    if differ:
+        raise ValueError(
+            "model_high and model_low must be experts of one model, got "
+            f"{', '.join(differ)}. Load the high-noise and the low-noise file of the same model."
+        )
+
+
+def _same_weights(high: ModelPatcher, low: ModelPatcher) -> bool:
+    """Whether all weights are equal. Of two real experts the first few tensors tell them apart."""
+    ours, theirs = high.model.state_dict(), low.model.state_dict()
+    # A model that is loaded now has its LoRAs in these.
+    patched = {key.rpartition(".")[0] for key in (*high.backup, *low.backup)}
+    unpatched = [name for name in ours if name.rpartition(".")[0] not in patched]
+    return ours.keys() == theirs.keys() and all(_equal(ours[n], theirs[n]) for n in unpatched)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
+
+
+class ExpertRun:
+    """One sampler run: which expert is loaded now, and what the low-noise one runs with."""
+
+    def __init__(self, executor, low: ModelPatcher, boundary: float, guidance: dict):
+        self.executor = executor
+        self.guider = executor.class_obj
+        self.high, self.high_options = self.guider.model_patcher, self.guider.model_options
+        self.low = _hookable(low, self.guider.conds)
+        self.low_options = create_model_options_clone(self.low.model_options)
+        self.boundary = boundary
+        self.guidance = guidance
+        self.loaded = self.high  # by the host, before the first step
+        self.other_models = []
+
+    def sample(self, *args, **kwargs):
+        """The guider's outer_sample, inside the wrappers that `low` brings for a run."""
+        guider, low, options = self.guider, self.low, self.low_options
+        try:
+            comfy.sampler_helpers.prepare_model_patcher(low, guider.conds, options)
+            device, dtype = low.load_device, low.model_dtype()
+            comfy.samplers.cast_to_load_options(options, device=device, dtype=dtype)
+            wrappers = get_all_wrappers(WrappersMP.OUTER_SAMPLE, options, is_model_options=True)
+            inside = WrapperExecutor.new_class_executor(self._sample, guider, wrappers)
+            with (
+                _instead(low, hook_mode=self.high.hook_mode),
+                _instead(guider, model_patcher=low, model_options=options),
+            ):
+                return inside.execute(*args, **kwargs)
+        finally:
+            comfy.samplers.cast_to_load_options(options, device=low.offload_device)
+            low.restore_hook_patches()
+
+    def _sample(self, noise, latent, sampler, sigmas, *args, **kwargs):
+        self.low_options = self.guider.model_options  # with what its wrappers made of them
+        args = (noise, latent, sampler, sigmas, *args)
+        if sigmas.max() < self.boundary:
+            run_report.note_expert(LOW)
+            with _instead(self.guider, model_options=self._options_of_low(self.high_options)):
+                return self.guider.outer_sample(*args, **kwargs)
+        options = self._switching(self.high_options)
+        try:
+            with _instead(self.guider, model_patcher=self.high, model_options=options):
+                return self.executor(*args, **kwargs)
+        finally:
+            self._clean_up()
+
+    def _switching(self, options: dict) -> dict:
+        """`options` with our switch around everything else that wraps a prediction."""
+        options = create_model_options_clone(options)
+        wrappers = options["transformer_options"]["wrappers"]
+        others = wrappers.get(WrappersMP.PREDICT_NOISE, {})
+        wrappers[WrappersMP.PREDICT_NOISE] = {KEY: [self._predict_noise], **others}
+        return options
+
+    def _predict_noise(self, executor, x, timestep, model_options, seed):
+        if timestep.max() >= self.boundary:
+            run_report.note_expert(HIGH)
+            self._load(self.high, x.shape, model_options)
+            return executor(x, timestep, model_options, seed)
+        run_report.note_expert(LOW)
+        guider, options = self.guider, self._options_of_low(model_options)
+        self._load(self.low, x.shape, options)
+        wrappers = get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True)
+        with _instead(guider, inner_model=self.low.model):
+            predict = WrapperExecutor.new_class_executor(guider.predict_noise, guider, wrappers)
+            return predict.execute(x, timestep, options, seed)
+
+    def _load(self, expert: ModelPatcher, shape: torch.Size, options: dict) -> None:
+        """Let the host load `expert`, in the place of the other one where memory is short."""
+        if expert is self.loaded:
+            return
+        _, _, models = comfy.sampler_helpers.prepare_sampling(
+            expert, shape, self.guider.conds, options
+        )
+        self.other_models += models
+        if expert.model.current_patcher is None:
+            expert.pre_run()
+        self.loaded = expert
+
+    def _clean_up(self) -> None:
+        if self.low.model.current_patcher is self.low:
+            self.low.cleanup()
+        comfy.sampler_helpers.cleanup_additional_models(self.other_models)
+
+    def _options_of_low(self, run_options: dict) -> dict:
+        """What `low` brought, and of `run_options` what goes for the whole run."""
+        options = create_model_options_clone(self.low_options)
+        own, run = options["transformer_options"], run_options["transformer_options"]
+        own[BOUNDARY] = self.boundary
+        if "sample_sigmas" in run:
+            own["sample_sigmas"] = run["sample_sigmas"]
+        for kind in RUN_WRAPPERS:
+            others = run["wrappers"].get(kind, {})
+            own["wrappers"][kind] = {**others, **own["wrappers"].get(kind, {})}
+        for key in RUN_OPTIONS:
+            if key in run_options:
+                options.setdefault(key, run_options[key])
+        self._add_guidance(options, run_options)
+        return options
+
+    def _add_guidance(self, options: dict, run_options: dict) -> None:
+        """Add the functions that came after the switch: from nodes behind it, from the sampler."""
+        for key in GUIDANCE:
+            if key in run_options and run_options[key] is not self.guidance.get(key):
+                options[key] = run_options[key]
+        for key in GUIDANCE_LISTS:
+            known = self.guidance.get(key, ())
+            added = [function for function in run_options.get(key, ()) if function not in known]
+            options[key] = [*options.get(key, ()), *added]
+
+
+def _hookable(model: ModelPatcher, conds: dict) -> ModelPatcher:
+    """`model` as a patcher that takes the hooks of `conds`: with dynamic VRAM that is another."""
+    hooked = any(cond.get("hooks") for group in conds.values() for cond in group)
+    if hooked and hasattr(model, "get_non_dynamic_delegate"):
+        return model.get_non_dynamic_delegate()
+    return model
+
+
+@contextlib.contextmanager
+def _instead(owner, **attributes):
+    """`owner` with these attributes; its own are back afterwards."""
+    own = {name: getattr(owner, name) for name in attributes}
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        vars(owner).update(own)
