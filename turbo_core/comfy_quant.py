@@ -20,11 +20,13 @@ LAYOUT = "TurboInt8Layout"
 QuantizedTensor = comfy.quant_ops.QuantizedTensor
 
 
-def _quantize(weight: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_weight(weight: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float `weight` [out, in] to int8 and its fp32 scales, in "blocks" or "rows"."""
     return (quantize_blocks if granularity == "blocks" else quantize_rows)(weight)
 
 
-def _dequantize(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_weight(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """int8 [out, in] and its scales of either granularity to floats."""
     return (dequantize_blocks if scale.ndim == 2 else dequantize_rows)(q, scale, dtype)
 
 
@@ -35,12 +37,12 @@ if hasattr(comfy.quant_ops, "LAYOUTS"):
 
         @classmethod
         def quantize(cls, tensor, granularity="blocks", **_):
-            q, scale = _quantize(tensor, granularity)
+            q, scale = quantize_weight(tensor, granularity)
             return q, {"scale": scale, "orig_dtype": tensor.dtype}
 
         @staticmethod
         def dequantize(qdata, scale, orig_dtype, **_):
-            return _dequantize(qdata, scale, orig_dtype)
+            return dequantize_weight(qdata, scale, orig_dtype)
 
         @classmethod
         def get_plain_tensors(cls, qtensor):
@@ -67,12 +69,12 @@ else:
 
         @classmethod
         def quantize(cls, tensor, granularity="blocks", **_):
-            q, scale = _quantize(tensor, granularity)
+            q, scale = quantize_weight(tensor, granularity)
             return q, cls.Params(scale, tensor.dtype, tuple(tensor.shape))
 
         @classmethod
         def dequantize(cls, qdata, params):
-            return _dequantize(qdata, params.scale, params.orig_dtype)
+            return dequantize_weight(qdata, params.scale, params.orig_dtype)
 
         @classmethod
         def get_plain_tensors(cls, qtensor):
@@ -114,4 +116,4 @@ def granularity(weight: QuantizedTensor) -> str:
 
 def requantize(weight: torch.Tensor, like: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
     """Float `weight` [out, in] to int8 in the granularity of `like`."""
-    return pack(*_quantize(weight, granularity(like)), dtype)
+    return pack(*quantize_weight(weight, granularity(like)), dtype)

@@ -1,0 +1,153 @@
+"""ComfyUI's own LoraLoaderModelOnly on INT8 MODELs: the maths, the way back, the wrong LoRA."""
+
+import logging
+
+import goldens
+import in_comfyui
+import pytest
+import torch
+from in_comfyui import comfy, comfy_attention, comfy_loader
+from safetensors.torch import save_file
+from turbodiffusion_pack.nodes.quantize import W8A8Quantize
+from turbodiffusion_pack.turbo_core.comfy_operations import Linear
+from turbodiffusion_pack.turbo_core.comfy_quant import is_int8, unpack
+from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
+
+BOUND = 1e-2
+KEY = "t2v.ragged"
+PATCHED = (".self_attn.q", ".cross_attn.v", ".ffn.0", ".ffn.2")
+
+
+@pytest.fixture(scope="module")
+def loader(tmp_path_factory):
+    """Returns a function that writes a LoRA to a file and applies it with the stock node."""
+    import folder_paths
+
+    import nodes
+
+    folder = tmp_path_factory.mktemp("loras")
+    folder_paths.add_model_folder_path("loras", str(folder))
+
+    def load(model, tensors, strength=1.0):
+        save_file(tensors, folder / "tiny.safetensors")
+        node = nodes.LoraLoaderModelOnly()
+        return node.load_lora_model_only(model, "tiny.safetensors", strength)[0]
+
+    yield load
+    folder_paths.folder_names_and_paths["loras"][0].remove(str(folder))
+
+
+@pytest.fixture(scope="module", params=["TurboLoader fast", "TurboLoader exact", "W8A8Quantize"])
+def model(request, paths):
+    """An INT8 MODEL with dense attention, whose output moves smoothly with its weights."""
+    source, _, granularity = request.param.partition(" ")
+    if source == "TurboLoader":
+        loaded = comfy_loader.load_turbo_model(paths[0], granularity)
+    else:
+        loaded = comfy_loader.load_turbo_model(paths[1])
+        loaded = W8A8Quantize.execute(loaded, "fast", False).args[0]
+    return comfy_attention.patch_attention(loaded, SLASettings("dense"))
+
+
+def _linears(model):
+    """The INT8 Linears by their names."""
+    modules = model.model.diffusion_model.named_modules()
+    return {name: m for name, m in modules if isinstance(m, Linear) and is_int8(m.weight)}
+
+
+def _lora(model, rank=4, size=0.11):
+    """A LoRA on some Linears of every block, under ComfyUI's key names, with an alpha."""
+    generator, lora = torch.Generator().manual_seed(3), {}
+    for name, linear in _linears(model).items():
+        if name.endswith(PATCHED):
+            key = f"diffusion_model.{name}"
+            down, up = (rank, linear.in_features), (linear.out_features, rank)
+            lora[f"{key}.lora_A.weight"] = size * torch.randn(down, generator=generator)
+            lora[f"{key}.lora_B.weight"] = size * torch.randn(up, generator=generator)
+            lora[f"{key}.alpha"] = torch.tensor(rank / 2)
+    return lora
+
+
+def _forward(model):
+    data = goldens.load("forward")
+    return in_comfyui.velocity(model, data[f"{KEY}.x"], data[f"{KEY}.context"], 987.5)
+
+
+@pytest.fixture
+def predicted(paths):
+    """Returns what float weights give: those of `model` dequantized, and `lora` added."""
+
+    def run(model, lora, strength=1.0):
+        comfy.model_management.unload_all_models()  # takes LoRAs out of the weights
+        twin = comfy_loader.load_turbo_model(paths[0])
+        twin = comfy_attention.patch_attention(twin, SLASettings("dense"))
+        into = _linears(twin)
+        for name, linear in _linears(model).items():
+            weight, key = linear.weight.dequantize().float().cpu(), f"diffusion_model.{name}"
+            if f"{key}.alpha" in lora:
+                up, down = lora[f"{key}.lora_B.weight"], lora[f"{key}.lora_A.weight"]
+                weight += strength * lora[f"{key}.alpha"] / len(down) * up @ down
+            into[name].assign(weight)
+        return _forward(twin)
+
+    return run
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.8])
+def test_a_lora_does_what_float_weights_predict(model, loader, predicted, strength):
+    before, lora = _forward(model), _lora(model)
+    out = _forward(loader(model, lora, strength))
+    expected = predicted(model, lora, strength)
+    assert goldens.relative_error(out, expected) <= BOUND
+    assert goldens.relative_error(before, expected) > 2 * BOUND, "the LoRA matters"
+    assert goldens.relative_error(before, predicted(model, {})) <= BOUND
+    wrong = predicted(model, lora, strength / 2)
+    assert goldens.relative_error(out, wrong) > BOUND
+
+
+def test_unloading_restores_it_bit_for_bit(model, loader):
+    before = _forward(model)
+    weights = {n: [t.clone() for t in unpack(m.weight)] for n, m in _linears(model).items()}
+    patched = loader(model, _lora(model))
+    assert goldens.relative_error(_forward(patched), before) > BOUND
+    now = {n: unpack(m.weight)[0] for n, m in _linears(model).items()}
+    changed = {name for name, q in now.items() if not torch.equal(q, weights[name][0])}
+    assert changed == {n for n in weights if n.endswith(PATCHED)}
+    assert torch.equal(_forward(model), before)
+    for name, linear in _linears(model).items():
+        assert all(map(torch.equal, unpack(linear.weight), weights[name]))
+
+
+def test_two_loras_add_up(model, loader, predicted):
+    lora = _lora(model)
+    twice = loader(loader(model, lora, 0.75), lora, 0.25)
+    assert goldens.relative_error(_forward(twice), predicted(model, lora)) <= BOUND
+
+
+# A LoRA for another model
+
+
+def _messages(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_no_key_of_another_architectures_lora_is_loaded(model, loader, caplog):
+    before = _forward(model)
+    key = "transformer.double_blocks.0.img_attn.qkv"
+    lora = {f"{key}.lora_A.weight": torch.ones(4, 8), f"{key}.lora_B.weight": torch.ones(8, 4)}
+    patched = loader(model, lora)
+    assert {f"lora key not loaded: {name}" for name in lora} <= set(_messages(caplog))
+    assert not patched.patches
+    assert torch.equal(_forward(patched), before)
+
+
+def test_a_lora_for_another_size_leaves_the_weight_as_it_is(model, loader, caplog):
+    """ComfyUI names the weight and goes on without that part of the LoRA."""
+    before, name = _forward(model), "diffusion_model.blocks.1.self_attn.q"
+    down, up = torch.ones(4, 512), torch.ones(512, 4)
+    lora = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    out = _forward(loader(model, lora))
+    (told,) = [m for m in _messages(caplog) if "ERROR" in m]
+    assert f"{name}.weight" in told
+    assert goldens.relative_error(out, before) < 1e-3
+    assert torch.equal(_forward(model), before)

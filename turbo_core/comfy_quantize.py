@@ -1,0 +1,306 @@
+"""Any Wan MODEL as a new one with INT8 weights."""
+
+import logging
+import types
+from collections.abc import Iterator
+
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from .checkpoint_layout import BLOCK_LINEARS
+from .comfy_attention import KEY, patch_attention, wan_model
+from .comfy_block import is_ours
+from .comfy_experts import KEY as EXPERTS
+from .comfy_loader import GRANULARITIES
+from .comfy_operations import Linear, TurboOperations
+from .comfy_projections import INJECTION, own_projection, projection
+from .comfy_quant import QuantizedTensor, dequantize_weight, is_int8, quantize_weight, unpack
+from .sla_settings import SLASettings
+
+# The image branch of Wan 2.1's cross-attention is left out by TurboDiffusion only because its
+# models have none.
+QUANTIZED = (*BLOCK_LINEARS, "cross_attn.k_img", "cross_attn.v_img")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Rows of a weight that are quantized at once, in whole blocks of scales: bounds the memory.
+ROWS = 256
+# GPU memory for one weight, in bytes a value: itself, int8, and for the report thrice float32.
+WORKSPACE = 16
+COMPILED = "torch.compile"  # the key of ComfyUI's wrapper
+
+log = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+
+
+def quantize_model(model, granularity: str = "fast", report: bool = False):
+    """A new MODEL like `model` with the Linears of its blocks in INT8, and a table of errors.
+
+    Patches (LoRA too: the host adds it to the INT8 weights), options, wrappers and callbacks are
+    carried over. Of `model` nothing changes but that it leaves the GPU; the two share no weight.
+    The work goes layer by layer: at its peak it takes the new model and one float32 weight, with
+    `report` four.
+
+    Args:
+        granularity: "fast", a scale per output channel, or "exact", one per 128x128 block.
+        report: measure |dequantized - weight| / |weight| of every layer.
+
+    Returns:
+        The MODEL, and the table as text, empty without `report`.
+
+    Raises:
+        ValueError: the granularity is unknown, or the MODEL is not Wan, is INT8 already, has
+            weights in a format unknown here or values that are not finite, or carries a patch that
+            is tied to its float weights.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(
+            f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}"
+        )
+    wan_model(model)
+    _unload(model)
+    _check_patches(model)
+    linears = _block_linears(model.model.diffusion_model)
+    _check_weights(linears)
+    errors = {} if report else None
+    tensors = _quantized_tensors(model, linears, GRANULARITIES[granularity], errors)
+    base = _build(model.model, tensors, GRANULARITIES[granularity])
+    quantized = _carry_over(model, base)
+    if getattr(model, "cached_patcher_init", None) is not None:
+        quantized.cached_patcher_init = (_again, (model.cached_patcher_init, granularity))
+    log.info(
+        "TurboDiffusion: quantized %d linears to INT8, %s; the model had %.2f GB, it has %.2f GB",
+        *(len(linears), granularity, model.model_size() / 1e9, quantized.model_size() / 1e9),
+    )
+    return quantized, _table(errors) if report else ""
+
+
+def _again(loader: tuple, granularity: str, disable_dynamic: bool = False):
+    """Load and quantize again, for hosts that need a model a second time."""
+    load, arguments, *output = loader
+    model = load(*arguments, disable_dynamic=disable_dynamic)
+    return quantize_model(model[output[0]] if output else model, granularity)[0]
+
+
+def _block_linears(wan: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The Linears to quantize, by name."""
+    modules = dict(wan.named_modules())
+    names = (f"blocks.{index}.{name}" for index in range(len(wan.blocks)) for name in QUANTIZED)
+    return {name: modules[name] for name in names if name in modules}
+
+
+def _check_weights(linears: dict[str, torch.nn.Module]) -> None:
+    if all(is_int8(linear.weight) for linear in linears.values()):
+        raise ValueError(
+            f"all {len(linears)} linears of this MODEL are INT8 already, there is nothing left to "
+            "quantize. Leave W8A8Quantize out"
+        )
+    for name, linear in linears.items():
+        if not _is_readable(linear):
+            weight = linear.weight
+            raise ValueError(
+                f"{name} holds its weight in a format unknown here, got {type(weight).__name__} "
+                f"{weight.dtype} in a {type(linear).__module__}.{type(linear).__name__}. Load the "
+                "model with ComfyUI's own loader, from a file in bf16, fp16 or fp8"
+            )
+
+
+def _is_readable(linear: torch.nn.Module) -> bool:
+    if not isinstance(linear, comfy.ops.CastWeightBiasOp):
+        return False
+    if getattr(linear, "pre_quant_scale", None) is not None:  # scales the input, not the weight
+        return False
+    weight = linear.weight
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point()
+    return plain or isinstance(weight, QuantizedTensor)
+
+
+def _check_patches(model) -> None:
+    """Refuse what holds on to the modules of `model`, and so to its float weights."""
+    if EXPERTS in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
+        raise ValueError(
+            "this MODEL is two experts, got one from Wan22ExpertSwitch. Quantize each expert by "
+            "itself, before Wan22ExpertSwitch"
+        )
+    if model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get(COMPILED):
+        raise _tied("torch.compile")
+    if model.additional_models.get("multigpu"):
+        raise _tied("copies for more GPUs")
+    for key in model.injections:
+        if key != INJECTION:
+            raise _tied(f"{key} (a LoRA in bypass mode, say)")
+    modules = set(map(id, model.model.modules()))
+    for name, patch in model.object_patches.items():
+        inside = name.split(".")[0] == "diffusion_model"
+        if inside and callable(patch) and not is_ours(patch) and id(_owner(patch)) not in modules:
+            raise _tied(f"{name} by {getattr(patch, '__module__', 'another node')}")
+
+
+def _tied(what: str) -> ValueError:
+    return ValueError(
+        f"this MODEL has a patch that is tied to its float weights, got {what}. Put W8A8Quantize "
+        "before the node that adds it"
+    )
+
+
+def _owner(patch) -> object:
+    """What `patch` is a method of; None where it is a plain function, a module or a value."""
+    return patch.__self__ if isinstance(patch, types.MethodType) else None
+
+
+def _unload(model) -> None:
+    """Take `model` and its clones off the GPU, and every patch out of the model they share."""
+    others = [
+        loaded
+        for loaded in comfy.model_management.current_loaded_models
+        if loaded.model is None or not loaded.model.is_clone(model)
+    ]
+    comfy.model_management.free_memory(1e30, model.load_device, others)
+
+
+def _quantized_tensors(model, linears: dict, granularity: str, errors: dict | None) -> Tensors:
+    """Everything in the diffusion model of `model` as new tensors, its `linears` in INT8."""
+    device, offload_device = model.load_device, model.offload_device
+    if not comfy.model_management.is_device_cpu(device):
+        largest = max(linear.weight.numel() for linear in linears.values())
+        comfy.model_management.free_memory(WORKSPACE * largest, device)
+    bar = comfy.utils.ProgressBar(len(linears))
+    dtype, tensors = _dtype(model.model), {}
+    for name, module, parameter, tensor in _tensors(model.model.diffusion_model):
+        key = f"{name}.{parameter}" if name else parameter
+        if name in linears and parameter == "weight":
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            q, scale = _int8(module, granularity, device, name, errors)
+            tensors[key], tensors[f"{key}_scale"] = q.to(offload_device), scale.to(offload_device)
+            bar.update(1)
+        elif isinstance(tensor, QuantizedTensor) or _is_scaled(module, parameter):
+            tensors[key] = _float_weight(module, offload_device).to(dtype)
+        else:
+            tensors[key] = tensor.detach().to(offload_device, copy=True)
+    return tensors
+
+
+def _tensors(wan: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, torch.Tensor]]:
+    """(module name, module, parameter or buffer, tensor) of all that makes up the model itself.
+
+    Left out are the scales that a Linear keeps of its weight, and SLA's projections.
+    """
+    for name, module in wan.named_modules():
+        if name.endswith(".proj_l"):
+            continue
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for parameter, tensor in own:
+            is_op = isinstance(module, comfy.ops.CastWeightBiasOp)
+            if not is_op or parameter in ("weight", "bias"):
+                yield name, module, parameter, tensor
+
+
+def _is_scaled(module: torch.nn.Module, parameter: str) -> bool:
+    # How ComfyUI 0.3.75 holds scaled fp8 weights.
+    return parameter == "weight" and getattr(module, "scale_weight", None) is not None
+
+
+def _dtype(model: torch.nn.Module) -> torch.dtype:
+    """What the float weights are in, or are computed in where they are stored in 8 bits."""
+    dtype = model.get_dtype()
+    return dtype if dtype in FLOATS else model.manual_cast_dtype
+
+
+def _float_weight(module: torch.nn.Module, device: torch.device) -> torch.Tensor:
+    """The weight as it multiplies, in float32, fp16 or bf16."""
+    weight = module.weight.detach().to(device)
+    if hasattr(module, "convert_weight"):
+        weight = module.convert_weight(weight)
+    return weight if weight.dtype in FLOATS else weight.to(torch.bfloat16)  # exact for fp8
+
+
+def _int8(module, granularity: str, device, name: str, errors: dict | None):
+    """int8 and scales of one weight; INT8 weights stay as they are."""
+    if is_int8(module.weight):
+        q, scale = unpack(module.weight)
+        return q.clone(), scale.clone()
+    weight = _float_weight(module, device)
+    q, scales = torch.empty_like(weight, dtype=torch.int8), []
+    for part, rows in zip(q.split(ROWS), weight.split(ROWS), strict=True):
+        integers, scale = quantize_weight(rows, granularity)
+        part.copy_(integers)
+        scales.append(scale)
+    scale = torch.cat(scales)
+    if not scale.isfinite().all():
+        raise ValueError(
+            f"{name} has values that are not finite, got {int((~weight.isfinite()).sum())} of "
+            f"{weight.numel()}: the file is damaged, download it again"
+        )
+    if errors is not None:
+        errors[name] = _relative_error(dequantize_weight(q, scale, torch.float32), weight.float())
+    return q, scale
+
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def _table(errors: dict[str, float]) -> str:
+    """One line a layer, and the mean and the worst below."""
+    width = max(map(len, errors))
+    lines = [f"{name:<{width}}  {error:.5f}" for name, error in errors.items()]
+    worst = max(errors, key=errors.get)
+    mean = sum(errors.values()) / len(errors)
+    lines.append(f"mean {mean:.5f}, worst {errors[worst]:.5f} ({worst})")
+    text = "\n".join(["Relative L2 error of the INT8 weights", *lines])
+    log.info("TurboDiffusion: %s", text)
+    return text
+
+
+def _build(original: torch.nn.Module, tensors: Tensors, granularity: str) -> torch.nn.Module:
+    """The host's model of the kind of `original` around `tensors`."""
+    config = type(original.model_config)(original.model_config.unet_config)
+    config.set_inference_dtype(_dtype(original), original.manual_cast_dtype)
+    config.custom_operations = TurboOperations
+    built = config.get_model({}, "").to(next(iter(tensors.values())).device)
+    missing, unexpected = built.diffusion_model.load_state_dict(tensors, strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"this MODEL is not built as ComfyUI's {type(built.diffusion_model).__name__}, got "
+            f"{len(unexpected)} tensors too many and {len(missing)} too few "
+            f"({(unexpected + missing)[0]}). Put W8A8Quantize before the node that changed it"
+        )
+    originals = original.diffusion_model.blocks
+    for block, old in zip(built.diffusion_model.blocks, originals, strict=True):
+        if (proj_l := own_projection(old.self_attn)) is not None:
+            copies = (t.detach().to(t.device, copy=True) for t in (proj_l.weight, proj_l.bias))
+            block.self_attn.proj_l = projection(*copies)
+    for module in built.diffusion_model.modules():
+        if isinstance(module, Linear):
+            module.granularity = granularity
+    return built
+
+
+def _carry_over(model, base: torch.nn.Module):
+    """A patcher around `base` with everything that `model` carries."""
+    quantized = _clone_around(model, base)
+    names = {id(module): name for name, module in model.model.named_modules()}
+    for name, patch in quantized.object_patches.items():
+        if id(_owner(patch)) in names:
+            twin = base.get_submodule(names[id(_owner(patch))])
+            quantized.object_patches[name] = types.MethodType(patch.__func__, twin)
+    settings = quantized.model_options["transformer_options"].get(KEY, {"attention": "dense"})
+    return patch_attention(quantized, SLASettings(**settings))
+
+
+def _clone_around(model, base: torch.nn.Module):
+    """A clone of `model` whose model is `base`."""
+    fresh = type(model)(base, model.load_device, model.offload_device)
+    if hasattr(fresh, "get_clone_model_override"):
+        clone = model.clone(model_override=fresh.get_clone_model_override())
+    else:  # ComfyUI 0.3.75
+        clone = model.clone()
+        for name in ("model", "backup", "object_patches_backup", "pinned"):
+            setattr(clone, name, getattr(fresh, name))
+    for name in ("hook_backup", "cached_hook_patches", "current_hooks", "clone_base_uuid"):
+        if hasattr(fresh, name):
+            setattr(clone, name, getattr(fresh, name))
+    clone.size, clone.parent, clone.is_injected = 0, None, False
+    return clone
