@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .nodes import NODES
+from .turbo_core.comfy_scheduler import register_scheduler
 
 WEB_DIRECTORY = "./web"
 
@@ -13,4 +14,5 @@ class TurboDiffusionExtension(ComfyExtension):
 
 
 async def comfy_entrypoint():
+    register_scheduler()
     return TurboDiffusionExtension()

@@ -1,7 +1,22 @@
 """The nodes: one file per family, schema and one call into turbo_core."""
 
 from .attention import SLAAttentionPatch
+from .doctor import TurboDoctor
+from .experts import Wan22ExpertSwitch
 from .loader import TurboLoader
+from .quantize import W8A8Quantize
+from .resolution import WanAdaptiveResolution, WanVideoLength
 from .sampler import RCMSampler
+from .save import TurboSaveCheckpoint
 
-NODES = [TurboLoader, SLAAttentionPatch, RCMSampler]
+NODES = [
+    TurboLoader,
+    SLAAttentionPatch,
+    W8A8Quantize,
+    TurboSaveCheckpoint,
+    RCMSampler,
+    Wan22ExpertSwitch,
+    WanAdaptiveResolution,
+    WanVideoLength,
+    TurboDoctor,
+]

@@ -11,6 +11,10 @@ from comfy.patcher_extension import WrappersMP
 from .checkpoint import Checkpoint, read_checkpoint
 from .comfy_attention import patch_attention, wan_model
 from .comfy_operations import Linear, TurboOperations
+from .comfy_quant import granularity as weight_granularity
+from .comfy_quant import is_int8
+from .comfy_scheduler import carry_sigma_max
+from .rcm import default_sigma_max
 from .sla_settings import SLASettings
 
 # What INT8 linears multiply in: the checkpoint's own 128x128 blocks of scales, or a scale per token
@@ -56,11 +60,13 @@ def build_turbo_model(
     model.add_wrapper_with_key(
         WrappersMP.DIFFUSION_MODEL, "turbodiffusion.timestep", _round_timestep
     )
+    carry_sigma_max(model, default_sigma_max(checkpoint.in_channels))
     if checkpoint.has_sla:
         _attach_projections(model, checkpoint)
     for module in wan_model(model).modules():
         if isinstance(module, Linear):
-            module.granularity = GRANULARITIES[granularity]
+            per_row = is_int8(module.weight) and weight_granularity(module.weight) == "rows"
+            module.granularity = "rows" if per_row else GRANULARITIES[granularity]
     return patch_attention(model, SLASettings("sagesla" if checkpoint.has_sla else "dense"))
 
 

@@ -8,6 +8,15 @@ import torch
 LATER_ANGLES = (1.5, 1.4, 1.0)
 SMALLEST_SIGMA_MAX = math.tan(LATER_ANGLES[0])
 
+# The original's sigma_max. Image to video feeds the image in 20 input channels more than text.
+TEXT_TO_VIDEO, IMAGE_TO_VIDEO = 80.0, 200.0
+IMAGE_CHANNELS = 36
+
+
+def default_sigma_max(in_channels: int) -> float:
+    """Where the original starts a model of so many input channels: 200 for 36 of them, else 80."""
+    return IMAGE_TO_VIDEO if in_channels == IMAGE_CHANNELS else TEXT_TO_VIDEO
+
 
 def rcm_angles(steps: int, sigma_max: float) -> list[float]:
     """Trigonometric-flow angles of an rCM run, `steps` + 1 of them, the last one 0.

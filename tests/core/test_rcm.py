@@ -5,7 +5,13 @@ import math
 import goldens
 import pytest
 import torch
-from turbodiffusion_pack.turbo_core.rcm import ode_step, rcm_angles, rcm_sigmas, sde_step
+from turbodiffusion_pack.turbo_core.rcm import (
+    default_sigma_max,
+    ode_step,
+    rcm_angles,
+    rcm_sigmas,
+    sde_step,
+)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
@@ -27,6 +33,11 @@ def test_more_steps_interpolate_the_angles(steps):
 
 def test_eight_steps_pass_through_the_four_step_knots():
     assert rcm_angles(8, 80)[::2] == pytest.approx(rcm_angles(4, 80), abs=1e-12)
+
+
+@pytest.mark.parametrize(("in_channels", "sigma_max"), [(16, 80), (32, 80), (36, 200), (48, 80)])
+def test_only_image_to_video_starts_higher(in_channels, sigma_max):
+    assert default_sigma_max(in_channels) == sigma_max
 
 
 def test_updates_follow_the_paper():

@@ -22,6 +22,8 @@ CHECKPOINT = node_inputs(WORKFLOW, "TurboLoader")["checkpoint"]
 LOADING = f"TurboDiffusion: loading {CHECKPOINT}"
 VAE = node_inputs(WORKFLOW, "VAELoader")["vae_name"]
 SIZE = {"width": 160, "height": 96, "length": 9}
+DENSE = {"SLAAttentionPatch": {"attention": "dense"}}  # the fastest without a GPU
+TINY = {"width": 64, "height": 64, "length": 5}
 LARGE = {"width": 256, "height": 256, "length": 17}
 
 
@@ -82,11 +84,11 @@ def interface(info: dict) -> dict:
     """What saved workflows depend on: inputs in order with types, limits and defaults, outputs."""
     kept = ("default", "min", "max", "step")
     inputs = {}
-    for name in info["input_order"]["required"]:
-        kind, *options = info["input"]["required"][name]
+    both = {**info["input"]["required"], **info["input"].get("optional", {})}
+    for name, (kind, *options) in both.items():
         combo = kind == "COMBO" or isinstance(kind, list)
         inputs[name] = {"type": "COMBO" if combo else kind}
-        if combo and name != "checkpoint":
+        if combo and name not in ("checkpoint", "projections"):
             inputs[name]["options"] = combo_options(info, name)
         inputs[name] |= {k: v for k, v in (options or [{}])[0].items() if k in kept}
     return {"inputs": inputs, "outputs": info["output"], "output_names": info["output_name"]}
@@ -190,6 +192,84 @@ def test_second_run_after_a_cancel_reuses_the_model(server):
     assert again.outcome == "execution_success"
     assert node_id("TurboLoader") in again.cached
     assert server.log_text().count(LOADING) - loads == 1
+
+
+def stock_ksampler(sampler: str, scheduler: str) -> dict:
+    """The demo workflow with ComfyUI's own KSampler in place of our sampler and what it needs."""
+    workflow = t2v({**DENSE, "EmptyHunyuanLatentVideo": TINY})
+    prompt = [node_id("TurboTestTextEncode"), 0]
+    workflow[node_id("SamplerCustomAdvanced")] = {
+        "class_type": "KSampler",
+        "inputs": {
+            "model": [node_id("SLAAttentionPatch"), 0],
+            "positive": prompt,
+            "negative": prompt,
+            "latent_image": [node_id("EmptyHunyuanLatentVideo"), 0],
+            "sampler_name": sampler,
+            "scheduler": scheduler,
+            "seed": 21,
+            "steps": 4,
+            "cfg": 1.0,
+            "denoise": 1.0,
+        },
+    }
+    for class_type in ("rCMSampler", "RandomNoise", "BasicGuider"):
+        del workflow[node_id(class_type)]
+    return workflow
+
+
+def test_ksampler_and_basic_scheduler_offer_rcm(server):
+    for node in ("KSampler", "KSamplerAdvanced", "BasicScheduler"):
+        assert combo_options(server.object_info(node)[node], "scheduler").count("rcm") == 1
+
+
+def test_ksampler_makes_the_video_of_the_rcm_sampler(server):
+    ours = {"RandomNoise": {"noise_seed": 21}, "rCMSampler": {"mode": "ode"}}
+    ours |= {**DENSE, "EmptyHunyuanLatentVideo": TINY}
+    expected = pixels(server.run(t2v(ours))).astype(int)
+
+    def distance(*sampling):
+        return np.abs(pixels(server.run(stock_ksampler(*sampling))) - expected).mean()
+
+    # Rounded otherwise here and there, and INT8 makes that a little larger.
+    assert distance("euler", "rcm") < 1
+    assert distance("lcm", "rcm") > 1
+    assert distance("euler", "simple") > 1
+
+
+def test_size_and_length_come_from_nodes(server):
+    workflow = t2v({**DENSE, "rCMSampler": {"steps": 1}})
+    size = {"resolution": "custom", "aspect_ratio": "16:9", "megapixels": 0.01}
+    workflow["size"] = {"class_type": "WanAdaptiveResolution", "inputs": size}
+    workflow["length"] = {"class_type": "WanVideoLength", "inputs": {"seconds": 0.25, "fps": 16.0}}
+    links = {"width": ["size", 0], "height": ["size", 1], "length": ["length", 0]}
+    node_inputs(workflow, "EmptyHunyuanLatentVideo").update(links)
+    node_inputs(workflow, "CreateVideo")["fps"] = ["length", 1]
+    assert pixels(server.run(workflow)).shape == (5, 80, 144, 3)
+
+
+def test_an_image_that_is_missing_is_asked_for(server):
+    workflow = t2v()
+    size = {"resolution": "480p", "aspect_ratio": "image", "megapixels": 0.38}
+    workflow["size"] = {"class_type": "WanAdaptiveResolution", "inputs": size}
+    node_inputs(workflow, "EmptyHunyuanLatentVideo")["width"] = ["size", 0]
+    run = server.run(workflow)
+    assert run.outcome == "execution_error"
+    assert "no image is connected. Connect one, or choose a fixed aspect ratio" in run.message
+
+
+def test_the_doctor_tells_in_every_run(server):
+    shown = []
+
+    def keep(kind, data):
+        if kind == "executed":
+            shown.extend(data["output"]["text"])
+
+    workflow = {"1": {"class_type": "TurboDoctor", "inputs": {}}}
+    for _ in range(2):
+        assert server.run(workflow, keep).outcome == "execution_success"
+    assert len(shown) == 2
+    assert all(text.startswith("TurboDiffusion for Wan ") for text in shown)
 
 
 def test_same_seed_makes_the_same_frames_on_a_fresh_server(

@@ -241,5 +241,6 @@ def node_inputs(workflow: dict, class_type: str) -> dict:
 
 def combo_options(node_info: dict, name: str) -> list[str]:
     """The choices of a combo input; ComfyUI describes them in two ways."""
-    kind, *options = node_info["input"]["required"][name]
+    inputs = {**node_info["input"]["required"], **node_info["input"].get("optional", {})}
+    kind, *options = inputs[name]
     return kind if isinstance(kind, list) else options[0]["options"]

@@ -24,6 +24,12 @@ FLAGS = [
 FOLDERS = {"TurboLoader": "diffusion_models", "CLIPLoader": "text_encoders", "VAELoader": "vae"}
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 LOADED = "count => window.app?.graph?.nodes?.length === count"
+NODES_KNOWN = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.TurboDoctor"
+ADD_DOCTOR = """() => {
+    window.app.graph.clear();
+    window.app.graph.add(window.LiteGraph.createNode("TurboDoctor"));
+}"""
+SHOWN = "() => window.app.graph.nodes[0].widgets[0].value"
 
 pytestmark = [
     pytest.mark.ui,
@@ -73,6 +79,21 @@ def test_it_opens_whole(server, page, path):
     assert unknown == []
     sent = page.evaluate("async () => (await window.app.graphToPrompt()).output")
     assert {k: without_title(node) for k, node in sent.items()} == api_format(workflow, info)
+
+
+def test_the_doctor_shows_its_text(server, page):
+    """On the node, in a box that is neither saved with the workflow nor sent with the prompt."""
+    page.goto(f"http://{server.address}/")
+    page.wait_for_function(NODES_KNOWN, timeout=120_000)
+    page.wait_for_timeout(2000)  # the frontend opens its first graph
+    page.evaluate(ADD_DOCTOR)
+    page.evaluate("() => window.app.queuePrompt(0)")
+    page.wait_for_function(SHOWN, timeout=60_000)
+    assert page.evaluate(SHOWN).startswith("TurboDiffusion for Wan ")
+    (saved,) = page.evaluate("() => window.app.graph.serialize().nodes")
+    assert not saved.get("widgets_values")
+    (sent,) = page.evaluate("async () => (await window.app.graphToPrompt()).output").values()
+    assert sent["inputs"] == {}
 
 
 def without_title(node: dict) -> dict:

@@ -1,0 +1,27 @@
+"""TurboDoctor inside ComfyUI."""
+
+from pathlib import Path
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+
+from .diagnosis import GIB, comfyui_version, report
+
+
+def doctor_report() -> str:
+    """TurboDoctor's text for the device that ComfyUI runs models on."""
+    return report(comfy.model_management.get_torch_device(), comfyui_line())
+
+
+def comfyui_line() -> str:
+    """The running ComfyUI: version, how it manages memory, its attention."""
+    version = comfyui_version(Path(comfy.samplers.__file__).parents[1])
+    memory = f"VRAM state {comfy.model_management.vram_state.name}"
+    # Newer hosts manage VRAM dynamically where they can.
+    if getattr(getattr(comfy, "memory_management", None), "aimdo_enabled", False):
+        memory = "dynamic VRAM"
+    ram = comfy.model_management.get_total_memory(torch.device("cpu")) / GIB
+    attention = optimized_attention.__name__.removeprefix("attention_")
+    return f"ComfyUI {version}, {memory}, {attention} attention, {ram:.1f} GiB RAM"

@@ -1,0 +1,204 @@
+"""What TurboDoctor says: this machine, its versions, and which kernel each op uses here and why.
+
+Made to be pasted into a bug report: no paths, no names of people or machines, no environment.
+"""
+
+import logging
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..kernels import dispatch, nvrtc
+from ..kernels.int8_linear import int8_linear
+from ..kernels.int8_quant import quantize_rows
+from ..kernels.norm import rms_norm
+from ..kernels.sla import sla
+from ..kernels.sparse_attention import default_pv
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")))
+
+# Cards whose speed and outputs were measured, and architectures whose kernels were compiled
+# ahead of time and checked for shared memory and spills.
+MEASURED = ("H100",)
+COMPILED = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+
+# How far a kernel may be from its reference: the low bits of the attention are the widest.
+TRIAL_BOUND = 2e-2
+
+GIB = 2**30
+
+# What an error message may tell of its user: the folder after these.
+HOMES = re.compile(r"([\\/](?:home|Users)[\\/])[^\\/\n:()'\"]+")
+HOPPER = (9, 0)
+
+log = logging.getLogger(__name__)
+
+
+def report(device: torch.device | None = None, comfyui: str | None = None) -> str:
+    """The whole text, lines of ASCII.
+
+    Args:
+        device: where models run; the first GPU, or the CPU without one, if None.
+        comfyui: what the running ComfyUI says of itself, None outside of it.
+    """
+    device = device or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    lines = [
+        f"TurboDiffusion for Wan {pack_version()}",
+        comfyui or _comfyui_at_rest(),
+        f"Python {platform.python_version()}, {_system()}",
+        f"torch {torch.__version__}, {_toolkit()}, {_triton()}",
+        *_device_lines(device),
+        *_kernel_lines(device),
+        *_trial_lines(device),
+        *(f"To do: {advice}" for advice in _advice()),
+    ]
+    return HOMES.sub(r"\1...", "\n".join(lines))
+
+
+def pack_version() -> str:
+    """Version of this pack, as its pyproject.toml has it."""
+    return _version_in(ROOT / "pyproject.toml", "version")
+
+
+def comfyui_version(folder: Path) -> str:
+    """Version of the ComfyUI in `folder`, "of unknown version" where there is none."""
+    return _version_in(folder / "comfyui_version.py", "__version__")
+
+
+def card_state(name: str, card: tuple[int, int]) -> str:
+    """Whether the GPU `name` of compute capability `card` was measured, else what is known."""
+    if any(measured in name for measured in MEASURED):
+        return "measured"
+    if card < (8, 0):
+        return "too old for the kernels, which need sm_80 or newer"
+    if card in COMPILED:
+        return "untested: the kernels were compiled for it ahead of time, never run on it"
+    return "untested"
+
+
+def trials(
+    device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Callable[[str], torch.Tensor]]:
+    """A small run of the ops that a model spends its time in, by name; called with a backend."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    x, weight = normal(1, 256, 256), normal(256)
+    x_q, w_q = quantize_rows(x, backend="reference"), quantize_rows(x[0], backend="reference")
+    q, k, v = (normal(1, 256, 2, 128) for _ in range(3))
+    proj_l = normal(128, 128) / 16, normal(128) / 16
+    # Every block is selected: a near tie, decided otherwise, would look like an error.
+    return {
+        "rms_norm": lambda backend: rms_norm(x, weight, backend=backend),
+        "int8_linear": lambda backend: int8_linear(
+            x_q[0], x_q[1], w_q[0], w_q[1], out_dtype=dtype, backend=backend
+        ),
+        "sla": lambda backend: sla(q, k, v, *proj_l, topk=1.0, backend=backend),
+        "sagesla": lambda backend: sla(q, k, v, *proj_l, topk=1.0, low_bit=True, backend=backend),
+    }
+
+
+def trial_line(name: str, run: Callable[[str], torch.Tensor]) -> str:
+    """How far `run("triton")` is from `run("reference")`, or what kept it from running."""
+    try:
+        out, expected = run("triton").float(), run("reference").float()
+        error = ((out - expected).norm() / expected.norm()).item()
+    except Exception as problem:  # what a compiler or a driver raises is what is asked for
+        log.warning("TurboDiffusion: the trial of %s failed", name, exc_info=True)
+        return f"Trial of {name}: failed with {type(problem).__name__}, the log has all of it"
+    state = "ok" if error <= TRIAL_BOUND else "WRONG"
+    return f"Trial of {name}: {state}, {error:.1e} from the torch reference"
+
+
+def _comfyui_at_rest() -> str:
+    """What can be known about ComfyUI without running in it."""
+    if ROOT.parent.name != "custom_nodes":
+        return "ComfyUI: none here (the TurboDoctor node tells more)"
+    version = comfyui_version(ROOT.parents[1])
+    return f"ComfyUI {version}, not running (the TurboDoctor node tells more)"
+
+
+def _version_in(file: Path, name: str) -> str:
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    found = re.search(rf'^{name} = "([^"]+)"', text, re.MULTILINE)
+    return found[1] if found else "of unknown version"
+
+
+def _system() -> str:
+    return f"{platform.system()} {platform.release()} {platform.machine()}"
+
+
+def _toolkit() -> str:
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA in it"
+
+
+def _triton() -> str:
+    if not dispatch.has_triton():
+        return dispatch.triton_unavailable(torch.device("cpu"))
+    return f"Triton {dispatch.triton.__version__}"
+
+
+def _device_lines(device: torch.device) -> list[str]:
+    """Each GPU with its memory and whether it was measured; the one that models run on."""
+    lines = [_gpu_line(i) for i in range(torch.cuda.device_count())]
+    lines += [] if lines else ["GPU: none that torch can use"]
+    if device.type != "cuda":
+        return [*lines, f"Models run on: {device}"]
+    free = torch.cuda.mem_get_info(device)[0] / GIB
+    return [*lines, f"Models run on: {device}, {free:.1f} GiB free"]
+
+
+def _gpu_line(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    card = properties.major, properties.minor
+    memory = f"{properties.total_memory / GIB:.1f} GiB"
+    architecture = "" if torch.version.hip else f", sm_{card[0]}{card[1]}"
+    state = card_state(properties.name, card)
+    return f"GPU {index}: {properties.name}{architecture}, {memory}, {state}"
+
+
+def _kernel_lines(device: torch.device) -> list[str]:
+    """Which implementation each op uses for a model's bf16 tensors on `device`, and why."""
+    reason = dispatch.reference_reason("auto", _sample(device))
+    ops = ", ".join(OPS)
+    if reason is None:
+        return [f"Triton kernels: {ops}", _sage_line(device)]
+    return [f"Torch reference, slow: {ops}", f"Why: {reason}", _sage_line(device)]
+
+
+def _sample(device: torch.device) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.bfloat16, device=device)
+
+
+def _sage_line(device: torch.device) -> str:
+    """The precision of SageSLA on `device`, and by which kernel where there is a choice."""
+    line = f"SageSLA here: int8 QK and {default_pv(device)} PV"
+    if dispatch.capability(device) != HOPPER:
+        return line
+    reason = nvrtc.unavailable()
+    return f"{line}, by " + ("CUDA for Hopper" if reason is None else f"Triton, as {reason}")
+
+
+def _trial_lines(device: torch.device) -> list[str]:
+    if dispatch.reference_reason("auto", _sample(device)):
+        return ["Trial: none, as no Triton kernel runs here"]
+    return [trial_line(name, run) for name, run in trials(device).items()]
+
+
+def _advice() -> list[str]:
+    """What a user can do about the slow path."""
+    advice = []
+    if not dispatch.has_triton():
+        package = "triton-windows" if platform.system() == "Windows" else "triton"
+        advice.append(f"install Triton 3.4 or newer in ComfyUI's Python: pip install -U {package}")
+    if not torch.version.cuda and not torch.version.hip:
+        advice.append("this torch cannot use NVIDIA GPUs: install one that is built with CUDA")
+    return advice
