@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 TILE = 16  # keys of one step of the state: two programs fit a multiprocessor's registers
-PROGRAMS = 1056  # of the state, over all heads: 4 waves of 2 on a card of 132 multiprocessors
+PROGRAMS = 528  # of the state, over all heads: 2 waves of 2 on a card of 132 multiprocessors
 ROWS = 128  # queries of one program
 STATE_LAUNCH = {"num_warps": 8, "num_stages": 3}  # both the same on every card
 LAUNCH = {"num_warps": 8, "num_stages": 2}
@@ -25,21 +25,14 @@ def apply_feature_map(x, FEATURE_MAP: tl.constexpr):
 
 
 @triton.jit
-def linear_rows(
-    q, q_l, row, length, head, mix, normalizer, bias, D: tl.constexpr, FEATURE_MAP: tl.constexpr
-):
-    """The linear branch of the queries q + row * q_l, rows [R, 1], float32 [R, D].
+def linear_rows(tile, mix, normalizer, bias, FEATURE_MAP: tl.constexpr):
+    """The linear branch of queries [R, D] of one head, float32 [R, D]; normalizer and bias [D].
 
     Each query takes a weighted mean of the rows of mix [D, D], see `project_state`.
     """
-    channel = tl.arange(0, D)
-    offset = row.to(tl.int64) * q_l + channel[None, :]
-    tile = tl.load(q + offset, mask=row < length, other=0.0)  # [R, D]
-    z = tl.load(normalizer + head * D + channel)[None, :]
-    weights = apply_feature_map(tile.to(tl.float32), FEATURE_MAP) * z
+    weights = apply_feature_map(tile.to(tl.float32), FEATURE_MAP) * normalizer[None, :]
     weights = weights / (1e-5 + tl.sum(weights, 1))[:, None]
-    mixed = tl.dot(weights.to(mix.dtype), mix)
-    return mixed + tl.load(bias + channel).to(tl.float32)[None, :]
+    return tl.dot(weights.to(mix.dtype), mix) + bias.to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["heads", "length", "rows"])
@@ -88,8 +81,11 @@ def apply_state_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     q += sample * q_b + head % heads * q_h
     channel = tl.arange(0, HEAD_DIM)
+    offset = row.to(tl.int64) * q_l + channel[None, :]
+    tile = tl.load(q + offset, mask=row < length, other=0.0)
     b_mix = tl.load(mix + (head * HEAD_DIM + channel[:, None]) * HEAD_DIM + channel[None, :])
-    rows = linear_rows(q, q_l, row, length, head, b_mix, normalizer, bias, HEAD_DIM, FEATURE_MAP)
+    z = tl.load(normalizer + head * HEAD_DIM + channel)
+    rows = linear_rows(tile, b_mix, z, tl.load(bias + channel), FEATURE_MAP)
     place = ((sample * length + row) * heads + head % heads) * HEAD_DIM
     tl.store(out + place + channel[None, :], rows.to(out.dtype.element_ty), mask=row < length)
 

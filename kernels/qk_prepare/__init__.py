@@ -2,12 +2,21 @@
 
 import torch
 
-from ..block_map.checks import check_block_size, check_heads, check_shape, not_contiguous
-from ..dispatch import has_triton, use_triton
+from .. import nvrtc
+from ..block_map.checks import (
+    check_block_size,
+    check_heads,
+    check_shape,
+    float32_on_gpu,
+    not_contiguous,
+)
+from ..dispatch import capability, has_triton, use_triton
+from ..linear_attention import LinearBranch, check_branch
 from . import reference
 from .reference import Prepared
 
 if has_triton():
+    from . import hopper
     from . import triton as triton_kernels
 
 __all__ = ["Prepared", "prepare"]
@@ -23,8 +32,9 @@ def prepare(
     quantize: bool = False,
     backend: str = "auto",
     out: torch.Tensor | None = None,
+    linear: LinearBranch | None = None,
 ) -> Prepared:
-    """RMSNorm over all heads, RoPE, block means and, if asked for, int8 blocks.
+    """RMSNorm over all heads, RoPE, block means and, if asked for, int8 and the linear branch.
 
     `apply_rope(rms_norm(x))` and, of that, `block_means` and the int8 of `sage_attention`. The
     normalized and the rotated rows are rounded to x's dtype as the two ops round them; so
@@ -39,10 +49,12 @@ def prepare(
         quantize: whether to make int8 blocks.
         backend: see `dispatch.use_triton`.
         out: where the rotated rows go, contiguous like x; may be x itself. A new tensor if None.
+        linear: where given, `out` gets the linear branch of the rotated rows in their place: in
+            low bits nothing else reads them.
 
     Returns:
-        `Prepared`: x [B, L, H, D], means float32 [B, H, N, D], and q int8 [B, H, N * block, D]
-        with scale float32 [B, H, N], or None for both.
+        `Prepared`: x [B, L, H, D], which is `out`, means float32 [B, H, N, D], and q int8
+        [B, H, N * block, D] with scale float32 [B, H, N], or None for both.
 
     Raises:
         ValueError, TypeError: a shape, block size or dtype does not fit.
@@ -55,8 +67,13 @@ def prepare(
     check_shape("out", out, tuple(x.shape))
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
-    arguments = x, weight, cos, sin, eps, block, quantize, out
-    if use_triton("prepare", backend, x, not_contiguous(x)):
+    if linear is not None:
+        check_branch(x, linear)
+    arguments = x, weight, cos, sin, eps, block, quantize, out, linear
+    reasons = not_contiguous(x), None if linear is None else float32_on_gpu(x)
+    if use_triton("prepare", backend, x, *reasons):
+        if capability(x.device) == (9, 0) and hopper.fits(x, linear) and not nvrtc.unavailable():
+            return hopper.prepare(*arguments)
         return triton_kernels.prepare(*arguments)
     return reference.prepare(*arguments)
 

@@ -16,6 +16,7 @@ from ..linear_attention import (
     check_feature_map,
     key_value_state,
     key_value_state_and_maximum,
+    linear_attention,
 )
 from ..qk_prepare import prepare
 from ..sparse_attention import sage_attention, sparse_attention
@@ -69,7 +70,8 @@ def sla(
         count = selected_count(topk, k_means.shape[2])
         block_map = select_blocks(q_means, k_means, count, backend)
     linear, v_max = _linear_branch(k, v, proj_weight, proj_bias, feature_map, low_bit, backend)
-    shared = {"block_q": block_q, "block_k": block_k, "linear": linear, "backend": backend}
+    onto = None if linear is None else linear_attention(q, *linear, backend=backend)
+    shared = {"block_q": block_q, "block_k": block_k, "onto": onto, "backend": backend}
     if low_bit:
         return sage_attention(q, k, v, block_map, pv, k_mean=k_mean, v_max=v_max, **shared)
     return sparse_attention(q, k, v, block_map, **shared)
@@ -121,19 +123,22 @@ def sla_from_projections(
     # Triton reads them once per head; copied here, so that q and k share the copy.
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
     q_out, k_out = (q, k) if overwrite else (None, None)
-    queries = prepare(q, q_weight, cos, sin, eps, block_q, low_bit, backend, q_out)
     keys = prepare(k, k_weight, cos, sin, eps, block_k, False, backend, k_out)
     k_means, k_mean = center_means(keys.means, k.shape[1], block_k)
+    linear, v_max = _linear_branch(keys.x, v, proj_weight, proj_bias, feature_map, low_bit, backend)
+    # In 16 bits attention reads the rotated q, which then cannot make room for its linear branch.
+    passing = linear if low_bit else None
+    queries = prepare(q, q_weight, cos, sin, eps, block_q, low_bit, backend, q_out, passing)
     if block_map is None:
         count = selected_count(topk, k_means.shape[2])
         block_map = select_blocks(queries.means, k_means, count, backend)
-    q, k = queries.x, keys.x
-    linear, v_max = _linear_branch(k, v, proj_weight, proj_bias, feature_map, low_bit, backend)
-    shared = {"block_q": block_q, "block_k": block_k, "linear": linear, "backend": backend}
+    shared = {"block_q": block_q, "block_k": block_k, "backend": backend}
     if not low_bit:
-        return sparse_attention(q, k, v, block_map, **shared)
+        onto = None if linear is None else linear_attention(queries.x, *linear, backend=backend)
+        return sparse_attention(queries.x, keys.x, v, block_map, onto=onto, **shared)
     known = {"k_mean": k_mean, "q_blocks": (queries.q, queries.scale), "v_max": v_max}
-    return sage_attention(q, k, v, block_map, pv, **known, **shared)
+    onto = None if linear is None else queries.x
+    return sage_attention(queries.x, keys.x, v, block_map, pv, onto=onto, **known, **shared)
 
 
 def _linear_branch(k, v, proj_weight, proj_bias, feature_map, low_bit, backend):

@@ -2,6 +2,7 @@
 
 import torch
 
+from .. import nvrtc
 from ..block_map import centered_means
 from ..block_map.checks import (
     check_block_shape,
@@ -10,11 +11,11 @@ from ..block_map.checks import (
     float32_on_gpu,
     not_contiguous,
 )
-from ..dispatch import capability, has_fp8, has_triton, use_triton
-from ..linear_attention import LinearBranch, check_branch
+from ..dispatch import capability, has_fp8, has_triton, say_once, use_triton
 from . import reference
 
 if has_triton():
+    from . import hopper
     from . import triton as triton_kernels
 
 PV_DTYPES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16}
@@ -30,12 +31,12 @@ def sparse_attention(
     block_q: int = 128,
     block_k: int = 64,
     scale: float | None = None,
-    linear: LinearBranch | None = None,
+    onto: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Exact softmax attention of each query block over its key blocks, plus a linear branch.
+    """Exact softmax attention of each query block over its key blocks.
 
-    Step 3 of SLA (arXiv 2512.16093, section 1.1), and step 5 where `linear` is given.
+    Step 3 of SLA (arXiv 2512.16093, section 1.1), and step 5 where `onto` is the linear branch.
 
     Args:
         q, k, v: [B, L, H, D], float32, float16 or bfloat16.
@@ -43,17 +44,17 @@ def sparse_attention(
             once and below ceil(L / block_k), which is not checked: `select_blocks` gives such.
         block_q, block_k: rows in a query and a key block: 128 and 64, 64 and 64, or 64 and 128.
         scale: factor of q k^T, above 0; 1 / sqrt(D) if None.
-        linear: the linear branch to add, computed on the same tile of queries.
+        onto: contiguous [B, L, H, D] in q's dtype, to which the attention is added in place.
         backend: see `dispatch.use_triton`.
 
     Returns:
-        [B, L, H, D] in q's dtype.
+        [B, L, H, D] in q's dtype; `onto` if it was given.
 
     Raises:
         ValueError, TypeError: a shape, block size, dtype or the scale does not fit.
     """
-    scale = _check(q, k, v, block_map, block_q, block_k, scale, linear)
-    arguments = q, k, v, block_map, block_q, block_k, scale, linear
+    scale = _check(q, k, v, block_map, block_q, block_k, scale, onto)
+    arguments = q, k, v, block_map, block_q, block_k, scale, onto
     reasons = not_contiguous(q, k, v), float32_on_gpu(q)
     if use_triton("sparse_attention", backend, q, *reasons):
         return triton_kernels.sparse_attention(*arguments)
@@ -69,7 +70,7 @@ def sage_attention(
     block_q: int = 128,
     block_k: int = 64,
     scale: float | None = None,
-    linear: LinearBranch | None = None,
+    onto: torch.Tensor | None = None,
     k_mean: torch.Tensor | None = None,
     q_blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
     v_max: torch.Tensor | None = None,
@@ -81,8 +82,8 @@ def sage_attention(
     from every key. v gets one scale per channel (SageSLA, arXiv 2512.16093, section 1.1).
 
     Args:
-        q, k, v, block_map, block_q, block_k, scale, linear: see `sparse_attention`.
-        pv: "fp8" (e4m3) or "fp16"; None takes `default_pv`.
+        q, k, v, block_map, block_q, block_k, scale, onto: see `sparse_attention`.
+        pv: "fp8" (e4m3) or "fp16"; None takes `default_pv`. Sums are float32 either way.
         k_mean: float32 [B, H, D], the mean of k over L if it is known already.
         q_blocks: q in int8 [B, H, ceil(L / block_q) block_q, D] and its scales, float32
             [B, H, ceil(L / block_q)], if they are known already; see `qk_prepare`.
@@ -95,7 +96,7 @@ def sage_attention(
     Raises:
         ValueError, TypeError: a shape, block size, dtype, the scale or `pv` does not fit.
     """
-    scale = _check(q, k, v, block_map, block_q, block_k, scale, linear)
+    scale = _check(q, k, v, block_map, block_q, block_k, scale, onto)
     pv = pv or default_pv(q.device)
     if pv not in PV_DTYPES:
         raise ValueError(f"pv must be 'fp8', 'fp16' or None, got {pv!r}")
@@ -109,22 +110,22 @@ def sage_attention(
         _check_q_blocks(q, q_blocks, block_q)
     sizes = block_q, block_k
     reasons = not_contiguous(q, k, v), float32_on_gpu(q), _no_fp8(q, pv)
-    triton_runs = use_triton("sage_attention", backend, q, *reasons)
-    kernels = triton_kernels if triton_runs else reference
+    kernels = reference
+    if use_triton("sage_attention", backend, q, *reasons):
+        kernels = hopper if _hopper_kernel_fits(q, pv, *sizes) else triton_kernels
     operands = kernels.quantize(q, k, v, k_mean, PV_DTYPES[pv], *sizes, scale, q_blocks, v_max)
-    return kernels.sage_attention(q, operands, block_map, *sizes, linear)
+    return kernels.sage_attention(q, operands, block_map, *sizes, onto)
 
 
 def default_pv(device: torch.device) -> str:
     """What `sage_attention` takes for weights and values on `device`: "fp8" or "fp16".
 
-    fp8 where the tensor cores have it, but for Hopper: there fp16 is faster than fp8 whose sums
-    are exact, and twice as accurate.
+    fp8 where the tensor cores have it: faster, at twice the error of fp16.
     """
-    return "fp8" if has_fp8(device) and capability(device)[0] != 9 else "fp16"
+    return "fp8" if has_fp8(device) else "fp16"
 
 
-def _check(q, k, v, block_map, block_q, block_k, scale, linear) -> float:
+def _check(q, k, v, block_map, block_q, block_k, scale, onto) -> float:
     """Check the arguments that both ops share; returns the scale."""
     check_heads(q=q, k=k, v=v)
     check_block_shape(block_q, block_k)
@@ -138,8 +139,13 @@ def _check(q, k, v, block_map, block_q, block_k, scale, linear) -> float:
         raise ValueError(f"block_map must select 1 to {blocks} key blocks, got {count}")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be above 0, got {scale}")
-    if linear is not None:
-        check_branch(q, linear)
+    if onto is not None:
+        check_shape("onto", onto, tuple(q.shape))
+        if onto.dtype != q.dtype or not onto.is_contiguous():
+            raise ValueError(
+                f"onto must be contiguous and {q.dtype}, "
+                f"got {onto.dtype} with strides {list(onto.stride())}"
+            )
     return dim**-0.5 if scale is None else scale
 
 
@@ -152,6 +158,17 @@ def _check_q_blocks(q, q_blocks, block_q) -> None:
     check_shape("q_blocks[1]", scale, (batch, heads, blocks))
     if integers.dtype != torch.int8:
         raise TypeError(f"q_blocks[0] must be int8, got {integers.dtype}")
+
+
+def _hopper_kernel_fits(q: torch.Tensor, pv: str, block_q: int, block_k: int) -> bool:
+    """Whether the CUDA kernel runs in place of Triton's: on Hopper, with Wan's shapes and fp8."""
+    shape = q.shape[-1], block_q, block_k
+    if capability(q.device) != (9, 0) or pv != "fp8" or shape != hopper.SHAPE:
+        return False
+    reason = nvrtc.unavailable()
+    if reason:
+        say_once(f"sage_attention runs in Triton, at half the speed, as {reason}")
+    return reason is None
 
 
 def _no_fp8(q: torch.Tensor, pv: str) -> str | None:

@@ -6,9 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..linear_attention import LinearBranch
-from ..linear_attention.reference import linear_rows
-
 LOG2_E = math.log2(math.e)
 SCORES = 2**25  # scores at a time, 128 MB
 WEIGHT_SCALE = {torch.float8_e4m3fn: 256.0, torch.float16: 1.0}  # lifts the weights in e4m3
@@ -34,7 +31,7 @@ def sparse_attention(
     block_q: int,
     block_k: int,
     scale: float,
-    linear: LinearBranch | None,
+    onto: torch.Tensor | None,
 ) -> torch.Tensor:
     """Softmax attention over the selected key blocks, [B, L, H, D]."""
 
@@ -43,7 +40,7 @@ def sparse_attention(
         keys, values = into_blocks(k[b, :, h], block_k), into_blocks(v[b, :, h], block_k)
         return attend(queries, keys, values, block_map[b, h], q.shape[1])
 
-    return over_heads(q, head, linear)
+    return over_heads(q, head, onto)
 
 
 def sage_attention(
@@ -52,9 +49,9 @@ def sage_attention(
     block_map: torch.Tensor,
     block_q: int,
     block_k: int,
-    linear: LinearBranch | None,
+    onto: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same on quantized operands; q itself is read by the linear branch only."""
+    """The same on quantized operands; of q itself only the shape and dtype count."""
     weight_scale, dtype = WEIGHT_SCALE[operands.v.dtype], operands.v.dtype
 
     def head(b, h):
@@ -67,23 +64,19 @@ def sage_attention(
             lambda weights: (weights * weight_scale).to(dtype).float() / weight_scale,
         )  # fmt: skip
 
-    return over_heads(q, head, linear)
+    return over_heads(q, head, onto)
 
 
 def over_heads(
     q: torch.Tensor,
     head: Callable[[int, int], torch.Tensor],
-    linear: LinearBranch | None,
+    onto: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Gather head(b, h) [L, D] and the linear branch of that head into [B, L, H, D]."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    """Gather head(b, h) [L, D] into [B, L, H, D], on top of what `onto` holds."""
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if onto is None else onto
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
-            rows = head(b, h)
-            if linear is not None:
-                state, normalizer = linear.state[b, h], linear.normalizer[b, h]
-                rows = rows + linear_rows(q[b, :, h], state, normalizer, *linear[2:])
-            out[b, :, h] = rows
+            out[b, :, h] = out[b, :, h] + head(b, h)
     return out
 
 

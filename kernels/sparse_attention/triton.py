@@ -6,8 +6,6 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import capability
-from ..linear_attention import LinearBranch
-from ..linear_attention.triton import linear_rows, project_state
 from .reference import LOG2_E, VALUE_LIMIT, Quantized
 
 LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0))  # 163 KB a block or more; 99 KB elsewhere
@@ -78,42 +76,22 @@ def output_rows(out, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def store_linear_rows(
-    out, q, q_l, first, length, head, mix, normalizer, bias,
-    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, FEATURE_MAP: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Leave the linear branch of ROWS rows in `out`; past the barrier every thread may read it.
-
-    It waits there while the softmax branch runs: registers do not hold both sums.
-    """
-    for part in tl.range(0, ROWS, 32, num_stages=1):
-        row = first + part + tl.arange(0, 32)[:, None]
-        b_mix = load_block(mix, head, HEAD_DIM, HEAD_DIM, TMA)
-        rows = linear_rows(
-            q, q_l, row, length, head, b_mix, normalizer, bias, HEAD_DIM, FEATURE_MAP
-        )
-        place, inside = output_rows(out, first + part, length, 32, HEAD_DIM)
-        tl.store(place, rows.to(out.dtype.element_ty), mask=inside)
-    tl.debug_barrier()
-
-
-@triton.jit
 def store_rows(
-    rows, out, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, LINEAR: tl.constexpr
+    rows, out, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, ONTO: tl.constexpr
 ):
-    """Write rows [ROWS, D] to `out`, on top of the linear branch that waits there."""
+    """Write rows [ROWS, D] to `out`, on top of what waits there if asked for."""
     place, inside = output_rows(out, first, length, ROWS, HEAD_DIM)
-    if LINEAR:
+    if ONTO:
         rows += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     tl.store(place, rows.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["length", "count", "scale"])
 def sparse_attention_kernel(
-    q, k, v, block_map, out, mix, normalizer, bias,
+    q, k, v, block_map, out,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, length, count, scale,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    LINEAR: tl.constexpr, FEATURE_MAP: tl.constexpr, TMA: tl.constexpr,
+    ONTO: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     own, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
@@ -124,11 +102,6 @@ def sparse_attention_kernel(
     block_map += (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * count
     # Rows stay int32 while the loop runs: twice the width would spill registers.
     first_row = tl.program_id(0) * BLOCK_Q
-    if LINEAR:
-        store_linear_rows(
-            out, q, q_l, first_row, length, head, mix, normalizer, bias,
-            BLOCK_Q, HEAD_DIM, FEATURE_MAP, TMA,
-        )  # fmt: skip
     row = first_row + tl.arange(0, BLOCK_Q)[:, None]
     channel = tl.arange(0, HEAD_DIM)[None, :]
     tile = tl.load(q + row.to(tl.int64) * q_l + channel, mask=row < length, other=0.0)
@@ -146,28 +119,20 @@ def sparse_attention_kernel(
         acc = acc * factor[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc)
     rows = acc * (1.0 / row_sum)[:, None]
-    store_rows(rows, out, first_row, length, BLOCK_Q, HEAD_DIM, LINEAR)
+    store_rows(rows, out, first_row, length, BLOCK_Q, HEAD_DIM, ONTO)
 
 
 @triton.jit(do_not_specialize=["length", "count"])
 def sage_attention_kernel(
-    q, q_int, q_scale, k_int, k_scale, v, v_scale, block_map, out,
-    mix, normalizer, bias, q_b, q_l, q_h, length, count,
+    q_int, q_scale, k_int, k_scale, v, v_scale, block_map, out, length, count,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FP8: tl.constexpr,
-    LINEAR: tl.constexpr, FEATURE_MAP: tl.constexpr, TMA: tl.constexpr,
+    ONTO: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     q_block = head * tl.num_programs(0) + tl.program_id(0)
     first_k_block = head * tl.cdiv(length, BLOCK_K)
     block_map += q_block.to(tl.int64) * count
     first_row = tl.program_id(0) * BLOCK_Q
-    if LINEAR:
-        own, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-        q += sample * q_b + own * q_h
-        store_linear_rows(
-            out, q, q_l, first_row, length, head, mix, normalizer, bias,
-            BLOCK_Q, HEAD_DIM, FEATURE_MAP, TMA,
-        )  # fmt: skip
     channel = tl.arange(0, HEAD_DIM)[None, :]
     tile = load_block(q_int, q_block, BLOCK_Q, HEAD_DIM, False)
     tile_scale = tl.load(q_scale + q_block)
@@ -190,7 +155,7 @@ def sage_attention_kernel(
         else:
             acc = tl.dot(weights.to(values.dtype), values, acc)
     rows = acc * (1.0 / row_sum)[:, None] * tl.load(v_scale + head * HEAD_DIM + channel)
-    store_rows(rows, out, first_row, length, BLOCK_Q, HEAD_DIM, LINEAR)
+    store_rows(rows, out, first_row, length, BLOCK_Q, HEAD_DIM, ONTO)
 
 
 @triton.jit
@@ -205,10 +170,23 @@ def round_block(tile):
     return rounded.to(tl.int8), tl.div_rn(amax, full_scale)
 
 
+@triton.jit
+def place_in_block(row, column, WIDTH: tl.constexpr, FOR_HOPPER: tl.constexpr):
+    """Where the bytes (row, column) of a block lie; rows of WIDTH bytes, see hopper.py."""
+    if FOR_HOPPER:
+        turn = row // (128 // WIDTH) % (WIDTH // 16)
+        place = row * WIDTH + ((column // 16) ^ turn) * 16 + column % 16
+        place = tl.max_contiguous(tl.multiple_of(place, [1, 16]), [1, 16])
+    else:
+        place = row * WIDTH + column
+    return place
+
+
 @triton.jit(do_not_specialize=["heads", "length"])
 def quantize_heads_kernel(
     x, center, integers, scales, stride_b, stride_l, stride_h, heads, length,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, CENTERED: tl.constexpr,
+    FOR_HOPPER: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     block = head * tl.num_programs(0) + tl.program_id(0)
@@ -221,7 +199,8 @@ def quantize_heads_kernel(
         mean = tl.load(center + head * HEAD_DIM + channel)
         tile = tl.where(row < length, tile - mean, 0.0)  # [BLOCK, D]
     rounded, scale = round_block(tile)
-    tl.store(integers + (block * BLOCK + offset) * HEAD_DIM + channel, rounded)
+    place = place_in_block(tl.arange(0, BLOCK)[:, None], channel, HEAD_DIM, FOR_HOPPER)
+    tl.store(integers + block * (BLOCK * HEAD_DIM) + place, rounded)
     tl.store(scales + block, scale)
 
 
@@ -242,19 +221,23 @@ def channel_max_kernel(
 @triton.jit(do_not_specialize=["heads", "length"])
 def quantize_values_kernel(
     v, factors, values, stride_b, stride_l, stride_h, heads, length, limit,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, FOR_HOPPER: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     block = head * tl.num_programs(0) + tl.program_id(0)
     offset = tl.arange(0, BLOCK)
-    row = tl.program_id(0) * BLOCK + offset.to(tl.int64)[:, None]
+    key = offset
+    if FOR_HOPPER:
+        # Of 32 keys a thread holds the weights of 2 in each 8, and multiplies 4 and 4 at once.
+        key = offset // 16 * 16 + offset // 2 % 2 * 8 + offset // 4 % 4 * 2 + offset % 2
+    row = tl.program_id(0) * BLOCK + key.to(tl.int64)[:, None]
     channel = tl.arange(0, HEAD_DIM)
     v += head // heads * stride_b + head % heads * stride_h
     tile = tl.load(v + row * stride_l + channel[None, :], mask=row < length, other=0.0)
     factor = tl.load(factors + head * HEAD_DIM + channel)[None, :]
     scaled = tl.clamp(tile.to(tl.float32) * factor, -limit, limit).to(values.dtype.element_ty)
-    place = (block * HEAD_DIM + channel[:, None]) * BLOCK + offset[None, :]
-    tl.store(values + place, tl.trans(scaled))  # [D, BLOCK]
+    place = place_in_block(channel[:, None], offset[None, :], BLOCK, FOR_HOPPER)
+    tl.store(values + block * (HEAD_DIM * BLOCK) + place, tl.trans(scaled))  # [D, BLOCK]
 
 
 def has_tma(capability: tuple[int, int]) -> bool:
@@ -286,22 +269,21 @@ def sparse_attention(
     block_q: int,
     block_k: int,
     scale: float,
-    linear: LinearBranch | None,
+    onto: torch.Tensor | None,
 ) -> torch.Tensor:
     """Softmax attention over the selected key blocks, [B, L, H, D]."""
     batch, length, heads, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if onto is None else onto
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     card = capability(q.device)
     tma = has_tma(card) and fits_tma(k, v)
     if tma:
         k, v = describe_rows(k, block_k), describe_rows(v, block_k)
-    branch, flags = linear_arguments(q, linear, tma)
     with torch.cuda.device_of(q):
         sparse_attention_kernel[block_map.shape[2], heads, batch](
-            q, k, v, block_map.contiguous(), out, *branch, *strides,
+            q, k, v, block_map.contiguous(), out, *strides,
             length, block_map.shape[3], scale * LOG2_E,
-            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, TMA=tma, **flags,
+            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, TMA=tma, ONTO=onto is not None,
             **float_config(card, block_q, block_k),
         )  # fmt: skip
     return out
@@ -313,38 +295,25 @@ def sage_attention(
     block_map: torch.Tensor,
     block_q: int,
     block_k: int,
-    linear: LinearBranch | None,
+    onto: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same on quantized operands; q itself is read by the linear branch only."""
+    """The same on quantized operands; of q itself only the shape and dtype count."""
     batch, length, heads, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if onto is None else onto
     fp8 = operands.v.dtype == torch.float8_e4m3fn
     card = capability(q.device)
     tma = has_tma(card)
-    branch, flags = linear_arguments(q, linear, tma)
     if tma:
         keys, values = describe_blocks(operands.k, block_k), describe_blocks(operands.v, dim)
         operands = operands._replace(k=keys, v=values)
     with torch.cuda.device_of(q):
         sage_attention_kernel[block_map.shape[2], heads, batch](
-            q, *operands, block_map.contiguous(), out, *branch,
-            *q.stride()[:3], length, block_map.shape[3],
-            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, FP8=fp8, TMA=tma, **flags,
+            *operands, block_map.contiguous(), out, length, block_map.shape[3],
+            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, FP8=fp8, TMA=tma,
+            ONTO=onto is not None,
             **low_bit_config(card, block_q, block_k, fp8),
         )  # fmt: skip
     return out
-
-
-def linear_arguments(
-    q: torch.Tensor, linear: LinearBranch | None, tma: bool
-) -> tuple[tuple, dict]:
-    """The kernels' tensors and flags for a linear branch; stand-ins where there is none."""
-    if linear is None:
-        return (q, q, q), {"LINEAR": False, "FEATURE_MAP": "softmax"}
-    mix = project_state(linear.state, linear.normalizer, linear.proj_weight, q.dtype)
-    mix = describe_blocks(mix, q.shape[-1]) if tma else mix
-    tensors = mix, linear.normalizer.contiguous(), linear.proj_bias.contiguous()
-    return tensors, {"LINEAR": True, "FEATURE_MAP": linear.feature_map}
 
 
 def describe_blocks(x: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -375,16 +344,17 @@ def quantize(
     scale: float,
     q_blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
     v_max: torch.Tensor | None = None,
+    for_hopper: bool = False,
 ) -> Quantized:
     """q and k - k_mean in int8 with a scale per block, v with a scale per channel."""
     q_int, q_scale = quantize_blocks(q, block_q) if q_blocks is None else q_blocks
-    k_int, k_scale = quantize_blocks(k, block_k, k_mean.float().contiguous())
-    values, v_scale = quantize_values(v, v_dtype, block_k, v_max)
+    k_int, k_scale = quantize_blocks(k, block_k, k_mean.float().contiguous(), for_hopper)
+    values, v_scale = quantize_values(v, v_dtype, block_k, v_max, for_hopper)
     return Quantized(q_int, q_scale * (scale * LOG2_E), k_int, k_scale, values, v_scale)
 
 
 def quantize_blocks(
-    x: torch.Tensor, block: int, center: torch.Tensor | None = None
+    x: torch.Tensor, block: int, center: torch.Tensor | None = None, for_hopper: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x - center to int8 [B, H, N * block, D] and float32 [B, H, N], one scale per block."""
     batch, length, heads, dim = x.shape
@@ -397,13 +367,17 @@ def quantize_blocks(
     with torch.cuda.device_of(x):
         quantize_heads_kernel[blocks, batch * heads](
             x, center if centered else x, integers, scales, *x.stride()[:3], heads, length,
-            BLOCK=block, HEAD_DIM=dim, CENTERED=centered, **LAUNCH,
+            BLOCK=block, HEAD_DIM=dim, CENTERED=centered, FOR_HOPPER=for_hopper, **LAUNCH,
         )  # fmt: skip
     return integers, scales
 
 
 def quantize_values(
-    v: torch.Tensor, dtype: torch.dtype, block: int, v_max: torch.Tensor | None = None
+    v: torch.Tensor,
+    dtype: torch.dtype,
+    block: int,
+    v_max: torch.Tensor | None = None,
+    for_hopper: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """v to `dtype` [B, H, N, D, block] and float32 [B, H, D], one scale per channel."""
     batch, length, heads, dim = v.shape
@@ -413,7 +387,7 @@ def quantize_values(
     with torch.cuda.device_of(v):
         quantize_values_kernel[blocks, batch * heads](
             v, VALUE_LIMIT / amax, values, *v.stride()[:3], heads, length, VALUE_LIMIT,
-            BLOCK=block, HEAD_DIM=dim, **LAUNCH,
+            BLOCK=block, HEAD_DIM=dim, FOR_HOPPER=for_hopper, **LAUNCH,
         )  # fmt: skip
     return values, amax / VALUE_LIMIT
 

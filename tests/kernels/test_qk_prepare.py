@@ -5,8 +5,13 @@ import pytest
 import torch
 from devices import BATCHES, DEVICE, TRITON_DTYPES
 from turbodiffusion_pack.kernels.block_map import block_means
+from turbodiffusion_pack.kernels.linear_attention import (
+    LinearBranch,
+    key_value_state,
+    linear_attention,
+)
 from turbodiffusion_pack.kernels.norm import rms_norm
-from turbodiffusion_pack.kernels.qk_prepare import prepare
+from turbodiffusion_pack.kernels.qk_prepare import hopper, prepare
 from turbodiffusion_pack.kernels.qk_prepare import triton as triton_kernels
 from turbodiffusion_pack.kernels.rope import apply_rope
 from turbodiffusion_pack.kernels.sparse_attention.reference import quantize_blocks
@@ -134,3 +139,48 @@ def test_out_must_fit():
         prepare(x, weight, cos, sin, out=x[:, :9])
     with pytest.raises(ValueError, match="out must be contiguous"):
         prepare(x, weight, cos, sin, out=x.transpose(1, 2).contiguous().transpose(1, 2))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("feature_map", ["softmax", "elu"])
+def test_gives_the_linear_branch_in_place_of_the_rows(feature_map, backend):
+    x, *angles = random_projection(2, 200, 3, 64, torch.float16)
+    rows = prepare(x, *angles, quantize=True, backend="reference")
+    state = key_value_state(rows.x, torch.randn_like(rows.x), feature_map, backend="reference")
+    proj = torch.randn(64, 64, device=DEVICE) / 8, torch.randn(64, device=DEVICE)
+    branch = LinearBranch(*state, *proj, feature_map)
+    out = torch.empty(x.shape, dtype=x.dtype, device=DEVICE)
+    found = prepare(x, *angles, quantize=True, backend=backend, out=out, linear=branch)
+    assert found.x is out
+    exact = linear_attention(rows.x.float(), *branch, backend="reference")
+    assert goldens.relative_error(out, exact) <= 1e-3
+    assert goldens.relative_error(found.means, rows.means) <= 1e-3
+    assert (found.q.int() - rows.q.int()).abs().max() <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize(("batch", "length", "heads"), [(1, 1, 1), (2, 300, 3), (1, 1000, 12)])
+def test_cuda_on_hopper_equals_triton(batch, length, heads, block, quantize, dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    x, *angles = random_projection(batch, length, heads, 128, dtype, own_angles=True)
+    arguments = x, *angles, 1e-6, block, quantize
+    expected = triton_kernels.prepare(*arguments, torch.empty_like(x.contiguous()), None)
+    found = hopper.prepare(*arguments, torch.empty_like(x.contiguous()), None)
+    # Fused multiply-adds round a few rotated numbers the other way.
+    assert goldens.relative_error(found.x, expected.x) <= 2e-4
+    assert goldens.relative_error(found.means, expected.means) <= 1e-4
+    if quantize:
+        differ = (found.q.int() - expected.q.int()).abs()
+        assert differ.max() <= 1
+        assert differ.float().mean() <= 1e-3
+        torch.testing.assert_close(found.scale, expected.scale, atol=0, rtol=8e-3)
+    state = key_value_state(expected.x, torch.randn_like(expected.x))
+    proj = torch.randn(128, 128, device=DEVICE) / 11, torch.randn(128, device=DEVICE)
+    branch = LinearBranch(*state, *proj)
+    exact = linear_attention(expected.x.float(), *branch, backend="reference")
+    found = hopper.prepare(*arguments, torch.empty_like(x.contiguous()), branch)
+    assert goldens.relative_error(found.x, exact) <= 6e-3

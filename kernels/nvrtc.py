@@ -1,0 +1,105 @@
+"""CUDA C++ for what Triton cannot say, compiled at run time by the NVRTC that torch brings."""
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+
+import torch
+
+
+class Kernel:
+    """A compiled kernel on one device."""
+
+    def __init__(self, driver: ctypes.CDLL, function: ctypes.c_void_p, shared_bytes: int):
+        self.driver, self.function, self.shared_bytes = driver, function, shared_bytes
+
+    def launch(self, programs: int, threads: int, *arguments: torch.Tensor | int) -> None:
+        """Start on torch's current stream; tensors go in as pointers, integers as int32."""
+        values = [
+            ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_int(x)
+            for x in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        sizes = programs, 1, 1, threads, 1, 1, self.shared_bytes
+        failed = self.driver.cuLaunchKernel(self.function, *sizes, stream, pointers, None)
+        _check(self.driver, failed)
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled at run time; None where it can."""
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
+    try:
+        _nvrtc()
+    except OSError as error:
+        return f"torch's NVRTC does not load ({error})"
+    return None
+
+
+@functools.cache
+def load(
+    source: Path, name: str, target: str, shared_bytes: int, device: int, **constants: int
+) -> Kernel:
+    """Compile the kernel `name` of a file for `target` (as sm_90a) and load it on `device`.
+
+    `constants` are defined before the first line.
+
+    Once in a process, in less than a second.
+
+    Raises:
+        RuntimeError: it does not compile, or the driver does not take it.
+    """
+    binary = compile_cuda(source.read_text(encoding="utf-8"), target, **constants)
+    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # torch makes its context here at the latest
+        _check(driver, driver.cuModuleLoadData(ctypes.byref(module), binary))
+        _check(driver, driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+        most_dynamic_shared_bytes = 8
+        _check(driver, driver.cuFuncSetAttribute(function, most_dynamic_shared_bytes, shared_bytes))
+    return Kernel(driver, function, shared_bytes)
+
+
+def compile_cuda(source: str, target: str, **constants: int) -> bytes:
+    """CUDA C++ as machine code for one architecture; needs no GPU.
+
+    Raises:
+        RuntimeError: it does not compile; the message holds the compiler's.
+    """
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+    words = [f"--gpu-architecture={target}", "--std=c++17"]
+    words += [f"--define-macro={name}={value}" for name, value in constants.items()]
+    options = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    text = _output(nvrtc, program, "ProgramLog" if failed else "CUBIN")
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    if failed:
+        raise RuntimeError(f"NVRTC cannot compile for {target}: {text.decode(errors='replace')}")
+    return text
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    major = torch.version.cuda.split(".")[0]
+    return ctypes.CDLL(
+        f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
+    )
+
+
+def _output(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, kind: str) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{kind}")(program, text)
+    return text.raw
+
+
+def _check(driver: ctypes.CDLL, code: int) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        driver.cuGetErrorString(code, ctypes.byref(text))
+        raise RuntimeError(f"the CUDA driver failed: {(text.value or b'unknown').decode()}")

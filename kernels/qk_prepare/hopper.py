@@ -1,0 +1,88 @@
+"""What prepares q and k on Hopper, in CUDA C++: see prepare.cu."""
+
+import functools
+from pathlib import Path
+
+import torch
+
+from .. import nvrtc
+from ..linear_attention import LinearBranch
+from ..linear_attention.triton import project_state
+from .reference import Prepared
+from .triton import contiguous_pairs, row_norms
+
+SOURCE = Path(__file__).with_name("prepare.cu")
+TARGET = "sm_90"
+HEAD_DIM = 128
+ROWS = 128  # of a program
+HEADS = 8  # of a program at most, which reads its cosines from memory once
+THREADS = 256
+SHARED_BYTES = 128 * 132 * 4 + 128 * 4 + 8 * 128 * 4 + 8 * 4  # prepare.cu's Shared
+LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
+
+
+def fits(x: torch.Tensor, linear: LinearBranch | None) -> bool:
+    """Whether the kernel takes x [B, L, H, D]: 16 bits, D of 128, rows in steps of 16 bytes.
+
+    Of the linear branch it knows only the feature map that the models were trained with.
+    """
+    if linear is not None and linear.feature_map != "softmax":
+        return False
+    steps = x.data_ptr() // 2, *x.stride()[:3]
+    aligned = all(step % 8 == 0 for step in steps) and x.stride(-1) == 1
+    return x.shape[-1] == HEAD_DIM and x.dtype != torch.float32 and aligned
+
+
+@functools.cache
+def places(device: torch.device) -> torch.Tensor:
+    """The channel at each place of the products' 128 summands, [D] on `device`.
+
+    A thread holds channels 32 m + 8 t + {0 .. 7}; a product of 16 takes of each thread t the places
+    2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+    """
+    place = torch.arange(HEAD_DIM, device=device)
+    m, h, r, t, e = place // 32, place // 16 % 2, place // 8 % 2, place // 2 % 4, place % 2
+    return 32 * m + 8 * t + 4 * h + 2 * r + e
+
+
+def prepare(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    block: int,
+    quantize: bool,
+    out: torch.Tensor,
+    linear: LinearBranch | None,
+) -> Prepared:
+    """RMSNorm over all heads, RoPE, block means, int8 blocks and the linear branch."""
+    batch, length, heads, dim = x.shape
+    blocks = -(-length // block)
+    options = {"dtype": torch.float32, "device": x.device}
+    norms = row_norms(x, eps)
+    means = torch.empty(batch, heads, blocks, dim, **options)
+    integers, scales, branch = None, None, (norms, norms, norms)
+    if quantize:
+        integers = torch.empty(batch, heads, blocks * block, dim, dtype=torch.int8, device=x.device)
+        scales = torch.empty(batch, heads, blocks, **options)
+    if linear is not None:
+        mix = project_state(linear.state, linear.normalizer, linear.proj_weight, x.dtype)
+        mix = mix.mT[..., places(x.device)].contiguous()
+        branch = mix, linear.normalizer.contiguous(), linear.proj_bias.float().contiguous()
+    cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
+    flags = {"BLOCK": block, "QUANTIZE": quantize, "LINEAR": linear is not None}
+    flags["BF16"] = x.dtype == torch.bfloat16
+    shared = SHARED_BYTES + (LINEAR_BYTES if linear is not None else 0)
+    groups = -(-heads // HEADS)
+    programs = groups * -(-length // ROWS) * batch
+    with torch.cuda.device_of(x):
+        flags = {name: int(flag) for name, flag in flags.items()}
+        kernel = nvrtc.load(SOURCE, "prepare", TARGET, shared, x.device.index, **flags)
+        kernel.launch(
+            programs, THREADS,
+            x, norms, weight.float().contiguous(), cos, sin, out, means,
+            integers if quantize else norms, scales if quantize else norms, *branch,
+            *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], length, heads, blocks, -(-heads // groups),
+        )  # fmt: skip
+    return Prepared(out, means, integers, scales)

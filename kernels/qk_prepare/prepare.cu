@@ -1,0 +1,402 @@
+// RMSNorm, RoPE, block means, and for q also int8 blocks and the linear branch, in one pass.
+//
+// A program takes 128 rows of several heads: their cosines and sines wait in shared memory. A warp
+// takes 16 rows. Of its rows lane / 4 and lane / 4 + 8 a thread holds the channels
+// 32 m + 8 (lane % 4) + {0 .. 7}, m = 0 .. 3. Products of 16 channels take them four by four, so the
+// other factor's rows come in the matching order, see `places` in hopper.py.
+
+#ifndef BLOCK
+#define BLOCK 128   // rows of a block
+#define QUANTIZE 1  // whether to make int8 blocks
+#define LINEAR 1    // whether `out` gets the linear branch in place of the rows
+#define BF16 1      // bfloat16 rows, else float16
+#endif
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef signed char i8;
+
+constexpr int HEAD_DIM = 128;
+constexpr int ROWS = 128;
+constexpr int WARPS = 8;
+#if LINEAR
+constexpr int MIX_STRIDE = HEAD_DIM + 8;  // in 16 bits: keeps rows in different banks
+#endif
+
+struct Shared {
+    float turns[ROWS][HEAD_DIM + 4];  // cosine and sine of a pair, side by side
+#if LINEAR
+    u16 mix[HEAD_DIM * MIX_STRIDE];  // [channel out, place of channel in]
+    float normalizer[HEAD_DIM];
+#endif
+    float norms[ROWS];
+    float sums[WARPS][HEAD_DIM];
+    float highest[WARPS];
+};
+
+__device__ __forceinline__ float2 unpack(u32 x) {
+#if BF16
+    return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+#else
+    float2 y;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(y.x), "=f"(y.y) : "r"(x));
+    return y;
+#endif
+}
+
+__device__ __forceinline__ u32 pack(float x, float y) {
+    u32 packed;
+#if BF16
+    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x), "f"(y));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x), "f"(y));
+#endif
+    return packed;
+}
+
+__device__ __forceinline__ float2 rounded(float x, float y) { return unpack(pack(x, y)); }
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+#if BF16
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#else
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#endif
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void load_matrices(u32 (&b)[4], const u16* row) {
+    u32 address = static_cast<u32>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(address));
+}
+
+// Over the four threads of a row.
+__device__ __forceinline__ float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+__device__ __forceinline__ float row_sum(float x) {
+    x += __shfl_xor_sync(0xffffffff, x, 1);
+    return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, distance));
+    return x;
+}
+
+// Half of 2 MANY values goes to the thread `distance` lanes away, the other half gets its values added.
+template <int MANY> __device__ __forceinline__ void add_half(float (&x)[32], bool upper, int distance) {
+#pragma unroll
+    for (int i = 0; i < MANY; i++) {
+        float send = upper ? x[i] : x[MANY + i], keep = upper ? x[MANY + i] : x[i];
+        x[i] = keep + __shfl_xor_sync(0xffffffff, send, distance);
+    }
+}
+
+// 32 values of each thread, added over the eight threads that hold the same channels: a thread keeps
+// the sums x[0 .. 3] of four of them, those from the returned one on.
+__device__ __forceinline__ int add_rows(float (&x)[32], int lane) {
+    add_half<16>(x, lane & 16, 16);
+    add_half<8>(x, lane & 8, 8);
+    add_half<4>(x, lane & 4, 4);
+    return (lane & 16 ? 16 : 0) + (lane & 8 ? 8 : 0) + (lane & 4 ? 4 : 0);
+}
+
+struct Tensors {
+    const uint4* x;           // rows of 16 bits
+    const float* norms;       // 1 / root mean square of each row over all heads
+    const float* weight;      // [H D]
+    const float* cos;
+    const float* sin;
+    u16* out;                 // [B, L, H, D]
+    float* means;             // [B, H, N, D]
+    i8* integers;             // [B, H, N BLOCK, D]
+    float* scales;            // [B, H, N]
+    const u16* mix;           // [B, H, D (out), D (places of in)]
+    const float* normalizer;  // [B, H, D]
+    const float* bias;        // [D]
+};
+
+// Rows beyond the end are read as zeros.
+__device__ __forceinline__ void load_rows(
+    uint4 (&tile)[2][4], const uint4* x, long long stride, int row, int pair, int inside
+) {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            tile[half][m] = make_uint4(0, 0, 0, 0);
+            if (row + 8 * half < inside) tile[half][m] = x[(row + 8 * half) * stride + 4 * m + pair];
+        }
+}
+
+// Normalize, round, rotate, round: packed[half][4 m + i] holds channels 32 m + 8 pair + 2 i + {0, 1}.
+__device__ __forceinline__ void rotate(
+    u32 (&packed)[2][16], const uint4 (&tile)[2][4], const Shared& shared, const float* weight,
+    int row, int pair
+) {
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        int first = 32 * m + 8 * pair;
+        float4 w[2] = {*reinterpret_cast<const float4*>(weight + first),
+                       *reinterpret_cast<const float4*>(weight + first + 4)};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float norm = shared.norms[row + 8 * half];
+            const float4* turns =
+                reinterpret_cast<const float4*>(&shared.turns[row + 8 * half][first]);
+            const u32* raw = reinterpret_cast<const u32*>(&tile[half][m]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float2 x = unpack(raw[i]);
+                float wa = i % 2 ? w[i / 2].z : w[i / 2].x, wb = i % 2 ? w[i / 2].w : w[i / 2].y;
+                float2 n = rounded(x.x * norm * wa, x.y * norm * wb);
+                float4 both = turns[i / 2];
+                float c = i % 2 ? both.z : both.x, s = i % 2 ? both.w : both.y;
+                packed[half][4 * m + i] = pack(n.x * c - n.y * s, n.x * s + n.y * c);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void store_rows(
+    u16* out, const u32 (&packed)[2][16], long long stride, int row, int pair, int inside
+) {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            const u32* p = &packed[half][4 * m];
+            uint4* to = reinterpret_cast<uint4*>(out + (row + 8 * half) * stride + 32 * m + 8 * pair);
+            if (row + 8 * half < inside) *to = make_uint4(p[0], p[1], p[2], p[3]);
+        }
+}
+
+// This warp's part of the sums over a block's rows, and its largest |x|.
+__device__ __forceinline__ void add_up(
+    Shared& shared, const u32 (&packed)[2][16], int warp, int lane
+) {
+    float sums[32], high = 0;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        float2 a = unpack(packed[0][i]), b = unpack(packed[1][i]);
+        sums[2 * i] = a.x + b.x;
+        sums[2 * i + 1] = a.y + b.y;
+        high = fmaxf(high, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y))));
+    }
+    int first = add_rows(sums, lane);
+    int channel = first / 8 * 32 + 8 * (lane % 4) + first % 8;
+    *reinterpret_cast<float4*>(&shared.sums[warp][channel]) =
+        make_float4(sums[0], sums[1], sums[2], sums[3]);
+#if QUANTIZE
+    high = warp_max(high);
+    if (lane == 0) shared.highest[warp] = high;
+#endif
+}
+
+__device__ __forceinline__ void store_integers(
+    i8* integers, const u32 (&packed)[2][16], float factor, int row, int pair
+) {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            u32 bytes[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float2 a = unpack(packed[half][4 * m + 2 * i]);
+                float2 b = unpack(packed[half][4 * m + 2 * i + 1]);
+                // Adding 1.5 * 2^23 rounds half to even, and leaves the integer in the low byte.
+                u32 n[4] = {__float_as_uint(__fadd_rn(__fmul_rn(a.x, factor), 12582912.0f)),
+                            __float_as_uint(__fadd_rn(__fmul_rn(a.y, factor), 12582912.0f)),
+                            __float_as_uint(__fadd_rn(__fmul_rn(b.x, factor), 12582912.0f)),
+                            __float_as_uint(__fadd_rn(__fmul_rn(b.y, factor), 12582912.0f))};
+                bytes[i] = __byte_perm(__byte_perm(n[0], n[1], 0x0040),
+                                       __byte_perm(n[2], n[3], 0x0040), 0x5410);
+            }
+            *reinterpret_cast<uint2*>(integers + (row + 8 * half) * HEAD_DIM + 32 * m + 8 * pair) =
+                make_uint2(bytes[0], bytes[1]);
+        }
+}
+
+#if LINEAR
+// e^x of the row less its maximum, times the normalizer, in place; the factor of the row's product.
+__device__ __forceinline__ float weigh(u32 (&packed)[16], const float* normalizer, int pair) {
+    float high = -1e30f;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        float2 x = unpack(packed[i]);
+        high = fmaxf(high, fmaxf(x.x, x.y));
+    }
+    const float log2e = 1.4426950408889634f;
+    float shift = -row_max(high) * log2e, plain = 0, total = 0;
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        const float4* z = reinterpret_cast<const float4*>(normalizer + 32 * m + 8 * pair);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float2 x = unpack(packed[4 * m + i]);
+            float a = exp2_fast(fmaf(x.x, log2e, shift)), b = exp2_fast(fmaf(x.y, log2e, shift));
+            float4 both = z[i / 2];
+            float wa = a * (i % 2 ? both.z : both.x), wb = b * (i % 2 ? both.w : both.y);
+            plain += a + b;
+            total += wa + wb;
+            packed[4 * m + i] = pack(wa, wb);
+        }
+    }
+    // phi is e^x / plain: phi z / (1e-5 + sum of phi z) = e^x z / (1e-5 plain + total)
+    return 1.0f / fmaf(1e-5f, row_sum(plain), row_sum(total));
+}
+
+// The mixed rows of this warp: weights [16, 128] times mix [128, 128].
+__device__ __forceinline__ void store_mixed(
+    const Shared& shared, u16* out, const u32 (&weights)[2][16], const float (&factor)[2],
+    const float* bias, long long stride, int row, int lane, int inside
+) {
+    int pair = lane % 4;
+#pragma unroll
+    for (int n = 0; n < 16; n++) {
+        float d[4] = {0, 0, 0, 0};
+        const u16* from = shared.mix + (8 * n + lane % 8) * MIX_STRIDE + lane / 8 * 8;
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            u32 b[4];
+            load_matrices(b, from + 32 * m);
+            u32 low[4] = {weights[0][4 * m], weights[1][4 * m],
+                          weights[0][4 * m + 1], weights[1][4 * m + 1]};
+            u32 high[4] = {weights[0][4 * m + 2], weights[1][4 * m + 2],
+                           weights[0][4 * m + 3], weights[1][4 * m + 3]};
+            mma(d, low, b[0], b[1]);
+            mma(d, high, b[2], b[3]);
+        }
+        int channel = 8 * n + 2 * pair;
+        float2 add = *reinterpret_cast<const float2*>(bias + channel);
+        u32* to = reinterpret_cast<u32*>(out + channel + row * stride);
+        u32* below = reinterpret_cast<u32*>(out + channel + (row + 8) * stride);
+        if (row < inside) *to = pack(fmaf(d[0], factor[0], add.x), fmaf(d[1], factor[0], add.y));
+        if (row + 8 < inside)
+            *below = pack(fmaf(d[2], factor[1], add.x), fmaf(d[3], factor[1], add.y));
+    }
+}
+
+// Starts the copies of a head's mix.
+__device__ __forceinline__ void load_mix(Shared& shared, const u16* mix, const float* normalizer) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < HEAD_DIM * HEAD_DIM / 8; i += 32 * WARPS) {
+        u32 to = static_cast<u32>(
+            __cvta_generic_to_shared(&shared.mix[i / 16 * MIX_STRIDE + i % 16 * 8]));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(mix + 8 * i));
+    }
+    if (threadIdx.x < HEAD_DIM) shared.normalizer[threadIdx.x] = normalizer[threadIdx.x];
+}
+#endif
+
+// Cosines and sines of the rows, and their norms.
+__device__ __forceinline__ void load_turns(
+    Shared& shared, const Tensors& t, long long norm_row, long long cos_row, long long sin_row,
+    long long cos_stride, long long sin_stride, int inside
+) {
+    for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 2; i += 32 * WARPS) {
+        int row = i / (HEAD_DIM / 2), pair = i % (HEAD_DIM / 2);
+        float2 turn = {0, 0};
+        if (row < inside)
+            turn = {t.cos[cos_row + row * cos_stride + pair], t.sin[sin_row + row * sin_stride + pair]};
+        *reinterpret_cast<float2*>(&shared.turns[row][2 * pair]) = turn;
+    }
+    if (threadIdx.x < ROWS)
+        shared.norms[threadIdx.x] = threadIdx.x < inside ? t.norms[norm_row + threadIdx.x] : 0;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prepare(
+    const uint4* x, const float* norms, const float* weight, const float* cos, const float* sin,
+    u16* out, float* means, i8* integers, float* scales, const u16* mix, const float* normalizer,
+    const float* bias, int x_b, int x_l, int x_h, int cos_b, int cos_l, int sin_b, int sin_l,
+    int length, int heads, int blocks, int heads_each
+) {
+    extern __shared__ __align__(16) char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    Tensors t = {x, norms, weight, cos, sin, out, means, integers, scales, mix, normalizer, bias};
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % 4;
+    int row = 16 * warp + lane / 4, tiles = (length + ROWS - 1) / ROWS;
+    int groups = (heads + heads_each - 1) / heads_each;
+    int group = blockIdx.x % groups, tile = blockIdx.x / groups % tiles;
+    int sample = blockIdx.x / (groups * tiles);
+    long long first = (long long)tile * ROWS;
+    int inside = min(ROWS, (int)(length - first));
+    load_turns(shared, t, sample * (long long)length + first, sample * (long long)cos_b + first * cos_l,
+               sample * (long long)sin_b + first * sin_l, cos_l, sin_l, inside);
+    __syncthreads();
+    const u16* rows16 = reinterpret_cast<const u16*>(x) + sample * (long long)x_b + first * x_l;
+    u16* out_rows = out + (sample * (long long)length + first) * heads * HEAD_DIM;
+    int last = min(heads, (group + 1) * heads_each);
+    uint4 raw[2][4];
+    int head = group * heads_each;
+    load_rows(raw, reinterpret_cast<const uint4*>(rows16 + (long long)head * x_h), x_l / 8, row, pair, inside);
+    for (; head < last; head++) {
+        u32 packed[2][16];
+        long long whole_head = sample * (long long)heads + head;
+#if LINEAR
+        load_mix(shared, mix + whole_head * HEAD_DIM * HEAD_DIM, normalizer + whole_head * HEAD_DIM);
+#endif
+        rotate(packed, raw, shared, weight + head * HEAD_DIM, row, pair);
+        if (head + 1 < last)
+            load_rows(raw, reinterpret_cast<const uint4*>(rows16 + (long long)(head + 1) * x_h), x_l / 8,
+                      row, pair, inside);
+        add_up(shared, packed, warp, lane);
+#if LINEAR
+        asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+        __syncthreads();
+#pragma unroll
+        for (int part = 0; part < ROWS / BLOCK; part++) {
+            int block = tile * (ROWS / BLOCK) + part;
+            int many = min(BLOCK, inside - part * BLOCK);
+            if (many > 0 && threadIdx.x < HEAD_DIM) {
+                float sum = 0;
+#pragma unroll
+                for (int i = 0; i < BLOCK / 16; i++)
+                    sum += shared.sums[part * (BLOCK / 16) + i][threadIdx.x];
+                means[(whole_head * blocks + block) * HEAD_DIM + threadIdx.x] = sum / many;
+            }
+        }
+#if QUANTIZE
+        {
+            int part = 16 * warp / BLOCK, block = tile * (ROWS / BLOCK) + part;
+            float high = 1e-8f;
+#pragma unroll
+            for (int i = 0; i < BLOCK / 16; i++)
+                high = fmaxf(high, shared.highest[part * (BLOCK / 16) + i]);
+            if (part * BLOCK < inside) {
+                long long at = whole_head * blocks + block;
+                store_integers(integers + at * BLOCK * HEAD_DIM - part * BLOCK * HEAD_DIM, packed,
+                               __fdiv_rn(127.0f, high), row, pair);
+                if (threadIdx.x % (2 * BLOCK) == 0) scales[at] = __fdiv_rn(high, 127.0f);
+            }
+        }
+#endif
+        u16* to = out_rows + head * HEAD_DIM;
+#if LINEAR
+        float factor[2] = {weigh(packed[0], shared.normalizer, pair),
+                           weigh(packed[1], shared.normalizer, pair)};
+        store_mixed(shared, to, packed, factor, bias, (long long)heads * HEAD_DIM, row, lane, inside);
+#else
+        store_rows(to, packed, (long long)heads * HEAD_DIM, row, pair, inside);
+#endif
+        __syncthreads();
+    }
+}

@@ -1,0 +1,52 @@
+"""Low-bit sparse attention on Hopper, in CUDA C++: see hopper.cu."""
+
+from pathlib import Path
+
+import torch
+
+from .. import nvrtc
+from . import triton as triton_kernels
+from .reference import Quantized
+
+SOURCE = Path(__file__).with_suffix(".cu")
+TARGET = "sm_90a"
+THREADS = 384
+SHARED_BYTES = 1024 + 7 * (2 * 64 * 128 + 24) + 128 * 128 * 5  # alignment; hopper.cu's Shared
+SHAPE = 128, 128, 64  # head dim, rows in a query and a key block
+
+
+def quantize(q, k, v, k_mean, v_dtype, block_q, block_k, scale, q_blocks=None, v_max=None):
+    """See the Triton file; k's and v's blocks lie as the tensor cores read them.
+
+    Rows of k are 128 bytes of channels, those of v 64 bytes of keys. Within eight rows of k (four
+    pairs of v) their chunks of 16 bytes trade places, so that shared memory gives a column of
+    chunks at once. v's keys stand in the order in which a thread holds their weights.
+    """
+    arguments = q, k, v, k_mean, v_dtype, block_q, block_k, scale, q_blocks, v_max
+    return triton_kernels.quantize(*arguments, for_hopper=True)
+
+
+def sage_attention(
+    q: torch.Tensor,
+    operands: Quantized,
+    block_map: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    onto: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention over the selected key blocks, [B, L, H, D], on operands of `quantize` above."""
+    batch, length, heads, _ = q.shape
+    q_blocks, count = block_map.shape[2:]
+    k_blocks = -(-length // block_k)
+    works = batch * heads * q_blocks
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if onto is None else onto
+    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    with torch.cuda.device_of(q):
+        kernel = nvrtc.load(SOURCE, "sage_attention", TARGET, SHARED_BYTES, q.device.index)
+        kernel.launch(
+            min(works, programs), THREADS,
+            operands.q, operands.q_scale, operands.k, operands.k_scale, operands.v,
+            operands.v_scale, block_map.contiguous(), out, length, count, q_blocks, k_blocks,
+            heads, works, int(q.dtype == torch.bfloat16), int(onto is not None),
+        )  # fmt: skip
+    return out
