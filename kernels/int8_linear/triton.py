@@ -6,29 +6,23 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import dispatch
+from .. import dispatch, tuning
 
 BLOCK = 128
-# Row tiles that share their columns of w in L2 before the next columns are taken.
-GROUP = 8
 
 
 def linear_config(
     capability: tuple[int, int], by_blocks: bool, tma: bool, n: int, k: int
 ) -> dict[str, int]:
-    """Launch configuration, from what tests/benchmarks/int8_linear.py --sweep measured.
+    """Launch configuration, see kernels/tuning.py.
 
     It does not look at the length: a new resolution never compiles again.
     """
-    tile = {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK, "BLOCK_K": BLOCK, "GROUP": GROUP}
-    if capability[0] == 9 and tma:
-        # A wide tile has its SM to itself: it pays where K hides its epilogue, and N is wide.
-        if not by_blocks and k > 2048 and n >= 3072:
-            return {**tile, "BLOCK_N": 256, "num_warps": 8, "num_stages": 4}
-        # Two tiles share an SM. Block scales spill 48 bytes at 4 warps, yet are slower at 8.
-        return {**tile, "num_warps": 4, "num_stages": 3}
-    # 32 KB a stage: 227 KB a block on data center Hopper and Blackwell, 99 KB on most others.
-    return {**tile, "num_warps": 8, "num_stages": 4 if capability[0] in (9, 10) else 3}
+    tiles = tuning.of_card(tuning.INT8_LINEAR, capability)
+    kind = "pointers" if not tma else "blocks" if by_blocks else "rows"
+    if kind == "rows" and k > 2048 and n >= 3072 and "wide" in tiles:
+        kind = "wide"
+    return tiles[kind].launch()
 
 
 def linear(

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..norm.triton import row_launch
+from ..norm.triton import load_row, row_launch, row_pieces, store_row
+from ..tuning import GELU_ROWS, QUANTIZE_BLOCKS, RowLoop, of_width
 
 BLOCK = 128
-# Bandwidth-bound: the same launch on every card.
-BLOCKS_LAUNCH = {"BLOCK": BLOCK, "num_warps": 8, "num_stages": 1}
+BLOCKS_LAUNCH = {"BLOCK": BLOCK, **QUANTIZE_BLOCKS}
 
 
 def quantize_blocks(x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
@@ -33,10 +33,25 @@ def quantize_rows(x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        quantize_rows_kernel[(scale.numel(),)](
-            batched, q, scale, rows, columns, *batched.stride(), activation, **row_launch(columns)
-        )
+        if activation is None:
+            quantize_rows_kernel[(scale.numel(),)](
+                batched, q, scale, rows, columns, *batched.stride(), **row_launch(columns)
+            )
+        else:
+            loop = of_width(GELU_ROWS, columns)
+            activate_rows_kernel[loop_grid(loop, *batched.shape[:2], x.device)](
+                batched, q, scale, rows, *batched.stride(), activation, columns,
+                row_pieces(columns), **loop.launch(),
+            )  # fmt: skip
     return q, scale
+
+
+def loop_grid(loop: RowLoop, batch: int, rows: int, device: torch.device) -> tuple[int, int]:
+    """Samples, and programs for the rows of each: together what the card runs at once."""
+    processors = 1
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return batch, min(rows, triton.cdiv(processors * loop.programs, batch))
 
 
 @triton.jit
@@ -44,9 +59,11 @@ def round_to_int8(x, amax):
     """The reference's int8: round half to even of x * (128 / amax)."""
     scaled = x * tl.div_rn(tl.full(amax.shape, 128.0, tl.float32), amax)
     # Clamped first: the product must be rounded before the addition, which no FMA can then skip.
-    scaled = tl.clamp(scaled, -128.0, 127.0)
-    # Adding 1.5 * 2^23 leaves no bit for the fraction, and fp32 additions round half to even.
-    return ((scaled + 12582912.0) - 12582912.0).to(tl.int8)
+    # Not from below: -amax gives -128, or the float under it, which rounds to -128 as well.
+    scaled = tl.minimum(scaled, 127.0)
+    # Adding 1.5 * 2^23 leaves no bit for the fraction, and fp32 additions round half to even: the
+    # low byte of the sum is the integer.
+    return (scaled + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -54,6 +71,19 @@ def quantize_tile(x):
     """int8 of fp32 x and its scale, one for all of it."""
     amax = tl.maximum(tl.max(tl.abs(x)), 1e-8)
     return round_to_int8(x, amax), amax * (1 / 128)
+
+
+@triton.jit
+def quantize_row(row, q_ptr, scale_ptr, CHANNELS: tl.constexpr, PIECES: tl.constexpr):
+    """Write the int8 of a row in pieces, as `load_row` gives them, and its scale."""
+    amax = 1e-8
+    for i in tl.static_range(len(PIECES)):
+        amax = tl.maximum(amax, tl.max(tl.abs(row[i])))
+    q = ()
+    for i in tl.static_range(len(PIECES)):
+        q += (round_to_int8(row[i], amax),)
+    store_row(q_ptr, q, CHANNELS, PIECES)
+    tl.store(scale_ptr, amax * (1 / 128))
 
 
 @triton.jit
@@ -107,13 +137,30 @@ def quantize_rows_kernel(
     stride_b,
     stride_r,
     stride_c,
-    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
     x_ptr += (pid // rows).to(tl.int64) * stride_b + (pid % rows).to(tl.int64) * stride_r
     c = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + c.to(tl.int64) * stride_c, mask=c < columns, other=0.0)
-    q, scale = quantize_tile(activate(x.to(tl.float32), ACTIVATION))
+    q, scale = quantize_tile(x.to(tl.float32))
     tl.store(q_ptr + pid.to(tl.int64) * columns + c, q, mask=c < columns)
     tl.store(scale_ptr + pid, scale)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def activate_rows_kernel(
+    x_ptr, q_ptr, scale_ptr, rows, stride_b, stride_r, stride_c,
+    ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(0).to(tl.int64)
+    first, step = tl.program_id(1), tl.num_programs(1)
+    x_ptr += batch * stride_b
+    for i in tl.range(0, tl.cdiv(rows - first, step), num_stages=STAGES):
+        row = (first + i * step).to(tl.int64)
+        x = load_row(x_ptr + row * stride_r, stride_c, CHANNELS, PIECES)
+        y = ()
+        for j in tl.static_range(len(PIECES)):
+            y += (activate(x[j], ACTIVATION),)
+        out = batch * rows + row
+        quantize_row(y, q_ptr + out * CHANNELS, scale_ptr + out, CHANNELS, PIECES)

@@ -1,18 +1,40 @@
-"""RMSNorm and modulated LayerNorm in Triton: one program per row, read once into registers."""
+"""RMSNorm and modulated LayerNorm in Triton: one program per row, read once into registers.
+
+Other kernels that hold whole rows build on it: a row is padded to a power of two (`row_launch`),
+or is a tuple of pieces (`row_pieces`).
+"""
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import LAYER_NORM_ROWS, ROWS, of_width
+
 
 def row_launch(channels: int) -> dict[str, int]:
-    """Launch of a program that holds a whole row: at most 32 values a thread to 32768 channels.
-
-    Bandwidth-bound: the same on every card.
-    """
+    """Launch of a program that pads its row, see kernels/tuning.py."""
     block = triton.next_power_of_2(channels)
-    return {"BLOCK": block, "num_warps": min(max(block // 1024, 4), 32), "num_stages": 1}
+    return {"BLOCK": block, "num_warps": ROWS.warps(block), "num_stages": 1}
+
+
+@functools.cache
+def row_pieces(channels: int) -> tuple[tuple[int, int], ...]:
+    """First channel and size of the pieces of a row, all powers of two.
+
+    The last may reach beyond the row, by a sixteenth of it at most: what is held there takes as
+    long as what is not.
+    """
+    pieces, first = [], 0
+    while first < channels:
+        size = triton.next_power_of_2(channels - first)
+        if first + size - channels > channels // 16:
+            size //= 2
+        pieces.append((first, size))
+        first += size
+    return tuple(pieces)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -39,9 +61,15 @@ def layer_norm(
     operands, strides = layer_norm_operands(x, weight, bias, scale, shift)
     with torch.cuda.device_of(x):
         layer_norm_kernel[(batch * length,)](
-            x, *operands, y, length, channels, eps, *strides, **row_launch(channels)
-        )
+            x, *operands, y, length, eps, *strides, channels, row_pieces(channels),
+            **layer_norm_launch(channels),
+        )  # fmt: skip
     return y
+
+
+def layer_norm_launch(channels: int) -> dict[str, int]:
+    """The warps that go through the rows for `layer_norm_quant` suit one row as well."""
+    return {"num_warps": of_width(LAYER_NORM_ROWS, channels).warps, "num_stages": 1}
 
 
 def layer_norm_operands(
@@ -73,6 +101,44 @@ def rms_norm_kernel(
 
 
 @triton.jit
+def load_row(ptr, stride, CHANNELS: tl.constexpr, PIECES: tl.constexpr):
+    """The row at ptr: fp32 pieces, 0 beyond the last channel."""
+    row = ()
+    for i in tl.static_range(len(PIECES)):
+        c = PIECES[i][0] + tl.arange(0, PIECES[i][1])
+        x = tl.load(ptr + c.to(tl.int64) * stride, mask=c < CHANNELS, other=0.0)
+        row += (x.to(tl.float32),)
+    return row
+
+
+@triton.jit
+def store_row(ptr, row, CHANNELS: tl.constexpr, PIECES: tl.constexpr):
+    for i in tl.static_range(len(PIECES)):
+        c = PIECES[i][0] + tl.arange(0, PIECES[i][1])
+        tl.store(ptr + c, row[i], mask=c < CHANNELS)
+
+
+@triton.jit
+def normalize_row(row, eps, CHANNELS: tl.constexpr, PIECES: tl.constexpr):
+    """The row's pieces with mean 0 and variance 1, still 0 beyond the last channel."""
+    total = 0.0
+    for i in tl.static_range(len(PIECES)):
+        total += tl.sum(row[i])
+    centered, squares = (), 0.0
+    for i in tl.static_range(len(PIECES)):
+        c = PIECES[i][0] + tl.arange(0, PIECES[i][1])
+        # Lanes beyond the last channel hold 0, which is not the mean.
+        piece = tl.where(c < CHANNELS, row[i] - total / CHANNELS, 0.0)
+        squares += tl.sum(piece * piece)
+        centered += (piece,)
+    rstd = tl.rsqrt(squares / CHANNELS + eps)
+    y = ()
+    for i in tl.static_range(len(PIECES)):
+        y += (centered[i] * rstd,)
+    return y
+
+
+@triton.jit
 def modulate(
     y, c, channels, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_offset, shift_offset
 ):
@@ -93,41 +159,37 @@ def modulate(
 
 
 @triton.jit
-def layer_norm_row(
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, length, channels, eps,
-    stride_xb, stride_xl, stride_xc, stride_scale_b, stride_scale_l, stride_scale_c,
-    stride_shift_b, stride_shift_l, stride_shift_c,
-    BLOCK: tl.constexpr,
+def modulate_row(
+    y, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_offset, shift_offset,
+    stride_scale_c, stride_shift_c, CHANNELS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """The program's row, normalised and modulated: fp32 [BLOCK], 0 beyond the last channel."""
-    pid = tl.program_id(0)
-    batch, row = (pid // length).to(tl.int64), (pid % length).to(tl.int64)
-    c = tl.arange(0, BLOCK)
-    inside = c < channels
-    wide = c.to(tl.int64)
-    x_ptr += batch * stride_xb + row * stride_xl
-    x = tl.load(x_ptr + wide * stride_xc, mask=inside, other=0.0).to(tl.float32)
-    # Lanes beyond the last channel hold 0, which is not the mean.
-    centered = tl.where(inside, x - tl.sum(x) / channels, 0.0)
-    y = centered * tl.rsqrt(tl.sum(centered * centered) / channels + eps)
-    scale_offset = batch * stride_scale_b + row * stride_scale_l + wide * stride_scale_c
-    shift_offset = batch * stride_shift_b + row * stride_shift_l + wide * stride_shift_c
-    return modulate(
-        y, c, channels, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_offset, shift_offset
-    )
+    """`modulate` of a row's pieces y, whose scale and shift begin at the offsets."""
+    modulated = ()
+    for i in tl.static_range(len(PIECES)):
+        c = PIECES[i][0] + tl.arange(0, PIECES[i][1])
+        piece = modulate(
+            y[i], c, CHANNELS, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+            scale_offset + c.to(tl.int64) * stride_scale_c,
+            shift_offset + c.to(tl.int64) * stride_shift_c,
+        )  # fmt: skip
+        modulated += (piece,)
+    return modulated
 
 
 @triton.jit(do_not_specialize=["length"])
 def layer_norm_kernel(
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, length, channels, eps,
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, length, eps,
     stride_xb, stride_xl, stride_xc, stride_scale_b, stride_scale_l, stride_scale_c,
     stride_shift_b, stride_shift_l, stride_shift_c,
-    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    y = layer_norm_row(
-        x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, length, channels, eps,
-        stride_xb, stride_xl, stride_xc, stride_scale_b, stride_scale_l, stride_scale_c,
-        stride_shift_b, stride_shift_l, stride_shift_c, BLOCK,
+    pid = tl.program_id(0)
+    batch, row = (pid // length).to(tl.int64), (pid % length).to(tl.int64)
+    x = load_row(x_ptr + batch * stride_xb + row * stride_xl, stride_xc, CHANNELS, PIECES)
+    scale_offset = batch * stride_scale_b + row * stride_scale_l
+    shift_offset = batch * stride_shift_b + row * stride_shift_l
+    y = modulate_row(
+        normalize_row(x, eps, CHANNELS, PIECES), weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+        scale_offset, shift_offset, stride_scale_c, stride_shift_c, CHANNELS, PIECES,
     )  # fmt: skip
-    c = tl.arange(0, BLOCK)
-    tl.store(y_ptr + tl.program_id(0).to(tl.int64) * channels + c, y, mask=c < channels)
+    store_row(y_ptr + pid.to(tl.int64) * CHANNELS, y, CHANNELS, PIECES)

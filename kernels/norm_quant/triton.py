@@ -5,12 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..int8_quant.triton import quantize_tile
-from ..norm.triton import layer_norm_operands, layer_norm_row, modulate, row_launch
+from ..int8_quant.triton import loop_grid, quantize_row, quantize_tile
+from ..norm.triton import (
+    layer_norm_operands,
+    load_row,
+    modulate,
+    modulate_row,
+    normalize_row,
+    row_pieces,
+)
+from ..tuning import LAYER_NORM_BLOCKS, LAYER_NORM_ROWS, RowLoop, of_width
 
 BLOCK = 128
-# Bandwidth-bound: the same launch on every card. With 8 warps some cards spill.
-BLOCKS_LAUNCH = {"BLOCK": BLOCK, "num_warps": 16, "num_stages": 1}
+BLOCKS_LAUNCH = {"BLOCK": BLOCK, **LAYER_NORM_BLOCKS}
 
 
 def layer_norm_quant(
@@ -24,39 +31,80 @@ def layer_norm_quant(
 ) -> tuple[Tensor, Tensor]:
     batch, length, channels = x.shape
     operands, strides = layer_norm_operands(x, weight, bias, scale, shift)
+    per_token = any(m is not None and m.shape[1] > 1 for m in (scale, shift))
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     if granularity == "rows":
-        kernel, programs, scales = layer_norm_rows_kernel, batch * length, (batch, length)
-        launch = row_launch(channels)
+        loop = of_width(LAYER_NORM_ROWS, channels)
+        kernel, grid = layer_norm_rows_kernel, loop_grid(loop, batch, length, x.device)
+        scales = batch, length
+        launch = {"PIECES": row_pieces(channels), **rows_launch(loop, per_token)}
     else:
         row_blocks = triton.cdiv(length, BLOCK)
-        kernel, programs = layer_norm_blocks_kernel, batch * row_blocks
+        kernel, grid = layer_norm_blocks_kernel, (batch * row_blocks,)
         scales = batch, row_blocks, triton.cdiv(channels, BLOCK)
-        per_token = any(m is not None and m.shape[1] > 1 for m in (scale, shift))
-        launch = {"PER_TOKEN": per_token, **BLOCKS_LAUNCH}
+        launch = BLOCKS_LAUNCH
     q_scale = torch.empty(scales, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        kernel[(programs,)](x, *operands, q, q_scale, length, channels, eps, *strides, **launch)
+        kernel[grid](
+            x, *operands, q, q_scale, length, channels, eps, *strides, per_token, **launch
+        )
     return q, q_scale
+
+
+def rows_launch(loop: RowLoop, per_token: bool) -> dict[str, int]:
+    """Launch of `layer_norm_rows_kernel`.
+
+    Rows of scale and shift, where every token has its own, are too much to read ahead.
+    """
+    return (loop._replace(stages=1) if per_token else loop).launch()
+
+
+@triton.jit
+def constant_row(VALUE: tl.constexpr, PIECES: tl.constexpr):
+    row = ()
+    for i in tl.static_range(len(PIECES)):
+        row += (tl.full([PIECES[i][1]], VALUE, tl.float32),)
+    return row
 
 
 @triton.jit(do_not_specialize=["length"])
 def layer_norm_rows_kernel(
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, q_ptr, q_scale_ptr, length, channels, eps,
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, q_ptr, q_scale_ptr, length,
+    CHANNELS: tl.constexpr, eps,
     stride_xb, stride_xl, stride_xc, stride_scale_b, stride_scale_l, stride_scale_c,
     stride_shift_b, stride_shift_l, stride_shift_c,
-    BLOCK: tl.constexpr,
+    PER_TOKEN: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    y = layer_norm_row(
-        x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, length, channels, eps,
-        stride_xb, stride_xl, stride_xc, stride_scale_b, stride_scale_l, stride_scale_c,
-        stride_shift_b, stride_shift_l, stride_shift_c, BLOCK,
-    )  # fmt: skip
-    q, q_scale = quantize_tile(y)
-    pid = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, BLOCK)
-    tl.store(q_ptr + pid * channels + c, q, mask=c < channels)
-    tl.store(q_scale_ptr + pid, q_scale)
+    batch = tl.program_id(0).to(tl.int64)
+    first, step = tl.program_id(1), tl.num_programs(1)
+    x_ptr += batch * stride_xb
+    scale_offset, shift_offset = batch * stride_scale_b, batch * stride_shift_b
+    if not PER_TOKEN:
+        # What 1 becomes without what is added, and what 0 becomes.
+        factors = modulate_row(
+            constant_row(1.0, PIECES), weight_ptr, None, scale_ptr, None, scale_offset,
+            shift_offset, stride_scale_c, stride_shift_c, CHANNELS, PIECES,
+        )  # fmt: skip
+        offsets = modulate_row(
+            constant_row(0.0, PIECES), weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_offset,
+            shift_offset, stride_scale_c, stride_shift_c, CHANNELS, PIECES,
+        )  # fmt: skip
+    for i in tl.range(0, tl.cdiv(length - first, step), num_stages=STAGES):
+        row = (first + i * step).to(tl.int64)
+        x = load_row(x_ptr + row * stride_xl, stride_xc, CHANNELS, PIECES)
+        normalized = normalize_row(x, eps, CHANNELS, PIECES)
+        if PER_TOKEN:
+            y = modulate_row(
+                normalized, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+                scale_offset + row * stride_scale_l, shift_offset + row * stride_shift_l,
+                stride_scale_c, stride_shift_c, CHANNELS, PIECES,
+            )  # fmt: skip
+        else:
+            y = ()
+            for j in tl.static_range(len(PIECES)):
+                y += (normalized[j] * factors[j] + offsets[j],)
+        out = batch * length + row
+        quantize_row(y, q_ptr + out * CHANNELS, q_scale_ptr + out, CHANNELS, PIECES)
 
 
 @triton.jit

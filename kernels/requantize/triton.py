@@ -6,12 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..int8_quant.triton import BLOCK, round_to_int8
+from ..tuning import REQUANTIZE_ROWS
 
 
 def config(columns: int) -> dict[str, int]:
-    """Launch configuration: the whole row in registers, 32 values a thread."""
+    """Launch of a program that holds a whole row, see kernels/tuning.py."""
     width = triton.next_power_of_2(columns)
-    return {"WIDTH": width, "num_warps": max(1, min(16, width // 1024)), "num_stages": 1}
+    return {"WIDTH": width, "num_warps": REQUANTIZE_ROWS.warps(width), "num_stages": 1}
 
 
 def requantize_rows(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Bandwidth-bound: the same launch on every card. A row is one head of one token.
-LAUNCH = {"ROWS": 32, "num_warps": 4, "num_stages": 1}
+from ..tuning import ROPE as LAUNCH
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from turbodiffusion_pack.kernels.int8_quant import (
     quantize_rows,
 )
 from turbodiffusion_pack.kernels.norm import layer_norm
+from turbodiffusion_pack.kernels.norm.triton import row_pieces
 from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
 
 BACKENDS = ("reference", "triton")
@@ -99,10 +100,31 @@ def test_triton_equals_the_reference_at_every_length(length, dtype, granularity)
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("channels", (8, 127, 1536))
+@pytest.mark.parametrize("channels", (8, 127, 280, 1536))
 def test_triton_equals_the_reference_at_every_width(channels, batch, granularity):
     x = random_input(batch, 129, channels)
     assert_equal_but_for_ties(x, granularity, **random_operands(x, 129))
+
+
+@pytest.mark.parametrize(
+    ("channels", "sizes"),
+    [
+        (1536, [1024, 512]),
+        (5120, [4096, 1024]),
+        (8960, [8192, 1024]),
+        (13824, [8192, 4096, 2048]),
+        (1, [1]),
+        (127, [128]),
+    ],
+)
+def test_pieces_of_a_row(channels, sizes):
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    assert row_pieces(channels) == tuple(zip(firsts, sizes, strict=True))
+
+
+def test_pieces_reach_little_beyond_any_row():
+    for channels in range(1, 3000):
+        assert 0 <= sum(size for _, size in row_pieces(channels)) - channels <= channels // 16
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

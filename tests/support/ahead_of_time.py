@@ -38,6 +38,7 @@ class Variant(NamedTuple):
     `signature` maps every parameter that is not a constexpr to its Triton type; a ":16" behind
     the type says that the pointer or the integer is divisible by 16. `label` tells variants of
     one kernel apart. `spills` is how many bytes a thread may spill, 0 but for a measured reason.
+    `registers` is the most a thread gets, None for what the compiler takes.
     """
 
     kernel: Any
@@ -48,6 +49,7 @@ class Variant(NamedTuple):
     capabilities: tuple[tuple[int, int], ...] = CARDS
     label: str = ""
     spills: int = 0
+    registers: int | None = None
 
 
 class Job(NamedTuple):
@@ -69,8 +71,10 @@ def variants_of(kernel, signature, constexprs, config, label="", capabilities=CA
     for capability in capabilities:
         launch = dict(config(capability))
         warps, stages = launch.pop("num_warps"), launch.pop("num_stages")
+        registers = launch.pop("maxnreg", None)
         constants = {**constexprs, **launch}
-        variants.append(Variant(kernel, signature, constants, warps, stages, (capability,), label))
+        variant = Variant(kernel, signature, constants, warps, stages, (capability,), label)
+        variants.append(variant._replace(registers=registers))
     return variants
 
 
@@ -130,7 +134,11 @@ def build(job: Job) -> dict:
     compiled = triton.compile(
         source(job.variant),
         target=GPUTarget("cuda", 10 * major + minor, 32),
-        options={"num_warps": job.variant.num_warps, "num_stages": job.variant.num_stages},
+        options={
+            "num_warps": job.variant.num_warps,
+            "num_stages": job.variant.num_stages,
+            "maxnreg": job.variant.registers,
+        },
     )
     return {
         "name": job.name,

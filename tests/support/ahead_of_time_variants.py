@@ -4,6 +4,7 @@ One function per op, listed in OPS at the end. Launch configurations come from t
 """
 
 import functools
+from typing import Any
 
 from ahead_of_time import CARDS, Variant, variants_of
 from turbodiffusion_pack.kernels.block_map import triton as block_map
@@ -16,12 +17,19 @@ from turbodiffusion_pack.kernels.qk_prepare import triton as qk_prepare
 from turbodiffusion_pack.kernels.requantize import triton as requantize
 from turbodiffusion_pack.kernels.rope import triton as rope
 from turbodiffusion_pack.kernels.sparse_attention import triton as sparse_attention
+from turbodiffusion_pack.kernels.tuning import GELU_ROWS, LAYER_NORM_ROWS, of_width
 
 FP8_CARDS = tuple(card for card in CARDS if card >= (8, 9))
 TILES = ((128, 128, 64), (64, 128, 64), (128, 64, 64), (128, 64, 128))  # head dim, block_q, block_k
-CHANNELS = (1536, 5120, 13824)  # widths of Wan's rows: the two models', and the larger MLP's
-WEIGHT_COLUMNS = (1536, 5120, 8960, 13824)  # widths of the weights' rows: both models', both MLPs'
+CHANNELS = (1536, 5120, 8960, 13824)  # widths of Wan's rows: both models', both MLPs'
 LAYER_NORM_CONTIGUOUS = dict.fromkeys(("stride_xc", "stride_scale_c", "stride_shift_c"), 1)
+OPERAND_POINTERS = "weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr"
+# What Wan's norms have, and all there can be. Vectors of a sample stay in registers.
+LAYER_NORM_OPERANDS = {
+    "affine": ("weight_ptr", "bias_ptr"),
+    "sample": ("scale_ptr", "shift_ptr"),
+    "token": OPERAND_POINTERS,
+}
 TMA_CARDS = tuple(card for card in CARDS if card >= (9, 0))
 # Output dtype of INT8 linear, and whether its gate has a row per token.
 LINEAR_EPILOGUES = {"plain": ("bf16", False), "gate": ("bf16", False), "gates": ("fp32", True)}
@@ -36,24 +44,32 @@ def int8_quant_variants() -> list[Variant]:
         "q_ptr": "*i8:16",
         "scale_ptr": "*fp32:16",
         "rows": "i32",
-        "columns": "i32:16",
         "stride_b": "i32:16",
         "stride_r": "i32:16",
     }
-    launches = [("blocks", int8_quant.quantize_blocks_kernel, int8_quant.BLOCKS_LAUNCH)]
-    launches += [(f"{c}", int8_quant.quantize_rows_kernel, norm.row_launch(c)) for c in CHANNELS]
-    return [
-        variant
-        for label, kernel, launch in launches
+    blocks, rows = int8_quant.quantize_blocks_kernel, int8_quant.quantize_rows_kernel
+    launches = [
+        (f"{activation}", blocks, {"ACTIVATION": activation}, int8_quant.BLOCKS_LAUNCH)
         for activation in (None, "gelu_tanh")
+    ]
+    launches += [(f"{c}", rows, {}, norm.row_launch(c)) for c in CHANNELS]
+    columns = {"columns": "i32:16"}
+    variants = [
+        variant
+        for label, kernel, flags, launch in launches
         for variant in variants_of(
-            kernel,
-            signature,
-            {"stride_c": 1, "ACTIVATION": activation},
-            lambda _, to=launch: to,
-            f"{label}-{activation}",
+            kernel, signature | columns, {"stride_c": 1, **flags}, lambda _, to=launch: to, label
         )
     ]
+    for c in CHANNELS:
+        variants += variants_of(
+            int8_quant.activate_rows_kernel,
+            signature,
+            {"stride_c": 1, "ACTIVATION": "gelu_tanh", **_row(c)},
+            lambda _, width=c: of_width(GELU_ROWS, width).launch(),
+            f"{c}",
+        )
+    return variants
 
 
 def int8_linear_variants() -> list[Variant]:
@@ -96,7 +112,7 @@ def requantize_variants() -> list[Variant]:
     signature |= dict.fromkeys(("columns", "stride_r"), "i32:16")
     return [
         variant
-        for columns in WEIGHT_COLUMNS
+        for columns in CHANNELS
         for variant in variants_of(
             requantize.requantize_rows_kernel,
             signature,
@@ -117,29 +133,52 @@ def norm_variants() -> list[Variant]:
         "stride_r": "i32:16",
     }
     layer = _layer_norm_signature() | {"y_ptr": "*bf16:16"}
-    launches = ((norm.rms_norm_kernel, rms, {"stride_c": 1}),)
-    launches += ((norm.layer_norm_kernel, layer, LAYER_NORM_CONTIGUOUS),)
-    return [
-        variant
-        for launch in launches
-        for c in CHANNELS
-        for variant in variants_of(*launch, lambda _, width=c: norm.row_launch(width), f"{c}")
-    ]
+    variants = []
+    for c in CHANNELS:
+        variants += variants_of(
+            norm.rms_norm_kernel,
+            rms,
+            {"stride_c": 1},
+            lambda _, width=c: norm.row_launch(width),
+            f"{c}",
+        )
+        variants += variants_of(
+            norm.layer_norm_kernel,
+            layer,
+            LAYER_NORM_CONTIGUOUS | _row(c),
+            lambda _, width=c: norm.layer_norm_launch(width),
+            f"{c}",
+        )
+    return variants
+
+
+def _row(channels: int) -> dict[str, Any]:
+    """Constants of the kernels that hold a row in pieces."""
+    return {"CHANNELS": channels, "PIECES": norm.row_pieces(channels)}
 
 
 def norm_quant_variants() -> list[Variant]:
     signature = _layer_norm_signature() | {"q_ptr": "*i8:16", "q_scale_ptr": "*fp32:16"}
     rows, blocks = norm_quant.layer_norm_rows_kernel, norm_quant.layer_norm_blocks_kernel
-    launches = [(rows, {}, norm.row_launch(c), f"{c}") for c in CHANNELS]
-    launches += [
-        (blocks, {"PER_TOKEN": per_token}, norm_quant.BLOCKS_LAUNCH, f"per_token_{per_token}")
-        for per_token in (False, True)
+    block_signature = signature | {"channels": "i32:16"}
+    launches = [
+        (blocks, block_signature, {"PER_TOKEN": per_token}, norm_quant.BLOCKS_LAUNCH, label)
+        for per_token, label in ((False, "sample"), (True, "token"))
     ]
+    for c in CHANNELS:
+        loop = of_width(LAYER_NORM_ROWS, c)
+        for label, given in LAYER_NORM_OPERANDS.items():
+            per_token = label == "token"
+            absent = [name for name in OPERAND_POINTERS if name not in given]
+            types = {name: type_ for name, type_ in signature.items() if name not in absent}
+            constants = {"PER_TOKEN": per_token, **dict.fromkeys(absent), **_row(c)}
+            launch = norm_quant.rows_launch(loop, per_token)
+            launches.append((rows, types, constants, launch, f"{c}-{label}"))
     return [
         variant
-        for kernel, flags, launch, label in launches
+        for kernel, types, constants, launch, label in launches
         for variant in variants_of(
-            kernel, signature, LAYER_NORM_CONTIGUOUS | flags, lambda _, to=launch: to, label
+            kernel, types, LAYER_NORM_CONTIGUOUS | constants, lambda _, to=launch: to, label
         )
     ]
 
@@ -147,9 +186,8 @@ def norm_quant_variants() -> list[Variant]:
 def _layer_norm_signature() -> dict[str, str]:
     return {
         "x_ptr": "*bf16:16",
-        **_pointers("fp32", "weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr"),
+        **_pointers("fp32", *OPERAND_POINTERS),
         "length": "i32",
-        "channels": "i32:16",
         "eps": "fp32",
         **dict.fromkeys(("stride_xb", "stride_xl"), "i32:16"),
         **dict.fromkeys(("stride_scale_b", "stride_scale_l"), "i32:16"),
@@ -213,14 +251,18 @@ def prepare_variants() -> list[Variant]:
         {"HEAD_DIM": 128, "HEADS": 64},
         lambda _: qk_prepare.ROW_LAUNCH,
     )
-    for block, quantize in ((128, True), (128, False), (64, True), (64, False)):
+    rows |= _pointers("bf16", "mix") | _pointers("fp32", "normalizer", "bias")
+    shapes = (128, True, True), (128, True, False), (128, False, False)
+    shapes += (64, True, True), (64, True, False), (64, False, False)
+    for block, quantize, linear in shapes:
         flags = {"BLOCK": block, "HEAD_DIM": 128, "QUANTIZE": quantize}
+        flags |= {"LINEAR": linear, "FEATURE_MAP": "softmax"}
         variants += variants_of(
             qk_prepare.prepare_kernel,
             rows,
             flags | {"HEADS": qk_prepare.HEADS},
             lambda _, block=block: qk_prepare.config(block),
-            f"{block}{'-int8' if quantize else ''}",
+            f"{block}{'-int8' if quantize else ''}{'-linear' if linear else ''}",
         )
     return variants
 
@@ -245,15 +287,15 @@ def linear_attention_variants() -> list[Variant]:
 
 def sparse_attention_variants() -> list[Variant]:
     signature = _pointers("bf16", "q", "out") | {"block_map": "*i32:16"}
-    signature |= _pointers("fp32", "normalizer", "bias") | {"scale": "fp32"}
+    signature |= {"scale": "fp32"}
     signature |= _strides("q", "k", "v") | _sizes("length", "count")
 
     def operands(tile, tma):
         dim, _, block_k = tile
         if not tma:
-            return _pointers("bf16", "k", "v", "mix")
-        rows, mix = f"tensordesc<bf16[1, 1, {block_k}, {dim}]>", f"tensordesc<bf16[{dim}, {dim}]>"
-        return {"k": rows, "v": rows, "mix": mix}
+            return _pointers("bf16", "k", "v")
+        rows = f"tensordesc<bf16[1, 1, {block_k}, {dim}]>"
+        return {"k": rows, "v": rows}
 
     kernel, config = sparse_attention.sparse_attention_kernel, sparse_attention.float_config
     return [
@@ -264,17 +306,16 @@ def sparse_attention_variants() -> list[Variant]:
 
 
 def sage_attention_variants() -> list[Variant]:
-    signature = _pointers("bf16", "q", "out")
+    signature = _pointers("bf16", "out")
     signature |= {"q_int": "*i8:16", "block_map": "*i32:16"}
-    signature |= _pointers("fp32", "q_scale", "k_scale", "v_scale", "normalizer", "bias")
-    signature |= _strides("q") | _sizes("length", "count")
+    signature |= _pointers("fp32", "q_scale", "k_scale", "v_scale")
+    signature |= _sizes("length", "count")
 
     def operands(tile, tma, pv):
         dim, _, block_k = tile
         if not tma:
-            return {"k_int": "*i8:16", "v": f"*{pv}:16", "mix": "*bf16:16"}
+            return {"k_int": "*i8:16", "v": f"*{pv}:16"}
         return {
-            "mix": f"tensordesc<bf16[{dim}, {dim}]>",
             "k_int": f"tensordesc<i8[{block_k}, {dim}]>",
             "v": f"tensordesc<{pv}[{dim}, {block_k}]>",
         }
@@ -301,15 +342,19 @@ def attention_operand_variants() -> list[Variant]:
     blocks = {"x": "*bf16:16", "integers": "*i8:16", **_pointers("fp32", "center", "scales")}
     blocks |= {**_strides("stride"), **_sizes("heads", "length")}
     quantized = values | {"factors": "*fp32:16", "limit": "fp32"}
-    block = {"BLOCK": 64, "HEAD_DIM": 128}
-    centered = {"BLOCK": 128, "HEAD_DIM": 128, "CENTERED": True}
+    block = {"BLOCK": 64, "HEAD_DIM": 128, "FOR_HOPPER": False}
+    centered = {"BLOCK": 64, "HEAD_DIM": 128, "CENTERED": True, "FOR_HOPPER": False}
+    hopper = {"FOR_HOPPER": True}
     rows = {"ROWS": 64, "HEAD_DIM": 128}
     op = sparse_attention
+    fp8 = quantized | {"values": "*fp8e4nv:16"}
     launches = (
         (op.quantize_heads_kernel, blocks, centered, "", CARDS),
+        (op.quantize_heads_kernel, blocks, centered | hopper, "hopper", ((9, 0),)),
+        (op.quantize_values_kernel, fp8, block | hopper, "hopper", ((9, 0),)),
         (op.channel_max_kernel, values | {"amax": "*fp32:16"}, rows, "", CARDS),
         (op.quantize_values_kernel, quantized | {"values": "*fp16:16"}, block, "fp16", CARDS),
-        (op.quantize_values_kernel, quantized | {"values": "*fp8e4nv:16"}, block, "fp8", FP8_CARDS),
+        (op.quantize_values_kernel, fp8, block, "fp8", FP8_CARDS),
     )
     return [
         variant
@@ -319,7 +364,7 @@ def attention_operand_variants() -> list[Variant]:
 
 
 def _tile_variants(kernel, signature, operands, flags, config, tile, pv) -> list[Variant]:
-    """One tile with and without its linear branch; all but the default tile only where memory is
+    """One tile, written or added on; all but the default tile only where memory is
     tightest, and on Hopper. `operands(tile, tma)` are the types of what TMA loads."""
     dim, block_q, block_k = tile
     flags = flags | {"HEAD_DIM": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k}
@@ -327,16 +372,16 @@ def _tile_variants(kernel, signature, operands, flags, config, tile, pv) -> list
     return [
         variant
         for card in cards
-        for linear in (True, False)
+        for onto in (True, False)
         if pv != "fp8e4nv" or card in FP8_CARDS
         for variant in variants_of(
             kernel,
             signature | operands(tile, sparse_attention.has_tma(card)),
             flags
-            | {"LINEAR": linear, "FEATURE_MAP": "softmax"}
+            | {"ONTO": onto}
             | {"TMA": sparse_attention.has_tma(card)},
             functools.partial(config, block_q=block_q, block_k=block_k),
-            f"{pv}-{dim}-{block_q}x{block_k}{'' if linear else '-plain'}",
+            f"{pv}-{dim}-{block_q}x{block_k}{'-onto' if onto else ''}",
             (card,),
         )
     ]

@@ -1,0 +1,110 @@
+"""How kernels are launched: one table for each, by card where cards differ.
+
+The rows of sm_90 were measured on an H100 with tests/benchmarks/tune.py, which prints such rows.
+Those of other cards were chosen by ahead-of-time compilation, no such card being at hand: they fit
+its shared memory and spill nothing (tests/kernels/test_ahead_of_time.py).
+"""
+
+from typing import NamedTuple, TypeVar
+
+Row = TypeVar("Row")
+Card = tuple[int, int]
+
+
+class Tile(NamedTuple):
+    """Of a product: rows and columns of a program, and `group` row tiles that share columns."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    group: int = 8
+
+    def launch(self) -> dict[str, int]:
+        """For an INT8 linear kernel, whose scales make 128 the depth of a step."""
+        sizes = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": 128, "GROUP": self.group}
+        return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
+
+
+class WholeRow(NamedTuple):
+    """Of a kernel that holds a row in its registers: as many warps as give a thread `values`."""
+
+    values: int
+    fewest_warps: int
+    most_warps: int
+
+    def warps(self, width: int) -> int:
+        return min(max(width // (32 * self.values), self.fewest_warps), self.most_warps)
+
+
+class RowLoop(NamedTuple):
+    """Of a kernel whose programs, `programs` on every multiprocessor, go through all rows.
+
+    Each reads `stages` - 1 rows ahead into shared memory.
+    """
+
+    warps: int
+    stages: int
+    programs: int
+
+    def launch(self) -> dict[str, int]:
+        """With the registers that let all programs run at once: a multiprocessor has 65536, a
+        thread gets a multiple of 8."""
+        registers = min(65536 // (32 * self.warps * self.programs) // 8 * 8, 255)
+        options = {"num_warps": self.warps, "num_stages": 1, "maxnreg": registers}
+        return {"STAGES": self.stages, **options}
+
+
+# INT8 linear. "rows" and "blocks" are the two granularities through TMA, "wide" is "rows" with K
+# over 2048 and N at least 3072 where that has a tile of its own; "pointers" is either without TMA.
+# 32 KB a stage: 227 KB a block on data center Hopper and Blackwell, 163 KB on sm_80, 99 KB
+# elsewhere.
+INT8_LINEAR: dict[Card, dict[str, Tile]] = {
+    (8, 0): {"pointers": Tile(128, 128, warps=8, stages=3)},
+    (9, 0): {
+        # Has its SM to itself: pays where K hides its epilogue, and N is wide.
+        "wide": Tile(128, 256, warps=8, stages=4),
+        # Two share an SM.
+        "rows": Tile(128, 128, warps=4, stages=3),
+        # Spills 48 bytes, yet is slower with 8 warps.
+        "blocks": Tile(128, 128, warps=4, stages=3),
+        "pointers": Tile(128, 128, warps=8, stages=4),
+    },
+    (10, 0): {
+        "rows": Tile(128, 128, warps=8, stages=4),
+        "blocks": Tile(128, 128, warps=8, stages=4),
+        "pointers": Tile(128, 128, warps=8, stages=4),
+    },
+    (12, 0): {
+        "rows": Tile(128, 128, warps=8, stages=3),
+        "blocks": Tile(128, 128, warps=8, stages=3),
+        "pointers": Tile(128, 128, warps=8, stages=3),
+    },
+}
+
+# What only moves data is the same on every card.
+ROWS = WholeRow(values=32, fewest_warps=4, most_warps=32)  # RMSNorm, INT8 per row
+# By the widest row they are for; the last also for what is wider still.
+LAYER_NORM_ROWS = {
+    1536: RowLoop(warps=1, stages=3, programs=12),
+    5120: RowLoop(warps=4, stages=3, programs=3),
+    16384: RowLoop(warps=16, stages=2, programs=1),
+}
+GELU_ROWS = {
+    8960: RowLoop(warps=8, stages=2, programs=4),
+    13824: RowLoop(warps=4, stages=2, programs=3),
+}
+REQUANTIZE_ROWS = WholeRow(values=32, fewest_warps=1, most_warps=16)
+QUANTIZE_BLOCKS = {"num_warps": 8, "num_stages": 1}
+LAYER_NORM_BLOCKS = {"num_warps": 16, "num_stages": 1}  # with 8 some cards spill
+ROPE = {"ROWS": 32, "num_warps": 4, "num_stages": 1}  # a row is one head of one token
+
+
+def of_card(table: dict[Card, Row], capability: Card) -> Row:
+    """The row of the newest card that is not newer than `capability`, of the oldest if none is."""
+    return table[max((card for card in table if card <= capability), default=min(table))]
+
+
+def of_width(table: dict[int, Row], width: int) -> Row:
+    """The row for the narrowest rows that are at least `width`, for the widest if none is."""
+    return table[min((w for w in table if w >= width), default=max(table))]
