@@ -1,9 +1,10 @@
-"""Times sparse-linear attention on this GPU, from the projections to the output, and its stages.
+"""Times sparse-linear attention on this GPU beside ComfyUI's and dense attention, and its kernels.
 
     python tests/benchmarks/attention.py --shapes 14B-720P 1.3B-480P --pv fp16 fp8
 
-Random projections, head dim 128. Prints medians in milliseconds; the stages are what
-`sla_from_projections` calls in low bits, one by one.
+Random projections, head dim 128. Prints ms, TOPS on the selected blocks and the share of what this
+card reaches at best; then the kernels of ours from the projections on. comfy-kitchen's
+`sol_attn` and `int8_attention` join where it is installed; they have no linear branch.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,23 +24,14 @@ pack = types.ModuleType("turbodiffusion_pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["turbodiffusion_pack"] = pack
 
-from gpu_timing import median_ms  # noqa: E402
-from turbodiffusion_pack.kernels.block_map import (  # noqa: E402
-    center_means,
-    select_blocks,
-    selected_count,
-)
-from turbodiffusion_pack.kernels.linear_attention import (  # noqa: E402
-    LinearBranch,
-    key_value_state_and_maximum,
-)
-from turbodiffusion_pack.kernels.qk_prepare import prepare  # noqa: E402
-from turbodiffusion_pack.kernels.sla import sla_from_projections  # noqa: E402
+import kitchen  # noqa: E402
+from gpu_timing import Ceilings, kernel_ms, kernel_times, measure_ceilings  # noqa: E402
+from turbodiffusion_pack.kernels.block_map import selected_count  # noqa: E402
+from turbodiffusion_pack.kernels.sla import sla, sla_from_projections  # noqa: E402
 from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES  # noqa: E402
-from turbodiffusion_pack.kernels.sparse_attention import triton as sparse  # noqa: E402
 
-SHAPES = {"14B-720P": (40, 75600), "1.3B-480P": (12, 32760)}  # heads and tokens
-DIM, BLOCK_Q, BLOCK_K = 128, 128, 64
+SHAPES = {"14B-720P": (40, 75600), "14B-480P": (40, 32760), "1.3B-480P": (12, 32760)}
+DIM, BLOCK_K = 128, 64
 
 
 def random_inputs(heads: int, length: int) -> tuple[torch.Tensor, ...]:
@@ -52,59 +45,90 @@ def random_inputs(heads: int, length: int) -> tuple[torch.Tensor, ...]:
     return q, k, v, norm, norm, angles.cos(), angles.sin(), weight, bias
 
 
-def stages(inputs: tuple[torch.Tensor, ...], topk: float, pv: str) -> dict:
-    """By name, a function that runs one stage on what the stages before it give."""
-    q, k, v, q_norm, k_norm, cos, sin, weight, bias = inputs
-    dtype = PV_DTYPES[pv]
-    queries = prepare(q, q_norm, cos, sin, block=BLOCK_Q, quantize=True)
-    keys = prepare(k, k_norm, cos, sin, block=BLOCK_K)
-    k_means, k_mean = center_means(keys.means, k.shape[1], BLOCK_K)
-    count = selected_count(topk, k_means.shape[2])
-    chosen = select_blocks(queries.means, k_means, count)
-    state, normalizer, v_max = key_value_state_and_maximum(keys.x, v)
-    branch = LinearBranch(state, normalizer, weight, bias)
-    operands = sparse.quantize(
-        queries.x, keys.x, v, k_mean, dtype, BLOCK_Q, BLOCK_K, DIM**-0.5,
-        (queries.q, queries.scale), v_max,
-    )  # fmt: skip
-    return {
-        "whole": lambda: sla_from_projections(*inputs, topk=topk, low_bit=True, pv=pv),
-        "prepare q": lambda: prepare(q, q_norm, cos, sin, block=BLOCK_Q, quantize=True),
-        "prepare k": lambda: prepare(k, k_norm, cos, sin, block=BLOCK_K),
-        "select": lambda: select_blocks(queries.means, k_means, count),
-        "quantize k": lambda: sparse.quantize_blocks(keys.x, BLOCK_K, k_mean),
-        "values": lambda: sparse.quantize_values(v, dtype, BLOCK_K, v_max),
-        "state": lambda: key_value_state_and_maximum(keys.x, v),
-        "sparse": lambda: sparse.sage_attention(
-            queries.x, operands, chosen, BLOCK_Q, BLOCK_K, None
-        ),
-        "sparse and linear": lambda: sparse.sage_attention(
-            queries.x, operands, chosen, BLOCK_Q, BLOCK_K, branch
-        ),
-    }
+def ours_whole(inputs: tuple[torch.Tensor, ...], topk: float, pv: str) -> Callable:
+    """SageSLA as a model runs it, from the projections to the output, q and k rotated in place."""
+    options = {"topk": topk, "low_bit": True, "pv": pv, "overwrite": True}
+    return lambda: sla_from_projections(*inputs, **options)
+
+
+def contenders(inputs: tuple[torch.Tensor, ...], options) -> Iterator[tuple[str, bool, Callable]]:
+    """Name, whether it is sparse, and the call; all from normed and rotated q, k, v."""
+    q, k, v, *_, weight, bias = inputs
+    topk = options.topk
+    for pv in options.pv:
+        yield f"sagesla {pv}, from projections", True, ours_whole(inputs, topk, pv)
+        low_bit = {"topk": topk, "low_bit": True, "pv": pv}
+        yield f"sagesla {pv}", True, lambda to=low_bit: sla(q, k, v, weight, bias, **to)
+    yield "sla, 16 bit", True, lambda: sla(q, k, v, weight, bias, topk=topk)
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    if comfy := kitchen.find():
+        yield "comfy-kitchen sol_attn", True, lambda: comfy.sol_attn(q, k, v, topk_ratio=topk)
+        yield (
+            "comfy-kitchen sol_attn, no tail",
+            True,
+            lambda: comfy.sol_attn(q, k, v, topk_ratio=topk, tail=False),
+        )
+        yield "comfy-kitchen int8_attention", False, lambda: comfy.int8_attention(*heads_first)
+    yield (
+        "torch, dense 16 bit",
+        False,
+        lambda: torch.nn.functional.scaled_dot_product_attention(*heads_first),
+    )
+
+
+def operations(heads: int, length: int, topk: float, sparse: bool) -> float:
+    """Of both products, over the selected keys or all of them."""
+    keys = length
+    if sparse:
+        keys = BLOCK_K * selected_count(topk, -(-length // BLOCK_K))
+    return 4.0 * heads * DIM * length * keys
+
+
+def measure(shape: str, ceilings: Ceilings, options) -> Iterator[dict]:
+    heads, length = SHAPES[shape]
+    inputs = random_inputs(heads, length)
+    for name, sparse, run in contenders(inputs, options):
+        ms = kernel_ms(run, *((options.runs, 3) if sparse else (2, 1)))
+        tops = operations(heads, length, options.topk, sparse) / ms / 1e9
+        numbers = {"tops": round(tops), "share": round(tops / ceilings.int8_tops, 3)}
+        yield {"shape": shape, "what": name, "topk": options.topk, "ms": round(ms, 3), **numbers}
+    for pv in options.pv:
+        for row in kernel_times(ours_whole(inputs, options.topk, pv)):
+            what = f"  {row.calls} x {row.kernel[:60]}"
+            result = {"shape": shape, "what": what, "pv": pv, "ms": round(row.ms, 3)}
+            if row.gigabytes and "attention_kernel" not in row.kernel:
+                gbs = 1000 * row.gigabytes / row.ms
+                result |= {"gbs": round(gbs), "share": round(gbs / ceilings.copy_gbs, 3)}
+            yield result
+
+
+def show(result: dict) -> None:
+    line = f"{result['shape']:10s} {result['what']:48s} {result['ms']:9.3f} ms"
+    for unit, name in (("tops", "TOPS"), ("gbs", "GB/s")):
+        if unit in result:
+            line += f" {result[unit]:5d} {name} {result['share']:6.1%}"
+    sys.stdout.write(line + (f"  ({result['pv']})" if "pv" in result else "") + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["14B-720P", "1.3B-480P"])
     parser.add_argument("--pv", nargs="+", choices=PV_DTYPES, default=list(PV_DTYPES))
     parser.add_argument("--topk", type=float, default=0.1)
-    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write everything to this file")
     options = parser.parse_args()
-    results = []
+    ceilings, results = measure_ceilings(), []
+    sys.stdout.write(f"{ceilings.int8_tops:.0f} TOPS and {ceilings.copy_gbs:.0f} GB/s at best\n")
+    if kitchen.find() is None:
+        sys.stdout.write("comfy-kitchen is not installed, or has no CUDA kernels here\n")
     with torch.inference_mode():
         for shape in options.shapes:
-            inputs = random_inputs(*SHAPES[shape])
-            for pv in options.pv:
-                times = {
-                    name: round(median_ms(run, options.runs), 3)
-                    for name, run in stages(inputs, options.topk, pv).items()
-                }
-                results.append({"shape": shape, "pv": pv, "topk": options.topk, "ms": times})
-                sys.stdout.write(json.dumps(results[-1]) + "\n")
+            for result in measure(shape, ceilings, options):
+                show(result)
+                results.append(result)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps([ceilings._asdict(), *results], indent=1))
 
 
 if __name__ == "__main__":

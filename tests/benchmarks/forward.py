@@ -1,10 +1,12 @@
-"""Times one forward pass of TurboDiffusion models on this GPU, through ComfyUI's Wan model.
+"""Times TurboDiffusion models on this GPU, through ComfyUI's Wan model and its sampler.
 
     COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/forward.py --models 1.3B-480P 14B-720P
+    ... forward.py --models 14B-720P --steps 3    a whole diffusion beside its forward passes
+    ... forward.py --compilations                 what gets compiled, and when
 
 Real shapes and layer counts, random INT8 weights made on the GPU, the MODEL built as TurboLoader
 builds it and driven as a sampler drives it. Prints medians, the share of the arithmetic floor, peak
-memory and a table of kernels.
+memory and a table of kernels with their share of what this card reaches at best.
 """
 
 import argparse
@@ -13,7 +15,10 @@ import json
 import math
 import os
 import sys
+import tempfile
+import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +32,12 @@ pack.__path__ = [str(ROOT)]
 sys.modules["turbodiffusion_pack"] = pack
 arguments, sys.argv = sys.argv, sys.argv[:1]
 
-import in_comfyui  # noqa: E402
-from gpu_timing import median_ms  # noqa: E402
-from in_comfyui import comfy_attention, comfy_loader  # noqa: E402
+from compilations import counted  # noqa: E402
+from gpu_timing import Ceilings, KernelTime, kernel_times, measure_ceilings, median_ms  # noqa: E402
+from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler  # noqa: E402
+from turbodiffusion_pack.kernels.block_map import selected_count  # noqa: E402
 from turbodiffusion_pack.turbo_core.checkpoint import Checkpoint  # noqa: E402
+from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas  # noqa: E402
 from turbodiffusion_pack.turbo_core.sla_settings import ATTENTIONS, SLASettings  # noqa: E402
 
 
@@ -60,6 +67,8 @@ MODELS = {
     "A14B-I2V-720P": Shape(5120, 13824, 40, 36, 1280, 720),
 }
 TEXT_LENGTH = 512
+BLOCK_K = 64
+DENSE_ATTENTION = "flash", "fmha", "cudnn"  # in the names of torch's kernels
 
 
 def random_checkpoint(shape: Shape) -> Checkpoint:
@@ -108,94 +117,208 @@ def random_checkpoint(shape: Shape) -> Checkpoint:
     return Checkpoint(tensors, scales, tuple(proj_l), dim, ffn, **sizes)
 
 
-def operations(shape: Shape, settings: SLASettings) -> float:
-    """Tensor-core operations of one forward pass: linears, selected attention blocks, text."""
+def linear_operations(shape: Shape) -> float:
+    """Of the INT8 linears in one forward pass, those of the text features included."""
     length, dim, ffn = shape.tokens, shape.dim, shape.ffn_dim
-    linears = 2 * length * (6 * dim * dim + 2 * dim * ffn) + 2 * TEXT_LENGTH * 2 * dim * dim
-    share = 1.0 if settings.attention == "dense" else settings.topk
-    attention = 4 * length * dim * (length * share + TEXT_LENGTH)
-    return shape.num_layers * (linears + attention)
+    tokens = length * (6 * dim * dim + 2 * dim * ffn) + TEXT_LENGTH * 2 * dim * dim
+    return 2.0 * shape.num_layers * tokens
 
 
-def make_forward(shape: Shape, settings: SLASettings):
-    """A function that runs one forward pass."""
+def self_attention_operations(shape: Shape, settings: SLASettings) -> float:
+    """Of both products over the selected key blocks; over all keys where attention is dense."""
+    keys = shape.tokens
+    if settings.attention != "dense":
+        keys = BLOCK_K * selected_count(settings.topk, -(-keys // BLOCK_K))
+    return 4.0 * shape.num_layers * shape.tokens * shape.dim * keys
+
+
+def cross_attention_operations(shape: Shape) -> float:
+    return 4.0 * shape.num_layers * shape.tokens * shape.dim * TEXT_LENGTH
+
+
+def kernel_operations(kernel: str, shape: Shape, settings: SLASettings) -> float | None:
+    """Operations of a kernel that multiplies, by its name; None of one that moves data."""
+    if kernel == "linear_kernel":
+        return linear_operations(shape)
+    if kernel in ("sage_attention", "sage_attention_kernel", "sparse_attention_kernel"):
+        return self_attention_operations(shape, settings)
+    if any(name in kernel for name in DENSE_ATTENTION):
+        dense = cross_attention_operations(shape)
+        if settings.attention == "dense":
+            dense += self_attention_operations(shape, settings)
+        return dense
+    return None
+
+
+def load(shape: Shape, settings: SLASettings):
+    """A MODEL of random weights on the GPU, built as TurboLoader and SLAAttentionPatch build it."""
     model = comfy_loader.build_turbo_model(random_checkpoint(shape))
+    return patched(model, settings)
+
+
+def patched(model, settings: SLASettings):
+    """`model` with other attention, loaded."""
     model = comfy_attention.patch_attention(model, settings)
-    in_comfyui.comfy.model_management.load_models_gpu([model])
+    comfy.model_management.load_models_gpu([model])
+    return model
+
+
+def make_forward(model, shape: Shape, text_length: int = TEXT_LENGTH) -> Callable:
+    """A function that runs one forward pass on a random latent and a random prompt."""
     channels = [16, shape.in_channels - 16]
     x, concat = (torch.randn(1, c, *shape.latent, device="cuda") for c in channels)
     options = {**model.model_options["transformer_options"], "wrappers": model.wrappers}
     inputs = {
         "c_concat": concat if concat.shape[1] else None,
-        "c_crossattn": torch.randn(1, TEXT_LENGTH, 4096, device="cuda") * 0.1,
+        "c_crossattn": torch.randn(1, text_length, 4096, device="cuda") * 0.1,
         "transformer_options": options,
     }
     sigma = torch.tensor([0.9338], device="cuda")
     return lambda: model.model.apply_model(x, sigma, **inputs)
 
 
-def kernel_table(run) -> list[dict]:
-    """GPU time of one run by kernel, most first."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-        torch.cuda.synchronize()
-    rows = [
-        {"kernel": e.key, "calls": e.count, "ms": e.device_time_total / 1000}
-        for e in profile.key_averages()
-    ]
-    return sorted(rows, key=lambda row: -row["ms"])
+def make_diffusion(model, shape: Shape, steps: int) -> Callable:
+    """A function that runs a whole diffusion as SamplerCustomAdvanced does with rCMSampler."""
+    conditions = {}
+    if shape.in_channels > 16:
+        conditions["concat_latent_image"] = torch.randn(1, 16, *shape.latent)
+        conditions["concat_mask"] = torch.ones(1, 1, *shape.latent)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": [[torch.randn(1, TEXT_LENGTH, 4096) * 0.1, conditions]]})
+    guider.set_cfg(1.0)
+    noise, latent = torch.randn(1, 16, *shape.latent), torch.zeros(1, 16, *shape.latent)
+    sampler, sigmas = comfy_sampler.rcm_sampler("sde"), rcm_sigmas(steps, 80.0)
+    return lambda: guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=0)
 
 
-def measure(name: str, settings: SLASettings, runs: int, ceiling: float) -> dict:
+def measure(name: str, settings: SLASettings, ceilings: Ceilings, options) -> dict:
     shape = MODELS[name]
-    run = make_forward(shape, settings)
+    model = load(shape, settings)
+    run = make_forward(model, shape)
     finite = bool(run().isfinite().all())
     torch.cuda.reset_peak_memory_stats()
-    ms = median_ms(run, runs)
-    tops = operations(shape, settings) / ms / 1e9
+    ms = median_ms(run, options.runs)
+    total = linear_operations(shape) + self_attention_operations(shape, settings)
+    tops = (total + cross_attention_operations(shape)) / ms / 1e9
     result = {
         "model": name,
         "attention": settings.attention,
         "topk": settings.topk,
         "ms": round(ms, 1),
         "tops": round(tops),
-        "share_of_floor": round(tops / ceiling, 3),
+        "share_of_floor": round(tops / options.peak, 3),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "finite": finite,
-        "kernels": kernel_table(run),
     }
-    in_comfyui.comfy.model_management.unload_all_models()
+    if options.steps:
+        result |= measure_diffusion(model, shape, ms, options)
+    if options.rows:
+        rows = [rate(row, shape, settings, ceilings) for row in kernel_times(run)]
+        covered = sum(row["ms"] for row in rows)
+        result["between_kernels_ms"] = round(ms - covered, 1)
+        result["kernels"] = rows
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["1.3B-480P", "14B-720P"])
-    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["sagesla"])
-    parser.add_argument("--topk", type=float, default=0.1)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--ceiling", type=float, default=1979, help="the card's INT8 TOPS")
-    parser.add_argument("--rows", type=int, default=20, help="kernels to list")
-    parser.add_argument("--json", type=Path, help="write everything to this file")
-    options = parser.parse_args(arguments[1:])
-    results = []
-    with torch.inference_mode():
-        for name in options.models:
-            for attention in options.attention:
-                settings = SLASettings(attention, options.topk)
-                results.append(measure(name, settings, options.runs, options.ceiling))
-                gc.collect()  # a model holds itself through its patched forwards
-                show(results[-1], options.rows)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+def measure_diffusion(model, shape: Shape, forward_ms: float, options) -> dict:
+    """A whole diffusion, and its ratio to as many forward passes as it has steps."""
+    run = make_diffusion(model, shape, options.steps)
+    ms = median_ms(run, min(options.runs, 3), warmups=1)
+    return {
+        "steps": options.steps,
+        "diffusion_ms": round(ms, 1),
+        "diffusion_to_forwards": round(ms / (options.steps * forward_ms), 4),
+        "diffusion_peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+    }
+
+
+def rate(row: KernelTime, shape: Shape, settings: SLASettings, ceilings: Ceilings) -> dict:
+    """A kernel with its work per second and its share of this card's best."""
+    result = {"kernel": row.kernel, "calls": row.calls, "ms": round(row.ms, 3)}
+    if operations := kernel_operations(row.kernel, shape, settings):
+        tops = operations / row.ms / 1e9
+        result |= {"tops": round(tops), "share": round(tops / ceilings.int8_tops, 3)}
+    elif row.gigabytes:
+        gbs = 1000 * row.gigabytes / row.ms
+        result |= {"gbs": round(gbs), "share": round(gbs / ceilings.copy_gbs, 3)}
+    return result
+
+
+def count_compilations(name: str, settings: SLASettings) -> list[dict]:
+    """What two layers of a model compile, from an empty cache if it is the first, and after it."""
+    shape = MODELS[name]._replace(num_layers=2)
+    model = load(shape, settings)
+    forwards = {
+        name: make_forward(model, shape),
+        "the same again": make_forward(model, shape),
+        "another resolution": make_forward(model, shape._replace(width=640, height=640)),
+        "a shorter video": make_forward(model, shape._replace(frames=33)),
+        "a longer video": make_forward(model, shape._replace(frames=121)),
+        "another prompt": make_forward(model, shape, text_length=333),
+    }
+    rounds = [first_forward(what, run) for what, run in forwards.items()]
+    model = patched(model, SLASettings(settings.attention, 1.5 * settings.topk))
+    return [*rounds, first_forward("another top-k", make_forward(model, shape))]
+
+
+def first_forward(what: str, run: Callable) -> dict:
+    """Compilations and wall time of one forward pass."""
+    start = time.perf_counter()
+    with counted() as names:
+        run()
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return {"what": what, "compiled": len(names), "seconds": round(seconds, 2), "names": names}
 
 
 def show(result: dict, rows: int) -> None:
     write = sys.stdout.write
     write(json.dumps({k: v for k, v in result.items() if k != "kernels"}) + "\n")
-    for row in result["kernels"][:rows]:
-        write(f"  {row['ms']:9.2f} ms {row['calls']:5d} x  {row['kernel'][:90]}\n")
+    for row in result.get("kernels", [])[:rows]:
+        line = f"  {row['ms']:9.2f} ms {row['calls']:5d} x"
+        for unit, name in (("tops", "TOPS"), ("gbs", "GB/s")):
+            if unit in row:
+                line += f" {row[unit]:5d} {name} {row['share']:6.1%}"
+        write(f"{line:46s}  {row['kernel'][:80]}\n")
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["1.3B-480P", "14B-720P"])
+    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["sagesla"])
+    parser.add_argument("--topk", nargs="+", type=float, default=[0.1])
+    parser.add_argument("--steps", type=int, default=0, help="also a diffusion of so many steps")
+    parser.add_argument("--compilations", action="store_true", help="count them, in two layers")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--peak", type=float, default=1979, help="the card's INT8 TOPS on paper")
+    parser.add_argument("--rows", type=int, default=20, help="kernels to list, 0 to skip them")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    return parser.parse_args(arguments[1:])
+
+
+def main() -> None:
+    options = parse_options()
+    results = []
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        if options.compilations:
+            os.environ["TRITON_CACHE_DIR"] = folder
+        ceilings = None if options.compilations else measure_ceilings()
+        for name in options.models:
+            for attention in options.attention:
+                for topk in options.topk[: 1 if attention == "dense" else None]:
+                    settings = SLASettings(attention, topk)
+                    if options.compilations:
+                        new = count_compilations(name, settings)
+                    else:
+                        new = [measure(name, settings, ceilings, options)]
+                    for result in new:
+                        show(result, options.rows)
+                    results += new
+                    comfy.model_management.unload_all_models()
+                    gc.collect()  # a model holds itself through its patched forwards
+    if options.json:
+        everything = {"ceilings": ceilings and ceilings._asdict(), "results": results}
+        options.json.write_text(json.dumps(everything, indent=1))
 
 
 if __name__ == "__main__":

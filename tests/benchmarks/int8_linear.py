@@ -1,10 +1,12 @@
-"""Times INT8 linear on this GPU, over the linears of Wan 1.3B at 480p and 14B at 720p.
+"""Times INT8 linear on this GPU beside ComfyUI's, over the linears of Wan 1.3B and 14B.
 
     python tests/benchmarks/int8_linear.py
-    python tests/benchmarks/int8_linear.py --sweep --granularity rows
+    python tests/benchmarks/int8_linear.py --epilogue
 
-Prints ms, TOPS and the share of the card's INT8 peak. --sweep also times the tiles that
-linear_config chooses between, and marks the fastest and the one that ships.
+Gaussian activations and weights. Prints ms, TOPS and the share of what this card reaches at best:
+with operands quantized already, with the activations' quantization included, and where
+comfy-kitchen is installed its `int8_linear`, which always includes it. tests/benchmarks/tune.py
+tries other tiles.
 """
 
 import argparse
@@ -12,8 +14,8 @@ import json
 import os
 import sys
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -24,8 +26,10 @@ pack = types.ModuleType("turbodiffusion_pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["turbodiffusion_pack"] = pack
 
-from gpu_timing import median_ms  # noqa: E402
-from turbodiffusion_pack.kernels.int8_linear import int8_linear, triton_kernels  # noqa: E402
+import kitchen  # noqa: E402
+from gpu_timing import kernel_ms, measure_ceilings  # noqa: E402
+from turbodiffusion_pack.kernels.int8_linear import int8_linear  # noqa: E402
+from turbodiffusion_pack.kernels.int8_quant import quantize_blocks, quantize_rows  # noqa: E402
 
 # L, N, K: 14B at 720p (down, up, attention), then 1.3B at 480p (up, down, attention).
 SHAPES = (
@@ -36,108 +40,77 @@ SHAPES = (
     (32760, 1536, 8960),
     (32760, 1536, 1536),
 )
-# BLOCK_M, BLOCK_N, warps, stages, GROUP.
-TILES = {
-    "rows": (
-        (128, 256, 8, 4, 8),
-        (128, 256, 8, 4, 16),
-        (128, 256, 8, 3, 8),
-        (256, 128, 8, 4, 8),
-        (128, 128, 8, 3, 8),
-        (128, 128, 4, 3, 8),
-        (128, 128, 4, 3, 16),
-    ),
-    "blocks": (
-        (128, 128, 4, 3, 8),
-        (128, 128, 4, 3, 16),
-        (128, 128, 8, 3, 8),
-        (128, 128, 8, 4, 8),
-    ),
-}
-CALLS = 10  # between two device events, so that launches do not show
 
 
-def operands(granularity: str, length: int, n: int, k: int, epilogue: bool) -> dict:
-    """Arguments of int8_linear; with an epilogue, as the end of an attention or an MLP has it."""
-    blocks = granularity == "blocks"
-    x_scale = (1, -(-length // 128), -(-k // 128)) if blocks else (1, length)
-    w_scale = (-(-n // 128), -(-k // 128)) if blocks else (n,)
-    integers = {"device": "cuda", "dtype": torch.int8}
-    arguments = {
-        "x_q": torch.randint(-127, 128, (1, length, k), **integers),
-        "x_scale": torch.rand(x_scale, device="cuda") * 1e-2,
-        "w_q": torch.randint(-127, 128, (n, k), **integers),
-        "w_scale": torch.rand(w_scale, device="cuda") * 1e-3,
-        "bias": torch.randn(n, device="cuda", dtype=torch.bfloat16),
-    }
+def contenders(shape: tuple[int, int, int], epilogue: bool) -> Iterator[tuple[str, Callable]]:
+    """Names and calls that all compute x w^T + b; with an epilogue ours gate and add as well."""
+    length, n, k = shape
+    x = torch.randn(1, length, k, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5
+    bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
     out = torch.zeros(1, length, n, device="cuda", dtype=torch.bfloat16)
+    extra = {"out": out}
     if epilogue:
-        gate = torch.randn(1, 1, n, device="cuda")
-        arguments |= {"gate": gate, "residual": out}
-    return arguments | {"out": out}
+        extra |= {"gate": torch.randn(1, 1, n, device="cuda"), "residual": out}
+    yield from ours("fast", quantize_rows, x, w, bias, extra)
+    yield from ours("exact", quantize_blocks, x, w, bias, extra)
+    if comfy := kitchen.find():
+        w_q, w_scale = quantize_rows(w)
+        # Without cuBLASLt it silently falls back to its Triton kernels.
+        kind = comfy.registry.get_capable_backend("int8_linear")
+        yield (
+            f"comfy-kitchen {kind}, quantization too",
+            lambda: comfy.int8_linear(x, w_q, w_scale, bias),
+        )
+        yield "comfy-kitchen's quantization", lambda: comfy.quantize_int8_rowwise(x[0])
 
 
-def tile_config(block_m: int, block_n: int, warps: int, stages: int, group: int) -> dict[str, int]:
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 128, "GROUP": group}
-    return {**tile, "num_warps": warps, "num_stages": stages}
+def ours(granularity: str, quantize: Callable, x, w, bias, extra) -> Iterator[tuple[str, Callable]]:
+    """Our linear in one granularity, on quantized activations and on 16-bit ones."""
+    x_q, w_q = quantize(x), quantize(w)
+    yield granularity, lambda: int8_linear(*x_q, *w_q, bias, **extra)
+    yield (
+        f"{granularity}, quantization too",
+        lambda: int8_linear(*quantize(x), *w_q, bias, **extra),
+    )
 
 
-def shipped_config(granularity: str, n: int, k: int) -> dict[str, int]:
-    capability = torch.cuda.get_device_capability()
-    by_blocks, tma = granularity == "blocks", capability >= (9, 0)
-    return triton_kernels.linear_config(capability, by_blocks, tma, n, k)
-
-
-def measure(granularity: str, shape: tuple[int, int, int], config: dict, options) -> dict:
-    arguments = operands(granularity, *shape, options.epilogue)
-    with mock.patch.object(triton_kernels, "linear_config", lambda *_: config):
-        ms = median_ms(lambda: int8_linear(**arguments, backend="triton"), options.runs, CALLS)
-    tops = 2 * shape[0] * shape[1] * shape[2] / ms / 1e9
-    numbers = {"ms": round(ms, 3), "tops": round(tops), "share": round(tops / options.ceiling, 3)}
-    return {"granularity": granularity, "shape": shape, "config": config, **numbers}
-
-
-def measure_shape(granularity: str, shape: tuple[int, int, int], options) -> list[dict]:
-    """The shipped configuration of one shape or, in a sweep, every tile with its marks."""
-    shipped = shipped_config(granularity, *shape[1:])
-    configs = [shipped]
-    if options.sweep:
-        configs += [c for t in TILES[granularity] if (c := tile_config(*t)) != shipped]
-    results = [measure(granularity, shape, config, options) for config in configs]
-    fastest = min(results, key=lambda result: result["ms"])
-    for result in results:
-        result["marks"] = ["shipped"] * (result is results[0])
-        result["marks"] += ["fastest"] * (options.sweep and result is fastest)
-    return results
+def measure(shape: tuple[int, int, int], ceiling: float, options) -> Iterator[dict]:
+    for name, run in contenders(shape, options.epilogue):
+        ms = kernel_ms(run, options.runs)
+        result = {"shape": shape, "what": name, "ms": round(ms, 4)}
+        if not name.endswith("'s quantization"):
+            tops = 2e-9 * shape[0] * shape[1] * shape[2] / ms
+            result |= {"tops": round(tops), "share": round(tops / ceiling, 3)}
+        yield result
 
 
 def show(result: dict) -> None:
-    c = result["config"]
-    tile = f"{c['BLOCK_M']}x{c['BLOCK_N']} w{c['num_warps']} s{c['num_stages']} g{c['GROUP']}"
     shape = "x".join(map(str, result["shape"]))
-    numbers = f"{result['ms']:8.3f} ms {result['tops']:5d} TOPS {result['share']:6.1%}"
-    line = f"{result['granularity']:6s} {shape:17s} {tile:18s} {numbers}  "
-    sys.stdout.write(line + ", ".join(result["marks"]) + "\n")
+    line = f"{shape:17s} {result['what']:36s} {result['ms']:8.3f} ms"
+    if "tops" in result:
+        line += f" {result['tops']:5d} TOPS {result['share']:6.1%}"
+    sys.stdout.write(line + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--granularity", nargs="+", choices=TILES, default=list(TILES))
-    parser.add_argument("--sweep", action="store_true", help="time every tile of the table")
     parser.add_argument("--epilogue", action="store_true", help="gate, and add to the residual")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--ceiling", type=float, default=1979, help="the card's INT8 TOPS")
+    parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write everything to this file")
     options = parser.parse_args()
+    ceilings = measure_ceilings()
+    sys.stdout.write(f"{ceilings.int8_tops:.0f} INT8 TOPS at best on this card, now\n")
+    if kitchen.find() is None:
+        sys.stdout.write("comfy-kitchen is not installed, or has no CUDA kernels here\n")
     results = []
-    for granularity in options.granularity:
+    with torch.inference_mode():
         for shape in SHAPES:
-            rows = measure_shape(granularity, shape, options)
-            for row in rows:
-                show(row)
-            results += rows
+            for result in measure(shape, ceilings.int8_tops, options):
+                show(result)
+                results.append(result)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps([ceilings._asdict(), *results], indent=1))
 
 
 if __name__ == "__main__":
