@@ -44,6 +44,7 @@ def has_fp8(device: torch.device) -> bool:
     return capability(device) >= (8, 9)
 
 
+@functools.cache
 def triton_unavailable(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`; None where they can."""
     if not has_triton():

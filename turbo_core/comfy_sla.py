@@ -98,13 +98,20 @@ def _sla_options(settings: SLASettings) -> dict:
 def float32_weights(op, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of a small comfy op in float32 on `device`, wherever the host keeps them.
 
-    Copies: the host reuses the buffer that it streams a weight into for the next ops.
+    Copies where they are not the op's own: the host reuses the buffer that it streams a weight into
+    for the next ops.
     """
     options = {"dtype": torch.float32, "bias_dtype": torch.float32, "offloadable": True}
     weight, bias, stream = comfy.ops.cast_bias_weight(op, device=device, **options)
-    copies = weight.clone(), None if bias is None else bias.clone()
+    kept = _kept(weight, op.weight), None if bias is None else _kept(bias, op.bias)
     comfy.ops.uncast_bias_weight(op, weight, bias, stream)
-    return copies
+    return kept
+
+
+def _kept(cast: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """`cast`, safe to keep: it itself where it is the op's own tensor, else a copy."""
+    same = cast.device == own.device and cast.data_ptr() == own.data_ptr()
+    return cast if same else cast.clone()
 
 
 def _projection(attn, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -30,7 +30,8 @@ def fits(x: torch.Tensor, linear: LinearBranch | None) -> bool:
         return False
     steps = x.data_ptr() // 2, *x.stride()[:3]
     aligned = all(step % 8 == 0 for step in steps) and x.stride(-1) == 1
-    return x.shape[-1] == HEAD_DIM and x.dtype != torch.float32 and aligned
+    counted = max(x.stride()) < 2**31  # strides go in as int32
+    return x.shape[-1] == HEAD_DIM and x.dtype != torch.float32 and aligned and counted
 
 
 @functools.cache
@@ -71,18 +72,20 @@ def prepare(
         mix = mix.mT[..., places(x.device)].contiguous()
         branch = mix, linear.normalizer.contiguous(), linear.proj_bias.float().contiguous()
     cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
-    flags = {"BLOCK": block, "QUANTIZE": quantize, "LINEAR": linear is not None}
-    flags["BF16"] = x.dtype == torch.bfloat16
-    shared = SHARED_BYTES + (LINEAR_BYTES if linear is not None else 0)
     groups = -(-heads // HEADS)
-    programs = groups * -(-length // ROWS) * batch
     with torch.cuda.device_of(x):
-        flags = {name: int(flag) for name, flag in flags.items()}
-        kernel = nvrtc.load(SOURCE, "prepare", TARGET, shared, x.device.index, **flags)
-        kernel.launch(
-            programs, THREADS,
+        _kernel(x, block, quantize, linear is not None).launch(
+            groups * -(-length // ROWS) * batch, THREADS,
             x, norms, weight.float().contiguous(), cos, sin, out, means,
             integers if quantize else norms, scales if quantize else norms, *branch,
-            *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], length, heads, blocks, -(-heads // groups),
+            *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
+            length, heads, blocks, -(-heads // groups),
         )  # fmt: skip
     return Prepared(out, means, integers, scales)
+
+
+def _kernel(x: torch.Tensor, block: int, quantize: bool, linear: bool) -> nvrtc.Kernel:
+    flags = {"QUANTIZE": int(quantize), "LINEAR": int(linear)}
+    flags["BF16"] = int(x.dtype == torch.bfloat16)
+    shared = SHARED_BYTES + linear * LINEAR_BYTES
+    return nvrtc.load(SOURCE, "prepare", TARGET, shared, x.device.index, BLOCK=block, **flags)

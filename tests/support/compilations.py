@@ -35,9 +35,9 @@ def counted() -> Iterator[list[str]]:
     def note(*, fn, **_):
         names.append(fn.name.rpartition(".")[2])
 
-    def note_cuda(source, target):
+    def note_cuda(source, target, **constants):
         names.append(f"CUDA C++ for {target}")
-        return compile_cuda(source, target)
+        return compile_cuda(source, target, **constants)
 
     with (
         mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note),

@@ -1,0 +1,120 @@
+"""CUDA C++ by NVRTC: it compiles without a GPU, spills nothing, and says what is wrong."""
+
+import ast
+import re
+import types
+
+import ahead_of_time
+import pytest
+import torch
+from devices import DEVICE
+from turbodiffusion_pack.kernels import nvrtc
+from turbodiffusion_pack.kernels.qk_prepare import hopper as prepare
+from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
+
+pytestmark = pytest.mark.skipif(
+    nvrtc.unavailable() is not None, reason=f"no NVRTC: {nvrtc.unavailable()}"
+)
+SHARED_LIMIT = ahead_of_time.SHARED_LIMIT[9, 0]
+PREPARED = [
+    {"BLOCK": block, "QUANTIZE": quantize, "LINEAR": linear, "BF16": bf16}
+    for block, quantize, linear in ((128, 1, 1), (128, 1, 0), (128, 0, 0), (64, 0, 0))
+    for bf16 in (0, 1)
+]
+# Bytes: 8 warps share the registers with those of a second program, which hides more than it costs.
+SPILLS = 32
+
+
+def resources(module, **constants):
+    binary = nvrtc.compile_cuda(module.SOURCE.read_text(), module.TARGET, **constants)
+    return ahead_of_time.resources(binary)
+
+
+def test_attention_compiles_and_spills_nothing():
+    found = resources(attention)
+    assert found["stack"] + found["local"] == 0
+    # Its consumers take 240 registers from the pool: this is what every thread starts with.
+    assert found["registers"] <= 168
+
+
+@pytest.mark.parametrize("constants", PREPARED, ids=str)
+def test_prepare_compiles_for_two_programs_on_a_multiprocessor(constants):
+    found = resources(prepare, **constants)
+    assert found["registers"] <= 128
+    assert found["stack"] + found["local"] <= SPILLS
+
+
+def test_shared_memory_fits():
+    assert attention.SHARED_BYTES <= SHARED_LIMIT
+    assert 2 * (prepare.SHARED_BYTES + prepare.LINEAR_BYTES) <= SHARED_LIMIT
+
+
+def test_python_and_cuda_agree_on_the_shared_memory():
+    """The sizes of both `Shared` structs as the compiler sees them."""
+    for module, size in (
+        (attention, attention.SHARED_BYTES - 1024),
+        (prepare, prepare.SHARED_BYTES + prepare.LINEAR_BYTES),
+    ):
+        source = module.SOURCE.read_text()
+        assert_size = f"static_assert(sizeof(Shared) == {size});"
+        nvrtc.compile_cuda(source + assert_size, module.TARGET)
+        with pytest.raises(RuntimeError, match="static assertion failed"):
+            nvrtc.compile_cuda(source + assert_size.replace("==", "!="), module.TARGET)
+
+
+def test_an_error_names_the_line():
+    with pytest.raises(RuntimeError, match=r"cannot compile for sm_90: kernel\.cu\(2\): error"):
+        nvrtc.compile_cuda('extern "C" __global__ void f() {\nwrong;\n}', "sm_90")
+
+
+def test_constants_are_defined():
+    source = 'static_assert(SIZE == 7); extern "C" __global__ void f() {}'
+    assert nvrtc.compile_cuda(source, "sm_90", SIZE=7)
+
+
+def test_the_places_of_a_product_are_a_permutation():
+    places = prepare.places(torch.device("cpu"))
+    assert sorted(places.tolist()) == list(range(prepare.HEAD_DIM))
+
+
+def test_a_torch_without_cuda_says_so(monkeypatch):
+    without_cuda = types.SimpleNamespace(version=types.SimpleNamespace(cuda=None))
+    monkeypatch.setattr(nvrtc, "torch", without_cuda)
+    assert nvrtc.unavailable() == "torch was built without CUDA"
+
+
+@pytest.mark.parametrize("module", [attention, prepare], ids=lambda m: m.SOURCE.name)
+def test_the_launch_passes_as_many_arguments_as_the_kernel_takes(module):
+    source = module.SOURCE.read_text()
+    (parameters,) = re.findall(r'extern "C" __global__ .*?\(\s*(const.*?)\n\) {', source, re.S)
+    tree = ast.parse((module.SOURCE.parent / "hopper.py").read_text())
+    (launch,) = (
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "launch"
+    )
+    starred = {"branch": 3, "x": 3, "cos": 2, "sin": 2}
+    count = 0
+    for argument in launch.args[2:]:
+        if isinstance(argument, ast.Starred):
+            name = next(n.id for n in ast.walk(argument) if isinstance(n, ast.Name))
+            count += starred[name]
+        else:
+            count += 1
+    assert count == parameters.count(",") + 1
+
+
+@pytest.mark.gpu
+def test_a_kernel_runs_on_the_current_stream(tmp_path):
+    source = tmp_path / "fill.cu"
+    source.write_text(
+        'extern "C" __global__ void fill(int* x, int value) { x[threadIdx.x] = value + SHIFT; }'
+    )
+    major, minor = torch.cuda.get_device_capability()
+    kernel = nvrtc.load(source, "fill", f"sm_{major}{minor}", 0, 0, SHIFT=2)
+    x = torch.zeros(32, dtype=torch.int32, device=DEVICE)
+    with torch.cuda.stream(torch.cuda.Stream()) as _:
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        kernel.launch(1, 32, x, 5)
+        torch.cuda.current_stream().synchronize()
+    assert x.tolist() == [7] * 32
