@@ -1,6 +1,8 @@
-# make demo   sets everything up and makes a video in a real ComfyUI server
-#             CHECKPOINT=/path/model.pth uses a real checkpoint; the Wan VAE and the umT5 text
-#             encoder are then taken from the ComfyUI's models folder
+# make demo   sets everything up and makes videos in a real ComfyUI server, from text and from a
+#             picture, with tiny random models; real checkpoints make real videos:
+#             CHECKPOINT=/path/model.pth from text,
+#             HIGH=/path/high.pth LOW=/path/low.pth IMAGE=/path/picture.png from a picture;
+#             the Wan VAE and the umT5 text encoder are then taken from the ComfyUI's models folder
 # make test   sets everything up and runs all tests; ARGS="-k name" selects some
 #
 # COMFYUI_DIR=/path/ComfyUI picks the ComfyUI to run in, PYTHON=/path/python the Python whose torch
@@ -12,7 +14,8 @@ PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
 .PHONY: demo test
 
 demo:
-	$(PYTHON) tests/prepare.py tests/demo.py $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
+	$(PYTHON) tests/prepare.py tests/demo.py $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") \
+		$(if $(HIGH),--high "$(HIGH)") $(if $(LOW),--low "$(LOW)") $(if $(IMAGE),--image "$(IMAGE)")
 
 test:
 	$(PYTHON) tests/prepare.py -m pytest -c tests/pytest.ini tests $(ARGS)

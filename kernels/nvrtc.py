@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from .dispatch import capability, triton_unavailable
+
 
 class Kernel:
     """A compiled kernel on one device."""
@@ -15,7 +17,15 @@ class Kernel:
         self.driver, self.function, self.shared_bytes = driver, function, shared_bytes
 
     def launch(self, programs: int, threads: int, *arguments: torch.Tensor | int) -> None:
-        """Start on torch's current stream; tensors go in as pointers, integers as int32."""
+        """Start on torch's current stream; tensors go in as pointers, integers as int32.
+
+        Raises:
+            ValueError: a tensor is not on a GPU.
+            RuntimeError: the driver refuses.
+        """
+        for x in arguments:
+            if isinstance(x, torch.Tensor) and not x.is_cuda:
+                raise ValueError(f"a kernel's tensors must be on the GPU, got one on {x.device}")
         values = [
             ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_int(x)
             for x in arguments
@@ -23,18 +33,29 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         sizes = programs, 1, 1, threads, 1, 1, self.shared_bytes
-        failed = self.driver.cuLaunchKernel(self.function, *sizes, stream, pointers, None)
-        _check(self.driver, failed)
+        code = self.driver.cuLaunchKernel(self.function, *sizes, stream, pointers, None)
+        _check(self.driver, code)
 
 
+def cuda_unavailable(device: torch.device) -> str | None:
+    """Why the pack's CUDA C++ kernels cannot run on `device`; None where they can.
+
+    They stand in for Triton's in `sage_attention` and `qk_prepare`.
+    """
+    if capability(device) != (9, 0):
+        return "they are for Hopper, sm_90"
+    return triton_unavailable(device) or unavailable()
+
+
+@functools.cache
 def unavailable() -> str | None:
     """Why nothing can be compiled at run time; None where it can."""
     if torch.version.cuda is None:
         return "torch was built without CUDA"
     try:
-        _nvrtc()
-    except OSError as error:
-        return f"torch's NVRTC does not load ({error})"
+        compile_cuda('extern "C" __global__ void nothing() {}', "sm_90")
+    except (OSError, RuntimeError) as error:
+        return f"torch's NVRTC does not work ({error})"
     return None
 
 
@@ -44,9 +65,8 @@ def load(
 ) -> Kernel:
     """Compile the kernel `name` of a file for `target` (as sm_90a) and load it on `device`.
 
-    `constants` are defined before the first line.
-
-    Once in a process, in less than a second.
+    `constants` are defined before the file's first line. Done once for each device and set of them,
+    in about a second.
 
     Raises:
         RuntimeError: it does not compile, or the driver does not take it.
@@ -70,16 +90,18 @@ def compile_cuda(source: str, target: str, **constants: int) -> bytes:
         RuntimeError: it does not compile; the message holds the compiler's.
     """
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
-    words = [f"--gpu-architecture={target}", "--std=c++17"]
-    words += [f"--define-macro={name}={value}" for name, value in constants.items()]
-    options = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
+    arguments = source.encode(), b"kernel.cu", 0, None, None
+    _check_nvrtc(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), *arguments))
+    flags = [f"--gpu-architecture={target}", "--std=c++17"]
+    flags += [f"--define-macro={name}={value}" for name, value in constants.items()]
+    options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    text = _output(nvrtc, program, "ProgramLog" if failed else "CUBIN")
+    output = _output(nvrtc, program, "ProgramLog" if failed else "CUBIN")
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     if failed:
-        raise RuntimeError(f"NVRTC cannot compile for {target}: {text.decode(errors='replace')}")
-    return text
+        told = output.rstrip(b"\0").decode(errors="replace").strip()
+        raise RuntimeError(f"NVRTC cannot compile for {target}: {told}")
+    return output
 
 
 @functools.cache
@@ -92,10 +114,16 @@ def _nvrtc() -> ctypes.CDLL:
 
 def _output(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, kind: str) -> bytes:
     size = ctypes.c_size_t()
-    getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
-    text = ctypes.create_string_buffer(size.value)
-    getattr(nvrtc, f"nvrtcGet{kind}")(program, text)
-    return text.raw
+    _check_nvrtc(nvrtc, getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size)))
+    output = ctypes.create_string_buffer(size.value)
+    _check_nvrtc(nvrtc, getattr(nvrtc, f"nvrtcGet{kind}")(program, output))
+    return output.raw
+
+
+def _check_nvrtc(nvrtc: ctypes.CDLL, code: int) -> None:
+    if code:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise RuntimeError(f"NVRTC failed: {nvrtc.nvrtcGetErrorString(code).decode()}")
 
 
 def _check(driver: ctypes.CDLL, code: int) -> None:

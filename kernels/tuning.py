@@ -1,4 +1,7 @@
-"""How kernels are launched: one table for each, by card where cards differ.
+"""How the INT8 and row kernels are launched: one table for each, by card where cards differ.
+
+Attention's launches stand beside its kernels. "blocks" and "pointers" of INT8_LINEAR stay
+128 x 128: there a program's tile is a block of scales.
 
 The rows of sm_90 were measured on an H100 with tests/benchmarks/tune.py, which prints such rows.
 Those of other cards were chosen by ahead-of-time compilation, no such card being at hand: they fit

@@ -11,6 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from .checkpoint import Checkpoint, read_checkpoint
 from .comfy_attention import patch_attention, wan_model
 from .comfy_operations import Linear, TurboOperations
+from .comfy_projections import projection
 from .comfy_quant import granularity as weight_granularity
 from .comfy_quant import is_int8
 from .comfy_scheduler import carry_sigma_max
@@ -62,7 +63,8 @@ def build_turbo_model(
     )
     carry_sigma_max(model, default_sigma_max(checkpoint.in_channels))
     if checkpoint.has_sla:
-        _attach_projections(model, checkpoint)
+        for block, proj_l in zip(wan_model(model).blocks, checkpoint.proj_l, strict=True):
+            block.self_attn.proj_l = projection(*proj_l)
     for module in wan_model(model).modules():
         if isinstance(module, Linear):
             per_row = is_int8(module.weight) and weight_granularity(module.weight) == "rows"
@@ -79,14 +81,6 @@ def _build(checkpoint: Checkpoint, host_options: dict):
     return comfy.sd.load_diffusion_model_state_dict(
         state_dict, model_options=options, **host_options
     )
-
-
-def _attach_projections(model, checkpoint: Checkpoint) -> None:
-    """Give each block's self-attention its proj_l, as a comfy op so that the host manages it."""
-    for block, (weight, bias) in zip(wan_model(model).blocks, checkpoint.proj_l, strict=True):
-        proj_l = Linear(*weight.shape, dtype=torch.float32)
-        proj_l.assign(weight, bias)
-        block.self_attn.proj_l = proj_l
 
 
 def _round_timestep(executor, x, timestep, *args, **kwargs):

@@ -44,6 +44,11 @@ def attach_projections(model, path: str | PathLike):
     return patched
 
 
+def attached_projections(model) -> list[Linear]:
+    """The proj_l that `attach_projections` gave each block of `model`; empty where it did not."""
+    return [proj_l for part in model.injections.get(INJECTION, ()) for proj_l in part.projections]
+
+
 def projection(weight: torch.Tensor, bias: torch.Tensor) -> Linear:
     """One head's proj_l, weight [128, 128] and bias [128], as an op that the host can move."""
     linear = Linear(*weight.shape, dtype=torch.float32)
@@ -90,7 +95,9 @@ def _injection(projections: list[Linear]) -> PatcherInjection:
                 del block.self_attn.proj_l
             proj_l.to(patcher.offload_device)
 
-    return PatcherInjection(inject, eject)
+    injection = PatcherInjection(inject, eject)
+    injection.projections = projections
+    return injection
 
 
 def _blocks(patcher) -> torch.nn.ModuleList:

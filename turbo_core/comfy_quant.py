@@ -17,7 +17,34 @@ from ..kernels.int8_quant import (
 )
 
 LAYOUT = "TurboInt8Layout"
-QuantizedTensor = comfy.quant_ops.QuantizedTensor
+HostTensor = comfy.quant_ops.QuantizedTensor
+
+
+class QuantizedTensor(HostTensor):
+    """The host's tensor, whose integers and scales are written in place together.
+
+    The host takes a scheduled LoRA out with `weight.data.copy_(backup)`. `.data` of its own class
+    has a copy of the scales: the weight would keep those it has with the LoRA. The name is the
+    host's too, because that decides what it pins.
+    """
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.detach.default:
+            return pack(*unpack(args[0]), _float_dtype(args[0]))
+        if func is torch.ops.aten.copy_.default and is_int8(args[0]):
+            return _write(*args, **kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if out is args[0] and kwargs.get("copy"):  # the host makes none on the same device
+            return out.clone()
+        ours = isinstance(out, cls) or not is_int8(out)
+        return out if ours else pack(*unpack(out), _float_dtype(out))
+
+    @staticmethod
+    def __tensor_unflatten__(inner_tensors, ctx, outer_size, outer_stride):
+        weight = HostTensor.__tensor_unflatten__(inner_tensors, ctx, outer_size, outer_stride)
+        return pack(*unpack(weight), _float_dtype(weight))
 
 
 def quantize_weight(weight: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,8 +81,11 @@ if hasattr(comfy.quant_ops, "LAYOUTS"):
         """int8 [out, in] and its scales as one tensor that dequantizes to `dtype`; no copy."""
         return QuantizedTensor(q, LAYOUT, {"scale": scale, "orig_dtype": dtype})
 
-    def _layout_name(weight: QuantizedTensor) -> str:
+    def _layout_name(weight: HostTensor) -> str:
         return weight._layout_type
+
+    def _float_dtype(weight: HostTensor) -> torch.dtype:
+        return weight._layout_params["orig_dtype"]
 
 else:
     from comfy_kitchen.tensor.base import BaseLayoutParams
@@ -95,25 +125,37 @@ else:
         params = TurboInt8Layout.Params(scale, dtype, tuple(q.shape))
         return QuantizedTensor(q, LAYOUT, params)
 
-    def _layout_name(weight: QuantizedTensor) -> str:
+    def _layout_name(weight: HostTensor) -> str:
         return weight._layout_cls
+
+    def _float_dtype(weight: HostTensor) -> torch.dtype:
+        return weight._params.orig_dtype
 
 
 def is_int8(weight: torch.Tensor | None) -> bool:
     """Whether `weight` is one of ours."""
-    return isinstance(weight, QuantizedTensor) and _layout_name(weight) == LAYOUT
+    return isinstance(weight, HostTensor) and _layout_name(weight) == LAYOUT
 
 
-def unpack(weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack(weight: HostTensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The int8 [out, in] tensor and its fp32 scales; no copy."""
     return TurboInt8Layout.get_plain_tensors(weight)
 
 
-def granularity(weight: QuantizedTensor) -> str:
+def granularity(weight: HostTensor) -> str:
     """ "blocks" (128x128, the checkpoints' own) or "rows" (one scale per output channel)."""
     return "blocks" if unpack(weight)[1].ndim == 2 else "rows"
 
 
-def requantize(weight: torch.Tensor, like: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
+def requantize(weight: torch.Tensor, like: HostTensor, dtype: torch.dtype) -> QuantizedTensor:
     """Float `weight` [out, in] to int8 in the granularity of `like`."""
     return pack(*quantize_weight(weight, granularity(like)), dtype)
+
+
+def _write(weight: HostTensor, value: torch.Tensor, non_blocking: bool = False) -> HostTensor:
+    """Copy `value` [out, in], INT8 as well or float, into the memory of `weight`."""
+    if not is_int8(value):
+        value = requantize(value, weight, value.dtype)
+    for into, new in zip(unpack(weight), unpack(value), strict=True):
+        into.copy_(new, non_blocking=non_blocking)
+    return weight

@@ -10,19 +10,17 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .checkpoint_layout import BLOCK_LINEARS
+from .checkpoint_layout import BLOCK_LINEARS, IMAGE_LINEARS
 from .comfy_attention import KEY, patch_attention, wan_model
 from .comfy_block import is_ours
 from .comfy_experts import KEY as EXPERTS
 from .comfy_loader import GRANULARITIES
 from .comfy_operations import Linear, TurboOperations
 from .comfy_projections import INJECTION, own_projection, projection
-from .comfy_quant import QuantizedTensor, dequantize_weight, is_int8, quantize_weight, unpack
+from .comfy_quant import HostTensor, dequantize_weight, is_int8, quantize_weight, unpack
 from .sla_settings import SLASettings
 
-# The image branch of Wan 2.1's cross-attention is left out by TurboDiffusion only because its
-# models have none.
-QUANTIZED = (*BLOCK_LINEARS, "cross_attn.k_img", "cross_attn.v_img")
+QUANTIZED = (*BLOCK_LINEARS, *IMAGE_LINEARS)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Rows of a weight that are quantized at once, in whole blocks of scales: bounds the memory.
 ROWS = 256
@@ -114,7 +112,7 @@ def _is_readable(linear: torch.nn.Module) -> bool:
         return False
     weight = linear.weight
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point()
-    return plain or isinstance(weight, QuantizedTensor)
+    return plain or isinstance(weight, HostTensor)
 
 
 def _check_patches(model) -> None:
@@ -175,7 +173,7 @@ def _quantized_tensors(model, linears: dict, granularity: str, errors: dict | No
             q, scale = _int8(module, granularity, device, name, errors)
             tensors[key], tensors[f"{key}_scale"] = q.to(offload_device), scale.to(offload_device)
             bar.update(1)
-        elif isinstance(tensor, QuantizedTensor) or _is_scaled(module, parameter):
+        elif isinstance(tensor, HostTensor) or _is_scaled(module, parameter):
             tensors[key] = _float_weight(module, offload_device).to(dtype)
         else:
             tensors[key] = tensor.detach().to(offload_device, copy=True)

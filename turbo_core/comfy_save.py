@@ -15,6 +15,7 @@ from .checkpoint_names import PROJ_L
 from .checkpoint_write import write_safetensors
 from .comfy_attention import wan_model
 from .comfy_experts import KEY as EXPERTS
+from .comfy_projections import INJECTION, attached_projections, own_projection
 from .comfy_quant import is_int8, pack, requantize, unpack
 
 PREFIX = "diffusion_model."
@@ -26,10 +27,11 @@ Weights = dict[str, tuple[torch.Tensor, list]]
 def save_turbo_model(model, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write the weights of `model` to `path`, a .safetensors file in the names comfy.
 
-    INT8 weights stay INT8 with their scales, SLA's projections come along, and what weight patches
-    (LoRAs) change is baked in: added in float32, then back in the weight's own format. Attention
-    settings and other patches are not part of a file. `model` is untouched, wherever its weights
-    are. Baking a LoRA takes about four times a weight in float32, one weight after the other.
+    INT8 weights stay INT8 with their scales, and SLA's projections come along, attached ones too.
+    What weight patches (LoRAs) change is baked in: added in float32, then back in the weight's own
+    format. Attention settings and other patches are not part of a file. `model` is untouched,
+    wherever its weights are. Baking a LoRA takes about four times a weight in float32, one weight
+    after the other.
 
     Raises:
         ValueError: not a Wan MODEL, or not one that TurboLoader could load again.
@@ -65,18 +67,21 @@ def _check_patches(model) -> None:
             "Save each expert by itself, before Wan22ExpertSwitch"
         )
     for key in model.injections:
-        raise ValueError(
-            f"this MODEL carries modules that are not its own, got {key}, and a file would be "
-            "without them. Save the MODEL from before the node that adds them (a LoRA in bypass "
-            "mode, SLA projections of another file)"
-        )
+        if key != INJECTION:
+            raise ValueError(
+                f"this MODEL carries modules that are not its own, got {key}, and a file would be "
+                "without them. Save the MODEL from before the node that adds them (a LoRA in "
+                "bypass mode, say)"
+            )
 
 
 def _weights(model) -> Weights:
-    """The MODEL's own weights, without what patches have made of them, by their names in a file."""
-    wan_model(model)
+    """The MODEL's weights, without what patches have made of them, by their names in a file."""
+    has_own = own_projection(wan_model(model).blocks[0].self_attn) is not None
     weights = {}
     for key, ((weight, _), *patches) in model.get_key_patches(PREFIX).items():
+        if ".self_attn.proj_l." in key and not has_own:
+            continue  # attached, to another clone perhaps
         name = key.removeprefix(PREFIX).replace(".self_attn.proj_l.", f".{PROJ_L}.")
         if name.endswith(".weight_scale") and is_int8(weights[name.removesuffix("_scale")][0]):
             continue  # it is inside the weight
@@ -87,6 +92,9 @@ def _weights(model) -> Weights:
                 "ComfyUI's ModelSave"
             )
         weights[name] = (weight, patches)
+    for index, proj_l in enumerate(attached_projections(model)):
+        for part, tensor in proj_l.named_parameters():
+            weights[f"blocks.{index}.{PROJ_L}.{part}"] = (tensor, [])
     return weights
 
 

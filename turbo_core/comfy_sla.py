@@ -6,6 +6,7 @@ from comfy.ldm.modules.attention import optimized_attention
 
 from ..kernels.block_map.checks import float32_on_gpu
 from ..kernels.norm import rms_norm
+from ..kernels.nvrtc import cuda_unavailable
 from ..kernels.rope import apply_rope
 from ..kernels.sla import sla, sla_from_projections
 from ..kernels.sparse_attention import default_pv
@@ -139,4 +140,7 @@ def _note_sla(attn, index: int, settings: SLASettings, x: torch.Tensor) -> None:
     bits = f"int8 QK and {default_pv(x.device)} PV" if settings.attention == "sagesla" else "16 bit"
     branch = "" if hasattr(attn, "proj_l") else ", no proj_l so no linear branch"
     how = f"{settings.attention} top-k {settings.topk:g} ({bits}{branch})"
-    run_report.note_sla(index, how, run_report.kernel_name(x, settings.backend, float32_on_gpu(x)))
+    kernels = [run_report.kernel_name(x, settings.backend, float32_on_gpu(x))]
+    if kernels == ["Triton"] and attn.head_dim == 128 and not cuda_unavailable(x.device):
+        kernels += ["CUDA"] * (settings.attention == "sagesla")
+    run_report.note_sla(index, how, *kernels)

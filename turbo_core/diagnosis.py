@@ -11,15 +11,17 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import dispatch, nvrtc
+from ..kernels import dispatch
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_quant import quantize_rows
 from ..kernels.norm import rms_norm
+from ..kernels.nvrtc import cuda_unavailable
 from ..kernels.sla import sla
 from ..kernels.sparse_attention import default_pv
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")))
+CUDA_OPS = ("qk_prepare", "sage_attention")  # have kernels in CUDA C++ for Hopper too
 
 # Cards whose speed and outputs were measured, and architectures whose kernels were compiled
 # ahead of time and checked for shared memory and spills.
@@ -167,24 +169,27 @@ def _gpu_line(index: int) -> str:
 
 def _kernel_lines(device: torch.device) -> list[str]:
     """Which implementation each op uses for a model's bf16 tensors on `device`, and why."""
+    sage = f"SageSLA here: int8 QK and {default_pv(device)} PV"
     reason = dispatch.reference_reason("auto", _sample(device))
-    ops = ", ".join(OPS)
-    if reason is None:
-        return [f"Triton kernels: {ops}", _sage_line(device)]
-    return [f"Torch reference, slow: {ops}", f"Why: {reason}", _sage_line(device)]
+    if reason is not None:
+        return [f"Torch reference, slow: {', '.join(OPS)}", f"Why: {reason}", sage]
+    return [*_gpu_kernel_lines(device), sage]
+
+
+def _gpu_kernel_lines(device: torch.device) -> list[str]:
+    """The ops by the language of their kernels, where the GPU has some for them."""
+    missing = cuda_unavailable(device)
+    triton = ", ".join(op for op in OPS if missing or op not in CUDA_OPS)
+    lines = [f"Triton kernels: {triton}"]
+    if missing is None:
+        lines.append(f"CUDA kernels for Hopper: {', '.join(CUDA_OPS)}")
+    elif dispatch.capability(device) == HOPPER:
+        lines.append(f"CUDA kernels for Hopper, which are faster: none, as {missing}")
+    return lines
 
 
 def _sample(device: torch.device) -> torch.Tensor:
     return torch.empty(0, dtype=torch.bfloat16, device=device)
-
-
-def _sage_line(device: torch.device) -> str:
-    """The precision of SageSLA on `device`, and by which kernel where there is a choice."""
-    line = f"SageSLA here: int8 QK and {default_pv(device)} PV"
-    if dispatch.capability(device) != HOPPER:
-        return line
-    reason = nvrtc.unavailable()
-    return f"{line}, by " + ("CUDA for Hopper" if reason is None else f"Triton, as {reason}")
 
 
 def _trial_lines(device: torch.device) -> list[str]:

@@ -39,7 +39,7 @@ class Counts:
         parts += [f"fused in {_ranges(self.fused)}"] if self.fused else []
         parts += [f"not fused in {_ranges(blocks)}: {why}" for why, blocks in self.unfused.items()]
         parts += [f"INT8 {how} in {len(linears)} linears" for how, linears in self.int8.items()]
-        parts += [f"kernels: {name}" for name in sorted(self.kernels)]
+        parts += [f"kernels: {' and '.join(sorted(self.kernels))}"] if self.kernels else []
         return "; ".join(parts)
 
 
@@ -104,11 +104,11 @@ def note_forward(num_blocks: int) -> None:
         counts.num_blocks = num_blocks
 
 
-def note_sla(block: int, how: str, kernel: str) -> None:
-    """Block `block` ran sparse-linear attention, `how` in a few words, by `kernel`."""
+def note_sla(block: int, how: str, *kernels: str) -> None:
+    """Block `block` ran sparse-linear attention, `how` in a few words, by `kernels`."""
     if counts := _counts():
         counts.sla[how].add(block)
-        counts.kernels.add(kernel)
+        counts.kernels.update(kernels)
 
 
 def note_dense(block: int, why: str) -> None:

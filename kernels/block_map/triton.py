@@ -48,7 +48,7 @@ def scores_kernel(
             k_means + (head * n_keys + key[:, None]) * HEAD_DIM + channel,
             mask=key[:, None] < n_keys, other=0.0,
         )  # [TILE, 32]  # fmt: skip
-        # Three tf32 products, as exact as fp32: one would reorder blocks whose scores are close.
+        # Three tf32 products, nearly as exact as fp32: one would reorder blocks of close scores.
         tile = tl.dot(q, tl.trans(k), tile, input_precision="tf32x3")
     tl.store(
         scores + (head * n_queries + query[:, None]) * n_keys + key[None, :], tile,

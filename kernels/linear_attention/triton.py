@@ -131,7 +131,7 @@ def _sum_over_keys(k, v, feature_map, maxima: bool):
             HEAD_DIM=dim, TILE=TILE, FEATURE_MAP=feature_map, MAXIMA=maxima,
             **STATE_LAUNCH,
         )  # fmt: skip
-    return state.sum(0), normalizer.sum(0), maximum.amax(0)
+    return state.sum(0), normalizer.sum(0), maximum.amax(0) if maxima else None
 
 
 def linear_attention(

@@ -2,7 +2,6 @@
 
 import torch
 
-from .. import nvrtc
 from ..block_map.checks import (
     check_block_size,
     check_heads,
@@ -10,8 +9,9 @@ from ..block_map.checks import (
     float32_on_gpu,
     not_contiguous,
 )
-from ..dispatch import capability, has_triton, use_triton
+from ..dispatch import has_triton, use_triton
 from ..linear_attention import LinearBranch, check_branch
+from ..nvrtc import cuda_unavailable
 from . import reference
 from .reference import Prepared
 
@@ -65,14 +65,17 @@ def prepare(
     check_angles(x, cos, sin)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     check_shape("out", out, tuple(x.shape))
-    if not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
+    if out.dtype != x.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous and {x.dtype}, "
+            f"got {out.dtype} with strides {list(out.stride())}"
+        )
     if linear is not None:
         check_branch(x, linear)
     arguments = x, weight, cos, sin, eps, block, quantize, out, linear
     reasons = not_contiguous(x), None if linear is None else float32_on_gpu(x)
     if use_triton("prepare", backend, x, *reasons):
-        if capability(x.device) == (9, 0) and hopper.fits(x, linear) and not nvrtc.unavailable():
+        if not cuda_unavailable(x.device) and hopper.fits(x, cos, sin, out, linear):
             return hopper.prepare(*arguments)
         return triton_kernels.prepare(*arguments)
     return reference.prepare(*arguments)

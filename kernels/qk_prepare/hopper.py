@@ -21,17 +21,29 @@ SHARED_BYTES = 128 * 132 * 4 + 128 * 4 + 8 * 128 * 4 + 8 * 4  # prepare.cu's Sha
 LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
 
 
-def fits(x: torch.Tensor, linear: LinearBranch | None) -> bool:
+def fits(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    out: torch.Tensor,
+    linear: LinearBranch | None,
+) -> bool:
     """Whether the kernel takes x [B, L, H, D]: 16 bits, D of 128, rows in steps of 16 bytes.
 
     Of the linear branch it knows only the feature map that the models were trained with.
     """
     if linear is not None and linear.feature_map != "softmax":
         return False
-    steps = x.data_ptr() // 2, *x.stride()[:3]
+    steps = x.data_ptr() // 2, out.data_ptr() // 2, *x.stride()[:3]
     aligned = all(step % 8 == 0 for step in steps) and x.stride(-1) == 1
-    counted = max(x.stride()) < 2**31  # strides go in as int32
+    counted = max(*x.stride(), *cos.stride(), *sin.stride()) < 2**31  # strides go in as int32
     return x.shape[-1] == HEAD_DIM and x.dtype != torch.float32 and aligned and counted
+
+
+def aligned_copy(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, contiguous, where 16 bytes can be read at once."""
+    x = x.float().contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 @functools.cache
@@ -70,13 +82,13 @@ def prepare(
     if linear is not None:
         mix = project_state(linear.state, linear.normalizer, linear.proj_weight, x.dtype)
         mix = mix.mT[..., places(x.device)].contiguous()
-        branch = mix, linear.normalizer.contiguous(), linear.proj_bias.float().contiguous()
+        branch = mix, aligned_copy(linear.normalizer), aligned_copy(linear.proj_bias)
     cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
     groups = -(-heads // HEADS)
     with torch.cuda.device_of(x):
         _kernel(x, block, quantize, linear is not None).launch(
             groups * -(-length // ROWS) * batch, THREADS,
-            x, norms, weight.float().contiguous(), cos, sin, out, means,
+            x, norms, aligned_copy(weight), cos, sin, out, means,
             integers if quantize else norms, scales if quantize else norms, *branch,
             *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
             length, heads, blocks, -(-heads // groups),

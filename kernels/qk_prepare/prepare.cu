@@ -2,8 +2,8 @@
 //
 // A program takes 128 rows of several heads: their cosines and sines wait in shared memory. A warp
 // takes 16 rows. Of its rows lane / 4 and lane / 4 + 8 a thread holds the channels
-// 32 m + 8 (lane % 4) + {0 .. 7}, m = 0 .. 3. Products of 16 channels take them four by four, so the
-// other factor's rows come in the matching order, see `places` in hopper.py.
+// 32 m + 8 (lane % 4) + {0 .. 7}, m = 0 .. 3. Products of 16 channels take them four by four, so
+// the other factor's rows come in the matching order, see `places` in hopper.py.
 
 #ifndef BLOCK
 #define BLOCK 128   // rows of a block
@@ -99,8 +99,9 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Half of 2 MANY values goes to the thread `distance` lanes away, the other half gets its values added.
-template <int MANY> __device__ __forceinline__ void add_half(float (&x)[32], bool upper, int distance) {
+// Half of 2 MANY values goes to the thread `distance` lanes away, whose values the other half gets.
+template <int MANY>
+__device__ __forceinline__ void add_half(float (&x)[32], bool upper, int distance) {
 #pragma unroll
     for (int i = 0; i < MANY; i++) {
         float send = upper ? x[i] : x[MANY + i], keep = upper ? x[MANY + i] : x[i];
@@ -108,29 +109,14 @@ template <int MANY> __device__ __forceinline__ void add_half(float (&x)[32], boo
     }
 }
 
-// 32 values of each thread, added over the eight threads that hold the same channels: a thread keeps
-// the sums x[0 .. 3] of four of them, those from the returned one on.
+// 32 values of each thread, added over the eight threads that hold the same channels: a thread
+// keeps the sums x[0 .. 3] of four of them, those from the returned one on.
 __device__ __forceinline__ int add_rows(float (&x)[32], int lane) {
     add_half<16>(x, lane & 16, 16);
     add_half<8>(x, lane & 8, 8);
     add_half<4>(x, lane & 4, 4);
     return (lane & 16 ? 16 : 0) + (lane & 8 ? 8 : 0) + (lane & 4 ? 4 : 0);
 }
-
-struct Tensors {
-    const uint4* x;           // rows of 16 bits
-    const float* norms;       // 1 / root mean square of each row over all heads
-    const float* weight;      // [H D]
-    const float* cos;
-    const float* sin;
-    u16* out;                 // [B, L, H, D]
-    float* means;             // [B, H, N, D]
-    i8* integers;             // [B, H, N BLOCK, D]
-    float* scales;            // [B, H, N]
-    const u16* mix;           // [B, H, D (out), D (places of in)]
-    const float* normalizer;  // [B, H, D]
-    const float* bias;        // [D]
-};
 
 // Rows beyond the end are read as zeros.
 __device__ __forceinline__ void load_rows(
@@ -141,11 +127,13 @@ __device__ __forceinline__ void load_rows(
 #pragma unroll
         for (int m = 0; m < 4; m++) {
             tile[half][m] = make_uint4(0, 0, 0, 0);
-            if (row + 8 * half < inside) tile[half][m] = x[(row + 8 * half) * stride + 4 * m + pair];
+            if (row + 8 * half < inside)
+                tile[half][m] = x[(row + 8 * half) * stride + 4 * m + pair];
         }
 }
 
-// Normalize, round, rotate, round: packed[half][4 m + i] holds channels 32 m + 8 pair + 2 i + {0, 1}.
+// Normalize, round, rotate, round: packed[half][4 m + i] holds the channels
+// 32 m + 8 pair + 2 i + {0, 1}.
 __device__ __forceinline__ void rotate(
     u32 (&packed)[2][16], const uint4 (&tile)[2][4], const Shared& shared, const float* weight,
     int row, int pair
@@ -182,8 +170,9 @@ __device__ __forceinline__ void store_rows(
 #pragma unroll
         for (int m = 0; m < 4; m++) {
             const u32* p = &packed[half][4 * m];
-            uint4* to = reinterpret_cast<uint4*>(out + (row + 8 * half) * stride + 32 * m + 8 * pair);
-            if (row + 8 * half < inside) *to = make_uint4(p[0], p[1], p[2], p[3]);
+            u16* to = out + (row + 8 * half) * stride + 32 * m + 8 * pair;
+            if (row + 8 * half < inside)
+                *reinterpret_cast<uint4*>(to) = make_uint4(p[0], p[1], p[2], p[3]);
         }
 }
 
@@ -236,7 +225,10 @@ __device__ __forceinline__ void store_integers(
 
 #if LINEAR
 // e^x of the row less its maximum, times the normalizer, in place; the factor of the row's product.
-__device__ __forceinline__ float weigh(u32 (&packed)[16], const float* normalizer, int pair) {
+// Both count in `unit`s.
+__device__ __forceinline__ float weigh(
+    u32 (&packed)[16], const float* normalizer, float unit, int pair
+) {
     float high = -1e30f;
 #pragma unroll
     for (int i = 0; i < 16; i++) {
@@ -260,7 +252,7 @@ __device__ __forceinline__ float weigh(u32 (&packed)[16], const float* normalize
         }
     }
     // phi is e^x / plain: phi z / (1e-5 + sum of phi z) = e^x z / (1e-5 plain + total)
-    return 1.0f / fmaf(1e-5f, row_sum(plain), row_sum(total));
+    return 1.0f / fmaf(1e-5f * unit, row_sum(plain), row_sum(total));
 }
 
 // The mixed rows of this warp: weights [16, 128] times mix [128, 128].
@@ -295,42 +287,54 @@ __device__ __forceinline__ void store_mixed(
 }
 
 // Starts the copies of a head's mix.
-__device__ __forceinline__ void load_mix(Shared& shared, const u16* mix, const float* normalizer) {
+__device__ __forceinline__ void load_mix(
+    Shared& shared, const u16* mix, const float* normalizer, float unit
+) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < HEAD_DIM * HEAD_DIM / 8; i += 32 * WARPS) {
         u32 to = static_cast<u32>(
             __cvta_generic_to_shared(&shared.mix[i / 16 * MIX_STRIDE + i % 16 * 8]));
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(mix + 8 * i));
     }
-    if (threadIdx.x < HEAD_DIM) shared.normalizer[threadIdx.x] = normalizer[threadIdx.x];
+    if (threadIdx.x < HEAD_DIM) shared.normalizer[threadIdx.x] = normalizer[threadIdx.x] * unit;
 }
 #endif
 
 // Cosines and sines of the rows, and their norms.
 __device__ __forceinline__ void load_turns(
-    Shared& shared, const Tensors& t, long long norm_row, long long cos_row, long long sin_row,
-    long long cos_stride, long long sin_stride, int inside
+    Shared& shared, const float* norms, const float* cos, const float* sin,
+    int cos_stride, int sin_stride, int inside
 ) {
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 2; i += 32 * WARPS) {
         int row = i / (HEAD_DIM / 2), pair = i % (HEAD_DIM / 2);
         float2 turn = {0, 0};
         if (row < inside)
-            turn = {t.cos[cos_row + row * cos_stride + pair], t.sin[sin_row + row * sin_stride + pair]};
+            turn = {cos[(long long)row * cos_stride + pair],
+                    sin[(long long)row * sin_stride + pair]};
         *reinterpret_cast<float2*>(&shared.turns[row][2 * pair]) = turn;
     }
     if (threadIdx.x < ROWS)
-        shared.norms[threadIdx.x] = threadIdx.x < inside ? t.norms[norm_row + threadIdx.x] : 0;
+        shared.norms[threadIdx.x] = threadIdx.x < inside ? norms[threadIdx.x] : 0;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prepare(
-    const uint4* x, const float* norms, const float* weight, const float* cos, const float* sin,
-    u16* out, float* means, i8* integers, float* scales, const u16* mix, const float* normalizer,
-    const float* bias, int x_b, int x_l, int x_h, int cos_b, int cos_l, int sin_b, int sin_l,
+    const uint4* x,           // [B, L, H, D], rows of 16 bits
+    const float* norms,       // [B, L], 1 / root mean square of each row over all heads
+    const float* weight,      // [H D]
+    const float* cos,         // [B, L, D / 2]
+    const float* sin,
+    u16* out,                 // [B, L, H, D]
+    float* means,             // [B, H, N, D]
+    i8* integers,             // [B, H, N BLOCK, D]
+    float* scales,            // [B, H, N]
+    const u16* mix,           // [B, H, D (out), D (places of in)]
+    const float* normalizer,  // [B, H, D]
+    const float* bias,        // [D]
+    int x_b, int x_l, int x_h, int cos_b, int cos_l, int sin_b, int sin_l,
     int length, int heads, int blocks, int heads_each
 ) {
     extern __shared__ __align__(16) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    Tensors t = {x, norms, weight, cos, sin, out, means, integers, scales, mix, normalizer, bias};
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % 4;
     int row = 16 * warp + lane / 4, tiles = (length + ROWS - 1) / ROWS;
     int groups = (heads + heads_each - 1) / heads_each;
@@ -338,25 +342,31 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prepare(
     int sample = blockIdx.x / (groups * tiles);
     long long first = (long long)tile * ROWS;
     int inside = min(ROWS, (int)(length - first));
-    load_turns(shared, t, sample * (long long)length + first, sample * (long long)cos_b + first * cos_l,
-               sample * (long long)sin_b + first * sin_l, cos_l, sin_l, inside);
+    load_turns(shared, norms + sample * (long long)length + first,
+               cos + sample * (long long)cos_b + first * cos_l,
+               sin + sample * (long long)sin_b + first * sin_l, cos_l, sin_l, inside);
+#if LINEAR
+    // Keeps the normalizers, sums over all keys, in the range of float16.
+    float unit = 32768.0f / max(32768, length);
+#endif
     __syncthreads();
     const u16* rows16 = reinterpret_cast<const u16*>(x) + sample * (long long)x_b + first * x_l;
     u16* out_rows = out + (sample * (long long)length + first) * heads * HEAD_DIM;
     int last = min(heads, (group + 1) * heads_each);
     uint4 raw[2][4];
     int head = group * heads_each;
-    load_rows(raw, reinterpret_cast<const uint4*>(rows16 + (long long)head * x_h), x_l / 8, row, pair, inside);
+    const uint4* head_rows = reinterpret_cast<const uint4*>(rows16 + (long long)head * x_h);
+    load_rows(raw, head_rows, x_l / 8, row, pair, inside);
     for (; head < last; head++) {
         u32 packed[2][16];
         long long whole_head = sample * (long long)heads + head;
 #if LINEAR
-        load_mix(shared, mix + whole_head * HEAD_DIM * HEAD_DIM, normalizer + whole_head * HEAD_DIM);
+        load_mix(shared, mix + whole_head * HEAD_DIM * HEAD_DIM, normalizer + whole_head * HEAD_DIM,
+                 unit);
 #endif
         rotate(packed, raw, shared, weight + head * HEAD_DIM, row, pair);
         if (head + 1 < last)
-            load_rows(raw, reinterpret_cast<const uint4*>(rows16 + (long long)(head + 1) * x_h), x_l / 8,
-                      row, pair, inside);
+            load_rows(raw, head_rows += x_h / 8, x_l / 8, row, pair, inside);
         add_up(shared, packed, warp, lane);
 #if LINEAR
         asm volatile("cp.async.wait_all;" ::: "memory");
@@ -391,9 +401,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prepare(
 #endif
         u16* to = out_rows + head * HEAD_DIM;
 #if LINEAR
-        float factor[2] = {weigh(packed[0], shared.normalizer, pair),
-                           weigh(packed[1], shared.normalizer, pair)};
-        store_mixed(shared, to, packed, factor, bias, (long long)heads * HEAD_DIM, row, lane, inside);
+        float factor[2] = {weigh(packed[0], shared.normalizer, unit, pair),
+                           weigh(packed[1], shared.normalizer, unit, pair)};
+        store_mixed(shared, to, packed, factor, bias, (long long)heads * HEAD_DIM, row, lane,
+                    inside);
 #else
         store_rows(to, packed, (long long)heads * HEAD_DIM, row, pair, inside);
 #endif

@@ -110,7 +110,8 @@ def sla_from_projections(
         eps: of both norms.
         proj_weight, proj_bias, topk, low_bit, feature_map, block_map, pv, block_q, block_k,
             backend: see `sla`.
-        overwrite: rotate q and k, contiguous, in place, which saves the memory of two activations.
+        overwrite: q and k, contiguous, are overwritten, which saves the memory of two activations;
+            in low bits with a linear branch the result is q's memory.
 
     Returns:
         [B, L, H, D] in q's dtype.
@@ -120,7 +121,7 @@ def sla_from_projections(
     """
     _check(q, k, v, block_q, block_k, topk)
     _check_projection(q, proj_weight, proj_bias, feature_map)
-    # Triton reads them once per head; copied here, so that q and k share the copy.
+    # The kernels need pairs side by side; copied here, so that q and k share the copy.
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
     q_out, k_out = (q, k) if overwrite else (None, None)
     keys = prepare(k, k_weight, cos, sin, eps, block_k, False, backend, k_out)

@@ -2,7 +2,6 @@
 
 import torch
 
-from .. import nvrtc
 from ..block_map import centered_means
 from ..block_map.checks import (
     check_block_shape,
@@ -12,6 +11,7 @@ from ..block_map.checks import (
     not_contiguous,
 )
 from ..dispatch import capability, has_fp8, has_triton, say_once, use_triton
+from ..nvrtc import cuda_unavailable
 from . import reference
 
 if has_triton():
@@ -106,6 +106,7 @@ def sage_attention(
     check_shape("k_mean", k_mean, per_channel)
     if v_max is not None:
         check_shape("v_max", v_max, per_channel)
+        v_max = v_max.float().contiguous()
     if q_blocks is not None:
         _check_q_blocks(q, q_blocks, block_q)
     sizes = block_q, block_k
@@ -120,9 +121,11 @@ def sage_attention(
 def default_pv(device: torch.device) -> str:
     """What `sage_attention` takes for weights and values on `device`: "fp8" or "fp16".
 
-    fp8 where the tensor cores have it: faster, at twice the error of fp16.
+    fp8 where the tensor cores have it: faster, at 1.6 times the error of fp16. But for a Hopper
+    that cannot run the CUDA kernel: exact sums of fp8 are slow there in Triton.
     """
-    return "fp8" if has_fp8(device) else "fp16"
+    slow = capability(device) == (9, 0) and cuda_unavailable(device)
+    return "fp8" if has_fp8(device) and not slow else "fp16"
 
 
 def _check(q, k, v, block_map, block_q, block_k, scale, onto) -> float:
@@ -156,18 +159,21 @@ def _check_q_blocks(q, q_blocks, block_q) -> None:
     blocks = -(-length // block_q)
     check_shape("q_blocks[0]", integers, (batch, heads, blocks * block_q, dim))
     check_shape("q_blocks[1]", scale, (batch, heads, blocks))
-    if integers.dtype != torch.int8:
-        raise TypeError(f"q_blocks[0] must be int8, got {integers.dtype}")
+    if integers.dtype != torch.int8 or scale.dtype != torch.float32:
+        raise TypeError(f"q_blocks must be int8 and float32, got {integers.dtype}, {scale.dtype}")
+    if not integers.is_contiguous() or not scale.is_contiguous():
+        raise ValueError("q_blocks must be contiguous")
 
 
 def _hopper_kernel_fits(q: torch.Tensor, pv: str, block_q: int, block_k: int) -> bool:
     """Whether the CUDA kernel runs in place of Triton's: on Hopper, with Wan's shapes and fp8."""
     shape = q.shape[-1], block_q, block_k
+    shape = q.shape[-1], block_q, block_k
     if capability(q.device) != (9, 0) or pv != "fp8" or shape != hopper.SHAPE:
         return False
-    reason = nvrtc.unavailable()
+    reason = cuda_unavailable(q.device)
     if reason:
-        say_once(f"sage_attention runs in Triton, at half the speed, as {reason}")
+        say_once(f"sage_attention runs in Triton, at half the speed: {reason}")
     return reason is None
 
 

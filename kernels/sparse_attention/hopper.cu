@@ -1,4 +1,4 @@
-// Sparse attention in low bits for Hopper: int8 q k^T, fp8 weights and values, fp32 everything else.
+// Sparse attention in low bits for Hopper: int8 q k^T, fp8 weights and values, fp32 all else.
 //
 // A persistent program takes one query block of 128 rows after another. One warp copies the
 // selected key blocks into a ring of stages; two warpgroups take 64 query rows each: while one
@@ -19,6 +19,7 @@ constexpr int CONSUMER_WARPS = 8;
 constexpr int LOWEST_SCORE = -(1 << 30);
 // fp8 products add up in about 14 bits; after so many blocks their sum moves on to 24 bits.
 constexpr int CHAIN = 32;
+static_assert(CHAIN % 2 == 0);  // blocks go in pairs, the scores of one beside those of the next
 // Lifts the weights in e4m3, which goes from 2^-9 to 448: scores may still exceed their row's
 // reference by a factor of 2^4.8, so that few blocks raise it.
 constexpr float WEIGHT_SHIFT = 4.0f;
@@ -36,7 +37,7 @@ struct Shared {
     u64 full[STAGES];
     u64 empty[STAGES];
     float scale[STAGES];  // of the keys
-    int inside[STAGES];   // keys of the block before the end
+    int inside[STAGES];   // keys from the block's first to the end
 };
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
@@ -46,7 +47,8 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
 // ---- barriers and copies ----
 
 __device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;"
+                 ::"r"(shared_address(barrier)), "r"(arrivals));
 }
 
 __device__ __forceinline__ void barrier_expect(u64* barrier, int bytes) {
@@ -97,7 +99,9 @@ __device__ __forceinline__ u64 descriptor(const void* tile, int row_bytes) {
     return (shared_address(tile) & 0x3FFFF) >> 4 | 1ull << 16 | eight_rows << 32 | layout << 62;
 }
 
-__device__ __forceinline__ void mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void mma_begin() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void mma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -238,7 +242,8 @@ __device__ __forceinline__ void produce(
                 int own = __shfl_sync(0xffffffff, block, i);
                 float own_scale = __shfl_sync(0xffffffff, scale, i);
                 if (lane == 0) {
-                    while (!barrier_passed(&shared.empty[ring.stage], ring.parity ^ 1)) __nanosleep(100);
+                    u64* empty = &shared.empty[ring.stage];
+                    while (!barrier_passed(empty, ring.parity ^ 1)) __nanosleep(100);
                     shared.scale[ring.stage] = own_scale;
                     shared.inside[ring.stage] = length - own * BLOCK_K;
                     u64* full = &shared.full[ring.stage];
@@ -302,14 +307,17 @@ __device__ __forceinline__ float4& waiting(Shared& shared, int i) {
     return shared.sums[i][threadIdx.x];
 }
 
-__device__ __forceinline__ void add_waiting(Shared& shared, const float (&part)[64], Rows& rows) {
+__device__ __forceinline__ void set_waiting(
+    Shared& shared, const float (&part)[64], Rows& rows, bool add
+) {
 #pragma unroll
     for (int i = 0; i < 16; i++) {
-        float4 x = waiting(shared, i);
-        x.x = fmaf(x.x, rows.behind[0], part[4 * i]);
-        x.y = fmaf(x.y, rows.behind[0], part[4 * i + 1]);
-        x.z = fmaf(x.z, rows.behind[1], part[4 * i + 2]);
-        x.w = fmaf(x.w, rows.behind[1], part[4 * i + 3]);
+        float4 x = make_float4(part[4 * i], part[4 * i + 1], part[4 * i + 2], part[4 * i + 3]);
+        if (add) {
+            float4 sum = waiting(shared, i);
+            x.x = fmaf(sum.x, rows.behind[0], x.x), x.y = fmaf(sum.y, rows.behind[0], x.y);
+            x.z = fmaf(sum.z, rows.behind[1], x.z), x.w = fmaf(sum.w, rows.behind[1], x.w);
+        }
         waiting(shared, i) = x;
     }
     rows.behind[0] = rows.behind[1] = 1;
@@ -337,7 +345,7 @@ __device__ __forceinline__ void weigh(
     }
 }
 
-// Lower all sums to a reference that the scores of this block do not exceed; hide keys past the end.
+// Lower all sums to a reference that this block's scores do not exceed; hide keys past the end.
 __device__ __forceinline__ void raise_reference(
     int (&s)[32], float (&part)[64], Rows& rows, float scale, int inside, int pair
 ) {
@@ -357,7 +365,7 @@ __device__ __forceinline__ void raise_reference(
     for (int i = 0; i < 64; i++) part[i] *= factor[i % 4 / 2];
 }
 
-// Hidden keys weigh nothing unless the scores are tiny. Their values are zeros, so only the totals see.
+// Hidden keys weigh nothing unless the scores are tiny. Their values are zeros: only totals see.
 __device__ __forceinline__ void leave_out_hidden(
     float (&total)[2], float scale, const Rows& rows, int inside, int pair
 ) {
@@ -403,7 +411,7 @@ __device__ __forceinline__ void step(
     if (inside <= 0) __trap();
     block = block_in(shared, next);
     if (more) ring.next();
-    arrived = barrier_passed(&shared.full[ring.stage], ring.parity);
+    arrived = __all_sync(0xffffffff, barrier_passed(&shared.full[ring.stage], ring.parity));
     float total[2];
     weigh(p, total, s, scale, rows);
     // No weight exceeds the total of its row. Beyond e4m3 the reference is too low.
@@ -445,11 +453,16 @@ __device__ __forceinline__ void prefetch_work(
 // This warpgroup's 64 rows of q, swizzled like the keys.
 __device__ __forceinline__ void load_queries(i8* tile, const i8* q) {
     int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+    int4 loaded[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        loaded[i] = *reinterpret_cast<const int4*>(q + (thread + 128 * i) * 16);
+    // All four warps are through with the last tile.
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int row = (thread + 128 * i) / 8, chunk = thread % 8;
-        int4 loaded = *reinterpret_cast<const int4*>(q + row * HEAD_DIM + chunk * 16);
-        *reinterpret_cast<int4*>(tile + row * HEAD_DIM + (chunk ^ row % 8) * 16) = loaded;
+        *reinterpret_cast<int4*>(tile + row * HEAD_DIM + (chunk ^ row % 8) * 16) = loaded[i];
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
@@ -505,8 +518,6 @@ __device__ __forceinline__ void consume(
         float own_scale = q_scale[work];
         Rows rows = {{-1e30f, -1e30f}, {0, 0}, {1, 1}};
 #pragma unroll
-        for (int i = 0; i < 16; i++) waiting(shared, i) = make_float4(0, 0, 0, 0);
-#pragma unroll
         for (int i = 0; i < 64; i++) part[i] = 0;
         barrier_wait(&shared.full[ring.stage], ring.parity);
         Block block = block_in(shared, ring.stage);
@@ -536,7 +547,7 @@ __device__ __forceinline__ void consume(
                 hold(part);
                 hold(p);
             }
-            add_waiting(shared, part, rows);
+            set_waiting(shared, part, rows, first > 0);
         }
         if (lane == 0) barrier_arrive(&shared.empty[previous]);
         store_work(shared, rows, v_scale + (long long)head * HEAD_DIM, rows_out, row, pair,

@@ -11,7 +11,7 @@ from pathlib import Path
 import ahead_of_time
 import pytest
 import torch
-from turbodiffusion_pack.kernels import dispatch, nvrtc
+from turbodiffusion_pack.kernels import dispatch, nvrtc, qk_prepare, sparse_attention
 from turbodiffusion_pack.turbo_core import diagnosis
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +24,17 @@ def _run(*command, cwd=ROOT):
         [sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=120
     )
     return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(autouse=True)
+def examined_anew():
+    """What is known of a device is kept, except between these tests."""
+    kept = dispatch.capability, dispatch.triton_unavailable
+    for known in kept:
+        known.cache_clear()
+    yield
+    for known in kept:
+        known.cache_clear()
 
 
 @pytest.fixture
@@ -39,9 +50,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, memory))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
-    dispatch.capability.cache_clear()
-    yield pretend
-    dispatch.capability.cache_clear()
+    return pretend
 
 
 # The text
@@ -145,12 +154,45 @@ def test_a_gpu_is_told_with_its_memory(gpu):
     assert diagnosis._device_lines(CPU) == [first, "Models run on: cpu"]
 
 
-def test_hopper_has_two_kernels_and_says_which(gpu, monkeypatch):
+@pytest.mark.parametrize("nvrtc_problem", [None, "torch's NVRTC does not load"])
+def test_hopper_has_two_kernels_for_some_ops(gpu, monkeypatch, nvrtc_problem):
     gpu("NVIDIA H100 80GB HBM3", (9, 0))
-    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
-    assert diagnosis._sage_line(GPU).endswith(" PV, by CUDA for Hopper")
-    monkeypatch.setattr(nvrtc, "unavailable", lambda: "torch's NVRTC does not load")
-    assert diagnosis._sage_line(GPU).endswith(" PV, by Triton, as torch's NVRTC does not load")
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: nvrtc_problem)
+    monkeypatch.setattr(nvrtc, "triton_unavailable", lambda device: None)
+    triton, cuda = diagnosis._gpu_kernel_lines(GPU)
+    assert triton.startswith("Triton kernels: block_map, ") and "sparse_attention" in triton
+    assert ("qk_prepare" in triton) == (nvrtc_problem is not None)
+    if nvrtc_problem is None:
+        assert cuda == "CUDA kernels for Hopper: qk_prepare, sage_attention"
+    else:
+        assert cuda.endswith(": none, as torch's NVRTC does not load")
+
+
+def test_other_cards_run_triton_for_all_ops(gpu):
+    gpu("NVIDIA GeForce RTX 4090", (8, 9))
+    assert diagnosis._gpu_kernel_lines(GPU) == [f"Triton kernels: {', '.join(diagnosis.OPS)}"]
+
+
+@pytest.mark.gpu
+def test_the_kernels_it_names_are_those_that_run(monkeypatch):
+    launched, launch = [], nvrtc.Kernel.launch
+
+    def note(*arguments):
+        launched.append(arguments)
+        return launch(*arguments)
+
+    monkeypatch.setattr(nvrtc.Kernel, "launch", note)
+    x = torch.randn(1, 128, 2, 128, device=GPU, dtype=torch.bfloat16)
+    angles = torch.zeros(1, 128, 64, device=GPU)
+    runs = {
+        "qk_prepare": lambda: qk_prepare.prepare(x, x.new_ones(256), angles, angles),
+        "sage_attention": lambda: diagnosis.trials(GPU)["sagesla"]("triton"),
+    }
+    for op, run in runs.items():
+        launched.clear()
+        run()
+        assert bool(launched) == (nvrtc.cuda_unavailable(GPU) is None), op
+    assert runs.keys() == set(diagnosis.CUDA_OPS)
 
 
 # Trials

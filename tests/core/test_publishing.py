@@ -1,5 +1,6 @@
 """What the ComfyUI registry and the README's readers see."""
 
+import json
 import re
 import sys
 from fnmatch import fnmatch
@@ -83,11 +84,34 @@ def test_readme_shows_the_log_line_of_a_run():
     report = RunReport()
     counts = report.counts
     counts.forwards, counts.num_blocks = 4, 30
-    counts.sla["sagesla top-k 0.1 (int8 QK and fp16 PV)"].update(range(30))
+    counts.sla["sagesla top-k 0.1 (int8 QK and fp8 PV)"].update(range(30))
     counts.fused.update(range(30))
     counts.int8[GRANULARITY["rows"]].update(range(300))
     counts.kernels.add("Triton")
     assert report.line() in " ".join(read("README.md").split())
+
+
+def test_readme_and_changelog_name_every_node():
+    nodes = {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}
+    assert len(nodes) == 9
+    for node in nodes:
+        assert f"| [{node}](web/docs/{node}.md) |" in read("README.md")
+        assert f"**{node}**" in read("CHANGELOG.md")
+
+
+def test_readme_links_to_every_example():
+    examples = sorted(path.name for path in (ROOT / "example_workflows").glob("*.json"))
+    assert examples
+    assert [e for e in examples if f"(example_workflows/{e})" not in read("README.md")] == []
+
+
+def test_readme_lists_the_files_of_the_examples():
+    """But for the LoRAs and the stock model, which stand for any."""
+    loaders = ("TurboLoader", "CLIPLoader", "VAELoader")
+    for path in (ROOT / "example_workflows").glob("*.json"):
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            if node["type"] in loaders:
+                assert f"`{node['widgets_values'][0]}`" in read("README.md")
 
 
 def test_readme_links_to_files_that_exist():

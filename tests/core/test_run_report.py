@@ -21,6 +21,16 @@ def test_the_line_tells_what_ran(caplog):
     assert line.endswith("kernels: Triton")
 
 
+def test_every_language_of_the_kernels_is_told_once(caplog):
+    with caplog.at_level(logging.INFO), run_report.run():
+        run_report.note_forward(num_blocks=2)
+        for block in range(2):
+            run_report.note_sla(block, "sagesla top-k 0.1", "Triton", "CUDA")
+            run_report.note_int8("rows", block, "Triton")
+    (line,) = caplog.messages
+    assert line.endswith("; kernels: CUDA and Triton")
+
+
 def test_a_cancelled_run_is_told_too(caplog):
     with caplog.at_level(logging.INFO):
         try:

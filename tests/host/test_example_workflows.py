@@ -2,21 +2,38 @@
 
 import copy
 import json
+import os
+import re
+import shutil
+import subprocess
 import urllib.request
 from itertools import combinations
 from pathlib import Path
 
 import comfyui_install
+import numpy as np
 import pytest
 import tiny_models
 from comfyui_install import ROOT
-from comfyui_server import ComfyServer, node_inputs
+from comfyui_server import ComfyServer, combo_options, node_inputs
 from PIL import Image
-from ui_workflow import NOTES, api_format, specs, widget_inputs
+from ui_workflow import FOLDERS, NOTES, WIDGETS, api_format, model_files, specs, widget_inputs
 from video import play
 
 EXAMPLES = ROOT / "example_workflows"
 SMALL = {"width": 160, "height": 96, "length": 9}
+# The same size and length, for the workflows that take them from a picture and from seconds.
+SMALL_BY_NODE = {
+    "EmptyHunyuanLatentVideo": SMALL,
+    "WanAdaptiveResolution": {"resolution": "custom", "megapixels": 0.015},
+    "WanVideoLength": {"seconds": 0.5},
+}
+# Where an example needs another setting of our nodes than the default.
+IMAGE_TO_VIDEO = {
+    "rCMSampler": {"sigma_max": 200, "mode": "ode"},
+    "WanAdaptiveResolution": {"resolution": "720p"},
+}
+SETTINGS = {"i2v_a14b_720p": IMAGE_TO_VIDEO, "i2v_lora": IMAGE_TO_VIDEO}
 TITLE_BAR = 30
 
 
@@ -24,7 +41,8 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-WORKFLOWS = {path.stem: load(path) for path in EXAMPLES.glob("*.json")}
+WORKFLOWS = {path.stem: load(path) for path in sorted(EXAMPLES.glob("*.json"))}
+VIDEOS = [stem for stem in WORKFLOWS if stem != "quantize_and_save"]
 
 
 @pytest.fixture(params=WORKFLOWS)
@@ -38,20 +56,29 @@ def server(tmp_path_factory):
     comfyui = comfyui_install.find()
     if comfyui is None:
         pytest.skip("no ComfyUI found: run make test, or set COMFYUI_DIR to a ComfyUI folder")
-    models = tmp_path_factory.mktemp("models")
-    for workflow in WORKFLOWS.values():
-        tiny_models.write_checkpoint(models / saved(workflow, "TurboLoader")[0])
-        tiny_models.write_vae(comfyui, models / saved(workflow, "VAELoader")[0])
-        (models / saved(workflow, "CLIPLoader")[0]).touch()
-    folders = {name: [models] for name in ("diffusion_models", "vae", "text_encoders")}
-    with ComfyServer(comfyui, tmp_path_factory.mktemp("server"), folders) as running:
+    base = tmp_path_factory.mktemp("server")
+    for class_type, name in {file for w in WORKFLOWS.values() for file in model_files(w)}:
+        path = base / "models" / FOLDERS[class_type] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if class_type == "VAELoader":
+            tiny_models.write_vae(comfyui, path)
+        elif class_type == "CLIPLoader":
+            path.touch()
+        else:
+            tiny_models.write_checkpoint(path, tensors(class_type, name))
+    tiny_models.write_picture(base / "input" / "example.png")
+    with ComfyServer(comfyui, base) as running:
         yield running
 
 
-def saved(workflow: dict, class_type: str) -> list:
-    """The widget values of the only node of that class."""
-    (values,) = (n["widgets_values"] for n in workflow["nodes"] if n["type"] == class_type)
-    return values
+def tensors(class_type: str, name: str) -> dict:
+    """A tiny stand-in for the model file `name`; the two of an expert pair differ."""
+    seed = int("low" in name)
+    if class_type == "LoraLoaderModelOnly":
+        return tiny_models.lora(seed)
+    if class_type == "UNETLoader":
+        return tiny_models.stock_checkpoint(seed)
+    return (tiny_models.i2v_checkpoint if "I2V" in name else tiny_models.t2v_checkpoint)(seed)
 
 
 def small(prompt: dict) -> dict:
@@ -62,7 +89,12 @@ def small(prompt: dict) -> dict:
         if node["class_type"] == "CLIPTextEncode":
             node["class_type"] = "TurboTestTextEncode"
             del node["inputs"]["clip"]
-    node_inputs(prompt, "EmptyHunyuanLatentVideo").update(SMALL)
+    return shrunk(prompt)
+
+
+def shrunk(prompt: dict) -> dict:
+    for node in prompt.values():
+        node["inputs"] |= SMALL_BY_NODE.get(node["class_type"], {})
     return prompt
 
 
@@ -82,7 +114,7 @@ def test_every_example_has_a_small_thumbnail():
     assert names == {f"{stem}.{end}" for stem in WORKFLOWS for end in ("json", "jpg")}
     for stem in WORKFLOWS:
         thumbnail = EXAMPLES / f"{stem}.jpg"
-        assert thumbnail.stat().st_size < 200_000
+        assert thumbnail.stat().st_size <= 40_000
         assert min(Image.open(thumbnail).size) >= 300
 
 
@@ -108,14 +140,40 @@ def test_no_node_covers_another(workflow):
 
 def test_a_note_says_where_every_file_goes(workflow):
     (note,) = (n["widgets_values"][0] for n in workflow["nodes"] if n["type"] in NOTES)
-    for loader, folder in (
-        ("TurboLoader", "diffusion_models"),
-        ("CLIPLoader", "text_encoders"),
-        ("VAELoader", "vae"),
-    ):
-        assert f"models/{folder}" in note
-        assert saved(workflow, loader)[0] in note
-    assert "https://huggingface.co/TurboDiffusion" in note
+    for class_type, name in model_files(workflow):
+        heading = f"**models/{FOLDERS[class_type]}**"
+        section = note[note.index(heading) :].split("\n\n")[0]
+        assert re.search(rf"\[{re.escape(name)}\]\(https://huggingface.co/\S+/{name}\)", section)
+
+
+def test_the_host_can_offer_the_files(workflow):
+    """Its dialog about missing models goes by these properties; it takes .safetensors only."""
+    for node in workflow["nodes"]:
+        if node["type"] in FOLDERS and node["widgets_values"][0].endswith(".safetensors"):
+            (model,) = node["properties"]["models"]
+            assert model["name"] == node["widgets_values"][0]
+            assert model["directory"] == FOLDERS[node["type"]]
+            assert model["url"].endswith("/" + model["name"])
+
+
+@pytest.mark.parametrize("stem", ["i2v_a14b_720p", "i2v_lora"])
+def test_each_expert_goes_to_its_input(stem):
+    """With its own LoRA; nothing but the names tells the files apart."""
+    nodes = {node["id"]: node for node in WORKFLOWS[stem]["nodes"]}
+    sources = {link[0]: nodes[link[1]] for link in WORKFLOWS[stem]["links"]}
+    (switch,) = (node for node in nodes.values() if node["type"] == "Wan22ExpertSwitch")
+    for entry, noise in zip(switch["inputs"], ("high", "low"), strict=False):
+        while entry["name"].startswith("model"):
+            node = sources[entry["link"]]
+            assert re.search(rf"[-_]{noise}[-_]", node["widgets_values"][0])
+            entry = node["inputs"][0]
+        assert entry["name"] == "checkpoint"
+
+
+def test_the_stock_ksampler_samples_as_rcm():
+    (sampler,) = (n for n in WORKFLOWS["t2v_ksampler"]["nodes"] if n["type"] == "KSampler")
+    steps, cfg, *sampling = sampler["widgets_values"][2:]
+    assert (steps, cfg, sampling) == (4, 1.0, ["lcm", "rcm", 1.0])
 
 
 @pytest.mark.server
@@ -129,16 +187,20 @@ def test_widgets_are_saved_in_the_order_of_the_schema(server, workflow):
 
 
 @pytest.mark.server
-def test_our_nodes_stand_at_their_defaults(server, workflow):
+@pytest.mark.parametrize("stem", WORKFLOWS)
+def test_our_nodes_stand_at_their_defaults(server, stem):
+    """But for what the workflow is about, and for file names, which have no default."""
     info = server.object_info()
     module = info["TurboLoader"]["python_module"]
-    ours = [n for n in workflow["nodes"] if n["type"] not in NOTES]
+    ours = [n for n in WORKFLOWS[stem]["nodes"] if n["type"] not in NOTES]
     ours = [n for n in ours if info[n["type"]]["python_module"] == module]
-    assert len(ours) == 3
+    assert ours
     for node in ours:
         values = dict(widget_inputs(node, info[node["type"]]))
-        for name, _, options in specs(info[node["type"]]["input"]):
-            assert values.get(name) == options.get("default", values.get(name)), name
+        for name, kind, options in specs(info[node["type"]]["input"]):
+            if kind in WIDGETS and name != "checkpoint":
+                settings = SETTINGS.get(stem, {}).get(node["type"], {})
+                assert values[name] == settings.get(name, options.get("default")), name
 
 
 @pytest.mark.server
@@ -151,20 +213,86 @@ def test_comfyui_accepts_it_as_it_is(server, workflow):
             failed.append(data["node_type"])
 
     server.run(api_format(workflow, server.object_info()), note_error)
-    assert failed == ["CLIPLoader"]
+    assert failed == [kind for kind, _ in model_files(workflow) if kind == "CLIPLoader"]
 
 
 @pytest.mark.server
-def test_it_makes_a_video(server, workflow):
-    run = server.run(small(api_format(workflow, server.object_info())))
+@pytest.mark.parametrize("stem", VIDEOS)
+def test_it_makes_a_video(server, stem):
+    before = len(server.log_text())
+    run = server.run(small(api_format(WORKFLOWS[stem], server.object_info())))
+    assert run.outcome == "execution_success", run.message
+    (video,) = run.files
+    assert play(video) == (SMALL["length"], SMALL["width"], SMALL["height"])
+    log = server.log_text()[before:]
+    (line,) = (text for text in log.splitlines() if "SLA in 2 of 2" in text)
+    both = [f"{noise}-noise expert: 2 forward passes" for noise in ("high", "low")]
+    wanted = both if stem.startswith("i2v") else ["TurboDiffusion: 4 forward passes"]
+    assert [text for text in wanted if text not in line] == []
+    assert "lora key not loaded" not in log
+
+
+@pytest.mark.server
+def test_the_demo_makes_a_video_from_a_picture(server):
+    """The workflow of `make demo`, small, with the examples' stand-ins as its files."""
+    prompt = load(ROOT / "tests" / "host" / "workflows" / "i2v_api.json")
+    example = WORKFLOWS["i2v_a14b_720p"]
+    checkpoints = [name for kind, name in model_files(example) if kind == "TurboLoader"]
+    loaders = [node for node in prompt.values() if node["class_type"] == "TurboLoader"]
+    for loader, name in zip(loaders, checkpoints, strict=True):
+        loader["inputs"]["checkpoint"] = name
+    node_inputs(prompt, "VAELoader")["vae_name"] = dict(model_files(example))["VAELoader"]
+    node_inputs(prompt, "LoadImage")["image"] = "example.png"
+    run = server.run(shrunk(prompt))
     assert run.outcome == "execution_success", run.message
     (video,) = run.files
     assert play(video) == (SMALL["length"], SMALL["width"], SMALL["height"])
 
 
 @pytest.mark.server
-def test_it_runs_in_context_windows(server, workflow):
-    prompt = small(api_format(workflow, server.object_info()))
+def test_the_loras_change_the_video(server):
+    """The two image-to-video examples, with one prompt and one noise, differ by the LoRAs alone."""
+
+    def frames(stem: str, strength: float = 1.0) -> np.ndarray:
+        prompt = small(api_format(WORKFLOWS[stem], server.object_info()))
+        node_inputs(prompt, "TurboTestTextEncode")["text"] = "one prompt"
+        node_inputs(prompt, "RandomNoise")["noise_seed"] = 5
+        for node in prompt.values():
+            if node["class_type"] == "LoraLoaderModelOnly":
+                node["inputs"]["strength_model"] = strength
+        images = node_inputs(prompt, "CreateVideo")["images"]
+        inputs = {"images": images, "filename_prefix": "frames"}
+        prompt["frames"] = {"class_type": "SaveImage", "inputs": inputs}
+        run = server.run(prompt)
+        assert run.outcome == "execution_success", run.message
+        pngs = sorted(file for file in run.files if file.suffix == ".png")
+        return np.stack([np.asarray(Image.open(file)) for file in pngs])
+
+    plain = frames("i2v_a14b_720p")
+    assert np.array_equal(frames("i2v_lora", strength=0.0), plain)
+    assert not np.array_equal(frames("i2v_lora"), plain)
+
+
+@pytest.mark.server
+def test_the_quantized_model_is_offered_and_makes_a_video(server):
+    info = server.object_info()
+    run = server.run(api_format(WORKFLOWS["quantize_and_save"], info))
+    assert run.outcome == "execution_success", run.message
+    folder = server.output / "diffusion_models"
+    newest = max(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    loader = server.object_info("TurboLoader")["TurboLoader"]
+    assert newest.name in combo_options(loader, "checkpoint")
+    prompt = small(api_format(WORKFLOWS["t2v_1.3b_480p"], info))
+    node_inputs(prompt, "TurboLoader")["checkpoint"] = newest.name
+    before = len(server.log_text())
+    run = server.run(prompt)
+    assert run.outcome == "execution_success", run.message
+    assert "INT8 fast (per token and channel) in 20 linears" in server.log_text()[before:]
+
+
+@pytest.mark.server
+def test_it_runs_in_context_windows(server):
+    prompt = small(api_format(WORKFLOWS["t2v_1.3b_480p"], server.object_info()))
     schema = server.object_info("WanContextWindowsManual")["WanContextWindowsManual"]["input"]
     options = {n: o.get("default") for n, kind, o in specs(schema) if kind != "MODEL"}
     options |= {"context_length": 17, "context_overlap": 5}
@@ -178,6 +306,32 @@ def test_it_runs_in_context_windows(server, workflow):
     steps = node_inputs(prompt, "rCMSampler")["steps"]
     forwards = int(line.split("TurboDiffusion: ")[1].split()[0])
     assert forwards > steps, "there was one window only"
+
+
+@pytest.mark.server
+@pytest.mark.skipif(shutil.which("comfy") is None, reason="needs comfy-cli: pip install comfy-cli")
+def test_comfy_cli_accepts_it(server, workflow, tmp_path):
+    """`comfy workflow validate`, which turns it into the API format by rules of its own."""
+    (tmp_path / "info.json").write_text(json.dumps(server.object_info()), encoding="utf-8")
+
+    def validate(workflow: dict) -> dict:
+        (tmp_path / "workflow.json").write_text(json.dumps(workflow), encoding="utf-8")
+        options = ["--workflow", "workflow.json", "--input", "info.json"]
+        done = subprocess.run(
+            ["comfy", "--json", "workflow", "validate", *options],
+            cwd=tmp_path,
+            env={**os.environ, "HOME": str(tmp_path), "DO_NOT_TRACK": "1"},
+            capture_output=True,
+            text=True,
+        )
+        return json.loads(done.stdout)
+
+    told = validate(workflow)["data"]
+    assert told["valid"], told["errors"]
+    assert told["warnings"] == []
+    assert told["converted_node_count"] == len(workflow["nodes"]) - 1  # without the note
+    workflow["nodes"][1]["type"] = "UnheardOf"
+    assert not validate(workflow)["ok"]
 
 
 @pytest.mark.server

@@ -68,6 +68,15 @@ def _lora(model, rank=4, size=0.11):
     return lora
 
 
+def _weights(model):
+    return {n: [t.clone() for t in unpack(m.weight)] for n, m in _linears(model).items()}
+
+
+def _same_weights(model, weights):
+    found = {n: unpack(m.weight) for n, m in _linears(model).items()}
+    return all(all(map(torch.equal, pair, weights[name])) for name, pair in found.items())
+
+
 def _forward(model):
     data = goldens.load("forward")
     return in_comfyui.velocity(model, data[f"{KEY}.x"], data[f"{KEY}.context"], 987.5)
@@ -107,21 +116,80 @@ def test_a_lora_does_what_float_weights_predict(model, loader, predicted, streng
 
 def test_unloading_restores_it_bit_for_bit(model, loader):
     before = _forward(model)
-    weights = {n: [t.clone() for t in unpack(m.weight)] for n, m in _linears(model).items()}
+    weights = _weights(model)
     patched = loader(model, _lora(model))
     assert goldens.relative_error(_forward(patched), before) > BOUND
     now = {n: unpack(m.weight)[0] for n, m in _linears(model).items()}
     changed = {name for name, q in now.items() if not torch.equal(q, weights[name][0])}
     assert changed == {n for n in weights if n.endswith(PATCHED)}
     assert torch.equal(_forward(model), before)
-    for name, linear in _linears(model).items():
-        assert all(map(torch.equal, unpack(linear.weight), weights[name]))
+    assert _same_weights(model, weights)
 
 
 def test_two_loras_add_up(model, loader, predicted):
     lora = _lora(model)
     twice = loader(loader(model, lora, 0.75), lora, 0.25)
     assert goldens.relative_error(_forward(twice), predicted(model, lora)) <= BOUND
+
+
+# Scheduled LoRAs, as Create Hook LoRA makes them
+
+
+def _hook(lora, strength=1.0):
+    return comfy.hooks.create_hook_lora(lora, strength, 0.0)
+
+
+def _sample(model, positive=None, negative=None):
+    """Two steps through ComfyUI's guider, each prompt with its hooks if it has some."""
+    guider = comfy.samplers.CFGGuider(model)
+    context = in_comfyui.pad_context(goldens.load("rcm")["t2v.context"])
+    conds = [[[context, {"hooks": hooks} if hooks else {}]] for hooks in (positive, negative)]
+    guider.set_conds(*conds)
+    guider.set_cfg(2.0)
+    noise = torch.randn(1, 16, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([0.99, 0.9, 0.0])
+    return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True)
+
+
+def test_a_scheduled_lora_is_taken_out_bit_for_bit(model, loader):
+    before, weights, lora = _sample(model), _weights(model), _lora(model)
+    hooked = _sample(model, _hook(lora), _hook(lora))
+    assert goldens.relative_error(hooked, _sample(loader(model, lora))) <= BOUND
+    assert goldens.relative_error(hooked, before) > 2 * BOUND
+    assert torch.equal(_sample(model), before)
+    assert _same_weights(model, weights)
+    assert torch.equal(_sample(model, _hook(lora), _hook(lora)), hooked)
+
+
+@pytest.mark.parametrize("negative", [None, -0.8])
+def test_prompts_with_other_loras_take_turns(model, negative):
+    """The host keeps patched weights, in float, and copies them in when it is their turn."""
+    weights, lora = _weights(model), _lora(model)
+    hooks = _hook(lora), None if negative is None else _hook(lora, negative)
+    patched_anew = model.clone()
+    patched_anew.set_hook_mode(comfy.hooks.EnumHookMode.MinVram)
+    expected = _sample(patched_anew, *hooks)
+    assert torch.equal(_sample(model, *hooks), expected)
+    assert goldens.relative_error(_sample(model, hooks[0], hooks[0]), expected) > BOUND
+    model.detach()
+    assert _same_weights(model, weights)
+
+
+def test_a_scheduled_lora_on_streamed_weights_and_another_lora(model, loader):
+    weights, lora = _weights(model), _lora(model)
+    hooks = _hook(lora, 0.5)
+    patched = loader(model, lora, 0.5)
+    patched.patch_model(device_to=in_comfyui.DEVICE, lowvram_model_memory=1)
+    resident = _weights(patched)
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    patched.register_all_hook_patches(hooks, target)
+    for _ in range(2):
+        patched.patch_hooks(hooks)
+        assert not _same_weights(patched, resident)
+        patched.patch_hooks(None)
+        assert _same_weights(patched, resident)
+    patched.detach()
+    assert _same_weights(model, weights)
 
 
 # A LoRA for another model

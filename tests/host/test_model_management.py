@@ -10,7 +10,7 @@ import torch
 from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler
 from turbodiffusion_pack.turbo_core import comfy_block
 from turbodiffusion_pack.turbo_core.comfy_operations import Linear
-from turbodiffusion_pack.turbo_core.comfy_quant import unpack
+from turbodiffusion_pack.turbo_core.comfy_quant import requantize, unpack
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
@@ -102,6 +102,23 @@ def _lora(model, rank=4, strength=0.05):
             up = torch.randn(linear.out_features, rank, generator=generator)
             lora |= {f"{key}.lora_A.weight": down * strength, f"{key}.lora_B.weight": up * strength}
     return lora
+
+
+def test_int8_weights_are_copied_and_written_as_a_whole(int8_model):
+    """As the host does it to keep a weight and to put it back."""
+    weight = _linears(int8_model)["0.self_attn.q"].weight
+    assert type(weight).__name__ in management.PINNING_ALLOWED_TYPES
+    kept = [tensor.clone() for tensor in unpack(weight)]
+    own = weight.to(weight.device, copy=True)
+    other = own.clone()
+    for tensor in unpack(other):
+        tensor.mul_(0.5 if tensor.is_floating_point() else -1)
+    own.data.copy_(other)
+    assert all(map(torch.equal, unpack(own), unpack(other)))
+    assert all(map(torch.equal, unpack(weight), kept))
+    own.data.copy_(weight.dequantize().float())
+    again = requantize(weight.dequantize().float(), weight, torch.float32)
+    assert all(map(torch.equal, unpack(own), unpack(again)))
 
 
 def test_lora_on_int8_weights_and_back(int8_model):

@@ -273,7 +273,17 @@ def test_bad_attention_settings(wan, inputs, match):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_triton_by_name_without_a_gpu(wan, monkeypatch):
+@pytest.fixture
+def examined_anew():
+    """What is known of a device is kept, except around this test."""
+    from turbodiffusion_pack.kernels import dispatch
+
+    dispatch.triton_unavailable.cache_clear()
+    yield
+    dispatch.triton_unavailable.cache_clear()
+
+
+def test_triton_by_name_without_a_gpu(wan, monkeypatch, examined_anew):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(RuntimeError, match=r"Triton was asked for, but .*on cpu.*Use 'auto'"):
@@ -281,7 +291,7 @@ def test_triton_by_name_without_a_gpu(wan, monkeypatch):
     SLAAttentionPatch.execute(wan, **{**SLA, "backend": "triton", "attention": "dense"})
 
 
-def test_no_triton(wan, monkeypatch, report):
+def test_no_triton(wan, monkeypatch, report, examined_anew):
     """Without Triton the references run, the report says why; Triton by name is an error."""
     from turbodiffusion_pack.kernels import dispatch
 

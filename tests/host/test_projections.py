@@ -13,6 +13,7 @@ from turbodiffusion_pack.nodes.quantize import W8A8Quantize
 from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
 from turbodiffusion_pack.turbo_core.checkpoint_names import PROJ_L
 from turbodiffusion_pack.turbo_core.comfy_projections import attach_projections
+from turbodiffusion_pack.turbo_core.comfy_save import save_turbo_model
 
 FOLDER = "diffusion_models"
 FILE = "t2v.pth"
@@ -207,20 +208,53 @@ def test_a_model_that_goes_takes_them_with_it(folder):
     assert torch.equal(_run(_patch(stock)), before)
 
 
-@pytest.mark.parametrize("order", ["projections first", "quantized first"])
+def _quantized(stock, order):
+    """`stock` with its own projections attached, in INT8."""
+    if order == "projections first":
+        return W8A8Quantize.execute(_patch(stock, FILE), "exact", False).args[0]
+    return _patch(W8A8Quantize.execute(stock, "exact", False).args[0], FILE)
+
+
+ORDERS = ("projections first", "quantized first")
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_beside_quantized_weights(stock, folder, line, order):
     reference = W8A8Quantize.execute(
         comfy_loader.load_turbo_model(str(folder / FILE)), "exact", False
     ).args[0]
     reference.remove_wrappers_with_key("diffusion_model", "turbodiffusion.timestep")
-    if order == "projections first":
-        model = W8A8Quantize.execute(_patch(stock, FILE), "exact", False).args[0]
-    else:
-        model = _patch(W8A8Quantize.execute(stock, "exact", False).args[0], FILE)
-    out = _run(model)
+    out = _run(_quantized(stock, order))
     assert "SLA in 2 of 2 blocks; sla top-k 0.34 (16 bit) in blocks 0-1; fused in" in line()
     assert goldens.relative_error(out, _run(_patch(reference))) < max(EXACT, 1e-3)
     assert not hasattr(stock.model.diffusion_model.blocks[0].self_attn, "proj_l")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_quantized_model_is_saved_with_them(stock, folder, tmp_path, order, loaded):
+    model, path = _quantized(stock, order), tmp_path / "saved.safetensors"
+    expected = _run(model)
+    if not loaded:
+        model.detach()
+    save_turbo_model(model, path)
+    checkpoint = read_checkpoint(path)
+    originals = (tensor for pair in read_checkpoint(folder / FILE).proj_l for tensor in pair)
+    saved = (tensor for pair in checkpoint.proj_l for tensor in pair)
+    assert all(torch.equal(*pair) for pair in zip(saved, originals, strict=True))
+    assert checkpoint.quantized
+    again = comfy_loader.load_turbo_model(str(path), "exact")
+    again.remove_wrappers_with_key("diffusion_model", "turbodiffusion.timestep")
+    assert goldens.relative_error(_run(_patch(again)), expected) < EXACT
+
+
+def test_only_the_clone_that_has_them_is_saved_with_them(stock, tmp_path):
+    model, without = _patch(stock, FILE), _patch(stock)
+    comfy.model_management.load_models_gpu([model])
+    for clone, has_sla in ((without, False), (model, True), (_patch(model), True)):
+        path = tmp_path / f"{id(clone)}.safetensors"
+        save_turbo_model(clone, path)
+        assert read_checkpoint(path).has_sla is has_sla
 
 
 def test_a_saved_workflow_without_the_input_runs(stock, expected):

@@ -27,6 +27,7 @@ from turbodiffusion_pack.turbo_core import (
 )
 from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
 from turbodiffusion_pack.turbo_core.comfy_quant import dequantize_weight, is_int8, unpack
+from turbodiffusion_pack.turbo_core.comfy_save import save_turbo_model
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 from zero_checkpoint import official_zeros
@@ -34,6 +35,8 @@ from zero_checkpoint import official_zeros
 BOUND = 6e-3
 # Between INT8 and float weights; a GPU computes both in 16 bits.
 NEAR = 2e-2 if torch.cuda.is_available() else 1e-2
+# The modulation of a saved model loads in bf16, which a GPU computes in too.
+SAVED = 1e-2 if torch.cuda.is_available() else 3e-4
 SLA_FAST_BOUND = 9e-3
 GOLDENS = sorted(
     key for key in goldens.load("forward") if re.match(r"t2v\.\w+\.out\.(original|sla)\.int8", key)
@@ -214,6 +217,16 @@ def test_blocks_run_fused_in_a_stock_model(stock_tensors, caplog):
     assert "; fused in blocks 0-1; INT8 exact (128x128 blocks) in 20 linears" in line
 
 
+def test_scaled_fp8_can_be_saved_once_it_is_int8(stock_tensors, tmp_path):
+    quantized = _quantize(_stock(_scaled_fp8(stock_tensors)), "fast")
+    save_turbo_model(quantized, tmp_path / "a.safetensors")
+    again = comfy_loader.load_turbo_model(str(tmp_path / "a.safetensors"))
+    for name, pair in _int8(quantized).items():
+        assert all(map(torch.equal, _int8(again)[name], pair))
+    again.remove_wrappers_with_key("diffusion_model", "turbodiffusion.timestep")
+    assert goldens.relative_error(_forward(again), _forward(quantized)) < SAVED
+
+
 wan = comfy.ldm.wan.model
 SIZES = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2}
 # name: (model, options, further inputs by their shapes, INT8 linears)
@@ -254,6 +267,20 @@ def _variant(name):
     return _stock(tensors, dtype=torch.float32), options["in_dim"]
 
 
+def _variant_forward(model, channels, shapes):
+    """The velocity for random latents and context; `shapes` are of further inputs."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, channels, 3, 16, 16, generator=generator).to(in_comfyui.DEVICE)
+    context = torch.randn(1, 20, 4096, generator=generator).to(in_comfyui.DEVICE)
+    further = {n: torch.randn(s, generator=generator).to(x) for n, s in shapes.items()}
+    if "vace_context" in shapes:
+        further["vace_strength"] = [1.0]
+    comfy.model_management.load_models_gpu([model])
+    options = dict(model.model_options["transformer_options"], wrappers=model.wrappers)
+    timestep = torch.tensor([900.0], device=x.device)
+    return model.model.diffusion_model(x, timestep, context, transformer_options=options, **further)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_kind_of_wan_model(name):
     _, _, shapes, count = VARIANTS[name]
@@ -263,22 +290,23 @@ def test_every_kind_of_wan_model(name):
     assert type(quantized.model.diffusion_model) is type(model.model.diffusion_model)
     assert len(_int8(quantized)) == count
     assert all(re.match(r"blocks\.\d+\.(self_attn|cross_attn|ffn)\.", n) for n in _int8(quantized))
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, channels, 3, 16, 16, generator=generator).to(in_comfyui.DEVICE)
-    context = torch.randn(1, 20, 4096, generator=generator).to(in_comfyui.DEVICE)
-    further = {n: torch.randn(s, generator=generator).to(x) for n, s in shapes.items()}
-    if name == "vace":
-        further["vace_strength"] = [1.0]
-    timestep, outputs = torch.tensor([900.0], device=x.device), []
-    for patcher in (model, quantized):
-        comfy.model_management.load_models_gpu([patcher])
-        options = dict(patcher.model_options["transformer_options"], wrappers=patcher.wrappers)
-        outputs.append(
-            patcher.model.diffusion_model(
-                x, timestep, context, transformer_options=options, **further
-            )
-        )
-    assert goldens.relative_error(outputs[1], outputs[0]) < 2e-2
+    before, after = (_variant_forward(patcher, channels, shapes) for patcher in (model, quantized))
+    assert goldens.relative_error(after, before) < 2e-2
+
+
+@pytest.mark.parametrize("granularity", ["fast", "exact"])
+def test_a_saved_model_with_an_image_branch_loads_again(tmp_path, granularity):
+    _, _, shapes, count = VARIANTS["2.1 i2v"]
+    model, channels = _variant("2.1 i2v")
+    quantized = _quantize(model, granularity)
+    save_turbo_model(quantized, tmp_path / "i2v.safetensors")
+    again = comfy_loader.load_turbo_model(str(tmp_path / "i2v.safetensors"), granularity)
+    assert type(again.model.diffusion_model.blocks[0].cross_attn) is wan.WanI2VCrossAttention
+    assert len(_int8(again)) == count
+    for name, pair in _int8(quantized).items():
+        assert all(map(torch.equal, _int8(again)[name], pair))
+    outputs = [_variant_forward(patcher, channels, shapes) for patcher in (quantized, again)]
+    assert goldens.relative_error(*outputs) < SAVED
 
 
 # The input, and what it carries

@@ -303,7 +303,7 @@ def _fp8_layout():
 def test_a_foreign_quantization_is_refused_by_name(files, tmp_path):
     model = comfy_loader.load_turbo_model(files["t2v.pth"])
     linear = model.model.diffusion_model.blocks[0].self_attn.q
-    weight = comfy_quant.QuantizedTensor.from_float(linear.weight.detach(), _fp8_layout())
+    weight = comfy.quant_ops.QuantizedTensor.from_float(linear.weight.detach(), _fp8_layout())
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     match = rf"{Q0}.weight is in another quantized format, got a QuantizedTensor.*use ComfyUI's"
     with pytest.raises(ValueError, match=match):

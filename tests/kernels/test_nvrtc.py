@@ -12,7 +12,7 @@ from turbodiffusion_pack.kernels import nvrtc
 from turbodiffusion_pack.kernels.qk_prepare import hopper as prepare
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
 
-pytestmark = pytest.mark.skipif(
+needs_nvrtc = pytest.mark.skipif(
     nvrtc.unavailable() is not None, reason=f"no NVRTC: {nvrtc.unavailable()}"
 )
 SHARED_LIMIT = ahead_of_time.SHARED_LIMIT[9, 0]
@@ -26,10 +26,12 @@ SPILLS = 32
 
 
 def resources(module, **constants):
-    binary = nvrtc.compile_cuda(module.SOURCE.read_text(), module.TARGET, **constants)
+    source = module.SOURCE.read_text(encoding="utf-8")
+    binary = nvrtc.compile_cuda(source, module.TARGET, **constants)
     return ahead_of_time.resources(binary)
 
 
+@needs_nvrtc
 def test_attention_compiles_and_spills_nothing():
     found = resources(attention)
     assert found["stack"] + found["local"] == 0
@@ -37,6 +39,7 @@ def test_attention_compiles_and_spills_nothing():
     assert found["registers"] <= 168
 
 
+@needs_nvrtc
 @pytest.mark.parametrize("constants", PREPARED, ids=str)
 def test_prepare_compiles_for_two_programs_on_a_multiprocessor(constants):
     found = resources(prepare, **constants)
@@ -49,24 +52,39 @@ def test_shared_memory_fits():
     assert 2 * (prepare.SHARED_BYTES + prepare.LINEAR_BYTES) <= SHARED_LIMIT
 
 
+@needs_nvrtc
 def test_python_and_cuda_agree_on_the_shared_memory():
     """The sizes of both `Shared` structs as the compiler sees them."""
     for module, size in (
         (attention, attention.SHARED_BYTES - 1024),
         (prepare, prepare.SHARED_BYTES + prepare.LINEAR_BYTES),
     ):
-        source = module.SOURCE.read_text()
+        source = module.SOURCE.read_text(encoding="utf-8")
         assert_size = f"static_assert(sizeof(Shared) == {size});"
         nvrtc.compile_cuda(source + assert_size, module.TARGET)
         with pytest.raises(RuntimeError, match="static assertion failed"):
             nvrtc.compile_cuda(source + assert_size.replace("==", "!="), module.TARGET)
+    dim, block_q, block_k = attention.SHAPE
+    sizes = f"HEAD_DIM == {dim} && BLOCK_Q == {block_q} && BLOCK_K == {block_k}"
+    threads = f"32 * (CONSUMER_WARPS + 4) == {attention.THREADS}"
+    source = attention.SOURCE.read_text(encoding="utf-8")
+    nvrtc.compile_cuda(f"{source}static_assert({sizes} && {threads});", attention.TARGET)
 
 
+@needs_nvrtc
 def test_an_error_names_the_line():
-    with pytest.raises(RuntimeError, match=r"cannot compile for sm_90: kernel\.cu\(2\): error"):
+    with pytest.raises(RuntimeError, match=r"for sm_90: kernel\.cu\(2\): error") as caught:
         nvrtc.compile_cuda('extern "C" __global__ void f() {\nwrong;\n}', "sm_90")
+    assert "\0" not in str(caught.value)
 
 
+def test_a_tensor_elsewhere_is_refused():
+    kernel = nvrtc.Kernel(driver=None, function=None, shared_bytes=0)
+    with pytest.raises(ValueError, match="must be on the GPU, got one on cpu"):
+        kernel.launch(1, 32, torch.zeros(1))
+
+
+@needs_nvrtc
 def test_constants_are_defined():
     source = 'static_assert(SIZE == 7); extern "C" __global__ void f() {}'
     assert nvrtc.compile_cuda(source, "sm_90", SIZE=7)
@@ -80,14 +98,15 @@ def test_the_places_of_a_product_are_a_permutation():
 def test_a_torch_without_cuda_says_so(monkeypatch):
     without_cuda = types.SimpleNamespace(version=types.SimpleNamespace(cuda=None))
     monkeypatch.setattr(nvrtc, "torch", without_cuda)
-    assert nvrtc.unavailable() == "torch was built without CUDA"
+    assert nvrtc.unavailable.__wrapped__() == "torch was built without CUDA"
 
 
 @pytest.mark.parametrize("module", [attention, prepare], ids=lambda m: m.SOURCE.name)
 def test_the_launch_passes_as_many_arguments_as_the_kernel_takes(module):
-    source = module.SOURCE.read_text()
+    source = module.SOURCE.read_text(encoding="utf-8")
+    source = re.sub("//.*", "", source)
     (parameters,) = re.findall(r'extern "C" __global__ .*?\(\s*(const.*?)\n\) {', source, re.S)
-    tree = ast.parse((module.SOURCE.parent / "hopper.py").read_text())
+    tree = ast.parse((module.SOURCE.parent / "hopper.py").read_text(encoding="utf-8"))
     (launch,) = (
         node
         for node in ast.walk(tree)
@@ -113,8 +132,11 @@ def test_a_kernel_runs_on_the_current_stream(tmp_path):
     major, minor = torch.cuda.get_device_capability()
     kernel = nvrtc.load(source, "fill", f"sm_{major}{minor}", 0, 0, SHIFT=2)
     x = torch.zeros(32, dtype=torch.int32, device=DEVICE)
-    with torch.cuda.stream(torch.cuda.Stream()) as _:
-        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        # Started elsewhere it would be through before the 1s arrive.
+        torch.cuda._sleep(50_000_000)
+        x.fill_(1)
         kernel.launch(1, 32, x, 5)
-        torch.cuda.current_stream().synchronize()
+    torch.cuda.synchronize()
     assert x.tolist() == [7] * 32

@@ -121,8 +121,9 @@ def test_refuses_what_does_not_fit():
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_rotates_in_place(backend):
-    x, weight, cos, sin = random_projection(2, 100, 2, 64, torch.float16)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_rotates_in_place(dim, backend):
+    x, weight, cos, sin = random_projection(2, 100, 2, dim, torch.float16)
     x = x.contiguous()
     apart = prepare(x, weight, cos, sin, block=64, quantize=True, backend=backend)
     before = x.clone()
@@ -162,11 +163,12 @@ def test_gives_the_linear_branch_in_place_of_the_rows(feature_map, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("quantize", [False, True])
-@pytest.mark.parametrize(("batch", "length", "heads"), [(1, 1, 1), (2, 300, 3), (1, 1000, 12)])
-def test_cuda_on_hopper_equals_triton(batch, length, heads, block, quantize, dtype):
+@pytest.mark.parametrize("own_angles", [False, True])
+@pytest.mark.parametrize(("batch", "length", "heads"), [(1, 1, 1), (2, 300, 3), (2, 200, 11)])
+def test_cuda_on_hopper_equals_triton(batch, length, heads, own_angles, block, quantize, dtype):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
-    x, *angles = random_projection(batch, length, heads, 128, dtype, own_angles=True)
+    x, *angles = random_projection(batch, length, heads, 128, dtype, own_angles)
     arguments = x, *angles, 1e-6, block, quantize
     expected = triton_kernels.prepare(*arguments, torch.empty_like(x.contiguous()), None)
     found = hopper.prepare(*arguments, torch.empty_like(x.contiguous()), None)
@@ -184,3 +186,19 @@ def test_cuda_on_hopper_equals_triton(batch, length, heads, block, quantize, dty
     exact = linear_attention(expected.x.float(), *branch, backend="reference")
     found = hopper.prepare(*arguments, torch.empty_like(x.contiguous()), branch)
     assert goldens.relative_error(found.x, exact) <= 6e-3
+
+
+@pytest.mark.gpu
+def test_long_videos_do_not_overflow_float16():
+    """A channel's normalizer, a sum over all keys, may exceed float16's 65504."""
+    length = 70000
+    x, *angles = random_projection(1, length, 1, 128, torch.float16)
+    normalizer = torch.full((1, 1, 128), 1e3, device=DEVICE)
+    normalizer[..., 3] = 6e6
+    state = normalizer[..., None] * torch.randn(1, 1, 128, 128, device=DEVICE)
+    proj = torch.eye(128, device=DEVICE), torch.zeros(128, device=DEVICE)
+    branch = LinearBranch(state, normalizer, *proj)
+    rows = prepare(x, *angles, quantize=True)
+    exact = linear_attention(rows.x.float(), *branch, backend="reference")
+    found = prepare(x, *angles, quantize=True, linear=branch)
+    assert goldens.relative_error(found.x, exact) <= 2e-3

@@ -191,11 +191,16 @@ def need_hopper():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("length", [*LENGTHS, 4000])
-def test_cuda_on_hopper_errs_like_the_reference(length, batch, dtype):
+@pytest.mark.parametrize(
+    ("length", "share"),
+    [(length, 0.4) for length in LENGTHS]
+    # Sums move on every 32 blocks, and the copies go by 32: 32, 33, 63, 64 and 65 of them.
+    + [(4000, 0.51), (4000, 0.53), (4000, 1.0), (4096, 1.0), (4100, 1.0)],
+)
+def test_cuda_on_hopper_errs_like_the_reference(length, share, batch, dtype):
     need_hopper()
     q, k, v = random_qkv(batch, length, 3, 128, dtype)
-    block_map = random_map(batch, length, 3, 128, 64)
+    block_map = random_map(batch, length, 3, 128, 64, share)
     arguments = q, k, v, k.float().mean(1), PV_DTYPES["fp8"], 128, 64, 128**-0.5
     found, expected = hopper.quantize(*arguments), reference.quantize(*arguments)
     exact = exact_sparse(q, k, v, block_map)
@@ -203,7 +208,7 @@ def test_cuda_on_hopper_errs_like_the_reference(length, batch, dtype):
     out = hopper.sage_attention(q, found, block_map, 128, 64, None)
     # It rounds the weights to e4m3 against another reference than their maximum.
     error = goldens.relative_error(out, exact)
-    assert error <= 1.1 * goldens.relative_error(plain, exact)
+    assert error <= max(1.1 * goldens.relative_error(plain, exact), 1e-3)
     there = torch.randn(q.shape, dtype=dtype, device=DEVICE)
     both = out.double() + there.double()
     assert hopper.sage_attention(q, found, block_map, 128, 64, there) is there
@@ -218,7 +223,7 @@ def test_cuda_on_hopper_takes_sharp_attention(sharpness):
     q, k, v = random_qkv(1, 4000, 2, 128, torch.bfloat16)
     growth = torch.linspace(0.1, 1, 4000, device=DEVICE)[None, :, None, None]
     q, k = q * sharpness, (k * growth).to(k.dtype)
-    block_map = random_map(1, 4000, 2, 128, 64)
+    block_map = random_map(1, 4000, 2, 128, 64, share=1.0)
     exact = exact_sparse(q, k, v, block_map)
     arguments = q, k, v, block_map, "fp8"
     plain = sage_attention(*arguments, backend="reference")

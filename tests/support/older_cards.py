@@ -23,5 +23,5 @@ def pretend(monkeypatch, card: tuple[int, int]) -> None:
         monkeypatch.setattr(TensorDescriptor, "from_tensor", _refuse)
 
 
-def _refuse(*_):
+def _refuse(*_, **__):
     raise AssertionError("this is switched off")

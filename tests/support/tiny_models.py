@@ -1,4 +1,4 @@
-"""Tiny random models: a TurboDiffusion checkpoint in the official format and a Wan VAE.
+"""Tiny random models: checkpoints in the official format, a plain Wan model, a LoRA, a Wan VAE.
 
     python tests/support/tiny_models.py COMFYUI_DIR VAE_FILE
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 HEAD_DIM = 128
@@ -103,9 +104,42 @@ def quantized(linear: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def write_checkpoint(path: Path, **sizes: int) -> None:
+def stock_checkpoint(seed: int = 0) -> dict[str, torch.Tensor]:
+    """A random Wan T2V state dict as ComfyUI's own loader takes: in bf16, without projections."""
+    turbo, tensors = t2v_checkpoint(seed), {}
+    for name, tensor in turbo.items():
+        if name.endswith(".int8_weight"):
+            stem = name.removesuffix("int8_weight")
+            scale = turbo[f"{stem}scale"].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+            tensors[f"{stem}weight"] = (tensor * scale).bfloat16()
+        elif not name.endswith(".scale") and ".proj_l." not in name:
+            tensors[name] = tensor
+    embedding = tensors["patch_embedding.weight"]
+    tensors["patch_embedding.weight"] = embedding.unflatten(1, (-1, 1, 2, 2))
+    return tensors
+
+
+def lora(seed: int = 0, dim: int = 256, rank: int = 4) -> dict[str, torch.Tensor]:
+    """A random LoRA on q of the first block's self-attention."""
+    generator = torch.Generator().manual_seed(seed)
+    name = "diffusion_model.blocks.0.self_attn.q"
+    return {
+        f"{name}.lora_A.weight": torch.randn(rank, dim, generator=generator),
+        f"{name}.lora_B.weight": torch.randn(dim, rank, generator=generator),
+    }
+
+
+def write_checkpoint(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(t2v_checkpoint(**sizes), path)
+    (save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
+
+
+def write_picture(path: Path, width: int = 1280, height: int = 720) -> None:
+    """Two colours that run into each other, for image to video."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    across, down = (Image.linear_gradient("L").rotate(angle) for angle in (90, 0))
+    blue = Image.new("L", across.size, 120)
+    Image.merge("RGB", (across, down, blue)).resize((width, height)).save(path)
 
 
 def write_vae(comfyui: Path, path: Path) -> None:

@@ -5,6 +5,14 @@ from collections.abc import Iterator
 NOTES = {"MarkdownNote", "Note"}
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+# The folder in `models` that a loader takes its file from.
+FOLDERS = {
+    "TurboLoader": "diffusion_models",
+    "UNETLoader": "diffusion_models",
+    "LoraLoaderModelOnly": "loras",
+    "CLIPLoader": "text_encoders",
+    "VAELoader": "vae",
+}
 
 
 def api_format(workflow: dict, object_info: dict) -> dict:
@@ -18,6 +26,12 @@ def api_format(workflow: dict, object_info: dict) -> dict:
             inputs |= {wire["name"]: sources[wire["link"]] for wire in wires}
             prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def model_files(workflow: dict) -> list[tuple[str, str]]:
+    """(node class, file) of every model file that `workflow` asks for."""
+    loaders = [node for node in workflow["nodes"] if node["type"] in FOLDERS]
+    return [(node["type"], node["widgets_values"][0]) for node in loaders]
 
 
 def widget_inputs(node: dict, node_info: dict) -> Iterator[tuple[str, object]]:
@@ -37,8 +51,8 @@ def _take(saved: Iterator, inputs: dict, prefix: str) -> Iterator[tuple[str, obj
             yield from _take(saved, choices[value], f"{prefix}{name}.")
         elif kind in WIDGETS:
             yield prefix + name, next(saved, options.get("default"))
-            if options.get("control_after_generate"):
-                next(saved)
+            if options.get("control_after_generate") or options.get("image_upload"):
+                next(saved)  # of a widget beside it, which is not sent
 
 
 def specs(inputs: dict) -> Iterator[tuple[str, str, dict]]:

@@ -5,9 +5,10 @@ import shutil
 
 import comfyui_install
 import pytest
+import tiny_models
 from comfyui_install import ROOT
 from comfyui_server import ComfyServer
-from ui_workflow import api_format
+from ui_workflow import FOLDERS, api_format, model_files
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright and chromium")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -21,7 +22,6 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-FOLDERS = {"TurboLoader": "diffusion_models", "CLIPLoader": "text_encoders", "VAELoader": "vae"}
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 LOADED = "count => window.app?.graph?.nodes?.length === count"
 NODES_KNOWN = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.TurboDoctor"
@@ -45,11 +45,11 @@ def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("server")
     # The frontend tells of model files that are missing; empty ones of the right name will do.
     for workflow in WORKFLOWS:
-        for node in json.loads(workflow.read_text(encoding="utf-8"))["nodes"]:
-            if folder := FOLDERS.get(node["type"]):
-                file = base / "models" / folder / node["widgets_values"][0]
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.touch()
+        for class_type, name in model_files(json.loads(workflow.read_text(encoding="utf-8"))):
+            file = base / "models" / FOLDERS[class_type] / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+    tiny_models.write_picture(base / "input" / "example.png")
     with ComfyServer(comfyui, base) as running:
         yield running
 
