@@ -11,7 +11,7 @@ from pathlib import Path
 import ahead_of_time
 import pytest
 import torch
-from turbodiffusion_pack.kernels import dispatch, nvrtc, qk_prepare, sparse_attention
+from turbodiffusion_pack.kernels import dispatch, nvrtc, qk_prepare
 from turbodiffusion_pack.turbo_core import diagnosis
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -272,7 +272,6 @@ def test_bad_attention_settings(wan, inputs, match):
     assert wan.object_patches == patches
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.fixture
 def examined_anew():
     """What is known of a device is kept, except around this test."""
@@ -283,6 +282,7 @@ def examined_anew():
     dispatch.triton_unavailable.cache_clear()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_triton_by_name_without_a_gpu(wan, monkeypatch, examined_anew):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
