@@ -130,7 +130,10 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             weight = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed)
         if return_weight:
             return weight
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        if inplace_update:
+            self.weight.data.copy_(weight)  # keeps its memory, which the host may have pinned
+        else:
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
     def _load_from_state_dict(
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors

@@ -220,17 +220,18 @@ def _int8(module, granularity: str, device, name: str, errors: dict | None):
         q, scale = unpack(module.weight)
         return q.clone(), scale.clone()
     weight = _float_weight(module, device)
+    finite = weight.isfinite()  # not left to the scales: a GPU's maximum passes over NaN
+    if not finite.all():
+        raise ValueError(
+            f"{name} has values that are not finite, got {int((~finite).sum())} of "
+            f"{weight.numel()}: the file is damaged, download it again"
+        )
     q, scales = torch.empty_like(weight, dtype=torch.int8), []
     for part, rows in zip(q.split(ROWS), weight.split(ROWS), strict=True):
         integers, scale = quantize_weight(rows, granularity)
         part.copy_(integers)
         scales.append(scale)
     scale = torch.cat(scales)
-    if not scale.isfinite().all():
-        raise ValueError(
-            f"{name} has values that are not finite, got {int((~weight.isfinite()).sum())} of "
-            f"{weight.numel()}: the file is damaged, download it again"
-        )
     if errors is not None:
         errors[name] = _relative_error(dequantize_weight(q, scale, torch.float32), weight.float())
     return q, scale

@@ -69,12 +69,15 @@ def _lora(model, rank=4, size=0.11):
 
 
 def _weights(model):
-    return {n: [t.clone() for t in unpack(m.weight)] for n, m in _linears(model).items()}
+    """Copies of the integers and scales, on the CPU wherever the host keeps them now."""
+    return {
+        name: [part.to("cpu", copy=True) for part in unpack(linear.weight)]
+        for name, linear in _linears(model).items()
+    }
 
 
 def _same_weights(model, weights):
-    found = {n: unpack(m.weight) for n, m in _linears(model).items()}
-    return all(all(map(torch.equal, pair, weights[name])) for name, pair in found.items())
+    return all(all(map(torch.equal, pair, weights[n])) for n, pair in _weights(model).items())
 
 
 def _forward(model):
@@ -217,5 +220,6 @@ def test_a_lora_for_another_size_leaves_the_weight_as_it_is(model, loader, caplo
     out = _forward(loader(model, lora))
     (told,) = [m for m in _messages(caplog) if "ERROR" in m]
     assert f"{name}.weight" in told
-    assert goldens.relative_error(out, before) < 1e-3
+    # The weight is quantized anew; bf16, as on a GPU, rounds the output besides.
+    assert goldens.relative_error(out, before) < (5e-3 if torch.cuda.is_available() else 1e-3)
     assert torch.equal(_forward(model), before)

@@ -35,10 +35,11 @@ def card(request, monkeypatch):
     return request.param
 
 
-def test_fp8_is_chosen_from_sm_89_on(card):
+def test_fp8_is_chosen_where_it_is_fast(card):
     device = torch.device(DEVICE)
     assert has_fp8(device) == (card >= (8, 9))
-    assert default_pv(device) == ("fp8" if card >= (8, 9) else "fp16")
+    # Hopper's fp8 is fast in the CUDA kernel only, which is switched off.
+    assert default_pv(device) == ("fp8" if card == older_cards.ADA else "fp16")
 
 
 @pytest.mark.parametrize("granularity", QUANTIZERS)

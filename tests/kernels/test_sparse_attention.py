@@ -299,12 +299,15 @@ def test_takes_the_mean_of_k_where_it_is_known():
 
 
 @pytest.mark.parametrize(
-    ("card", "pv"),
-    [((0, 0), "fp16"), ((8, 0), "fp16"), ((8, 6), "fp16")]
-    + [(card, "fp8") for card in ((8, 9), (9, 0), (10, 0), (12, 0))],
+    ("card", "cuda_problem", "pv"),
+    [(card, None, "fp16") for card in ((0, 0), (8, 0), (8, 6))]
+    + [(card, None, "fp8") for card in ((8, 9), (9, 0), (10, 0), (12, 0))]
+    + [((9, 0), "NVRTC does not load", "fp16"), ((8, 9), "for Hopper", "fp8")],
 )
-def test_values_go_to_fp8_where_the_card_has_it(card, pv, monkeypatch):
+def test_values_go_to_fp8_where_that_is_faster(card, cuda_problem, pv, monkeypatch):
     module = sys.modules[sparse_attention.__module__]
+    monkeypatch.setattr(module, "capability", lambda device: card)
+    monkeypatch.setattr(module, "cuda_unavailable", lambda device: cuda_problem)
     monkeypatch.setattr(module, "has_fp8", lambda device: card >= (8, 9))
     assert default_pv(torch.device("cuda")) == pv
 
