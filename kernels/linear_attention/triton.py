@@ -141,11 +141,12 @@ def linear_attention(
     proj_weight: torch.Tensor,
     proj_bias: torch.Tensor,
     feature_map: str,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The linear branch of [B, L, H, D], in q's dtype."""
+    """The linear branch of [B, L, H, D], in q's dtype; `out`, contiguous, may be q itself."""
     batch, length, heads, dim = q.shape
     mix = project_state(state, normalizer, proj_weight, q.dtype)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     with torch.cuda.device_of(q):
         apply_state_kernel[triton.cdiv(length, ROWS), batch * heads](
             q, mix, normalizer.contiguous(), proj_bias.contiguous(), out,

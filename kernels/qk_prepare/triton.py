@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..linear_attention import LinearBranch
-from ..linear_attention.triton import linear_rows, project_state
+from ..linear_attention.triton import linear_attention
 from ..sparse_attention.triton import round_block
 from .reference import Prepared
 
@@ -36,10 +36,9 @@ def rotate(tile, cos, sin, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def prepare_kernel(
-    x, norms, weight, cos, sin, out, means, integers, scales, mix, normalizer, bias,
+    x, norms, weight, cos, sin, out, means, integers, scales,
     x_b, x_l, x_h, cos_b, cos_l, sin_b, sin_l, length, heads,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, QUANTIZE: tl.constexpr,
-    LINEAR: tl.constexpr, FEATURE_MAP: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(2).to(tl.int64)
     block, blocks = tl.program_id(1), tl.num_programs(1)
@@ -63,6 +62,7 @@ def prepare_kernel(
         b_cos = tl.load(cos + offset * cos_l + pair, mask=inside, other=0.0)
         b_sin = tl.load(sin + offset * sin_l + pair, mask=inside, other=0.0)
         rotated = rotate(tile, b_cos, b_sin, BLOCK, HEAD_DIM).to(x.dtype.element_ty)
+        tl.store(out + (offset * heads + head) * HEAD_DIM + channel, rotated, mask=inside)
         tile = rotated.to(tl.float32)  # [BLOCK, D]
         part = (sample * heads + head) * blocks + block
         mean = tl.sum(tile, 0) / rows
@@ -71,13 +71,6 @@ def prepare_kernel(
             rounded, scale = round_block(tile)
             tl.store(integers + part * (BLOCK * HEAD_DIM) + offset * HEAD_DIM + channel, rounded)
             tl.store(scales + part, scale)
-        if LINEAR:
-            own = (sample * heads + head) * HEAD_DIM + tl.arange(0, HEAD_DIM)
-            b_mix = tl.load(mix + own[:, None] * HEAD_DIM + channel)
-            b_bias = tl.load(bias + tl.arange(0, HEAD_DIM))
-            rotated = linear_rows(rotated, b_mix, tl.load(normalizer + own), b_bias, FEATURE_MAP)
-        rotated = rotated.to(out.dtype.element_ty)
-        tl.store(out + (offset * heads + head) * HEAD_DIM + channel, rotated, mask=inside)
 
 
 def config(block: int) -> dict[str, int]:
@@ -125,18 +118,15 @@ def prepare(
             batch, heads, blocks * block, dim, dtype=torch.int8, device=x.device
         )
         scales = torch.empty(batch, heads, blocks, **options)
-    branch, feature_map = (x, x, x), "softmax"
-    if linear is not None:
-        mix = project_state(linear.state, linear.normalizer, linear.proj_weight, x.dtype)
-        branch = mix, linear.normalizer.contiguous(), linear.proj_bias.contiguous()
-        feature_map = linear.feature_map
     cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
     with torch.cuda.device_of(x):
         prepare_kernel[triton.cdiv(heads, HEADS), blocks, batch](
             x, norms, weight.contiguous(), cos, sin, out, means,
-            integers if quantize else x, scales if quantize else norms, *branch,
+            integers if quantize else x, scales if quantize else norms,
             *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], length, heads,
-            BLOCK=block, HEAD_DIM=dim, HEADS=HEADS, QUANTIZE=quantize,
-            LINEAR=linear is not None, FEATURE_MAP=feature_map, **config(block),
+            BLOCK=block, HEAD_DIM=dim, HEADS=HEADS, QUANTIZE=quantize, **config(block),
         )  # fmt: skip
+    if linear is not None:
+        # On its own: within the pass above it would spill on every card but Hopper.
+        linear_attention(out, *linear, out)
     return Prepared(out, means, integers, scales)

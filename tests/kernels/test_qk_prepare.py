@@ -58,13 +58,14 @@ def test_reference_is_the_composition(length, batch):
     [(1, 1, 64, 64), (65, 3, 128, 64), (200, 11, 64, 128), (128, 8, 128, 128)],
 )
 def test_triton_equals_the_reference(length, heads, dim, block, own_angles, dtype):
-    """To the rounding of x's dtype: the squares of a row add up in another order."""
+    """To two roundings of x's dtype: the squares of a row add up in another order, and a short
+    row's norm rests on few of them."""
     arguments = random_projection(2, length, heads, dim, dtype, own_angles)
     options = {"block": block, "quantize": True}
     found = prepare(*arguments, **options, backend="triton")
     expected = prepare(*arguments, **options, backend="reference")
     eps = torch.finfo(dtype).eps
-    assert goldens.relative_error(found.x, expected.x) <= eps
+    assert goldens.relative_error(found.x, expected.x) <= 2 * eps
     torch.testing.assert_close(found.means, expected.means, atol=max(eps, 3e-6), rtol=0)
     torch.testing.assert_close(found.scale, expected.scale, atol=0, rtol=max(2 * eps, 1e-6))
     assert (found.q.int() - expected.q.int()).abs().max() <= 1

@@ -251,18 +251,14 @@ def prepare_variants() -> list[Variant]:
         {"HEAD_DIM": 128, "HEADS": 64},
         lambda _: qk_prepare.ROW_LAUNCH,
     )
-    rows |= _pointers("bf16", "mix") | _pointers("fp32", "normalizer", "bias")
-    shapes = (128, True, True), (128, True, False), (128, False, False)
-    shapes += (64, True, True), (64, True, False), (64, False, False)
-    for block, quantize, linear in shapes:
+    for block, quantize in ((128, True), (128, False), (64, True), (64, False)):
         flags = {"BLOCK": block, "HEAD_DIM": 128, "QUANTIZE": quantize}
-        flags |= {"LINEAR": linear, "FEATURE_MAP": "softmax"}
         variants += variants_of(
             qk_prepare.prepare_kernel,
             rows,
             flags | {"HEADS": qk_prepare.HEADS},
             lambda _, block=block: qk_prepare.config(block),
-            f"{block}{'-int8' if quantize else ''}{'-linear' if linear else ''}",
+            f"{block}{'-int8' if quantize else ''}",
         )
     return variants
 
