@@ -9,7 +9,7 @@ from .. import nvrtc
 from ..linear_attention import LinearBranch
 from ..linear_attention.triton import project_state
 from .reference import Prepared
-from .triton import contiguous_pairs, row_norms
+from .triton import block_outputs, contiguous_pairs, row_norms
 
 SOURCE = Path(__file__).with_name("prepare.cu")
 TARGET = "sm_90"
@@ -70,15 +70,10 @@ def prepare(
     linear: LinearBranch | None,
 ) -> Prepared:
     """RMSNorm over all heads, RoPE, block means, int8 blocks and the linear branch."""
-    batch, length, heads, dim = x.shape
-    blocks = -(-length // block)
-    options = {"dtype": torch.float32, "device": x.device}
+    batch, length, heads, _ = x.shape
     norms = row_norms(x, eps)
-    means = torch.empty(batch, heads, blocks, dim, **options)
-    integers, scales, branch = None, None, (norms, norms, norms)
-    if quantize:
-        integers = torch.empty(batch, heads, blocks * block, dim, dtype=torch.int8, device=x.device)
-        scales = torch.empty(batch, heads, blocks, **options)
+    means, integers, scales = block_outputs(x, block, quantize)
+    branch = norms, norms, norms  # stand-ins, never read
     if linear is not None:
         mix = project_state(linear.state, linear.normalizer, linear.proj_weight, x.dtype)
         mix = mix.mT[..., places(x.device)].contiguous()
@@ -91,7 +86,7 @@ def prepare(
             x, norms, aligned_copy(weight), cos, sin, out, means,
             integers if quantize else norms, scales if quantize else norms, *branch,
             *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
-            length, heads, blocks, -(-heads // groups),
+            length, heads, means.shape[2], -(-heads // groups),
         )  # fmt: skip
     return Prepared(out, means, integers, scales)
 

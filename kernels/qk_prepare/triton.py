@@ -95,6 +95,20 @@ def row_norms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return norms
 
 
+def block_outputs(
+    x: torch.Tensor, block: int, quantize: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Room for what is known of the N blocks of x [B, L, H, D]: means float32 [B, H, N, D] and,
+    if asked for, int8 [B, H, N * block, D] with scales float32 [B, H, N]."""
+    batch, length, heads, dim = x.shape
+    blocks = triton.cdiv(length, block)
+    means = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
+    if not quantize:
+        return means, None, None
+    integers = torch.empty(batch, heads, blocks * block, dim, dtype=torch.int8, device=x.device)
+    return means, integers, torch.empty(means.shape[:3], dtype=torch.float32, device=x.device)
+
+
 def prepare(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -108,19 +122,11 @@ def prepare(
 ) -> Prepared:
     """RMSNorm over all heads, RoPE, block means, int8 blocks and the linear branch."""
     batch, length, heads, dim = x.shape
-    blocks = triton.cdiv(length, block)
-    options = {"dtype": torch.float32, "device": x.device}
     norms = row_norms(x, eps)
-    means = torch.empty(batch, heads, blocks, dim, **options)
-    integers, scales = None, None
-    if quantize:
-        integers = torch.empty(
-            batch, heads, blocks * block, dim, dtype=torch.int8, device=x.device
-        )
-        scales = torch.empty(batch, heads, blocks, **options)
+    means, integers, scales = block_outputs(x, block, quantize)
     cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
     with torch.cuda.device_of(x):
-        prepare_kernel[triton.cdiv(heads, HEADS), blocks, batch](
+        prepare_kernel[triton.cdiv(heads, HEADS), means.shape[2], batch](
             x, norms, weight.contiguous(), cos, sin, out, means,
             integers if quantize else x, scales if quantize else norms,
             *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], length, heads,

@@ -15,8 +15,20 @@ SHARED_BYTES = 1024 + 7 * (2 * 64 * 128 + 24) + 128 * 128 * 5 + 8  # alignment, 
 SHAPE = 128, 128, 64  # head dim, rows in a query and a key block
 
 
-def quantize(q, k, v, k_mean, v_dtype, block_q, block_k, scale, q_blocks=None, v_max=None):
-    """See the Triton file; k's and v's blocks lie as the tensor cores read them.
+def quantize(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_mean: torch.Tensor,
+    v_dtype: torch.dtype,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    q_blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
+    v_max: torch.Tensor | None = None,
+) -> Quantized:
+    """`quantize` of the Triton file, of q, k, v [B, L, H, D], with k's and v's blocks as the tensor
+    cores read them.
 
     Rows of k are 128 bytes of channels, those of v 64 bytes of keys. Within eight rows of k (four
     pairs of v) their chunks of 16 bytes trade places, so that shared memory gives a column of
