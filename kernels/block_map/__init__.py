@@ -54,15 +54,17 @@ def centered_means(
     Returns:
         float32 [B, H, ceil(L / block), D] and float32 [B, H, D].
     """
-    return center_means(block_means(k, block, backend), k.shape[1], block)
+    return center_means(block_means(k, block, backend), k.shape[1], block, backend)
 
 
 def center_means(
-    means: torch.Tensor, length: int, block: int
+    means: torch.Tensor, length: int, block: int, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block means [B, H, N, D] of `length` rows less the mean of all rows, and that mean."""
-    mean = reference.mean_of_blocks(means, length, block)
-    return means - mean[:, :, None], mean
+    """Block means float32 [B, H, N, D] of `length` rows less the mean of all rows, and that mean
+    [B, H, D]; `backend` as for the others."""
+    if use_triton("center_means", backend, means):
+        return triton_kernels.center_means(means, length, block)
+    return reference.center_means(means, length, block)
 
 
 def select_blocks(

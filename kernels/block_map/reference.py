@@ -8,11 +8,12 @@ def block_means(x: torch.Tensor, block: int) -> torch.Tensor:
     return torch.stack([rows.float().mean(1) for rows in x.split(block, 1)], 2)
 
 
-def mean_of_blocks(means: torch.Tensor, length: int, block: int) -> torch.Tensor:
-    """The mean over all `length` rows from the means of blocks, float32 [B, H, D]."""
+def center_means(means: torch.Tensor, length: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means [B, H, N, D] of blocks of rows less the mean of all rows, and that [B, H, D]."""
     rows_last = length - block * (means.shape[2] - 1)
     total = means[:, :, :-1].sum(2) * block + means[:, :, -1] * rows_last
-    return total / length
+    mean = total / length
+    return means - mean[:, :, None], mean
 
 
 def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> torch.Tensor:

@@ -4,9 +4,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import launching_on
+
 RESIDENT = 2048  # scores of a row that two warps hold in their registers; 1182 at 720p
 CHUNK = 1024  # scores that one step of the selection of longer rows looks at
-TILE = 64  # query and key blocks of one score tile
+TILE = 64  # query and key blocks of one score tile; blocks that are centered at a time
+CHANNELS = 32  # that one program centers
 LAUNCH = {"num_warps": 4, "num_stages": 1}  # memory-bound or tiny, the same on every card
 ROW_LAUNCH = {"num_warps": 2, "num_stages": 1}  # more wait for each other, fewer take longer
 
@@ -28,6 +31,28 @@ def block_means_kernel(
     mean = tl.sum(tile.to(tl.float32), 0) / rows
     block = head * tl.num_programs(0) + tl.program_id(0)
     tl.store(means + block * HEAD_DIM + channel, mean)
+
+
+@triton.jit(do_not_specialize=["blocks", "length"])
+def center_means_kernel(
+    means, centered, mean, blocks, length,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    means += head * blocks * HEAD_DIM + channel[None, :]
+    centered += head * blocks * HEAD_DIM + channel[None, :]
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for first in range(0, blocks, ROWS):
+        block = first + tl.arange(0, ROWS)[:, None]
+        rows = tl.minimum(length - block * BLOCK, BLOCK).to(tl.float32)  # the last block has fewer
+        total += tl.load(means + block * HEAD_DIM, mask=block < blocks, other=0.0) * rows
+    average = tl.sum(total, 0) / length
+    tl.store(mean + head * HEAD_DIM + channel, average)
+    for first in range(0, blocks, ROWS):
+        block = first + tl.arange(0, ROWS)[:, None]
+        tile = tl.load(means + block * HEAD_DIM, mask=block < blocks, other=0.0)
+        tl.store(centered + block * HEAD_DIM, tile - average[None, :], mask=block < blocks)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys"])
@@ -71,18 +96,23 @@ def select_resident_kernel(scores, block_map, n_keys, count, RESIDENT: tl.conste
     inside = index < n_keys
     # No threshold below is as low as the filling.
     key = tl.where(inside, ordered_keys(scores + row * n_keys, index, n_keys), -(2**31))
+    # The largest threshold that `count` scores reach, or any that just as many do.
     low = tl.full((), -(2**31), tl.int64)
     high = tl.full((), 2**31 - 1, tl.int64)
-    for _ in range(32):
+    reached = n_keys
+    while (low < high) & (reached != count):
         middle = (low + high + 1) >> 1
-        enough = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0) >= count
+        reach = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+        enough = reach >= count
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
+        reached = tl.where(enough, reach, reached)
     best = low.to(tl.int32)
-    above = key > best
-    tie = ((key == best) & inside).to(tl.int32)
-    ties = count - tl.sum(above.to(tl.int32), 0)
-    taken = above | ((tie > 0) & (tl.cumsum(tie, 0) <= ties))
+    taken = (key >= best) & inside
+    if reached != count:  # of what ties at the threshold, the first
+        ties = count - tl.sum((key > best).to(tl.int32), 0)
+        tie = ((key == best) & inside).to(tl.int32)
+        taken = (key > best) | ((tie > 0) & (tl.cumsum(tie, 0) <= ties))
     place = tl.cumsum(taken.to(tl.int32), 0) - 1
     tl.store(block_map + row * count + place, index, mask=taken)
 
@@ -130,11 +160,24 @@ def block_means(x: torch.Tensor, block: int) -> torch.Tensor:
     batch, length, heads, dim = x.shape
     blocks = triton.cdiv(length, block)
     means = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
+    with launching_on(x):
         block_means_kernel[blocks, batch * heads](
             x, means, *x.stride()[:3], heads, length, BLOCK=block, HEAD_DIM=dim, **LAUNCH
         )
     return means
+
+
+def center_means(means: torch.Tensor, length: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means [B, H, N, D] of blocks of rows less the mean of all rows, and that [B, H, D]."""
+    batch, heads, blocks, dim = means.shape
+    centered = torch.empty(means.shape, dtype=torch.float32, device=means.device)
+    mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=means.device)
+    with launching_on(means):
+        center_means_kernel[batch * heads, dim // CHANNELS](
+            means.contiguous(), centered, mean, blocks, length,
+            BLOCK=block, HEAD_DIM=dim, ROWS=TILE, CHANNELS=CHANNELS, **LAUNCH,
+        )  # fmt: skip
+    return centered, mean
 
 
 def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> torch.Tensor:
@@ -148,7 +191,7 @@ def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> t
         batch, heads, n_queries, count, dtype=torch.int32, device=q_means.device
     )
     tiles = triton.cdiv(n_queries, TILE), triton.cdiv(n_keys, TILE), batch * heads
-    with torch.cuda.device_of(q_means):
+    with launching_on(q_means):
         scores_kernel[tiles](
             q_means.contiguous(), k_means.contiguous(), scores, n_queries, n_keys,
             HEAD_DIM=dim, TILE=TILE, **LAUNCH,

@@ -226,8 +226,11 @@ def block_map_variants() -> list[Variant]:
     scores = {**_pointers("fp32", "q_means", "k_means", "scores"), **_sizes("n_queries", "n_keys")}
     select = {"scores": "*fp32:16", "block_map": "*i32:16", **_sizes("n_keys", "count")}
     block = {"BLOCK": 128, "HEAD_DIM": 128}
+    centered = _pointers("fp32", "means", "centered", "mean") | _sizes("blocks", "length")
+    sizes = {"ROWS": block_map.TILE, "CHANNELS": block_map.CHANNELS}
     launches = (
         (block_map.block_means_kernel, means | _sizes("heads", "length"), block),
+        (block_map.center_means_kernel, centered, block | sizes),
         (block_map.scores_kernel, scores, {"TILE": block_map.TILE, "HEAD_DIM": 128}),
         (block_map.select_blocks_kernel, select, {"CHUNK": block_map.CHUNK}),
     )
