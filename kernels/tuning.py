@@ -8,6 +8,7 @@ Those of other cards were chosen by ahead-of-time compilation, no such card bein
 its shared memory and spill nothing (tests/kernels/test_ahead_of_time.py).
 """
 
+import functools
 from typing import NamedTuple, TypeVar
 
 Row = TypeVar("Row")
@@ -50,6 +51,7 @@ class RowLoop(NamedTuple):
     stages: int
     programs: int
 
+    @functools.cache  # noqa: B019
     def launch(self) -> dict[str, int]:
         """With the registers that let all programs run at once: a multiprocessor has 65536, a
         thread gets a multiple of 8."""
@@ -97,7 +99,7 @@ GELU_ROWS = {
     8960: RowLoop(warps=8, stages=2, programs=4),
     13824: RowLoop(warps=4, stages=2, programs=3),
 }
-REQUANTIZE_ROWS = WholeRow(values=32, fewest_warps=1, most_warps=16)
+REQUANTIZE_ROWS = WholeRow(values=64, fewest_warps=2, most_warps=4)
 QUANTIZE_BLOCKS = {"num_warps": 8, "num_stages": 1}
 LAYER_NORM_BLOCKS = {"num_warps": 16, "num_stages": 1}  # with 8 some cards spill
 ROPE = {"ROWS": 32, "num_warps": 4, "num_stages": 1}  # a row is one head of one token

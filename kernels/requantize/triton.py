@@ -1,25 +1,30 @@
 """Requantization in Triton: one pass over the weight, a program per output channel."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import launching_on
 from ..int8_quant.triton import BLOCK, round_to_int8
 from ..tuning import REQUANTIZE_ROWS
 
 
+@functools.cache
 def config(columns: int) -> dict[str, int]:
     """Launch of a program that holds a whole row, see kernels/tuning.py."""
-    width = triton.next_power_of_2(columns)
-    return {"WIDTH": width, "num_warps": REQUANTIZE_ROWS.warps(width), "num_stages": 1}
+    blocks = triton.next_power_of_2(triton.cdiv(columns, BLOCK))
+    warps = REQUANTIZE_ROWS.warps(blocks * BLOCK)
+    return {"BLOCKS": blocks, "num_warps": warps, "num_stages": 1}
 
 
 def requantize_rows(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = q.shape
-    out = torch.empty(q.shape, dtype=torch.int8, device=q.device)
+    out = torch.empty(rows, columns, dtype=torch.int8, device=q.device)
     row_scale = torch.empty(rows, dtype=torch.float32, device=q.device)
-    with torch.cuda.device_of(q):
+    with launching_on(q):
         requantize_rows_kernel[(rows,)](
             q, scale.contiguous(), out, row_scale, columns, *q.stride(), **config(columns)
         )
@@ -35,17 +40,17 @@ def requantize_rows_kernel(
     columns,
     stride_r,
     stride_c,
-    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr = BLOCK,
 ):
     row = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, WIDTH)
+    block = tl.arange(0, BLOCKS)
+    blocks = tl.cdiv(columns, BLOCK)
+    c = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [BLOCKS, BLOCK]
     inside = c < columns
     q = tl.load(q_ptr + row * stride_r + c * stride_c, mask=inside, other=0)
-    scale = tl.load(
-        scale_ptr + row // BLOCK * tl.cdiv(columns, BLOCK) + c // BLOCK, mask=inside, other=0.0
-    )
-    w = q.to(tl.float32) * scale
+    scale = tl.load(scale_ptr + row // BLOCK * blocks + block, mask=block < blocks, other=0.0)
+    w = q.to(tl.float32) * scale[:, None]
     amax = tl.maximum(tl.max(tl.abs(w)), 1e-8)
     tl.store(out_ptr + row * columns + c, round_to_int8(w, amax), mask=inside)
     tl.store(row_scale_ptr + row, amax * (1 / 128))
