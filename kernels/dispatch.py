@@ -1,5 +1,6 @@
 """Which implementation of an op runs: decided before the call, from declared constraints."""
 
+import contextlib
 import functools
 import logging
 
@@ -20,12 +21,15 @@ BACKENDS = ("auto", "triton", "reference")
 
 log = logging.getLogger(__name__)
 
+_HERE = contextlib.nullcontext()
+
 
 def has_triton() -> bool:
     """Whether the Triton files can be imported at all."""
     return _TRITON_PROBLEM is None
 
 
+@functools.cache
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's CPU interpreter (tests do that)."""
     return has_triton() and triton.knobs.runtime.interpret
@@ -37,6 +41,14 @@ def capability(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return 0, 0
     return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device, 1 for any other."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -88,10 +100,17 @@ def reference_reason(backend: str, x: torch.Tensor, *unsupported: str | None) ->
     """Why an op on `x` runs its torch reference; None where it runs Triton. See `use_triton`."""
     if backend == "reference":
         return "it was asked for"
-    reasons = [r for r in (triton_unavailable(x.device), *unsupported) if r]
-    if not reasons and backend == "auto" and interpreting():
-        return "Triton only interprets here"
-    return "; ".join(reasons) or None
+    unavailable = triton_unavailable(x.device)
+    if unavailable or any(unsupported):
+        return "; ".join(reason for reason in (unavailable, *unsupported) if reason)
+    return "Triton only interprets here" if backend == "auto" and interpreting() else None
+
+
+def launching_on(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """The context to launch a kernel on x in: its device is the current one there."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device_of(x)
 
 
 @functools.cache

@@ -9,6 +9,38 @@ import torch
 
 from .dispatch import capability, triton_unavailable
 
+HEADER = Path(__file__).with_name("hopper.cuh")  # what the kernels include
+
+
+class TensorMap:
+    """What the copy engine (TMA) knows of int8 rows; a kernel takes it by value.
+
+    It copies 128 columns of `box` rows at a time, 0 beyond the end, with chunks of 16 bytes
+    swizzled as the tensor cores read them.
+
+    Args:
+        x: int8 [rows, columns] or [B, rows, columns], contiguous along columns, all other strides
+            and the address multiples of 16 bytes.
+        box: rows of one copy, at most 256.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+
+    def __init__(self, x: torch.Tensor, box: int):
+        sizes, steps = x.shape[::-1], x.stride()[-2::-1]
+        rank, boxes = x.ndim, (128, box, 1)[: x.ndim]
+        self._memory = (ctypes.c_uint64 * 24)()  # the map takes 16 of it, at a multiple of 64 bytes
+        self.address = -(-ctypes.addressof(self._memory) // 64) * 64
+        uint8, plain, swizzle_128, promote_128, zeros = 0, 0, 3, 2, 0
+        code = _driver().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(self.address), uint8, rank, ctypes.c_void_p(x.data_ptr()),
+            (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * rank)(*steps),
+            (ctypes.c_uint32 * rank)(*boxes), (ctypes.c_uint32 * rank)(*[1] * rank),
+            plain, swizzle_128, promote_128, zeros,
+        )  # fmt: skip
+        _check(_driver(), code)
+
 
 class Kernel:
     """A compiled kernel on one device."""
@@ -16,21 +48,32 @@ class Kernel:
     def __init__(self, driver: ctypes.CDLL, function: ctypes.c_void_p, shared_bytes: int):
         self.driver, self.function, self.shared_bytes = driver, function, shared_bytes
 
-    def launch(self, programs: int, threads: int, *arguments: torch.Tensor | int) -> None:
+    def launch(
+        self, programs: int, threads: int, *arguments: torch.Tensor | TensorMap | int | None
+    ) -> None:
         """Start on torch's current stream; tensors go in as pointers, integers as int32.
+
+        None is a null pointer.
 
         Raises:
             ValueError: a tensor is not on a GPU.
             RuntimeError: the driver refuses.
         """
-        for x in arguments:
-            if isinstance(x, torch.Tensor) and not x.is_cuda:
-                raise ValueError(f"a kernel's tensors must be on the GPU, got one on {x.device}")
-        values = [
-            ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_int(x)
-            for x in arguments
-        ]
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        numbers = (ctypes.c_int64 * len(arguments))()  # an int32 is the first half of one
+        pointers = (ctypes.c_void_p * len(arguments))()
+        first = ctypes.addressof(numbers)
+        for i, x in enumerate(arguments):
+            pointers[i] = first + 8 * i
+            if isinstance(x, int):
+                numbers[i] = x
+            elif isinstance(x, TensorMap):
+                pointers[i] = x.address
+            elif x is not None:
+                if not x.is_cuda:
+                    raise ValueError(
+                        f"a kernel's tensors must be on the GPU, got one on {x.device}"
+                    )
+                numbers[i] = x.data_ptr()
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         sizes = programs, 1, 1, threads, 1, 1, self.shared_bytes
         code = self.driver.cuLaunchKernel(self.function, *sizes, stream, pointers, None)
@@ -40,7 +83,7 @@ class Kernel:
 def cuda_unavailable(device: torch.device) -> str | None:
     """Why the pack's CUDA C++ kernels cannot run on `device`; None where they can.
 
-    They stand in for Triton's in `sage_attention` and `qk_prepare`.
+    They stand in for Triton's in `int8_linear`, `sage_attention` and `qk_prepare`.
     """
     if capability(device) != (9, 0):
         return "they are for Hopper, sm_90"
@@ -72,8 +115,7 @@ def load(
         RuntimeError: it does not compile, or the driver does not take it.
     """
     binary = compile_cuda(source.read_text(encoding="utf-8"), target, **constants)
-    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # torch makes its context here at the latest
         _check(driver, driver.cuModuleLoadData(ctypes.byref(module), binary))
@@ -90,7 +132,8 @@ def compile_cuda(source: str, target: str, **constants: int) -> bytes:
         RuntimeError: it does not compile; the message holds the compiler's.
     """
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    arguments = source.encode(), b"kernel.cu", 0, None, None
+    header = ctypes.c_char_p(HEADER.read_bytes()), ctypes.c_char_p(HEADER.name.encode())
+    arguments = source.encode(), b"kernel.cu", 1, *map(ctypes.byref, header)
     _check_nvrtc(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), *arguments))
     flags = [f"--gpu-architecture={target}", "--std=c++17"]
     flags += [f"--define-macro={name}={value}" for name, value in constants.items()]
@@ -102,6 +145,11 @@ def compile_cuda(source: str, target: str, **constants: int) -> bytes:
         told = output.rstrip(b"\0").decode(errors="replace").strip()
         raise RuntimeError(f"NVRTC cannot compile for {target}: {told}")
     return output
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 @functools.cache

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import has_triton, use_triton
-from . import reference
+from ..dispatch import capability, has_triton, say_once, use_triton
+from ..nvrtc import cuda_unavailable
+from . import hopper, reference
 
 if has_triton():
     from . import triton as triton_kernels
@@ -57,12 +58,26 @@ def int8_linear(
     _check_operands(x_q, w_q, bias, out_dtype)
     _check_scales(x_q, x_scale, w_q, w_scale)
     batch, length, _ = x_q.shape
-    shape = batch, length, w_q.shape[0]
+    n, _ = w_q.shape
+    shape = batch, length, n
     _check_epilogue(shape, gate, residual, out, out_dtype)
-    module = triton_kernels if use_triton("int8_linear", backend, x_q) else reference
     if out is None:
-        out = torch.empty(shape, dtype=out_dtype, device=x_q.device)
-    return module.linear(x_q, x_scale, w_q, w_scale, bias, gate, residual, out)
+        out = torch.empty(batch, length, n, dtype=out_dtype, device=x_q.device)
+    operands = x_q, x_scale, w_q, w_scale.contiguous(), bias, gate, residual, out
+    if not use_triton("int8_linear", backend, x_q):
+        return reference.linear(*operands)
+    return (hopper if _hopper_kernel_fits(*operands) else triton_kernels).linear(*operands)
+
+
+def _hopper_kernel_fits(x_q, x_scale, w_q, w_scale, bias, gate, residual, out) -> bool:
+    """Whether the CUDA kernel runs in place of Triton's: on Hopper, with a scale per row."""
+    if x_scale.ndim != 2 or capability(x_q.device) != (9, 0):
+        return False
+    reason = cuda_unavailable(x_q.device)
+    reason = reason or hopper.unfit(x_q, w_q, w_scale, bias, gate, residual, out)
+    if reason:
+        say_once(f"int8_linear runs in Triton, more slowly: {reason}")
+    return reason is None
 
 
 def _check_operands(x_q: Tensor, w_q: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
@@ -83,7 +98,7 @@ def _check_operands(x_q: Tensor, w_q: Tensor, bias: Tensor | None, out_dtype: to
             "int8_linear needs x_q and w_q contiguous along K, "
             f"got strides {x_q.stride()} and {w_q.stride()}"
         )
-    if bias is not None and bias.shape != w_q.shape[:1]:
+    if bias is not None and bias.shape != (w_q.shape[0],):
         raise ValueError(f"int8_linear needs bias [{w_q.shape[0]}], got {list(bias.shape)}")
 
 
@@ -91,10 +106,11 @@ def _check_scales(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor) ->
     batch, length, k = x_q.shape
     n = w_q.shape[0]
     k_blocks = -(-k // BLOCK)
-    blocks = [batch, -(-length // BLOCK), k_blocks], [-(-n // BLOCK), k_blocks]
-    rows = [batch, length], [n]
-    got = list(x_scale.shape), list(w_scale.shape)
-    if got not in (blocks, rows):
+    blocks = (batch, -(-length // BLOCK), k_blocks), (-(-n // BLOCK), k_blocks)
+    rows = (batch, length), (n,)
+    got = x_scale.shape, w_scale.shape
+    if got not in (rows, blocks):
+        blocks, rows, got = ([list(shape) for shape in pair] for pair in (blocks, rows, got))
         raise ValueError(
             f"int8_linear: scales fit neither blocks, x_scale {blocks[0]} and w_scale "
             f"{blocks[1]}, nor rows, {rows[0]} and {rows[1]}; got {got[0]} and {got[1]}"

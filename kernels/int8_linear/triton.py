@@ -1,6 +1,7 @@
 """INT8 linear layer in Triton: one kernel for both granularities of the scales."""
 
-import torch
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +12,7 @@ from .. import dispatch, tuning
 BLOCK = 128
 
 
+@functools.cache
 def linear_config(
     capability: tuple[int, int], by_blocks: bool, tma: bool, n: int, k: int
 ) -> dict[str, int]:
@@ -42,9 +44,14 @@ def linear(
     capability = dispatch.capability(x_q.device)
     tma = capability >= (9, 0) and all(t is None or _fits_tensor_map(t) for t in matrices)
     config = linear_config(capability, by_blocks, tma, n, k)
-    tiles = triton.cdiv(length, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
-    x, w, residual_, out_ = _tensor_maps(matrices, config) if tma else (x_q, w_q, residual, out)
-    with torch.cuda.device_of(x_q):
+    tiles = -(-length // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
+    if tma:
+        x, w, residual_, out_ = _tensor_maps(matrices, config)
+        strides = [(0, 0)] * 4  # the maps hold them
+    else:
+        x, w, residual_, out_ = x_q, w_q, residual, out
+        strides = [(0, 0) if matrix is None else matrix.stride()[:2] for matrix in matrices]
+    with dispatch.launching_on(x_q):
         linear_kernel[(tiles, batch)](
             x,
             x_scale.contiguous(),
@@ -57,11 +64,11 @@ def linear(
             length,
             n,
             k,
-            *x_q.stride()[:2],
-            w_q.stride(0),
+            *strides[0],
+            strides[1][1],
             *((0, 0, 0) if gate is None else gate.stride()),
-            *((0, 0) if residual is None else residual.stride()[:2]),
-            *out.stride()[:2],
+            *strides[2],
+            *strides[3],
             BY_BLOCKS=by_blocks,
             TMA=tma,
             GATE_ROWS=gate is not None and gate.shape[1] > 1,
@@ -72,8 +79,10 @@ def linear(
 
 def _fits_tensor_map(matrix: Tensor) -> bool:
     """Whether the copy engine (TMA) can address [B, rows, columns]: 16-byte steps throughout."""
-    steps = [stride * matrix.itemsize for stride in matrix.stride()[:2]]
-    return matrix.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    batch, row, _ = matrix.stride()
+    # The bits of all three: they end in four zeros where each does.
+    together = matrix.data_ptr() | batch * matrix.itemsize | row * matrix.itemsize
+    return together % 16 == 0 and batch > 0 and row > 0
 
 
 def tensor_map_blocks(config: dict[str, int]) -> list[list[int]]:

@@ -168,7 +168,6 @@ def _check_q_blocks(q, q_blocks, block_q) -> None:
 def _hopper_kernel_fits(q: torch.Tensor, pv: str, block_q: int, block_k: int) -> bool:
     """Whether the CUDA kernel runs in place of Triton's: on Hopper, with Wan's shapes and fp8."""
     shape = q.shape[-1], block_q, block_k
-    shape = q.shape[-1], block_q, block_k
     if capability(q.device) != (9, 0) or pv != "fp8" or shape != hopper.SHAPE:
         return False
     reason = cuda_unavailable(q.device)

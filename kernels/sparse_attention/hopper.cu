@@ -6,9 +6,7 @@
 //
 // Key blocks lie in memory as the tensor cores read them, see `quantize` in hopper.py.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef signed char i8;
+#include "hopper.cuh"
 
 constexpr int HEAD_DIM = 128;
 constexpr int BLOCK_Q = 128;
@@ -40,49 +38,6 @@ struct Shared {
     int inside[STAGES];   // keys from the block's first to the end
 };
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
-// ---- barriers and copies ----
-
-__device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;"
-                 ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-
-__device__ __forceinline__ void barrier_expect(u64* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
-                 ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "WAIT:\n"
-        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-        "@done bra DONE;\n"
-        "bra WAIT;\n"
-        "DONE:\n"
-        "}\n" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ bool barrier_passed(u64* barrier, u32 parity) {
-    u32 passed;
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, done;\n"
-        "}\n" : "=r"(passed) : "r"(shared_address(barrier)), "r"(parity) : "memory");
-    return passed;
-}
-
 __device__ __forceinline__ void copy_block(void* to, const void* from, u64* barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -90,43 +45,7 @@ __device__ __forceinline__ void copy_block(void* to, const void* from, u64* barr
         : "memory");
 }
 
-// ---- tensor cores ----
-
-// Matrix descriptor of rows of 128 (keys) or 64 bytes (values), swizzled over their whole width.
-__device__ __forceinline__ u64 descriptor(const void* tile, int row_bytes) {
-    u64 layout = row_bytes == 128 ? 1 : 2;
-    u64 eight_rows = (row_bytes * 8) >> 4;
-    return (shared_address(tile) & 0x3FFFF) >> 4 | 1ull << 16 | eight_rows << 32 | layout << 62;
-}
-
-__device__ __forceinline__ void mma_begin() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void mma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int PENDING> __device__ __forceinline__ void mma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-// Keep the compiler from moving reads and writes of registers across an asynchronous product.
-template <int N> __device__ __forceinline__ void hold(int (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
-}
-template <int N> __device__ __forceinline__ void hold(u32 (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
-}
-template <int N> __device__ __forceinline__ void hold(float (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
-}
-
-#define R4(x, i) "+r"(x[i]), "+r"(x[i + 1]), "+r"(x[i + 2]), "+r"(x[i + 3])
-#define R16(x, i) R4(x, i), R4(x, i + 4), R4(x, i + 8), R4(x, i + 12)
-#define F4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
-#define F16(x, i) F4(x, i), F4(x, i + 4), F4(x, i + 8), F4(x, i + 12)
+// ---- products ----
 
 // scores [64 rows, 64 keys] (+)= q [64, 32] k^T, both in shared memory
 __device__ __forceinline__ void mma_scores(int (&d)[32], u64 queries, u64 keys, int add) {
@@ -192,42 +111,14 @@ __device__ __forceinline__ float sum_of_row(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// Two neighbouring channels, bfloat16 or float16.
-__device__ __forceinline__ float2 pair_of(u32 packed, bool bf16) {
-    float2 x;
-    if (bf16)
-        x = {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
-    else
-        asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-            : "=f"(x.x), "=f"(x.y) : "r"(packed));
-    return x;
-}
-
-__device__ __forceinline__ u32 packed_pair(float2 x, bool bf16) {
-    u32 packed;
-    if (bf16)
-        asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x.x), "f"(x.y));
-    else
-        asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x.x), "f"(x.y));
-    return packed;
-}
-
 // ---- the two roles ----
-
-struct Ring {
-    int stage = 0;
-    u32 parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
 
 __device__ __forceinline__ void produce(
     Shared& shared, const i8* k, const float* k_scale, const i8* v, const int* block_map,
     int length, int count, int q_blocks, int k_blocks, int works
 ) {
     int lane = threadIdx.x % 32;
-    Ring ring;
+    Ring<STAGES> ring;
     for (int work = blockIdx.x; work < works; work += gridDim.x) {
         long long first_block = (long long)(work / q_blocks) * k_blocks;
         const int* selected = block_map + (long long)work * count;
@@ -397,7 +288,7 @@ __device__ __forceinline__ Block block_in(const Shared& shared, int stage) {
 // `before` are the weights whose product with the last block's values runs meanwhile.
 __device__ __forceinline__ void step(
     Shared& shared, int (&s)[32], int (&next_s)[32], u32 (&p)[8], u32 (&before)[8],
-    float (&part)[64], Rows& rows, u64 queries, Ring& ring, Block& block, bool& arrived,
+    float (&part)[64], Rows& rows, u64 queries, Ring<STAGES>& ring, Block& block, bool& arrived,
     int& previous, float own_scale, bool add, bool more
 ) {
     int lane = threadIdx.x % 32, pair = lane % 4, stage = block.stage, inside = block.inside;
@@ -506,7 +397,7 @@ __device__ __forceinline__ void consume(
     float part[64];
     i8* q_tile = shared.queries[threadIdx.x / 128];
     u64 queries = descriptor(q_tile, 128);
-    Ring ring;
+    Ring<STAGES> ring;
     for (int work = blockIdx.x; work < works; work += gridDim.x) {
         int head = work / q_blocks, first_row = work % q_blocks * BLOCK_Q;
         long long place = ((long long)(head / heads) * length + first_row) * heads + head % heads;

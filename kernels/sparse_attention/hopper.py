@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from .. import nvrtc
+from ..dispatch import launching_on, multiprocessors
 from . import triton as triton_kernels
 from .reference import Quantized
 
@@ -52,8 +53,8 @@ def sage_attention(
     k_blocks = -(-length // block_k)
     works = batch * heads * q_blocks
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if onto is None else onto
-    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
-    with torch.cuda.device_of(q):
+    programs = multiprocessors(q.device)
+    with launching_on(q):
         kernel = nvrtc.load(SOURCE, "sage_attention", TARGET, SHARED_BYTES, q.device.index)
         kernel.launch(
             min(works, programs), THREADS,

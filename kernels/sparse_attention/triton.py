@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import capability
+from ..dispatch import capability, launching_on
 from .reference import LOG2_E, VALUE_LIMIT, Quantized
 
 LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0))  # 163 KB a block or more; 99 KB elsewhere
@@ -279,7 +279,7 @@ def sparse_attention(
     tma = has_tma(card) and fits_tma(k, v)
     if tma:
         k, v = describe_rows(k, block_k), describe_rows(v, block_k)
-    with torch.cuda.device_of(q):
+    with launching_on(q):
         sparse_attention_kernel[block_map.shape[2], heads, batch](
             q, k, v, block_map.contiguous(), out, *strides,
             length, block_map.shape[3], scale * LOG2_E,
@@ -306,7 +306,7 @@ def sage_attention(
     if tma:
         keys, values = describe_blocks(operands.k, block_k), describe_blocks(operands.v, dim)
         operands = operands._replace(k=keys, v=values)
-    with torch.cuda.device_of(q):
+    with launching_on(q):
         sage_attention_kernel[block_map.shape[2], heads, batch](
             *operands, block_map.contiguous(), out, length, block_map.shape[3],
             HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, FP8=fp8, TMA=tma,
@@ -359,12 +359,10 @@ def quantize_blocks(
     """x - center to int8 [B, H, N * block, D] and float32 [B, H, N], one scale per block."""
     batch, length, heads, dim = x.shape
     blocks = triton.cdiv(length, block)
-    integers = torch.empty(
-        batch, heads, blocks * block, dim, dtype=torch.int8, device=x.device
-    )
+    integers = torch.empty(batch, heads, blocks * block, dim, dtype=torch.int8, device=x.device)
     scales = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
     centered = center is not None
-    with torch.cuda.device_of(x):
+    with launching_on(x):
         quantize_heads_kernel[blocks, batch * heads](
             x, center if centered else x, integers, scales, *x.stride()[:3], heads, length,
             BLOCK=block, HEAD_DIM=dim, CENTERED=centered, FOR_HOPPER=for_hopper, **LAUNCH,
@@ -384,7 +382,7 @@ def quantize_values(
     blocks = triton.cdiv(length, block)
     values = torch.empty(batch, heads, blocks, dim, block, dtype=dtype, device=v.device)
     amax = (channel_max(v, block) if v_max is None else v_max).clamp_min(1e-8)  # [B, H, D]
-    with torch.cuda.device_of(v):
+    with launching_on(v):
         quantize_values_kernel[blocks, batch * heads](
             v, VALUE_LIMIT / amax, values, *v.stride()[:3], heads, length, VALUE_LIMIT,
             BLOCK=block, HEAD_DIM=dim, FOR_HOPPER=for_hopper, **LAUNCH,
@@ -397,7 +395,7 @@ def channel_max(v: torch.Tensor, rows: int) -> torch.Tensor:
     batch, length, heads, dim = v.shape
     parts = triton.cdiv(length, rows)
     amax = torch.empty(batch, heads, parts, dim, dtype=torch.float32, device=v.device)
-    with torch.cuda.device_of(v):
+    with launching_on(v):
         channel_max_kernel[parts, batch * heads](
             v, amax, *v.stride()[:3], heads, length, ROWS=rows, HEAD_DIM=dim, **LAUNCH
         )

@@ -138,7 +138,7 @@ def cross_attention_operations(shape: Shape) -> float:
 
 def kernel_operations(kernel: str, shape: Shape, settings: SLASettings) -> float | None:
     """Operations of a kernel that multiplies, by its name; None of one that moves data."""
-    if kernel == "linear_kernel":
+    if kernel in ("int8_linear", "linear_kernel"):
         return linear_operations(shape)
     if kernel in ("sage_attention", "sage_attention_kernel", "sparse_attention_kernel"):
         return self_attention_operations(shape, settings)

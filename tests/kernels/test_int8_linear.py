@@ -4,8 +4,8 @@ import goldens
 import pytest
 import torch
 from devices import BATCHES, DEVICE, LENGTHS
-from turbodiffusion_pack.kernels import dispatch
-from turbodiffusion_pack.kernels.int8_linear import int8_linear, triton_kernels
+from turbodiffusion_pack.kernels import dispatch, nvrtc
+from turbodiffusion_pack.kernels.int8_linear import hopper, int8_linear, triton_kernels
 from turbodiffusion_pack.kernels.int8_quant import (
     dequantize_blocks,
     dequantize_rows,
@@ -37,6 +37,7 @@ def addressing(request, monkeypatch):
         monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
     elif torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no tensor maps")
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: "it is switched off")
     made, make = [], triton_kernels._tensor_maps
     monkeypatch.setattr(triton_kernels, "_tensor_maps", lambda *a: made.append(a) or make(*a))
     yield request.param
@@ -232,6 +233,96 @@ def test_triton_equals_the_reference_in_bf16(gate, batch, length, k, n, granular
     expected = int8_linear(*operands, bias, gate=gate, residual=residual, backend="reference")
     assert y.dtype == torch.bfloat16
     assert goldens.relative_error(y, expected) <= 1e-3
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """Only the CUDA kernel may run, and has to."""
+    if DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0) or nvrtc.unavailable():
+        pytest.skip("the CUDA kernel needs a Hopper GPU and NVRTC")
+    launched, linear = [], hopper.linear
+    monkeypatch.setattr(hopper, "linear", lambda *a: launched.append(a) or linear(*a))
+    monkeypatch.setattr(triton_kernels, "linear", None)
+    yield
+    assert launched
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("batch", "length", "k", "n"),
+    # Less than a tile, a bit more, several tiles a program, and a gate for each of three samples.
+    ((1, 1, 16, 8), (1, 129, 144, 264), (1, 20001, 272, 1528), (3, 4000, 1536, 1536)),
+)
+@pytest.mark.parametrize(("gate", "residual"), [(None, False), *EPILOGUES[:3]])
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_hopper_equals_the_reference(batch, length, k, n, gate, residual, dtype, on_hopper):
+    operands = random_operands(batch, length, k, n, "rows")
+    gate, residual = random_epilogue((batch, length, n), gate, residual, dtype)
+    options = {"out_dtype": dtype, "gate": gate, "residual": residual}
+    for bias in (None, torch.randn(n, device=DEVICE, dtype=dtype)):
+        y = int8_linear(*operands, bias, **options)
+        expected = int8_linear(*operands, bias, **options, backend="reference")
+        assert y.dtype == dtype
+        assert goldens.relative_error(y, expected) <= 1e-3
+
+
+@pytest.mark.gpu
+def test_hopper_writes_into_the_residual_and_nothing_beside_it(on_hopper):
+    operands = random_operands(2, 4000, 1536, 520, "rows")
+    gate, residual = random_epilogue((2, 4096, 768), "sample", True, torch.bfloat16)
+    gate, inner = gate[..., :520], residual[:, :4000, :520]
+    expected = int8_linear(*operands, gate=gate, residual=inner, backend="reference")
+    outside = residual.clone()
+    int8_linear(*operands, gate=gate, residual=inner, out=inner)
+    assert goldens.relative_error(inner, expected) <= 1e-3
+    outside[:, :4000, :520] = inner
+    assert torch.equal(residual, outside)
+
+
+@pytest.mark.gpu
+def test_hopper_sums_are_exact_over_the_longest_k(on_hopper):
+    x = torch.full((1, 8, 131056), 127, dtype=torch.int8, device=DEVICE)
+    w = torch.full((8, 131056), -128, dtype=torch.int8, device=DEVICE)
+    ones = torch.ones(8, device=DEVICE)
+    y = int8_linear(x, ones[None] * 2.0**-20, w, ones)
+    assert y.eq(torch.tensor(-127 * 128 * 131056 * 2.0**-20).bfloat16().item()).all()
+
+
+def _aligned(batch=2, length=130, k=144, n=136):
+    x = torch.zeros(batch, length, k, dtype=torch.int8)
+    out = torch.zeros(batch, length, n, dtype=torch.bfloat16)
+    return {
+        "x_q": x,
+        "w_q": torch.zeros(n, k, dtype=torch.int8),
+        "w_scale": torch.zeros(n),
+        "bias": torch.zeros(n, dtype=torch.bfloat16),
+        "gate": torch.zeros(batch, 6, n)[:, 2:3],
+        "residual": out,
+        "out": out,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    (
+        ({}, None),
+        ({"bias": None, "gate": None, "residual": None}, None),
+        ({"out": torch.zeros(2, 130, 136), "bias": None, "residual": None}, "is float32"),
+        ({"bias": torch.zeros(136)}, "another dtype"),
+        ({"residual": torch.zeros(2, 130, 136).half()}, "another dtype"),
+        ({"gate": torch.zeros(2, 130, 136)}, "one float32 vector a sample"),
+        ({"gate": torch.zeros(2, 1, 136).bfloat16()}, "one float32 vector a sample"),
+        ({"gate": torch.zeros(2, 1, 272)[..., ::2]}, "not contiguous"),
+        ({"w_q": torch.zeros(136, 150, dtype=torch.int8)[:, :144]}, "multiples of 16"),
+        ({"x_q": torch.zeros(2, 130, 152, dtype=torch.int8)[..., 8:]}, "multiples of 16"),
+        ({"w_scale": torch.zeros(137)[1:]}, "aligned eights"),
+        ({"bias": torch.zeros(137).bfloat16()[1:]}, "aligned eights"),
+    ),
+    ids=str,
+)
+def test_what_the_hopper_kernel_cannot_compute(changed, reason):
+    found = hopper.unfit(**{**_aligned(), **changed})
+    assert found is None if reason is None else reason in found
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from devices import DEVICE
 from turbodiffusion_pack.kernels import nvrtc
+from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.qk_prepare import hopper as prepare
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
 
@@ -47,28 +48,42 @@ def test_prepare_compiles_for_two_programs_on_a_multiprocessor(constants):
     assert found["stack"] + found["local"] <= SPILLS
 
 
+@needs_nvrtc
+@pytest.mark.parametrize("bf16", (0, 1))
+def test_the_linear_layer_compiles_and_spills_nothing(bf16):
+    found = resources(linear, BF16=bf16)
+    assert found["stack"] + found["local"] == 0
+    assert found["registers"] <= 168  # its consumers take 232
+
+
 def test_shared_memory_fits():
     assert attention.SHARED_BYTES <= SHARED_LIMIT
+    assert linear.SHARED_BYTES <= SHARED_LIMIT
     assert 2 * (prepare.SHARED_BYTES + prepare.LINEAR_BYTES) <= SHARED_LIMIT
 
 
 @needs_nvrtc
 def test_python_and_cuda_agree_on_the_shared_memory():
-    """The sizes of both `Shared` structs as the compiler sees them."""
+    """The sizes of all `Shared` structs as the compiler sees them."""
     for module, size in (
         (attention, attention.SHARED_BYTES - 1024),
+        (linear, linear.SHARED_BYTES - 1024),
         (prepare, prepare.SHARED_BYTES + prepare.LINEAR_BYTES),
     ):
         source = module.SOURCE.read_text(encoding="utf-8")
         assert_size = f"static_assert(sizeof(Shared) == {size});"
-        nvrtc.compile_cuda(source + assert_size, module.TARGET)
+        nvrtc.compile_cuda(source + assert_size, module.TARGET, BF16=1)
         with pytest.raises(RuntimeError, match="static assertion failed"):
-            nvrtc.compile_cuda(source + assert_size.replace("==", "!="), module.TARGET)
+            nvrtc.compile_cuda(source + assert_size.replace("==", "!="), module.TARGET, BF16=1)
     dim, block_q, block_k = attention.SHAPE
     sizes = f"HEAD_DIM == {dim} && BLOCK_Q == {block_q} && BLOCK_K == {block_k}"
     threads = f"32 * (CONSUMER_WARPS + 4) == {attention.THREADS}"
     source = attention.SOURCE.read_text(encoding="utf-8")
     nvrtc.compile_cuda(f"{source}static_assert({sizes} && {threads});", attention.TARGET)
+    sizes = f"TILE_L == {linear.TILE_L} && TILE_N == {linear.TILE_N}"
+    threads = f"32 * (CONSUMER_WARPS + 4) == {linear.THREADS}"
+    source = linear.SOURCE.read_text(encoding="utf-8")
+    nvrtc.compile_cuda(f"{source}static_assert({sizes} && {threads});", linear.TARGET, BF16=1)
 
 
 @needs_nvrtc
@@ -101,7 +116,7 @@ def test_a_torch_without_cuda_says_so(monkeypatch):
     assert nvrtc.unavailable.__wrapped__() == "torch was built without CUDA"
 
 
-@pytest.mark.parametrize("module", [attention, prepare], ids=lambda m: m.SOURCE.name)
+@pytest.mark.parametrize("module", [attention, linear, prepare], ids=lambda m: m.SOURCE.parent.name)
 def test_the_launch_passes_as_many_arguments_as_the_kernel_takes(module):
     source = module.SOURCE.read_text(encoding="utf-8")
     source = re.sub("//.*", "", source)
@@ -112,7 +127,7 @@ def test_the_launch_passes_as_many_arguments_as_the_kernel_takes(module):
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "launch"
     )
-    starred = {"branch": 3, "x": 3, "cos": 2, "sin": 2}
+    starred = {"branch": 3, "x": 3, "cos": 2, "sin": 2, "residual": 2, "out": 2}
     count = 0
     for argument in launch.args[2:]:
         if isinstance(argument, ast.Starred):

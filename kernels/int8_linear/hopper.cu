@@ -1,0 +1,322 @@
+// INT8 linear for Hopper: x [B, L, K] times the transpose of w [N, K], a scale for each row of both.
+//
+// A persistent program takes one tile of 128 x 256 after another. One warp copies steps of 128 k
+// into a ring of stages, another prepares what belongs to the tile's columns; two warpgroups
+// multiply 64 rows each. The next tile's first stages arrive while they finish.
+
+#include "hopper.cuh"
+
+constexpr int TILE_L = 128;
+constexpr int TILE_N = 256;
+constexpr int STEP = 128;  // of k: a row of a stage, as wide as a swizzle
+constexpr int STAGES = 4;
+constexpr int GROUP = 8;  // tiles along L that share weights before N moves on
+constexpr int CONSUMER_WARPS = 8;
+
+struct Stage {
+    i8 x[TILE_L * STEP];
+    i8 w[TILE_N * STEP];
+};
+
+struct Shared {
+    Stage stages[STAGES];
+    float2 columns[2][TILE_N];  // of two tiles: what a column is multiplied with, what is added
+    u64 full[STAGES];
+    u64 empty[STAGES];
+    u64 known[2];  // the columns
+    u64 used[2];
+};
+
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+struct Operands {
+    const float* x_scale;  // [B, L]
+    const float* w_scale;  // [N]
+    const u16* bias;       // [N] or null
+    const float* gate;     // [B, N] or null
+    const u16* residual;   // [B, L, N] or null
+    u16* out;              // [B, L, N]
+    int batch, length, n, k;
+    int gate_b, residual_b, residual_l, out_b, out_l;
+};
+
+// ---- tiles ----
+
+struct Tile {
+    int sample, row, column;
+};
+
+__device__ __forceinline__ int tiles_across(const Operands& o) {
+    return (o.n + TILE_N - 1) / TILE_N;
+}
+__device__ __forceinline__ int tiles_down(const Operands& o) {
+    return (o.length + TILE_L - 1) / TILE_L;
+}
+__device__ __forceinline__ int tiles(const Operands& o) {
+    return o.batch * tiles_across(o) * tiles_down(o);
+}
+
+__device__ __forceinline__ Tile tile_of(int index, const Operands& o) {
+    int across = tiles_across(o), down = tiles_down(o), each = across * down;
+    int of_group = GROUP * across, in_sample = index % each, in_group = in_sample % of_group;
+    int first = in_sample / of_group * GROUP, many = min(GROUP, down - first);
+    return {index / each, (first + in_group % many) * TILE_L, in_group / many * TILE_N};
+}
+
+// ---- the copying warp ----
+
+__device__ __forceinline__ void copy_x(
+    void* to, const TensorMap& map, int k, int row, int sample, u64* barrier
+) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4}], [%5];"
+        ::"r"(shared_address(to)), "l"(&map), "r"(k), "r"(row), "r"(sample),
+        "r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void copy_w(
+    void* to, const TensorMap& map, int k, int row, u64* barrier
+) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3}], [%4];"
+        ::"r"(shared_address(to)), "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier))
+        : "memory");
+}
+
+__device__ __forceinline__ void copy_stages(
+    Shared& shared, const TensorMap& x_map, const TensorMap& w_map, const Operands& o
+) {
+    Ring<STAGES> ring;
+    for (int index = blockIdx.x; index < tiles(o); index += gridDim.x) {
+        Tile tile = tile_of(index, o);
+#pragma unroll 1
+        for (int k = 0; k < o.k; k += STEP, ring.next()) {
+            barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+            u64* full = &shared.full[ring.stage];
+            barrier_expect(full, sizeof(Stage));
+            copy_x(shared.stages[ring.stage].x, x_map, k, tile.row, tile.sample, full);
+            copy_w(shared.stages[ring.stage].w, w_map, k, tile.column, full);
+        }
+    }
+}
+
+// ---- the warp for the columns ----
+
+// (sum x_scale w_scale + bias) gate is sum x_scale a + b, with a column's a and b from here.
+__device__ __forceinline__ void prepare_columns(Shared& shared, const Operands& o) {
+    int lane = threadIdx.x % 32;
+    Ring<2> ring;
+    for (int index = blockIdx.x; index < tiles(o); index += gridDim.x, ring.next()) {
+        Tile tile = tile_of(index, o);
+        const float* gates = o.gate + (long long)tile.sample * o.gate_b;
+        barrier_wait(&shared.used[ring.stage], ring.parity ^ 1);
+#pragma unroll
+        for (int at = 2 * lane; at < TILE_N; at += 64) {
+            int column = min(tile.column + at, o.n - 2);
+            float2 scale = *reinterpret_cast<const float2*>(o.w_scale + column);
+            float2 add = {0, 0}, gate = {1, 1};
+            if (o.bias) add = pair_of(*reinterpret_cast<const u32*>(o.bias + column), BF16);
+            if (o.gate) gate = *reinterpret_cast<const float2*>(gates + column);
+            *reinterpret_cast<float4*>(&shared.columns[ring.stage][at]) = make_float4(
+                scale.x * gate.x, add.x * gate.x, scale.y * gate.y, add.y * gate.y);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&shared.known[ring.stage]);
+    }
+}
+
+// ---- the multiplying warpgroups ----
+
+// sums [64 rows, 256 columns] (+)= x [64, 32] w^T, both in shared memory
+__device__ __forceinline__ void mma(int (&d)[128], u64 x, u64 w, int add) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %130, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, "
+        "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "
+        "%123, %124, %125, %126, %127}, %128, %129, p;\n"
+        "}\n"
+        : R64(d, 0), R64(d, 64)
+        : "l"(x), "l"(w), "r"(add));
+}
+
+// All of a tile's products but the last ones are done on return, those are under way.
+__device__ __forceinline__ void multiply(
+    Shared& shared, int (&sums)[128], Ring<STAGES>& ring, int k
+) {
+    int lane = threadIdx.x % 32, rows = threadIdx.x / 128 * 64, before = 0;
+#pragma unroll 1
+    for (int step = 0; step * STEP < k; step++, ring.next()) {
+        barrier_wait(&shared.full[ring.stage], ring.parity);
+        const Stage& stage = shared.stages[ring.stage];
+        u64 x = descriptor(stage.x + rows * STEP, 128), w = descriptor(stage.w, 128);
+        hold(sums);
+        mma_begin();
+#pragma unroll
+        for (int i = 0; i < 4; i++) mma(sums, x + 2 * i, w + 2 * i, step + i);
+        mma_commit();
+        hold(sums);
+        if (step) {
+            mma_wait<1>();
+            if (lane == 0) barrier_arrive(&shared.empty[before]);
+        }
+        before = ring.stage;
+    }
+}
+
+// A thread's two rows, r and r + 8 of its warp's 16, from its first column on.
+struct Rows {
+    float scale[2];
+    const u16* residual[2];
+    u16* out[2];
+    bool inside[2];
+};
+
+__device__ __forceinline__ Rows rows_of(const Tile& tile, const Operands& o) {
+    Rows rows;
+    int lane = threadIdx.x % 32;
+    long long sample = tile.sample;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int row = tile.row + threadIdx.x / 32 * 16 + lane / 4 + 8 * half;
+        int column = tile.column + 8 * (lane % 4);
+        rows.inside[half] = row < o.length;
+        row = min(row, o.length - 1);  // read again in place of what is beyond the end
+        rows.scale[half] = o.x_scale[sample * o.length + row];
+        rows.residual[half] = o.residual + sample * o.residual_b + (long long)row * o.residual_l
+            + column;
+        rows.out[half] = o.out + sample * o.out_b + (long long)row * o.out_l + column;
+    }
+    return rows;
+}
+
+// Of 32 columns thread t of four holds columns 8 j + 2 t + {0, 1} in x[j], or 8 t + {0 .. 7}: from
+// either to the other.
+__device__ __forceinline__ void transpose(u32 (&x)[4]) {
+    bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        u32 got = __shfl_xor_sync(0xffffffff, odd ? x[i] : x[i + 1], 1);
+        (odd ? x[i] : x[i + 1]) = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        u32 got = __shfl_xor_sync(0xffffffff, upper ? x[i] : x[i + 2], 2);
+        (upper ? x[i] : x[i + 2]) = got;
+    }
+}
+
+__device__ __forceinline__ void load_residual(
+    u32 (&rest)[8][2][4], const Rows& rows, int columns
+) {
+#pragma unroll
+    for (int group = 0; group < 8; group++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            if (32 * group + threadIdx.x % 4 * 8 < columns)
+                *reinterpret_cast<uint4*>(rest[group][half]) =
+                    *reinterpret_cast<const uint4*>(rows.residual[half] + 32 * group);
+}
+
+template <bool RESIDUAL> __device__ __forceinline__ void store(
+    const int (&sums)[128], u32 (&rest)[8][2][4], const Rows& rows, const float2* factors,
+    int columns
+) {
+    int pair = threadIdx.x % 4;
+#pragma unroll
+    for (int group = 0; group < 8; group++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            u32 (&x)[4] = rest[group][half];
+            if (RESIDUAL) transpose(x);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2* from = factors + 32 * group + 8 * j + 2 * pair;
+                float4 c = *reinterpret_cast<const float4*>(from);
+                int i = 16 * group + 4 * j + 2 * half;
+                float2 y = {fmaf(sums[i] * rows.scale[half], c.x, c.y),
+                            fmaf(sums[i + 1] * rows.scale[half], c.z, c.w)};
+                if (RESIDUAL) {
+                    float2 add = pair_of(x[j], BF16);
+                    y.x += add.x, y.y += add.y;
+                }
+                x[j] = packed_pair(y, BF16);
+            }
+            transpose(x);
+            if (rows.inside[half] && 32 * group + 8 * pair < columns)
+                *reinterpret_cast<uint4*>(rows.out[half] + 32 * group) =
+                    make_uint4(x[0], x[1], x[2], x[3]);
+        }
+}
+
+template <bool RESIDUAL>
+__device__ __forceinline__ void multiply_tiles(Shared& shared, const Operands& o) {
+    int lane = threadIdx.x % 32;
+    Ring<STAGES> ring;
+    Ring<2> factors;
+    for (int index = blockIdx.x; index < tiles(o); index += gridDim.x, factors.next()) {
+        Tile tile = tile_of(index, o);
+        Rows rows = rows_of(tile, o);
+        int sums[128], columns = o.n - tile.column;
+        u32 rest[8][2][4];
+        multiply(shared, sums, ring, o.k);
+        if (RESIDUAL) load_residual(rest, rows, columns);
+        mma_wait<0>();
+        hold(sums);
+        if (lane == 0) barrier_arrive(&shared.empty[(ring.stage + STAGES - 1) % STAGES]);
+        barrier_wait(&shared.known[factors.stage], factors.parity);
+        store<RESIDUAL>(sums, rest, rows, shared.columns[factors.stage], columns);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&shared.used[factors.stage]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) int8_linear(
+    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
+    const float* x_scale, const float* w_scale, const u16* bias, const float* gate,
+    const u16* residual, u16* out, int batch, int length, int n, int k,
+    int gate_b, int residual_b, int residual_l, int out_b, int out_l
+) {
+    extern __shared__ char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(
+        memory + (1024 - shared_address(memory) % 1024) % 1024);  // as the swizzle wants it
+    Operands o = {x_scale, w_scale, bias, gate, residual, out, batch, length, n, k,
+                  gate_b, residual_b, residual_l, out_b, out_l};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(&shared.full[i], 1);
+            barrier_init(&shared.empty[i], CONSUMER_WARPS);
+        }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&shared.known[i], 1);
+            barrier_init(&shared.used[i], CONSUMER_WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    int warp = threadIdx.x / 32;
+    // All registers of the program: 256 threads with 232 and 128 with 40.
+    if (warp >= CONSUMER_WARPS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x == 32 * CONSUMER_WARPS) copy_stages(shared, x_map, w_map, o);
+        if (warp == CONSUMER_WARPS + 1) prepare_columns(shared, o);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        if (residual)
+            multiply_tiles<true>(shared, o);
+        else
+            multiply_tiles<false>(shared, o);
+    }
+}

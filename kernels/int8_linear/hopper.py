@@ -1,0 +1,81 @@
+"""The INT8 linear layer on Hopper, in CUDA C++: see hopper.cu."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import nvrtc
+from ..dispatch import launching_on, multiprocessors
+
+SOURCE = Path(__file__).with_suffix(".cu")
+TARGET = "sm_90a"
+TILE_L, TILE_N = 128, 256
+THREADS = 384
+STAGE_BYTES = (TILE_L + TILE_N) * 128
+# Alignment and hopper.cu's Shared.
+SHARED_BYTES = 1024 + 4 * (STAGE_BYTES + 16) + 2 * (TILE_N * 8 + 16)
+
+
+def unfit(
+    x_q: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+) -> str | None:
+    """Why the kernel cannot compute this linear, with a scale per row; None where it can."""
+    if out.dtype == torch.float32:
+        return "the output is float32"
+    if any(x is not None and x.dtype != out.dtype for x in (bias, residual)):
+        return "bias or residual are of another dtype than the output"
+    if gate is not None and (gate.dtype != torch.float32 or gate.shape[1] != 1):
+        return "the gate is not one float32 vector a sample"
+    if gate is not None and (gate.stride(2) != 1 or gate.stride(0) % 2):
+        return "the gate is not contiguous"
+    wide = x_q, w_q, out, residual
+    if not all(_in_steps_of_16(x) for x in wide if x is not None):
+        return "rows do not begin at multiples of 16 bytes"
+    pairs = w_scale.data_ptr() % 8, 0 if gate is None else gate.data_ptr() % 8
+    if any(pairs) or (bias is not None and bias.data_ptr() % 4) or out.shape[2] % 8:
+        return "columns do not come in aligned eights"
+    return None
+
+
+def _in_steps_of_16(x: Tensor) -> bool:
+    """Whether all rows of [..., columns] begin at a multiple of 16 bytes, counted in int32."""
+    *steps, _ = x.stride()
+    together = x.data_ptr()
+    for step in steps:
+        together |= step * x.itemsize
+    return together % 16 == 0 and min(steps) > 0 and max(steps) < 2**31
+
+
+def linear(
+    x_q: Tensor,
+    x_scale: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """`int8_linear` with a scale per row, of what is not `unfit`."""
+    batch, length, k = x_q.shape
+    n = w_q.shape[0]
+    tiles = batch * -(-length // TILE_L) * -(-n // TILE_N)
+    with launching_on(x_q):
+        nvrtc.load(
+            SOURCE, "int8_linear", TARGET, SHARED_BYTES, x_q.get_device(),
+            BF16=int(out.dtype == torch.bfloat16),
+        ).launch(
+            min(tiles, multiprocessors(x_q.device)), THREADS,
+            nvrtc.TensorMap(x_q, TILE_L), nvrtc.TensorMap(w_q, TILE_N),
+            x_scale.contiguous(), w_scale, bias, gate, residual, out, batch, length, n, k,
+            0 if gate is None else gate.stride(0),
+            *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
+        )  # fmt: skip
+    return out
