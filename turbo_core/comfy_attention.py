@@ -12,7 +12,7 @@ from ..kernels.block_map.checks import float32_on_gpu
 from ..kernels.dispatch import use_triton
 from . import run_report
 from .comfy_block import block_forward, is_ours
-from .comfy_sla import KEY, self_attention
+from .comfy_sla import KEY, MADE, self_attention
 from .sla_settings import SLASettings
 
 # In the options of an expert that begins below a sigma: that sigma. Its own steps count from there.
@@ -120,7 +120,7 @@ def _around_forward(
             owner = _owner(block.self_attn.forward)
             run_report.note_dense(index, f"its self-attention is patched by {owner}")
     options = {**transformer_options[KEY], "step": _step(transformer_options)}
-    transformer_options = {**transformer_options, KEY: options}
+    transformer_options = {**transformer_options, KEY: options, MADE: {}}
     return executor(x, timestep, context, clip_fea, concat, transformer_options, **kwargs)
 
 

@@ -14,9 +14,9 @@ from ..kernels.int8_quant import BLOCK
 from ..kernels.norm import rms_norm
 from ..kernels.norm_quant import layer_norm_quant
 from . import run_report
-from .comfy_operations import Linear, int8_product, int8_weights, quantize
+from .comfy_operations import Linear, Operands, int8_product, int8_weights, quantize
 from .comfy_quant import is_int8
-from .comfy_sla import attend, float32_weights, is_stock
+from .comfy_sla import attend, float32_weights, is_stock, once
 
 # Tokens that go through the feed-forward layers at once: bounds its memory, fills the GPU still.
 FFN_TOKENS = 32768
@@ -54,7 +54,9 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     attn = block.cross_attn
     weight, bias = float32_weights(block.norm3, x.device)
     n = layer_norm_quant(x, granularity, weight=weight, bias=bias, eps=eps)
-    y = _cross_attend(attn, int8_product(attn.q, n, dtype), context, transformer_options)
+    name = f"text in {granularity}"
+    text = once(transformer_options, name, context, lambda c: quantize(c, granularity))
+    y = _cross_attend(attn, int8_product(attn.q, n, dtype), text, transformer_options)
     del n
     int8_product(attn.o, quantize(y, granularity), dtype, residual=x, out=x)
     del y
@@ -75,15 +77,15 @@ def _part_length(length: int) -> int:
 
 def _modulation(block, e, device) -> tuple[torch.Tensor, ...]:
     """Shift, scale and gate of both halves, float32 [B, 1, C] each."""
-    own = comfy.model_management.cast_to(block.modulation, dtype=torch.float32, device=device)
+    own = comfy.model_management.cast_to(block.modulation, device=device)
     return (own + e.reshape(-1, 6, e.shape[-1]).float()).chunk(6, dim=1)
 
 
-def _cross_attend(attn, q, context, transformer_options) -> torch.Tensor:
-    """Attention of the queries q [B, L, C] to the text, by the host's own attention."""
+def _cross_attend(attn, q, text: Operands, transformer_options) -> torch.Tensor:
+    """Attention of the queries q [B, L, C] to the quantized text, by the host's own attention."""
+    k, v = (int8_product(op, text, q.dtype) for op in (attn.k, attn.v))
     q = rms_norm(q, float32_weights(attn.norm_q, q.device)[0], attn.eps)
-    k = rms_norm(attn.k(context), float32_weights(attn.norm_k, q.device)[0], attn.eps)
-    v = attn.v(context)
+    k = rms_norm(k, float32_weights(attn.norm_k, q.device)[0], attn.eps)
     options = {"heads": attn.num_heads, "transformer_options": transformer_options}
     return optimized_attention(q, k, v, **options)
 

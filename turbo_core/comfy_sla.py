@@ -1,5 +1,7 @@
 """Wan's self-attention as SLA: from the host's module and options to kernels/."""
 
+from collections.abc import Callable
+
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import optimized_attention
@@ -11,9 +13,12 @@ from ..kernels.rope import apply_rope
 from ..kernels.sla import sla, sla_from_projections
 from ..kernels.sparse_attention import default_pv
 from . import run_report
+from .comfy_operations import kept
 from .sla_settings import SLASettings
 
 KEY = "turbodiffusion"
+# In the options of one forward pass: what `once` has made for its blocks.
+MADE = "turbodiffusion.made"
 
 
 def self_attention(
@@ -48,7 +53,8 @@ def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tens
     settings, why_dense = _choose(attn, index, transformer_options)
     q_weight, _ = float32_weights(attn.norm_q, q.device)
     k_weight, _ = float32_weights(attn.norm_k, q.device)
-    rotation, heads = _rotation(freqs), _heads(attn)
+    rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
+    heads = _heads(attn)
     if why_dense:
         run_report.note_dense(index, why_dense)
         q = apply_rope(rms_norm(q, q_weight, attn.eps).unflatten(2, heads), *rotation)
@@ -81,6 +87,21 @@ def _rotation(freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return freqs[:, :, 0, :, 0, 0], freqs[:, :, 0, :, 1, 0]
 
 
+def _contiguous_rotation(freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as the kernels read them, pairs side by side."""
+    cos, sin = _rotation(freqs)
+    return cos.contiguous(), sin.contiguous()
+
+
+def once(transformer_options: dict, name: str, x: torch.Tensor, make: Callable):
+    """make(x), once for all blocks of a forward pass that get the same tensor x."""
+    # What torch.compile makes may live in memory that its next graph overwrites.
+    made = {} if torch.compiler.is_compiling() else transformer_options.get(MADE, {})
+    if name not in made or made[name][0] is not x:
+        made[name] = x, make(x)
+    return made[name][1]
+
+
 def _dense_reason(settings: SLASettings, attn, index: int, step: int) -> str | None:
     if settings.attention == "dense" or index in settings.dense_blocks:
         return "dense attention chosen"
@@ -97,22 +118,12 @@ def _sla_options(settings: SLASettings) -> dict:
 
 
 def float32_weights(op, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of a small comfy op in float32 on `device`, wherever the host keeps them.
-
-    Copies where they are not the op's own: the host reuses the buffer that it streams a weight into
-    for the next ops.
-    """
+    """Weight and bias of a small comfy op in float32 on `device`, wherever the host keeps them."""
     options = {"dtype": torch.float32, "bias_dtype": torch.float32, "offloadable": True}
     weight, bias, stream = comfy.ops.cast_bias_weight(op, device=device, **options)
-    kept = _kept(weight, op.weight), None if bias is None else _kept(bias, op.bias)
+    ours = kept(weight, op.weight), None if bias is None else kept(bias, op.bias)
     comfy.ops.uncast_bias_weight(op, weight, bias, stream)
-    return kept
-
-
-def _kept(cast: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """`cast`, safe to keep: it itself where it is the op's own tensor, else a copy."""
-    same = cast.device == own.device and cast.data_ptr() == own.data_ptr()
-    return cast if same else cast.clone()
+    return ours
 
 
 def _projection(attn, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:

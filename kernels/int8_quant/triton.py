@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import launching_on, multiprocessors
 from ..norm.triton import load_row, row_launch, row_pieces, store_row
 from ..tuning import GELU_ROWS, QUANTIZE_BLOCKS, RowLoop, of_width
 
@@ -14,13 +15,13 @@ BLOCKS_LAUNCH = {"BLOCK": BLOCK, **QUANTIZE_BLOCKS}
 
 def quantize_blocks(x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape[-2:]
-    row_blocks, column_blocks = triton.cdiv(rows, BLOCK), triton.cdiv(columns, BLOCK)
+    row_blocks, column_blocks = -(-rows // BLOCK), -(-columns // BLOCK)
     batched = x.reshape(-1, rows, columns)
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    q = torch.empty(*x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(
-        (*x.shape[:-2], row_blocks, column_blocks), dtype=torch.float32, device=x.device
+        *x.shape[:-2], row_blocks, column_blocks, dtype=torch.float32, device=x.device
     )
-    with torch.cuda.device_of(x):
+    with launching_on(x):
         quantize_blocks_kernel[(scale.numel(),)](
             batched, q, scale, rows, columns, *batched.stride(), activation, **BLOCKS_LAUNCH
         )
@@ -29,10 +30,10 @@ def quantize_blocks(x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
 
 def quantize_rows(x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape[-2:]
-    batched = x.reshape(-1, rows, columns)
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
+    batched = x if x.ndim == 3 else x.reshape(-1, rows, columns)
+    q = torch.empty(*x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(*x.shape[:-1], dtype=torch.float32, device=x.device)
+    with launching_on(x):
         if activation is None:
             quantize_rows_kernel[(scale.numel(),)](
                 batched, q, scale, rows, columns, *batched.stride(), **row_launch(columns)
@@ -48,10 +49,7 @@ def quantize_rows(x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
 
 def loop_grid(loop: RowLoop, batch: int, rows: int, device: torch.device) -> tuple[int, int]:
     """Samples, and programs for the rows of each: together what the card runs at once."""
-    processors = 1
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return batch, min(rows, triton.cdiv(processors * loop.programs, batch))
+    return batch, min(rows, -(-multiprocessors(device) * loop.programs // batch))
 
 
 @triton.jit

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import launching_on
+
 TILE = 16  # keys of one step of the state: two programs fit a multiprocessor's registers
 PROGRAMS = 528  # of the state, over all heads: 2 waves of 2 on a card of 132 multiprocessors
 ROWS = 128  # queries of one program
@@ -124,7 +126,7 @@ def _sum_over_keys(k, v, feature_map, maxima: bool):
     state = torch.empty(splits, batch, heads, dim, dim, **options)
     normalizer = torch.empty(splits, batch, heads, dim, **options)
     maximum = torch.empty(splits, batch, heads, dim, **options) if maxima else normalizer
-    with torch.cuda.device_of(k):
+    with launching_on(k):
         key_value_state_kernel[splits, batch * heads](
             k, v, state, normalizer, maximum, *k.stride()[:3], *v.stride()[:3],
             heads, length, rows,
@@ -147,7 +149,7 @@ def linear_attention(
     batch, length, heads, dim = q.shape
     mix = project_state(state, normalizer, proj_weight, q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    with torch.cuda.device_of(q):
+    with launching_on(q):
         apply_state_kernel[triton.cdiv(length, ROWS), batch * heads](
             q, mix, normalizer.contiguous(), proj_bias.contiguous(), out,
             *q.stride()[:3], heads, length,

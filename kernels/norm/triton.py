@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import launching_on
 from ..tuning import LAYER_NORM_ROWS, ROWS, of_width
 
 
+@functools.cache
 def row_launch(channels: int) -> dict[str, int]:
     """Launch of a program that pads its row, see kernels/tuning.py."""
     block = triton.next_power_of_2(channels)
@@ -40,8 +42,8 @@ def row_pieces(channels: int) -> tuple[tuple[int, int], ...]:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     channels = x.shape[-1]
     rows = x.reshape(-1, channels)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
+    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
+    with launching_on(x):
         rms_norm_kernel[(rows.shape[0],)](
             rows, weight.contiguous(), y, channels, eps, *rows.stride(), **row_launch(channels)
         )
@@ -57,9 +59,9 @@ def layer_norm(
     eps: float,
 ) -> Tensor:
     batch, length, channels = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
     operands, strides = layer_norm_operands(x, weight, bias, scale, shift)
-    with torch.cuda.device_of(x):
+    with launching_on(x):
         layer_norm_kernel[(batch * length,)](
             x, *operands, y, length, eps, *strides, channels, row_pieces(channels),
             **layer_norm_launch(channels),
@@ -81,7 +83,7 @@ def layer_norm_operands(
 ) -> tuple[list[Tensor | None], list[int]]:
     """Weight, bias, scale and shift as the kernels take them; strides of x, scale and shift."""
     vectors = [None if v is None else v.contiguous() for v in (weight, bias)]
-    modulations = [None if m is None else m.expand(x.shape) for m in (scale, shift)]
+    modulations = [None if m is None else m.expand(*x.shape) for m in (scale, shift)]
     strides = [(0, 0, 1) if m is None else m.stride() for m in modulations]
     return [*vectors, *modulations], [*x.stride(), *strides[0], *strides[1]]
 

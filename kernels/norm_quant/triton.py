@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import launching_on
 from ..int8_quant.triton import loop_grid, quantize_row, quantize_tile
 from ..norm.triton import (
     layer_norm_operands,
@@ -32,22 +33,20 @@ def layer_norm_quant(
     batch, length, channels = x.shape
     operands, strides = layer_norm_operands(x, weight, bias, scale, shift)
     per_token = any(m is not None and m.shape[1] > 1 for m in (scale, shift))
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    q = torch.empty(batch, length, channels, dtype=torch.int8, device=x.device)
     if granularity == "rows":
         loop = of_width(LAYER_NORM_ROWS, channels)
         kernel, grid = layer_norm_rows_kernel, loop_grid(loop, batch, length, x.device)
         scales = batch, length
         launch = {"PIECES": row_pieces(channels), **rows_launch(loop, per_token)}
     else:
-        row_blocks = triton.cdiv(length, BLOCK)
+        row_blocks = -(-length // BLOCK)
         kernel, grid = layer_norm_blocks_kernel, (batch * row_blocks,)
-        scales = batch, row_blocks, triton.cdiv(channels, BLOCK)
+        scales = batch, row_blocks, -(-channels // BLOCK)
         launch = BLOCKS_LAUNCH
-    q_scale = torch.empty(scales, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        kernel[grid](
-            x, *operands, q, q_scale, length, channels, eps, *strides, per_token, **launch
-        )
+    q_scale = torch.empty(*scales, dtype=torch.float32, device=x.device)
+    with launching_on(x):
+        kernel[grid](x, *operands, q, q_scale, length, channels, eps, *strides, per_token, **launch)
     return q, q_scale
 
 

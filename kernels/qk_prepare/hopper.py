@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import nvrtc
+from ..dispatch import launching_on
 from ..linear_attention import LinearBranch
 from ..linear_attention.triton import project_state
 from .reference import Prepared
@@ -21,23 +22,27 @@ SHARED_BYTES = 128 * 132 * 4 + 128 * 4 + 8 * 128 * 4 + 8 * 4  # prepare.cu's Sha
 LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
 
 
-def fits(
+def unfit(
     x: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     out: torch.Tensor,
     linear: LinearBranch | None,
-) -> bool:
-    """Whether the kernel takes x [B, L, H, D]: 16 bits, D of 128, rows in steps of 16 bytes.
-
-    Of the linear branch it knows only the feature map that the models were trained with.
-    """
+) -> str | None:
+    """Why the kernel cannot prepare x [B, L, H, D]; None where it can."""
+    if x.shape[-1] != HEAD_DIM:
+        return f"the head dim is {x.shape[-1]}, not {HEAD_DIM}"
+    if x.dtype == torch.float32:
+        return "q and k are float32"
+    # The only one that models were trained with.
     if linear is not None and linear.feature_map != "softmax":
-        return False
+        return f"the feature map is {linear.feature_map}"
     steps = x.data_ptr() // 2, out.data_ptr() // 2, *x.stride()[:3]
-    aligned = all(step % 8 == 0 for step in steps) and x.stride(-1) == 1
-    counted = max(*x.stride(), *cos.stride(), *sin.stride()) < 2**31  # strides go in as int32
-    return x.shape[-1] == HEAD_DIM and x.dtype != torch.float32 and aligned and counted
+    if x.stride(-1) != 1 or any(step % 8 for step in steps):
+        return "rows do not begin at multiples of 16 bytes"
+    if max(*x.stride(), *cos.stride(), *sin.stride()) >= 2**31:
+        return "strides exceed int32"
+    return None
 
 
 def aligned_copy(x: torch.Tensor) -> torch.Tensor:
@@ -80,7 +85,7 @@ def prepare(
         branch = mix, aligned_copy(linear.normalizer), aligned_copy(linear.proj_bias)
     cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
     groups = -(-heads // HEADS)
-    with torch.cuda.device_of(x):
+    with launching_on(x):
         _kernel(x, block, quantize, linear is not None).launch(
             groups * -(-length // ROWS) * batch, THREADS,
             x, norms, aligned_copy(weight), cos, sin, out, means,

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import launching_on
 from ..linear_attention import LinearBranch
 from ..linear_attention.triton import linear_attention
 from ..sparse_attention.triton import round_block
@@ -87,7 +88,7 @@ def row_norms(x: torch.Tensor, eps: float) -> torch.Tensor:
     """1 / root mean square of each row of [B, L, H, D] over all heads, float32 [B, L]."""
     batch, length, heads, dim = x.shape
     norms = torch.empty(batch, length, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
+    with launching_on(x):
         row_norms_kernel[length, batch](
             x, norms, *x.stride()[:3], length, heads, eps,
             HEAD_DIM=dim, HEADS=triton.next_power_of_2(heads), **ROW_LAUNCH,
@@ -125,7 +126,7 @@ def prepare(
     norms = row_norms(x, eps)
     means, integers, scales = block_outputs(x, block, quantize)
     cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
-    with torch.cuda.device_of(x):
+    with launching_on(x):
         prepare_kernel[triton.cdiv(heads, HEADS), means.shape[2], batch](
             x, norms, weight.contiguous(), cos, sin, out, means,
             integers if quantize else x, scales if quantize else norms,

@@ -5,15 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import launching_on
 from ..tuning import ROPE as LAUNCH
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     batch, length, heads, head_dim = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
     cos, sin = (angles.expand(batch, -1, -1) for angles in (cos, sin))
-    grid = (triton.cdiv(length * heads, LAUNCH["ROWS"]), batch)
-    with torch.cuda.device_of(x):
+    grid = (-(-length * heads // LAUNCH["ROWS"]), batch)
+    with launching_on(x):
         rope_kernel[grid](
             x,
             cos,

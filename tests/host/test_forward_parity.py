@@ -14,6 +14,8 @@ from in_comfyui import comfy_attention, comfy_loader, comfy_sla
 from turbodiffusion_pack.kernels.block_map import block_map, selected_count
 from turbodiffusion_pack.kernels.norm import rms_norm
 from turbodiffusion_pack.kernels.rope import apply_rope
+from turbodiffusion_pack.turbo_core import comfy_block
+from turbodiffusion_pack.turbo_core.comfy_loader import GRANULARITIES
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 SLA_BOUND = 9e-3
@@ -150,6 +152,41 @@ def test_sla_with_a_scale_per_token_and_channel(folder, key):
 @pytest.mark.parametrize("key", DENSE_KEYS)
 def test_dense(folder, key, granularity):
     assert _error(folder, key, "dense", granularity) <= DENSE_BOUND
+
+
+@on_cpu
+@pytest.mark.parametrize("attention", ["sagesla", "dense"])
+@pytest.mark.parametrize("granularity", ["exact", "fast"])
+def test_blocks_share_the_text_and_the_rotation(folder, monkeypatch, attention, granularity):
+    """Both are made once a forward pass, anew for the next one; the output stays the same."""
+    data = goldens.load("forward")
+    x, context = data["t2v.even.x"], data["t2v.even.context"]
+    model = _load(folder, "t2v", "int8", granularity)
+    model = comfy_attention.patch_attention(model, SLASettings(attention))
+    made, once = [], comfy_sla.once
+
+    def counted(options, name, tensor, make):
+        return once(options, name, tensor, lambda x: made.append(name) or make(x))
+
+    def each_for_itself(options, name, tensor, make):
+        return make(tensor)
+
+    outputs = {}
+    for share in (counted, each_for_itself):
+        monkeypatch.setattr(comfy_sla, "once", share)
+        monkeypatch.setattr(comfy_block, "once", share)
+        outputs[share] = [in_comfyui.velocity(model, x, c, 987.5) for c in (context, 2 * context)]
+    assert all(map(torch.equal, *outputs.values()))
+    assert not torch.equal(*outputs[counted])
+    assert sorted(made) == 2 * ["rotation"] + 2 * [f"text in {GRANULARITIES[granularity]}"]
+
+
+def test_what_is_shared_is_that_of_the_tensor_at_hand():
+    """A node may give one block another text; without a forward pass around it nothing is kept."""
+    one, other = torch.zeros(1), torch.ones(1)
+    for options in ({}, {comfy_sla.MADE: {}}):
+        made = [comfy_sla.once(options, "text", x, lambda x: x + 1) for x in (one, other, one)]
+        assert made == [1, 2, 1]
 
 
 @pytest.mark.gpu
