@@ -5,14 +5,19 @@ import sys
 import types
 from pathlib import Path
 
-import pytest
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 
 # The pack's own `nodes` folder must not shadow ComfyUI's nodes.py.
 sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT]
 sys.path.append(str(ROOT / "tests" / "support"))
+
+import dynamic_vram  # noqa: E402
+
+if dynamic_vram.wanted():
+    dynamic_vram.prepare()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 pack = types.ModuleType("turbodiffusion_pack")
 pack.__path__ = [str(ROOT)]

@@ -27,9 +27,12 @@ def fetch(op: torch.nn.Module, dtype: torch.dtype, device: torch.device):
     """
     patched = len(op.weight_function) > 0
     weight_dtype = op.weight.dtype if is_int8(op.weight) and not patched else dtype
-    return comfy.ops.cast_bias_weight(
+    weight, bias, stream = comfy.ops.cast_bias_weight(
         op, dtype=weight_dtype, device=device, bias_dtype=dtype, offloadable=True, **_REQUANTIZE
     )
+    # What dynamic VRAM has just patched is in the dtype that it keeps.
+    weight = weight if is_int8(weight) else weight.to(weight_dtype)
+    return weight, None if bias is None else bias.to(dtype), stream
 
 
 def quantize(x: torch.Tensor, granularity: str, activation: str | None = None) -> Operands:
@@ -50,19 +53,25 @@ def int8_product(op: "Linear", x: Operands, dtype: torch.dtype, **epilogue) -> t
 
 
 def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
-    """What int8_linear takes of `op`, fetched once for several products: w_q, w_scale and bias.
-
-    Copies: the host reuses the buffer that it streams a weight into for the next ops.
-    """
+    """What int8_linear takes of `op`, fetched once for several products: w_q, w_scale and bias."""
     comfy.ops.run_every_op()
     weight, bias, stream = fetch(op, dtype, device)
     operands = _weight_operands(weight, op.granularity)
     if is_int8(weight) and operands[0] is unpack(weight)[0]:
-        operands = tuple(x.clone() for x in operands)
-    bias = None if bias is None else bias.clone()
-    comfy.ops.uncast_bias_weight(op, weight, None, stream)
+        operands = tuple(map(kept, operands, unpack(op.weight)))
+    kept_bias = None if bias is None else kept(bias, op.bias)
+    comfy.ops.uncast_bias_weight(op, weight, bias, stream)
     run_report.note_int8(op.granularity, op, run_report.kernel_name(operands[0]))
-    return *operands, bias
+    return *operands, kept_bias
+
+
+def kept(fetched: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """What the host gave for an op's `own` tensor, safe to keep: a copy where it is not itself.
+
+    The host reuses the buffer that it streams a weight into for the next ops.
+    """
+    same = fetched.device == own.device and fetched.data_ptr() == own.data_ptr()
+    return fetched if same else fetched.clone()
 
 
 def _weight_operands(weight: torch.Tensor, granularity: str) -> Operands:
@@ -170,6 +179,8 @@ class _Assigned:
     def _load_from_state_dict(self, state_dict, prefix, metadata, *args):
         metadata = {**metadata, "assign_to_params_buffers": True}
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+        for name, parameter in self.named_parameters(recurse=False):
+            setattr(self, f"{name}_comfy_model_dtype", parameter.dtype)  # dynamic VRAM casts to it
 
 
 class TurboOperations(comfy.ops.manual_cast):

@@ -258,7 +258,7 @@ def _build(original: torch.nn.Module, tensors: Tensors, granularity: str) -> tor
     config = type(original.model_config)(original.model_config.unet_config)
     config.set_inference_dtype(_dtype(original), original.manual_cast_dtype)
     config.custom_operations = TurboOperations
-    built = config.get_model({}, "").to(next(iter(tensors.values())).device)
+    built = config.get_model({}, "")
     missing, unexpected = built.diffusion_model.load_state_dict(tensors, strict=False)
     if missing or unexpected:
         raise ValueError(
@@ -266,6 +266,7 @@ def _build(original: torch.nn.Module, tensors: Tensors, granularity: str) -> tor
             f"{len(unexpected)} tensors too many and {len(missing)} too few "
             f"({(unexpected + missing)[0]}). Put W8A8Quantize before the node that changed it"
         )
+    built.to(next(iter(tensors.values())).device)  # not before: with dynamic VRAM some is on meta
     originals = original.diffusion_model.blocks
     for block, old in zip(built.diffusion_model.blocks, originals, strict=True):
         if (proj_l := own_projection(old.self_attn)) is not None:

@@ -160,10 +160,15 @@ def test_somebody_elses_self_attention_is_honoured_and_reported(loaded, line, sl
 
 
 class ForeignAttention(torch.nn.Module):
-    """Somebody's whole self-attention module."""
+    """Somebody's whole self-attention module, around parts of `own`.
 
-    def __init__(self):
+    With dynamic VRAM the host fails where these are missing: it puts back what it had loaded, while
+    this module is in place already.
+    """
+
+    def __init__(self, own):
         super().__init__()
+        self.norm_q, self.norm_k = own.norm_q, own.norm_k
         self.calls = []
 
     def forward(self, x, freqs, transformer_options):
@@ -172,7 +177,8 @@ class ForeignAttention(torch.nn.Module):
 
 
 def test_somebody_elses_attention_module_is_honoured(loaded, line):
-    theirs, model = ForeignAttention(), loaded.clone()
+    model = loaded.clone()
+    theirs = ForeignAttention(model.model.diffusion_model.blocks[0].self_attn)
     before = _run(_patch(loaded))
     line()
     model.add_object_patch(SELF_ATTN.removesuffix(".forward"), theirs)

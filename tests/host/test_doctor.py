@@ -5,7 +5,7 @@ import re
 import comfyui_install
 import pytest
 import torch
-from in_comfyui import DEVICE, comfy
+from in_comfyui import DEVICE, DYNAMIC, comfy
 from turbodiffusion_pack.nodes.doctor import TurboDoctor
 from turbodiffusion_pack.turbo_core import comfy_doctor, diagnosis
 
@@ -30,7 +30,9 @@ def test_it_names_the_running_comfyui(no_trials):
     (version,) = re.findall('__version__ = "(.+)"', versions)
     assert line.startswith(f"ComfyUI {version}, ")
     assert re.search(r", \w+ attention, \d+\.\d GiB RAM$", line)
-    if not torch.cuda.is_available():
+    if DYNAMIC:
+        assert ", dynamic VRAM, " in line
+    elif not torch.cuda.is_available():
         assert ", VRAM state DISABLED, " in line
 
 

@@ -1,6 +1,7 @@
 """TurboDiffusion models under ComfyUI's own management: clones, LoRA, offload, options, errors."""
 
 import contextlib
+import copy
 import itertools
 
 import goldens
@@ -56,6 +57,16 @@ def test_int8_stays_int8_and_equals_the_file(paths, int8_model):
         q, scale = unpack(linear.weight)
         assert torch.equal(q.cpu(), file[f"blocks.{name}.int8_weight"])
         assert torch.equal(scale.cpu(), file[f"blocks.{name}.scale"])
+
+
+@pytest.mark.skipif(not in_comfyui.DYNAMIC, reason="casts weights only with dynamic VRAM")
+def test_norms_stay_in_float32(int8_model):
+    """The host casts a weight of more than 16 KiB, as real models' norms are, to this dtype."""
+    modules = list(int8_model.model.diffusion_model.blocks[0].named_modules())
+    norms = {n: m for n, m in modules if "norm" in n and getattr(m, "weight", None) is not None}
+    assert len(norms) == 5
+    for norm in norms.values():
+        assert norm.weight_comfy_model_dtype == norm.weight.dtype == torch.float32
 
 
 def test_the_host_counts_int8_weights_once(paths, int8_model):
@@ -121,18 +132,40 @@ def test_int8_weights_are_copied_and_written_as_a_whole(int8_model):
     assert all(map(torch.equal, unpack(own), unpack(again)))
 
 
+def _integers(model):
+    """Copies on the CPU, wherever the host keeps the weights now."""
+    return {n: unpack(m.weight)[0].to("cpu", copy=True) for n, m in _linears(model).items()}
+
+
+def test_int8_weights_are_deep_copied(int8_model):
+    """As other nodes do it, who want a model of their own."""
+    linear = _linears(int8_model)["0.self_attn.q"]
+    kept = [tensor.clone() for tensor in unpack(linear.weight)]
+    copied, again = copy.deepcopy([linear, linear])
+    assert copied is again
+    assert isinstance(copied.weight, torch.nn.Parameter)
+    for tensor in unpack(copied.weight):
+        tensor.zero_()
+    assert all(map(torch.equal, unpack(linear.weight), kept))
+    copied = copy.deepcopy(linear)
+    x = torch.randn(1, 8, 256, generator=torch.Generator().manual_seed(0))
+    comfy.model_management.load_models_gpu([int8_model])
+    outputs = [op.to(in_comfyui.DEVICE)(x.to(in_comfyui.DEVICE)) for op in (linear, copied)]
+    assert torch.equal(*outputs)
+
+
 def test_lora_on_int8_weights_and_back(int8_model):
     before = _forward(int8_model)
-    weights = {n: unpack(m.weight)[0].clone() for n, m in _linears(int8_model).items()}
+    weights = _integers(int8_model)
     patched, _ = comfy.sd.load_lora_for_models(int8_model, None, _lora(int8_model), 1.0, 0.0)
     assert goldens.relative_error(_forward(patched), before) > 5e-3
-    changed = [
-        n for n, m in _linears(patched).items() if not torch.equal(unpack(m.weight)[0], weights[n])
-    ]
-    assert changed == [n for n in weights if n.endswith((".q", "ffn.2"))]
+    changed = [n for n, q in _integers(patched).items() if not torch.equal(q, weights[n])]
+    # With dynamic VRAM the host adds a LoRA to a copy.
+    expected = [n for n in weights if n.endswith((".q", "ffn.2")) and not in_comfyui.DYNAMIC]
+    assert changed == expected
     assert torch.equal(_forward(int8_model), before)
-    for name, linear in _linears(int8_model).items():
-        assert torch.equal(unpack(linear.weight)[0], weights[name])
+    for name, q in _integers(int8_model).items():
+        assert torch.equal(q, weights[name])
 
 
 def test_streamed_weights_give_the_same_output(int8_model):
@@ -141,15 +174,13 @@ def test_streamed_weights_give_the_same_output(int8_model):
     original = _forward(int8_model)
     patched, _ = comfy.sd.load_lora_for_models(int8_model, None, _lora(int8_model), 1.0, 0.0)
     resident = _forward(patched)
-    patched.detach()
-    with torch.inference_mode():
-        patched.patch_model(device_to=in_comfyui.DEVICE, lowvram_model_memory=1)
-    assert all(m.weight_function for n, m in _linears(patched).items() if n.endswith(".q"))
-    streamed = in_comfyui.apply(patched, data[f"{KEY}.x"], data[f"{KEY}.context"], 987.5)
+    per_use = "weight_lowvram_function" if in_comfyui.DYNAMIC else "weight_function"
+    with in_comfyui.streamed(patched):
+        assert all(getattr(m, per_use) for n, m in _linears(patched).items() if n.endswith(".q"))
+        streamed = in_comfyui.apply(patched, data[f"{KEY}.x"], data[f"{KEY}.context"], 987.5)
     # On a GPU the host adds a LoRA to resident and to streamed weights in different dtypes.
     bound = 1e-2 if torch.cuda.is_available() else 2e-3
     assert goldens.relative_error(streamed, resident) < bound
-    patched.detach()
     bound = 1e-2 if torch.cuda.is_available() else 1e-5
     assert goldens.relative_error(_forward(int8_model), original) <= bound
 
@@ -164,8 +195,8 @@ class Stream:
 
 
 @pytest.mark.skipif(
-    not hasattr(management, "get_cast_buffer") or torch.cuda.is_available(),
-    reason="this host streams weights into buffers of their own, or a GPU has real streams",
+    not hasattr(management, "get_cast_buffer") or torch.cuda.is_available() or in_comfyui.DYNAMIC,
+    reason="this host streams weights into other buffers, or a GPU has real streams",
 )
 def test_a_streamed_weight_outlives_no_buffer(int8_model, monkeypatch):
     """The host streams weights into one buffer per stream, over those it streamed before."""

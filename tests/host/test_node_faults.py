@@ -277,9 +277,12 @@ def examined_anew():
     """What is known of a device is kept, except around this test."""
     from turbodiffusion_pack.kernels import dispatch
 
-    dispatch.triton_unavailable.cache_clear()
+    caches = dispatch.triton_unavailable, dispatch.interpreting
+    for known in caches:
+        known.cache_clear()
     yield
-    dispatch.triton_unavailable.cache_clear()
+    for known in caches:
+        known.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -59,18 +59,10 @@ class Holder(torch.nn.Module):
 
 
 def _tiny(kind, options):
-    model = kind(
-        **SIZES,
-        **options,
-        operations=comfy.ops.manual_cast,
-        dtype=torch.float32,
-        device=in_comfyui.DEVICE,
-    )
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.requires_grad = False
-        parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return model
+    options = SIZES | options
+    model = kind(**options, operations=comfy.ops.manual_cast, dtype=torch.float32)
+    model.load_state_dict(in_comfyui.random_weights(kind, **options))
+    return model.requires_grad_(False).to(in_comfyui.DEVICE)
 
 
 @pytest.mark.parametrize("attention", ["sla", "sagesla"])

@@ -35,8 +35,9 @@ from zero_checkpoint import official_zeros
 BOUND = 6e-3
 # Between INT8 and float weights; a GPU computes both in 16 bits.
 NEAR = 2e-2 if torch.cuda.is_available() else 1e-2
-# The modulation of a saved model loads in bf16, which a GPU computes in too.
-SAVED = 1e-2 if torch.cuda.is_available() else 3e-4
+# The modulation of a saved model loads in bf16, which a GPU computes in too; with dynamic VRAM
+# every float weight is cast to it at use.
+SAVED = 1e-2 if torch.cuda.is_available() else 4e-3 if in_comfyui.DYNAMIC else 3e-4
 SLA_FAST_BOUND = 9e-3
 GOLDENS = sorted(
     key for key in goldens.load("forward") if re.match(r"t2v\.\w+\.out\.(original|sla)\.int8", key)
@@ -196,6 +197,9 @@ def test_any_stock_wan_model(stock_tensors, caplog, kind, granularity):
     caplog.set_level(logging.INFO)
     model = KINDS[kind](stock_tensors)
     before, names = _forward(model), [n for n, _ in model.model.named_parameters()]
+    # With dynamic VRAM the host keeps the file's bf16, which is quantized, and casts to fp8 at use.
+    kept_float = in_comfyui.DYNAMIC and kind in ("fp8", "fp8 e5m2")
+    expected = _forward(KINDS["bf16"](stock_tensors)) if kept_float else before
     quantized = _quantize(model, granularity)
     assert len(_int8(quantized)) == 20
     for name, (q, scale) in _int8(quantized).items():
@@ -203,7 +207,7 @@ def test_any_stock_wan_model(stock_tensors, caplog, kind, granularity):
             model.model.diffusion_model.get_submodule(name), q.device
         )
         assert goldens.relative_error(dequantize_weight(q, scale, torch.float32), weight) < 1.1e-2
-    assert 1e-5 < goldens.relative_error(_forward(quantized), before) < NEAR
+    assert 1e-5 < goldens.relative_error(_forward(quantized), expected) < NEAR
     assert [n for n, _ in model.model.named_parameters()] == names
     assert torch.equal(_forward(model), before)
 
@@ -259,11 +263,7 @@ VARIANTS = {
 def _variant(name):
     """A tiny random model of a kind, through ComfyUI's own detection and loader."""
     kind, options, _, _ = VARIANTS[name]
-    built = kind(**SIZES, **options, operations=comfy.ops.manual_cast, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for key, tensor in built.state_dict().items():
-        tensors[key] = 0.02 * torch.randn(tensor.shape, generator=generator)
+    tensors = in_comfyui.random_weights(kind, **SIZES, **options)
     return _stock(tensors, dtype=torch.float32), options["in_dim"]
 
 
@@ -341,7 +341,7 @@ def test_the_input_is_untouched(paths):
     for name, (identity, values) in parameters.items():
         identity_after, values_after = after_parameters[name]
         assert torch.equal(values_after.cpu(), values.cpu())
-        if not torch.cuda.is_available():  # moving a weight makes a new one
+        if not torch.cuda.is_available() and not in_comfyui.DYNAMIC:  # a moved weight is a new one
             assert identity_after == identity
     assert torch.equal(_forward(model), before)
 
@@ -507,6 +507,7 @@ RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @on_cpu
+@pytest.mark.skipif(in_comfyui.DYNAMIC, reason="the simulated GPU's memory is the process's own")
 @pytest.mark.skipif(not can_measure(), reason="needs /proc/self/status")
 def test_it_takes_the_new_model_and_one_layer(tmp_path):
     path = tmp_path / "plain.safetensors"

@@ -102,12 +102,16 @@ def test_a_model_of_comfyuis_own_loader(official, tmp_path, dtype):
     saved = load_file(_save(stock, tmp_path))
     assert saved.keys() == tensors.keys()
     for name, tensor in tensors.items():
+        # With dynamic VRAM the host keeps the file's dtypes and casts at use.
+        kept = tensor.dtype if in_comfyui.DYNAMIC else dtype
         if saved[name].dtype != torch.float32:  # ComfyUI keeps the patch embedding in float32
-            assert saved[name].dtype == dtype, name
+            assert saved[name].dtype == kept, name
         assert torch.equal(saved[name], tensor.to(saved[name].dtype)), name
     assert read_checkpoint(tmp_path / "saved.safetensors").has_sla is False
     loaded = comfy_loader.load_turbo_model(str(tmp_path / "saved.safetensors"))
-    assert goldens.relative_error(_forward(loaded), _forward(stock)) < 2e-2
+    # What is cast to fp8 at use only is saved as it was: fp8 itself is 3e-2 away from that.
+    bound = 4e-2 if in_comfyui.DYNAMIC and dtype.itemsize == 1 else 2e-2
+    assert goldens.relative_error(_forward(loaded), _forward(stock)) < bound
 
 
 @pytest.mark.parametrize(("granularity", "scales"), [("fast", (256,)), ("exact", (2, 2))])
@@ -144,12 +148,15 @@ def test_comfyuis_own_loader_takes_the_float_file_and_refuses_the_int8_one(files
 def test_a_lora_is_baked_into_int8_weights(files, official, tmp_path):
     model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
     before = _forward(model)
-    patched = _with_lora(model)
+    patched = _with_lora(model, 4.0)
     expected = _forward(patched)
     saved = _save(patched, tmp_path)
     out = _forward(comfy_loader.load_turbo_model(str(saved)))
-    assert goldens.relative_error(expected, before) > 5e-3
-    assert goldens.relative_error(out, expected) < 2e-3
+    # ComfyUI adds a LoRA in float32 on the CPU and in fp16 on a GPU, which computes in bf16 too;
+    # with dynamic VRAM to a weight in bf16.
+    bound = 1e-2 if torch.cuda.is_available() or in_comfyui.DYNAMIC else 2e-3
+    assert goldens.relative_error(out, expected) < bound
+    assert goldens.relative_error(before, expected) > 2 * bound, "the LoRA matters"
     assert torch.equal(_forward(model), before), "the MODEL is untouched"
     assert_same(load_file(_save(model, tmp_path, "plain.safetensors")), official["t2v-quant.pth"])
 
@@ -192,10 +199,8 @@ def test_the_file_is_the_same_wherever_the_weights_are(files, official, tmp_path
     _forward(patched)
     assert _save(patched, tmp_path, "loaded.safetensors").read_bytes() == first
     assert_same(load_file(_save(model, tmp_path, "clone.safetensors")), official[name])
-    patched.detach()
-    patched.patch_model(device_to=in_comfyui.DEVICE, lowvram_model_memory=1)
-    assert _save(patched, tmp_path, "streamed.safetensors").read_bytes() == first
-    patched.detach()
+    with in_comfyui.streamed(patched):
+        assert _save(patched, tmp_path, "streamed.safetensors").read_bytes() == first
 
 
 # Memory, measured in a fresh process

@@ -4,10 +4,12 @@ Importing this starts ComfyUI once (on the CPU where there is no GPU); without a
 every test module that imports it is skipped.
 """
 
+import contextlib
 import inspect
 import sys
 
 import comfyui_install
+import dynamic_vram
 import pytest
 import torch
 
@@ -20,6 +22,8 @@ if str(_folder) not in sys.path:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    if dynamic_vram.wanted():
+        dynamic_vram.enable()
 
 import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
@@ -35,6 +39,9 @@ from turbodiffusion_pack.turbo_core import (  # noqa: E402
 __all__ = ["comfy", "comfy_attention", "comfy_loader", "comfy_sampler", "comfy_sla"]
 
 DEVICE = comfy.model_management.get_torch_device()
+# Dynamic VRAM: the host keeps weights in RAM as the file has them, and casts and patches a copy of
+# each when it is used.
+DYNAMIC = dynamic_vram.wanted()
 
 
 def pad_context(context: torch.Tensor) -> torch.Tensor:
@@ -70,6 +77,32 @@ def apply(
         transformer_options=options,
     )
     return (x - denoised) / sigma.float().view(-1, 1, 1, 1, 1)
+
+
+@contextlib.contextmanager
+def streamed(model):
+    """`model` loaded as where no weight fits on the GPU: each is fetched for each use."""
+    model.detach()
+    with dynamic_vram.full() if DYNAMIC else contextlib.nullcontext():
+        if DYNAMIC:
+            comfy.model_management.load_models_gpu([model])
+        else:
+            model.patch_model(device_to=DEVICE, lowvram_model_memory=1)
+        yield
+    model.detach()
+
+
+def hookable(model):
+    """`model` as the patcher that the host itself takes where prompts have hooks."""
+    return model.get_non_dynamic_delegate() if DYNAMIC else model
+
+
+def random_weights(kind, **options) -> dict[str, torch.Tensor]:
+    """A random state dict of a Wan model of the class `kind`."""
+    # Not with the host's operations: with dynamic VRAM its Linears have no weights before a file's.
+    shapes = kind(**options, operations=torch.nn, device="meta").state_dict()
+    generator = torch.Generator().manual_seed(0)
+    return {n: 0.02 * torch.randn(t.shape, generator=generator) for n, t in shapes.items()}
 
 
 def sample(
