@@ -41,6 +41,12 @@ class QuantizedTensor(HostTensor):
         ours = isinstance(out, cls) or not is_int8(out)
         return out if ours else pack(*unpack(out), _float_dtype(out))
 
+    def __deepcopy__(self, memo):
+        copied = pack(*(part.clone() for part in unpack(self)), _float_dtype(self))
+        if isinstance(self, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, requires_grad=False)
+        return memo.setdefault(id(self), copied)
+
     @staticmethod
     def __tensor_unflatten__(inner_tensors, ctx, outer_size, outer_stride):
         weight = HostTensor.__tensor_unflatten__(inner_tensors, ctx, outer_size, outer_stride)

@@ -1,14 +1,19 @@
 """Converts a checkpoint of any known layout into one file, without ComfyUI and without kernels.
 
-    python -m turbo_core.convert IN OUT [--names official|comfy] [--overwrite]
+    python turbo_core/convert.py IN OUT [--names official|comfy] [--overwrite]
 
-Run it in the pack's folder. Values and dtypes stay bit for bit what they are.
+Values and dtypes stay bit for bit what they are. `python -m turbo_core.convert` works too, in the
+pack's folder and not in the portable ComfyUI: its Python finds no modules in the current folder.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+if not __package__:  # run by its path
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    __package__ = "turbo_core"
 
 from .checkpoint import NAMES, file_tensors, read_checkpoint
 from .checkpoint_write import write_pth, write_safetensors
@@ -58,7 +63,7 @@ def convert(
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="python -m turbo_core.convert",
+        prog="python turbo_core/convert.py",
         description="Converts a TurboDiffusion checkpoint of any known layout into one file.",
     )
     parser.add_argument("source", metavar="IN", type=Path, help="file, shard, index or folder")

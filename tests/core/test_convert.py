@@ -274,15 +274,23 @@ runpy.run_module("turbo_core.convert", run_name="__main__")
 """
 
 
-def run(start: list[str], *args: object) -> subprocess.CompletedProcess:
+def run(start: list[str], *args: object, cwd: Path = TESTS.parent) -> subprocess.CompletedProcess:
     command = [sys.executable, *start, *map(str, args)]
-    return subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 def test_the_command_needs_neither_comfyui_nor_kernels(quant, tmp_path):
     told = run(["-c", WITHOUT], quant, tmp_path / "out.safetensors")
     assert told.returncode == 0, told.stderr
     assert re.search(r"out.safetensors: 93 tensors, 0.01 GB", told.stdout)
+    assert_same(load(tmp_path / "out.safetensors"), conv(load(quant)))
+
+
+@pytest.mark.parametrize("isolated", [[], ["-I"]], ids=["usual", "portable"])
+def test_the_command_runs_by_its_path_from_any_folder(quant, tmp_path, isolated):
+    script = TESTS.parent / "turbo_core" / "convert.py"
+    told = run([*isolated, str(script)], quant, "out.safetensors", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
     assert_same(load(tmp_path / "out.safetensors"), conv(load(quant)))
 
 
