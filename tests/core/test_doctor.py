@@ -163,7 +163,7 @@ def test_hopper_has_two_kernels_for_some_ops(gpu, monkeypatch, nvrtc_problem):
     assert triton.startswith("Triton kernels: block_map, ") and "sparse_attention" in triton
     assert ("qk_prepare" in triton) == (nvrtc_problem is not None)
     if nvrtc_problem is None:
-        assert cuda == "CUDA kernels for Hopper: qk_prepare, sage_attention"
+        assert cuda == "CUDA kernels for Hopper: int8_linear, qk_prepare, sage_attention"
     else:
         assert cuda.endswith(": none, as torch's NVRTC does not load")
 
@@ -185,6 +185,7 @@ def test_the_kernels_it_names_are_those_that_run(monkeypatch):
     x = torch.randn(1, 128, 2, 128, device=GPU, dtype=torch.bfloat16)
     angles = torch.zeros(1, 128, 64, device=GPU)
     runs = {
+        "int8_linear": lambda: diagnosis.trials(GPU)["int8_linear"]("triton"),
         "qk_prepare": lambda: qk_prepare.prepare(x, x.new_ones(256), angles, angles),
         "sage_attention": lambda: diagnosis.trials(GPU)["sagesla"]("triton"),
     }
