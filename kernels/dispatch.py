@@ -76,7 +76,8 @@ def use_triton(op: str, backend: str, x: torch.Tensor, *unsupported: str | None)
 
     Args:
         op: the op's name, for messages.
-        backend: "auto" takes Triton where it can run; "triton" insists; "reference" avoids it.
+        backend: "auto" takes Triton where it can run; "triton" insists; "reference" avoids it. On
+            Hopper CUDA C++ stands in for Triton in the ops that have it.
         x: a tensor on the device the op runs on.
         unsupported: further reasons against Triton that the op declares, None where one holds not.
 

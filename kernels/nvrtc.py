@@ -24,10 +24,12 @@ class TensorMap:
         box: rows of one copy, at most 256.
 
     Raises:
+        ValueError: x is not on a GPU.
         RuntimeError: the driver refuses.
     """
 
     def __init__(self, x: torch.Tensor, box: int):
+        _check_on_gpu(x)
         sizes, steps = x.shape[::-1], x.stride()[-2::-1]
         rank, boxes = x.ndim, (128, box, 1)[: x.ndim]
         self._memory = (ctypes.c_uint64 * 24)()  # the map takes 16 of it, at a multiple of 64 bytes
@@ -69,10 +71,7 @@ class Kernel:
             elif isinstance(x, TensorMap):
                 pointers[i] = x.address
             elif x is not None:
-                if not x.is_cuda:
-                    raise ValueError(
-                        f"a kernel's tensors must be on the GPU, got one on {x.device}"
-                    )
+                _check_on_gpu(x)
                 numbers[i] = x.data_ptr()
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         sizes = programs, 1, 1, threads, 1, 1, self.shared_bytes
@@ -172,6 +171,11 @@ def _check_nvrtc(nvrtc: ctypes.CDLL, code: int) -> None:
     if code:
         nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
         raise RuntimeError(f"NVRTC failed: {nvrtc.nvrtcGetErrorString(code).decode()}")
+
+
+def _check_on_gpu(x: torch.Tensor) -> None:
+    if not x.is_cuda:
+        raise ValueError(f"a kernel's tensors must be on the GPU, got one on {x.device}")
 
 
 def _check(driver: ctypes.CDLL, code: int) -> None:

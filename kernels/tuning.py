@@ -67,7 +67,8 @@ class RowLoop(NamedTuple):
 INT8_LINEAR: dict[Card, dict[str, Tile]] = {
     (8, 0): {"pointers": Tile(128, 128, warps=8, stages=3)},
     (9, 0): {
-        # Has its SM to itself: pays where K hides its epilogue, and N is wide.
+        # Both for rows, where the CUDA kernel does not run. This has its SM to itself: pays where
+        # K hides its epilogue, and N is wide.
         "wide": Tile(128, 256, warps=8, stages=4),
         # Two share an SM.
         "rows": Tile(128, 128, warps=4, stages=3),

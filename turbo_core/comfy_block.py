@@ -77,7 +77,7 @@ def _part_length(length: int) -> int:
 
 def _modulation(block, e, device) -> tuple[torch.Tensor, ...]:
     """Shift, scale and gate of both halves, float32 [B, 1, C] each."""
-    own = comfy.model_management.cast_to(block.modulation, device=device)
+    own = comfy.model_management.cast_to(block.modulation, dtype=torch.float32, device=device)
     return (own + e.reshape(-1, 6, e.shape[-1]).float()).chunk(6, dim=1)
 
 

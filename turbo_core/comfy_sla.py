@@ -94,7 +94,7 @@ def _contiguous_rotation(freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def once(transformer_options: dict, name: str, x: torch.Tensor, make: Callable):
-    """make(x), once for all blocks of a forward pass that get the same tensor x."""
+    """make(x), once for all blocks of a forward pass that get the same x, which nobody changes."""
     # What torch.compile makes may live in memory that its next graph overwrites.
     made = {} if torch.compiler.is_compiling() else transformer_options.get(MADE, {})
     if name not in made or made[name][0] is not x:

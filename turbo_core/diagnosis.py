@@ -21,7 +21,7 @@ from ..kernels.sparse_attention import default_pv
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")))
-CUDA_OPS = ("int8_linear", "qk_prepare", "sage_attention")  # have kernels in CUDA C++ for Hopper too
+CUDA_OPS = ("int8_linear", "qk_prepare", "sage_attention")  # in CUDA C++ too, for Hopper
 
 # Cards whose speed and outputs were measured, and architectures whose kernels were compiled
 # ahead of time and checked for shared memory and spills.

@@ -63,6 +63,9 @@ def int8_linear(
     _check_epilogue(shape, gate, residual, out, out_dtype)
     if out is None:
         out = torch.empty(batch, length, n, dtype=out_dtype, device=x_q.device)
+    if out.numel() == 0:
+        return out
+    bias = None if bias is None else bias.contiguous()
     operands = x_q, x_scale, w_q, w_scale.contiguous(), bias, gate, residual, out
     if not use_triton("int8_linear", backend, x_q):
         return reference.linear(*operands)

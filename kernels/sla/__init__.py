@@ -125,7 +125,7 @@ def sla_from_projections(
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
     q_out, k_out = (q, k) if overwrite else (None, None)
     keys = prepare(k, k_weight, cos, sin, eps, block_k, False, backend, k_out)
-    k_means, k_mean = center_means(keys.means, k.shape[1], block_k)
+    k_means, k_mean = center_means(keys.means, k.shape[1], block_k, backend)
     linear, v_max = _linear_branch(keys.x, v, proj_weight, proj_bias, feature_map, low_bit, backend)
     # In 16 bits attention reads the rotated q, which then cannot make room for its linear branch.
     passing = linear if low_bit else None

@@ -9,7 +9,7 @@ import in_comfyui
 import pytest
 import torch
 from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler
-from turbodiffusion_pack.turbo_core import comfy_block
+from turbodiffusion_pack.turbo_core import comfy_block, comfy_operations
 from turbodiffusion_pack.turbo_core.comfy_operations import Linear
 from turbodiffusion_pack.turbo_core.comfy_quant import requantize, unpack
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
@@ -59,14 +59,26 @@ def test_int8_stays_int8_and_equals_the_file(paths, int8_model):
         assert torch.equal(scale.cpu(), file[f"blocks.{name}.scale"])
 
 
-@pytest.mark.skipif(not in_comfyui.DYNAMIC, reason="casts weights only with dynamic VRAM")
 def test_norms_stay_in_float32(int8_model):
-    """The host casts a weight of more than 16 KiB, as real models' norms are, to this dtype."""
+    """With dynamic VRAM the host casts a weight over 16 KiB, as real models' norms are, to this."""
     modules = list(int8_model.model.diffusion_model.blocks[0].named_modules())
     norms = {n: m for n, m in modules if "norm" in n and getattr(m, "weight", None) is not None}
     assert len(norms) == 5
     for norm in norms.values():
         assert norm.weight_comfy_model_dtype == norm.weight.dtype == torch.float32
+
+
+def test_what_dynamic_vram_patched_comes_in_the_dtype_asked_for(monkeypatch):
+    """The host then hands weights out in the dtype that it keeps."""
+
+    def kept(op, **_):
+        return op.weight.bfloat16(), op.bias.bfloat16(), None
+
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", kept)
+    op = Linear(4, 4, dtype=torch.float32)
+    op.assign(torch.randn(4, 4), torch.randn(4))
+    weight, bias, _ = comfy_operations.fetch(op, torch.float32, torch.device("cpu"))
+    assert weight.dtype == bias.dtype == torch.float32
 
 
 def test_the_host_counts_int8_weights_once(paths, int8_model):

@@ -224,7 +224,10 @@ def test_rows_that_tensor_maps_cannot_address(k, n, monkeypatch):
     ((1, 1, 128, 8), (3, 129, 200, 140), (2, 1000, 1536, 8960), (1, 2111, 13824, 5120)),
 )
 @pytest.mark.parametrize("gate", (None, "sample", "token"))
-def test_triton_equals_the_reference_in_bf16(gate, batch, length, k, n, granularity):
+def test_triton_equals_the_reference_in_bf16(
+    gate, batch, length, k, n, granularity, monkeypatch
+):
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: "it is switched off")
     operands = random_operands(batch, length, k, n, granularity)
     bias = torch.randn(n, device=DEVICE, dtype=torch.bfloat16)
     shape = batch, length, n
@@ -317,6 +320,7 @@ def _aligned(batch=2, length=130, k=144, n=136):
         ({"x_q": torch.zeros(2, 130, 152, dtype=torch.int8)[..., 8:]}, "multiples of 16"),
         ({"w_scale": torch.zeros(137)[1:]}, "aligned eights"),
         ({"bias": torch.zeros(137).bfloat16()[1:]}, "aligned eights"),
+        ({"x_q": torch.zeros(1, 130, 144, dtype=torch.int8).expand(2, -1, -1)}, "multiples of 16"),
     ),
     ids=str,
 )
@@ -336,6 +340,23 @@ def test_triton_takes_strided_rows(granularity):
     y = int8_linear(*strided, None, torch.float32, backend="triton")
     expected = int8_linear(x_q, x_scale, w_q, w_scale, None, torch.float32, backend="reference")
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_any_stride(backend):
+    operands = random_operands(1, 70, 48, 24, "rows")
+    bias = torch.randn(48, device=DEVICE)[::2]
+    y = int8_linear(*operands, bias, torch.float32, backend=backend)
+    expected = int8_linear(*operands, bias.contiguous(), torch.float32, backend="reference")
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend, granularity):
+    x_q, x_scale, w_q, w_scale = random_operands(1, 128, 48, 24, granularity)
+    y = int8_linear(x_q[:, :0], x_scale[:, :0], w_q, w_scale, backend=backend)
+    assert y.shape == (1, 0, 24)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

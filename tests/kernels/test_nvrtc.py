@@ -97,6 +97,8 @@ def test_a_tensor_elsewhere_is_refused():
     kernel = nvrtc.Kernel(driver=None, function=None, shared_bytes=0)
     with pytest.raises(ValueError, match="must be on the GPU, got one on cpu"):
         kernel.launch(1, 32, torch.zeros(1))
+    with pytest.raises(ValueError, match="must be on the GPU, got one on cpu"):
+        nvrtc.TensorMap(torch.zeros(128, 128, dtype=torch.int8), 128)
 
 
 @needs_nvrtc
