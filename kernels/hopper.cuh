@@ -1,4 +1,4 @@
-// What the Hopper kernels share: barriers, products in the tensor cores, pairs of 16 bits.
+// What the Hopper kernels share: barriers, products in the tensor cores, arithmetic.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -97,7 +97,15 @@ template <int N> __device__ __forceinline__ void hold(float (&x)[N]) {
 #define F4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
 #define F16(x, i) F4(x, i), F4(x, i + 4), F4(x, i + 8), F4(x, i + 12)
 
-// ---- pairs of bfloat16 or float16 ----
+// ---- arithmetic ----
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Pairs of bfloat16 or float16.
 
 __device__ __forceinline__ float2 pair_of(u32 packed, bool bf16) {
     float2 x;

@@ -12,9 +12,7 @@
 #define BF16 1      // bfloat16 rows, else float16
 #endif
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef signed char i8;
+#include "hopper.cuh"
 
 constexpr int HEAD_DIM = 128;
 constexpr int ROWS = 128;
@@ -34,34 +32,9 @@ struct Shared {
     float highest[WARPS];
 };
 
-__device__ __forceinline__ float2 unpack(u32 x) {
-#if BF16
-    return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
-#else
-    float2 y;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-        : "=f"(y.x), "=f"(y.y) : "r"(x));
-    return y;
-#endif
-}
-
-__device__ __forceinline__ u32 pack(float x, float y) {
-    u32 packed;
-#if BF16
-    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x), "f"(y));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x), "f"(y));
-#endif
-    return packed;
-}
-
+__device__ __forceinline__ float2 unpack(u32 x) { return pair_of(x, BF16); }
+__device__ __forceinline__ u32 pack(float x, float y) { return packed_pair({x, y}, BF16); }
 __device__ __forceinline__ float2 rounded(float x, float y) { return unpack(pack(x, y)); }
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(

@@ -81,12 +81,6 @@ __device__ __forceinline__ void mma_values(float (&d)[64], const u32* a, u64 val
 
 // ---- arithmetic ----
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // Four weights as e4m3, the first in the lowest byte.
 __device__ __forceinline__ u32 pack_fp8(float a, float b, float c, float d) {
     u32 packed;
