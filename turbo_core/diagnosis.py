@@ -15,7 +15,7 @@ from ..kernels import dispatch
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_quant import quantize_rows
 from ..kernels.norm import rms_norm
-from ..kernels.nvrtc import cuda_unavailable
+from ..kernels.nvrtc import HOPPER, cuda_unavailable
 from ..kernels.sla import sla
 from ..kernels.sparse_attention import default_pv
 
@@ -35,7 +35,6 @@ GIB = 2**30
 
 # What an error message may tell of its user: the folder after these.
 HOMES = re.compile(r"([\\/](?:home|Users)[\\/])[^\\/\n:()'\"]+")
-HOPPER = (9, 0)
 
 log = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import capability, has_triton, say_once, use_triton
-from ..nvrtc import cuda_unavailable
+from ..dispatch import has_triton, use_triton
+from ..nvrtc import use_cuda
 from . import hopper, reference
 
 if has_triton():
@@ -69,18 +69,9 @@ def int8_linear(
     operands = x_q, x_scale, w_q, w_scale.contiguous(), bias, gate, residual, out
     if not use_triton("int8_linear", backend, x_q):
         return reference.linear(*operands)
-    return (hopper if _hopper_kernel_fits(*operands) else triton_kernels).linear(*operands)
-
-
-def _hopper_kernel_fits(x_q, x_scale, w_q, w_scale, bias, gate, residual, out) -> bool:
-    """Whether the CUDA kernel runs in place of Triton's: on Hopper, with a scale per row."""
-    if x_scale.ndim != 2 or capability(x_q.device) != (9, 0):
-        return False
-    reason = cuda_unavailable(x_q.device)
-    reason = reason or hopper.unfit(x_q, w_q, w_scale, bias, gate, residual, out)
-    if reason:
-        say_once(f"int8_linear runs in Triton, more slowly: {reason}")
-    return reason is None
+    by_rows = x_scale.ndim == 2  # blocks have no CUDA kernel
+    on_hopper = by_rows and use_cuda("int8_linear", x_q.device, hopper.unfit, *operands)
+    return (hopper if on_hopper else triton_kernels).linear(*operands)
 
 
 def _check_operands(x_q: Tensor, w_q: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ SHARED_BYTES = 1024 + 4 * (STAGE_BYTES + 16) + 2 * (TILE_N * 8 + 16)
 
 def unfit(
     x_q: Tensor,
+    x_scale: Tensor,
     w_q: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
@@ -27,6 +28,8 @@ def unfit(
     out: Tensor,
 ) -> str | None:
     """Why the kernel cannot compute this linear, with a scale per row; None where it can."""
+    if any(x is not None and x.device != x_q.device for x in (x_scale, w_q, w_scale, bias, gate)):
+        return "tensors are on different devices"
     if out.dtype == torch.float32:
         return "the output is float32"
     if any(x is not None and x.dtype != out.dtype for x in (bias, residual)):

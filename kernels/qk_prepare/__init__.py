@@ -9,9 +9,9 @@ from ..block_map.checks import (
     float32_on_gpu,
     not_contiguous,
 )
-from ..dispatch import capability, has_triton, say_once, use_triton
+from ..dispatch import has_triton, use_triton
 from ..linear_attention import LinearBranch, check_branch
-from ..nvrtc import cuda_unavailable
+from ..nvrtc import use_cuda
 from . import reference
 from .reference import Prepared
 
@@ -75,19 +75,9 @@ def prepare(
     arguments = x, weight, cos, sin, eps, block, quantize, out, linear
     reasons = not_contiguous(x), None if linear is None else float32_on_gpu(x)
     if use_triton("prepare", backend, x, *reasons):
-        on_hopper = _hopper_kernel_fits(x, cos, sin, out, linear)
+        on_hopper = use_cuda("prepare", x.device, hopper.unfit, x, cos, sin, out, linear)
         return (hopper if on_hopper else triton_kernels).prepare(*arguments)
     return reference.prepare(*arguments)
-
-
-def _hopper_kernel_fits(x, cos, sin, out, linear) -> bool:
-    """Whether the CUDA kernel runs in place of Triton's: on Hopper, with Wan's shapes."""
-    if capability(x.device) != (9, 0):
-        return False
-    reason = cuda_unavailable(x.device) or hopper.unfit(x, cos, sin, out, linear)
-    if reason:
-        say_once(f"prepare runs in Triton, more slowly: {reason}")
-    return reason is None
 
 
 def check_angles(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

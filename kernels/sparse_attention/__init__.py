@@ -10,8 +10,8 @@ from ..block_map.checks import (
     float32_on_gpu,
     not_contiguous,
 )
-from ..dispatch import capability, has_fp8, has_triton, say_once, use_triton
-from ..nvrtc import cuda_unavailable
+from ..dispatch import capability, has_fp8, has_triton, use_triton
+from ..nvrtc import HOPPER, cuda_unavailable, use_cuda
 from . import reference
 
 if has_triton():
@@ -113,7 +113,9 @@ def sage_attention(
     reasons = not_contiguous(q, k, v), float32_on_gpu(q), _no_fp8(q, pv)
     kernels = reference
     if use_triton("sage_attention", backend, q, *reasons):
-        kernels = hopper if _hopper_kernel_fits(q, pv, *sizes) else triton_kernels
+        shape = q.shape[-1], *sizes
+        on_hopper = use_cuda("sage_attention", q.device, hopper.unfit, *shape, pv)
+        kernels = hopper if on_hopper else triton_kernels
     operands = kernels.quantize(q, k, v, k_mean, PV_DTYPES[pv], *sizes, scale, q_blocks, v_max)
     return kernels.sage_attention(q, operands, block_map, *sizes, onto)
 
@@ -124,7 +126,7 @@ def default_pv(device: torch.device) -> str:
     fp8 where the tensor cores have it: faster, at 1.6 times the error of fp16. But for a Hopper
     that cannot run the CUDA kernel: exact sums of fp8 are slow there in Triton.
     """
-    slow = capability(device) == (9, 0) and cuda_unavailable(device)
+    slow = capability(device) == HOPPER and cuda_unavailable(device)
     return "fp8" if has_fp8(device) and not slow else "fp16"
 
 
@@ -163,17 +165,6 @@ def _check_q_blocks(q, q_blocks, block_q) -> None:
         raise TypeError(f"q_blocks must be int8 and float32, got {integers.dtype}, {scale.dtype}")
     if not integers.is_contiguous() or not scale.is_contiguous():
         raise ValueError("q_blocks must be contiguous")
-
-
-def _hopper_kernel_fits(q: torch.Tensor, pv: str, block_q: int, block_k: int) -> bool:
-    """Whether the CUDA kernel runs in place of Triton's: on Hopper, with Wan's shapes and fp8."""
-    shape = q.shape[-1], block_q, block_k
-    if capability(q.device) != (9, 0) or pv != "fp8" or shape != hopper.SHAPE:
-        return False
-    reason = cuda_unavailable(q.device)
-    if reason:
-        say_once(f"sage_attention runs in Triton, at half the speed: {reason}")
-    return reason is None
 
 
 def _no_fp8(q: torch.Tensor, pv: str) -> str | None:

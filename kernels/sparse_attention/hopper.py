@@ -16,6 +16,14 @@ SHARED_BYTES = 1024 + 7 * (2 * 64 * 128 + 24) + 128 * 128 * 5 + 8  # alignment, 
 SHAPE = 128, 128, 64  # head dim, rows in a query and a key block
 
 
+def unfit(head_dim: int, block_q: int, block_k: int, pv: str) -> str | None:
+    """Why the kernel cannot attend in these sizes; None where it can."""
+    if (head_dim, block_q, block_k) != SHAPE:
+        found = f"{head_dim}, {block_q} and {block_k}"
+        return f"head dim and rows of query and key blocks are {found}, not 128, 128 and 64"
+    return None if pv == "fp8" else f"the values are {pv}"
+
+
 def quantize(
     q: torch.Tensor,
     k: torch.Tensor,

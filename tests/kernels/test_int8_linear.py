@@ -296,6 +296,7 @@ def _aligned(batch=2, length=130, k=144, n=136):
     out = torch.zeros(batch, length, n, dtype=torch.bfloat16)
     return {
         "x_q": x,
+        "x_scale": torch.zeros(batch, length),
         "w_q": torch.zeros(n, k, dtype=torch.int8),
         "w_scale": torch.zeros(n),
         "bias": torch.zeros(n, dtype=torch.bfloat16),
@@ -312,6 +313,7 @@ def _aligned(batch=2, length=130, k=144, n=136):
         ({"bias": None, "gate": None, "residual": None}, None),
         ({"out": torch.zeros(2, 130, 136), "bias": None, "residual": None}, "is float32"),
         ({"bias": torch.zeros(136)}, "another dtype"),
+        ({"w_scale": torch.zeros(136, device="meta")}, "different devices"),
         ({"residual": torch.zeros(2, 130, 136).half()}, "another dtype"),
         ({"gate": torch.zeros(2, 130, 136)}, "one float32 vector a sample"),
         ({"gate": torch.zeros(2, 1, 136).bfloat16()}, "one float32 vector a sample"),
