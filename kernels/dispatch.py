@@ -7,6 +7,7 @@ import logging
 import torch
 
 OLDEST_TRITON = (3, 4)
+HOPPER = (9, 0)  # its compute capability
 
 try:
     import triton

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .dispatch import capability, say_once, triton_unavailable
+from .dispatch import HOPPER, capability, say_once, triton_unavailable
 
-HOPPER = (9, 0)
 HEADER = Path(__file__).with_name("hopper.cuh")  # what the kernels include
 
 

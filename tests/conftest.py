@@ -1,27 +1,19 @@
-"""Makes the pack importable without ComfyUI, as `turbodiffusion_pack.kernels` and so on."""
+"""Makes the pack importable, and skips what needs a GPU where there is none."""
 
 import os
 import sys
-import types
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(Path(__file__).resolve().parent / "support"))
 
-# The pack's own `nodes` folder must not shadow ComfyUI's nodes.py.
-sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT]
-sys.path.append(str(ROOT / "tests" / "support"))
-
-import dynamic_vram  # noqa: E402
+import dynamic_vram
+import pack  # noqa: F401
 
 if dynamic_vram.wanted():
     dynamic_vram.prepare()
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-pack = types.ModuleType("turbodiffusion_pack")
-pack.__path__ = [str(ROOT)]
-sys.modules["turbodiffusion_pack"] = pack
+import pytest
+import torch
 
 # Without a GPU the Triton kernels run in Triton's interpreter; set before Triton is imported.
 if not torch.cuda.is_available():

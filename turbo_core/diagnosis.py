@@ -15,7 +15,7 @@ from ..kernels import dispatch
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_quant import quantize_rows
 from ..kernels.norm import rms_norm
-from ..kernels.nvrtc import HOPPER, cuda_unavailable
+from ..kernels.nvrtc import cuda_unavailable
 from ..kernels.sla import sla
 from ..kernels.sparse_attention import default_pv
 
@@ -182,7 +182,7 @@ def _gpu_kernel_lines(device: torch.device) -> list[str]:
     lines = [f"Triton kernels: {triton}"]
     if missing is None:
         lines.append(f"CUDA kernels for Hopper: {', '.join(CUDA_OPS)}")
-    elif dispatch.capability(device) == HOPPER:
+    elif dispatch.capability(device) == dispatch.HOPPER:
         lines.append(f"CUDA kernels for Hopper, which are faster: none, as {missing}")
     return lines
 

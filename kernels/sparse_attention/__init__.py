@@ -10,8 +10,8 @@ from ..block_map.checks import (
     float32_on_gpu,
     not_contiguous,
 )
-from ..dispatch import capability, has_fp8, has_triton, use_triton
-from ..nvrtc import HOPPER, cuda_unavailable, use_cuda
+from ..dispatch import HOPPER, capability, has_fp8, has_triton, use_triton
+from ..nvrtc import cuda_unavailable, use_cuda
 from . import reference
 
 if has_triton():

@@ -5,11 +5,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import capability, launching_on
+from ..dispatch import HOPPER, capability, launching_on
 from .reference import LOG2_E, VALUE_LIMIT, Quantized
 
 LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0))  # 163 KB a block or more; 99 KB elsewhere
-HOPPER = (9, 0)  # its warp groups multiply 64 rows at a time: 4 warps keep both halves of a tile
 LAUNCH = {"num_warps": 8, "num_stages": 1}  # of what only moves data, the same on every card
 
 
@@ -257,6 +256,7 @@ def low_bit_config(
     """Launch configuration of `sage_attention_kernel`."""
     stages = 4 if capability in ((8, 0), (10, 0)) else 3
     # On Hopper 4 warps take half as many turns, but fp8's second sum does not fit them.
+    # Hopper's warp groups multiply 64 rows at a time: 4 warps keep both halves of a tile.
     warps = 4 if capability == HOPPER and not fp8 else block_q * block_k // 1024
     return {"num_warps": warps, "num_stages": 2 if block_k == 128 else stages}
 

@@ -8,23 +8,18 @@ attention on blocks that differ, in float and in low bits. Medians of several se
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent  # has an attention.py too
-sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() not in (ROOT, HERE)]
-sys.path.append(str(ROOT / "tests" / "support"))
-pack = types.ModuleType("turbodiffusion_pack")
-pack.__path__ = [str(ROOT)]
-sys.modules["turbodiffusion_pack"] = pack
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE]
+sys.path.append(str(HERE.parent / "support"))
 
+import pack  # noqa: E402, F401
 from attention import exact_linear, exact_sparse, random_proj, random_qkv  # noqa: E402
 from devices import DEVICE  # noqa: E402
 from goldens import relative_error  # noqa: E402

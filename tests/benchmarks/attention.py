@@ -9,26 +9,20 @@ card reaches at best; then the kernels of ours from the projections on. comfy-ki
 
 import argparse
 import json
-import os
 import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT]
-sys.path.append(str(ROOT / "tests" / "support"))
-pack = types.ModuleType("turbodiffusion_pack")
-pack.__path__ = [str(ROOT)]
-sys.modules["turbodiffusion_pack"] = pack
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 
-import kitchen  # noqa: E402
-from gpu_timing import Ceilings, kernel_ms, kernel_times, measure_ceilings  # noqa: E402
-from turbodiffusion_pack.kernels.block_map import selected_count  # noqa: E402
-from turbodiffusion_pack.kernels.sla import sla, sla_from_projections  # noqa: E402
-from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES  # noqa: E402
+import kitchen
+import pack  # noqa: F401
+from gpu_timing import Ceilings, kernel_ms, kernel_times, measure_ceilings
+from turbodiffusion_pack.kernels.block_map import selected_count
+from turbodiffusion_pack.kernels.sla import sla, sla_from_projections
+from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES
 
 SHAPES = {"14B-720P": (40, 75600), "14B-480P": (40, 32760), "1.3B-480P": (12, 32760)}
 DIM, BLOCK_K = 128, 64

@@ -17,23 +17,25 @@ import os
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT]
-sys.path.append(str(ROOT / "tests" / "support"))
-pack = types.ModuleType("turbodiffusion_pack")
-pack.__path__ = [str(ROOT)]
-sys.modules["turbodiffusion_pack"] = pack
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 arguments, sys.argv = sys.argv, sys.argv[:1]
 
+import pack  # noqa: E402, F401
 from compilations import counted  # noqa: E402
-from gpu_timing import Ceilings, KernelTime, kernel_times, measure_ceilings, median_ms  # noqa: E402
+from gpu_timing import (  # noqa: E402
+    Ceilings,
+    KernelTime,
+    kernel_times,
+    launch_ms,
+    measure_ceilings,
+    median_ms,
+)
 from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler  # noqa: E402
 from turbodiffusion_pack.kernels.block_map import selected_count  # noqa: E402
 from turbodiffusion_pack.turbo_core.checkpoint import Checkpoint  # noqa: E402
@@ -205,6 +207,7 @@ def measure(name: str, settings: SLASettings, ceilings: Ceilings, options) -> di
         "attention": settings.attention,
         "topk": settings.topk,
         "ms": round(ms, 1),
+        "launch_ms": round(launch_ms(run, options.runs), 1),
         "tops": round(tops),
         "share_of_floor": round(tops / options.peak, 3),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),

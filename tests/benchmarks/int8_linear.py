@@ -11,25 +11,19 @@ tries other tiles.
 
 import argparse
 import json
-import os
 import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT]
-sys.path.append(str(ROOT / "tests" / "support"))
-pack = types.ModuleType("turbodiffusion_pack")
-pack.__path__ = [str(ROOT)]
-sys.modules["turbodiffusion_pack"] = pack
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 
-import kitchen  # noqa: E402
-from gpu_timing import kernel_ms, measure_ceilings  # noqa: E402
-from turbodiffusion_pack.kernels.int8_linear import int8_linear  # noqa: E402
-from turbodiffusion_pack.kernels.int8_quant import quantize_blocks, quantize_rows  # noqa: E402
+import kitchen
+import pack  # noqa: F401
+from gpu_timing import kernel_ms, measure_ceilings
+from turbodiffusion_pack.kernels.int8_linear import int8_linear
+from turbodiffusion_pack.kernels.int8_quant import quantize_blocks, quantize_rows
 
 # L, N, K: 14B at 720p (down, up, attention), then 1.3B at 480p (up, down, attention).
 SHAPES = (

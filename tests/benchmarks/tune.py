@@ -10,7 +10,6 @@ import argparse
 import collections
 import json
 import math
-import os
 import sys
 import types
 from collections.abc import Callable
@@ -21,17 +20,13 @@ from unittest import mock
 import torch
 from triton.runtime.errors import OutOfResources
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT]
-sys.path.append(str(ROOT / "tests" / "support"))
-pack = types.ModuleType("turbodiffusion_pack")
-pack.__path__ = [str(ROOT)]
-sys.modules["turbodiffusion_pack"] = pack
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 
-from gpu_timing import Ceilings, kernel_ms, measure_ceilings  # noqa: E402
-from turbodiffusion_pack.kernels import int8_linear as linear  # noqa: E402
-from turbodiffusion_pack.kernels import int8_quant, norm, norm_quant  # noqa: E402
-from turbodiffusion_pack.kernels.tuning import RowLoop, Tile  # noqa: E402
+import pack  # noqa: F401
+from gpu_timing import Ceilings, kernel_ms, measure_ceilings
+from turbodiffusion_pack.kernels import int8_linear as linear
+from turbodiffusion_pack.kernels import int8_quant, norm, norm_quant
+from turbodiffusion_pack.kernels.tuning import RowLoop, Tile
 
 # Rows and columns of activations: 14B at 720p, 1.3B at 480p.
 ACTIVATIONS = ((75600, 5120), (32760, 1536))

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,9 +116,8 @@ def compile_all() -> dict[str, dict]:
 
 def work():
     """Body of a worker: compile every WORKERS-th job and write the results to stdout."""
-    pack = types.ModuleType("turbodiffusion_pack")
-    pack.__path__ = [str(ROOT)]
-    sys.modules["turbodiffusion_pack"] = pack
+    import pack  # noqa: F401
+
     for job in jobs()[int(sys.argv[1]) :: WORKERS]:
         sys.stderr.write(f"{job.name}\n")
         sys.stdout.write(json.dumps(build(job)) + "\n")

@@ -111,9 +111,7 @@ def work():
     """Body of the process: reads runs from stdin, writes each one's new kernels to stdout."""
     torch.set_num_threads(1)
     capability, runs = json.load(sys.stdin)
-    pack = types.ModuleType("turbodiffusion_pack")
-    pack.__path__ = [str(ROOT)]
-    sys.modules["turbodiffusion_pack"] = pack
+    import pack  # noqa: F401
     from turbodiffusion_pack.kernels import dispatch, nvrtc
 
     # Before the other modules take them from there.

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
@@ -29,6 +30,18 @@ def kernel_ms(run: Callable, runs: int = 7, calls: int = 5) -> float:
     """As `median_ms`, without what launching costs the CPU: for kernels shorter than that."""
     times = [_group_ms(run, calls, QUEUE_CYCLES) for _ in range(runs + 1)]
     return statistics.median(times[1:])
+
+
+def launch_ms(run: Callable, runs: int) -> float:
+    """Median time that the CPU takes to launch one call, ms; the GPU has nothing else to do."""
+    times = []
+    for _ in range(runs):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - start))
+    torch.cuda.synchronize()
+    return statistics.median(times)
 
 
 def _group_ms(run: Callable, calls: int, asleep: int) -> float:
