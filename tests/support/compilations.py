@@ -75,8 +75,8 @@ def run_block(length: int, topk: float, granularity: str, device: str, low_bit: 
     common = {"backend": "triton"}
     n = layer_norm_quant(x, granularity, scale=scale, shift=shift, **common)
     q, k, v = (int8_linear(*n, *square, **common).unflatten(2, (HEADS, -1)) for _ in "qkv")
-    options = {"topk": topk, "low_bit": low_bit, "overwrite": True, **common}
-    y = sla_from_projections(q, k, v, norm, norm, cos, sin, *proj, **options)
+    options = {"topk": topk, "low_bit": low_bit, **common}
+    y = sla_from_projections(q, k, v, (norm, norm), (cos, sin), proj, **options)
     y = quantize(y.flatten(2), **common)
     int8_linear(*y, *square, gate=gate, residual=x, **common)
     n = layer_norm_quant(x, granularity, weight=norm, bias=norm, **common)
