@@ -77,9 +77,7 @@ def _kernels(k, v, feature_map, backend):
     check_heads(k=k, v=v)
     check_feature_map(feature_map)
     unsupported = not_contiguous(k, v), float32_on_gpu(k)
-    return choose(
-        "key_value_state", backend, k, reference, triton_kernels, unsupported=unsupported
-    )
+    return choose("key_value_state", backend, k, reference, triton_kernels, unsupported=unsupported)
 
 
 def linear_attention(

@@ -177,7 +177,7 @@ def _check_int8_blocks(q: Int8Blocks, v: torch.Tensor, block_q: int) -> None:
 
 def _no_fp8(v: torch.Tensor, pv: str) -> str | None:
     """Why Triton cannot multiply fp8 here; None where it can or need not."""
-    if pv != "fp8" or v.device.type != "cuda" or has_fp8(v.device):
+    if pv != "fp8" or not v.is_cuda or has_fp8(v.device):
         return None
     major, minor = capability(v.device)
     return f"the GPU is sm_{major}{minor}, fp8 needs sm_89 or newer (pv='fp16' runs here)"

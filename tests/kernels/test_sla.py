@@ -47,7 +47,7 @@ def first_blocks(q, k):
 
 def identity(proj):
     """A projection that leaves the linear branch as it is."""
-    weight, bias = proj
+    _, bias = proj
     return torch.eye(len(bias), device=DEVICE), torch.zeros_like(bias)
 
 
