@@ -294,6 +294,9 @@ OTHERS = (
     "torch.Tensor",
     "torch.device",
     "torch.nn.parameter.Parameter",
+    "torch.per_channel_affine",
+    "torch.per_channel_affine_float_qparams",
+    "torch.per_tensor_affine",
     "torch.serialization._get_layout",
 )
 GLOBALS = {
