@@ -43,7 +43,7 @@ DTYPES = {
 }
 MOST_TENSORS = 2**15  # of a file
 MOST_AXES = 8
-LARGEST = 2**62  # elements, axes of length 0 left out
+LARGEST = 2**62  # of a tensor's numbers, and of its elements with axes of length 0 left out
 LONGEST_NAME = 256
 MOST_SHARED = 8  # times a file's size that its tensors and their storages may have together
 
@@ -190,22 +190,26 @@ def _check_tensor(name: str, dtype: torch.dtype | str, shape: tuple) -> None:
             f"{name} is {str(dtype).removeprefix('torch.')}, a checkpoint holds none: take "
             "TurboDiffusion's plain or -quant file"
         )
-    if len(shape) > MOST_AXES or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise damaged(f"{name} has {len(shape)} axes, or no lengths for them")
+    if len(shape) > MOST_AXES or not all(map(_is_count, shape)):
+        raise damaged(f"{name} has an impossible shape of {len(shape)} axes")
     if math.prod(max(n, 1) for n in shape) > LARGEST:
-        raise damaged(f"{name} of shape {list(shape)}")
+        raise damaged(f"{name} has the impossible shape {list(shape)}")
+
+
+def _is_count(number: object) -> bool:
+    return type(number) is int and 0 <= number <= LARGEST  # a bool is none, torch refuses it
 
 
 def _check_inside(name: str, tensor: ListedTensor, room: int) -> None:
     """Refuse a tensor that reaches beyond its storage of `room` bytes, or is made larger than it
     by strides, as an expanded one is."""
     shape, stride, offset = tensor.shape, tensor.stride, tensor.offset
-    if len(stride) != len(shape) or not all(isinstance(n, int) and n >= 0 for n in stride):
-        raise damaged(f"{name} has no stride for each axis")
+    if len(stride) != len(shape) or not all(map(_is_count, (offset, *stride))):
+        raise damaged(f"{name} has impossible strides or an impossible start")
     count = math.prod(shape)
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     end = last + 1 if count else 0
-    if offset < 0 or max(end, count) * tensor.dtype.itemsize > room:
+    if max(end, count) * tensor.dtype.itemsize > room:
         raise CheckpointError(
             f"{name} {list(shape)} is larger than the {room} bytes that the file has for it: save "
             "it whole (tensor.contiguous()), or download the file again"

@@ -5,7 +5,6 @@ import json
 import pickle
 import re
 import struct
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -13,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from layouts import assert_same
-from mutations import complete_model, in_itself, odd_tensors, small_model, training_file
+from mutations import KINDS, complete_model, in_itself, odd_tensors, small_model, training_file
 from peak_memory import can_measure
 from safetensors.torch import save
 from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
 from turbodiffusion_pack.turbo_core.checkpoint_file import read_tensors
 
-TESTS = Path(__file__).resolve().parent.parent
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import fuzz_checkpoints  # noqa: E402
+
 MB = 1_000_000
 EXTRA = "blocks.0.x"  # beside a complete model, looked through like any small tensor
 
@@ -244,18 +246,6 @@ BLOATS = {
     many_dicts: "lists more than a model has",
 }
 
-# Each in a process of its own, as memory that was freed is not taken again.
-CHILD = """
-import sys
-sys.path.append(sys.argv[1])
-import fuzz_checkpoints
-from pathlib import Path
-for number, path in enumerate(sys.argv[2:]):
-    result = fuzz_checkpoints.read(Path(path), number)
-    sys.stdout.write(f"{result.outcome}{result.fault}\\n")
-"""
-
-
 @pytest.fixture(scope="module")
 def bloated(tmp_path_factory) -> dict:
     """The files, each alone in a folder."""
@@ -268,11 +258,28 @@ def test_a_file_that_asks_for_more_than_it_has(bloated, make):
 
 
 @pytest.mark.skipif(not can_measure(), reason="needs /proc/self/status")
-def test_none_of_them_takes_memory_or_time(bloated):
-    command = [sys.executable, "-c", CHILD, str(TESTS), *map(str, bloated.values())]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == ["refused"] * len(bloated)
+@pytest.mark.parametrize("make", BLOATS, ids=lambda make: make.__name__)
+def test_it_takes_neither_memory_nor_time(bloated, make):
+    result = fuzz_checkpoints.read(bloated[make], 0)
+    assert (result.outcome, result.fault) == ("refused", "")
+
+
+@pytest.mark.skipif(not can_measure(), reason="needs /proc/self/status")
+def test_memory_and_time_would_be_seen(bloated, monkeypatch):
+    monkeypatch.setattr(fuzz_checkpoints, "read_checkpoint", lambda _: torch.ones(30 * MB).sum())
+    assert re.search("took 1.. MB for a file", fuzz_checkpoints.read(bloated[a_long_text], 0).fault)
+    monkeypatch.setattr(fuzz_checkpoints, "SECONDS", 0.0)
+    assert re.search("took 0.. s", fuzz_checkpoints.read(bloated[a_long_text], 0).fault)
+
+
+@pytest.mark.skipif(not can_measure(), reason="needs /proc/self/status")
+def test_files_damaged_at_random():
+    """A short version of the command."""
+    report = fuzz_checkpoints.fuzz([0], first=0, count=400)
+    assert report.faults == [], str(report)
+    assert report.outcomes.total() == 400
+    assert all(report.outcomes[kind, "read"] for kind in KINDS), "some are still good"
+    assert all(report.outcomes[kind, "refused"] > 50 for kind in KINDS)
 
 
 # What is no plain tensor, or none that is known
@@ -329,6 +336,28 @@ def test_another_dtype_in_safetensors_is_refused_by_name(tmp_path, dtype, shape,
 def test_an_impossible_shape_in_safetensors(tmp_path, shape):
     header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
     refuse(save_header(header, tmp_path / "a.safetensors"), "is truncated or damaged (")
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "stride"),
+    [
+        (b"\x88", b"K\x03\x85", b"K\x01\x85"),
+        (b"K\x00", b"\x88\x85", b"K\x01\x85"),
+        (b"K\x00", b"K\x01\x85", b"\x8a\x09\0\0\0\0\0\0\0\0\x01\x85"),
+        (b"K\x00", b"K\x03\x85", b"J\xff\xff\xff\xff\x85"),
+        (b"J\xff\xff\xff\xff", b"K\x03\x85", b"K\x01\x85"),
+        (b"K\x00", b"K\x03\x85", b")"),
+        (b"K\x00", b"(" + 9 * b"K\x01" + b"t", b"(" + 9 * b"K\x01" + b"t"),
+    ],
+    ids=["offset true", "axis true", "stride 2**64", "stride -1", "offset -1", "none", "9 axes"],
+)
+def test_impossible_numbers_of_a_tensor(tmp_path, offset, shape, stride):
+    """In the old format, whose records have no checksums."""
+    data = save_pth({"a": torch.ones(3)}, tmp_path / "a.pth", zipped=False).read_bytes()
+    start, end = data.index(b"QK\x00K\x03\x85"), data.index(b"\x89ccoll")
+    data = data[: start + 1] + offset + shape + stride + data[end:]
+    (tmp_path / "a.pth").write_bytes(data)
+    refuse(tmp_path / "a.pth", "damaged (a has ")
 
 
 @pytest.mark.parametrize(
