@@ -24,10 +24,10 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent / "support"))
 
-import pack  # noqa: E402, F401
-import torch  # noqa: E402
-from mutations import KINDS, Sources  # noqa: E402
-from turbodiffusion_pack.turbo_core.checkpoint import (  # noqa: E402
+import pack  # noqa: F401
+import torch
+from mutations import KINDS, Sources
+from turbodiffusion_pack.turbo_core.checkpoint import (
     CheckpointError,
     read_checkpoint,
 )
@@ -76,9 +76,7 @@ class Report:
             read, refused = (self.outcomes[kind, o] for o in ("read", "refused"))
             files = sum(n for (k, _), n in self.outcomes.items() if k == kind)
             slowest, largest = self.slowest.get(kind, 0.0), self.largest.get(kind, 0) / MB
-            lines.append(
-                f"{kind:12} {files:7} {read:7} {refused:7} {slowest:9.2f} {largest:8.1f}"
-            )
+            lines.append(f"{kind:12} {files:7} {read:7} {refused:7} {slowest:9.2f} {largest:8.1f}")
         return "\n".join([*lines, f"{len(self.faults)} faults", *self.faults])
 
 

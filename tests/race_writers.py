@@ -4,8 +4,8 @@
 
 In every other race both may overwrite, and both must succeed. In the others exactly one must, and
 the other be told that the file exists. Both processes believe to be number 1, as they may in two
-containers; `--threads` makes them two threads of one. After each race the file must be one writer's,
-bit for bit, and the only one in the folder.
+containers; `--threads` makes them two threads of one. After each race the file must be one
+writer's, bit for bit, and the only one in the folder.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent / "support"))
 
-import pack  # noqa: E402, F401
-import torch  # noqa: E402
-from turbodiffusion_pack.turbo_core.checkpoint_file import read_tensors  # noqa: E402
-from turbodiffusion_pack.turbo_core.checkpoint_write import (  # noqa: E402
+import pack  # noqa: F401
+import torch
+from turbodiffusion_pack.turbo_core.checkpoint_file import read_tensors
+from turbodiffusion_pack.turbo_core.checkpoint_write import (
     write_pth,
     write_safetensors,
 )

@@ -75,7 +75,9 @@ def read_tensors(path: Path) -> Tensors:
 
 def _first_bytes(path: Path) -> bytes:
     if path.suffix.lower() not in SUFFIXES:
-        raise CheckpointError("is no checkpoint by its name: choose a .pth, .pt or .safetensors file")
+        raise CheckpointError(
+            "is no checkpoint by its name: choose a .pth, .pt or .safetensors file"
+        )
     if not path.is_file():
         raise CheckpointError("does not exist: choose a .pth, .pt or .safetensors file")
     with path.open("rb") as file:
@@ -136,24 +138,26 @@ def _mapped_tensors(path: Path, content: object, locate: Locate) -> Tensors:
 def _named_tensors(content: object) -> dict[str, ListedTensor]:
     content = _unwrapped(content)
     if not isinstance(content, dict) or not content:
-        found = "an empty dict" if isinstance(content, dict) else f"a {_kind(content)}"
+        found = "an empty dict" if isinstance(content, dict) else _kind(content)
         raise CheckpointError(f"does not hold named tensors, got {found}: save the state dict")
     for name, value in content.items():
         if isinstance(name, str) and isinstance(value, Other):
             raise CheckpointError(
-                f"{shown(name)} is {value.what}, a checkpoint holds dense tensors of the CPU: save "
+                f"{shown(name)} is {value.what}, a checkpoint holds dense CPU tensors only: save "
                 "the model's state dict alone"
             )
         if not isinstance(name, str) or not isinstance(value, ListedTensor):
             raise CheckpointError(
-                f"does not hold named tensors only, got a {_kind(value)} under "
+                f"does not hold named tensors only, got {_kind(value)} under "
                 f"{shown(ascii(name))}: save the model's state dict alone"
             )
     return content
 
 
 def _kind(value: object) -> str:
-    return "Tensor" if isinstance(value, ListedTensor) else type(value).__name__
+    if isinstance(value, Other):
+        return value.what
+    return "a Tensor" if isinstance(value, ListedTensor) else f"a {type(value).__name__}"
 
 
 def _unwrapped(content: object) -> object:

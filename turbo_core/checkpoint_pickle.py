@@ -8,7 +8,7 @@ version. Here tensors become descriptions, whose numbers are checked before anyt
 import io
 import pickletools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 
 import torch
@@ -152,8 +152,8 @@ class Unpickler:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < LARGEST_KEY):
                 raise CheckpointError(
-                    f"does not hold named tensors only, got a {type(key).__name__} as the name of a "
-                    f"{type(value).__name__}: save the model's state dict alone"
+                    f"does not hold named tensors only, got a {type(key).__name__} as a name: save "
+                    "the model's state dict alone"
                 )
             target[key] = value
 
@@ -219,8 +219,8 @@ def _dict(args: tuple) -> object:
 
 
 def _tensor(args: tuple) -> object:
-    """torch._utils._rebuild_tensor(storage, offset, size, stride) and _v2, which adds
-    (requires_grad, hooks, metadata)."""
+    """torch._utils._rebuild_tensor_v2: storage, offset, size, stride, requires_grad, hooks,
+    metadata; the first version had the first four."""
     match args:
         case (Storage() as storage, int() as offset, tuple() as shape, tuple() as stride, *rest):
             if rest[2:] and rest[2]:
@@ -230,14 +230,11 @@ def _tensor(args: tuple) -> object:
 
 
 def _tensor_of_dtype(args: tuple) -> object:
-    """torch._utils._rebuild_tensor_v3, which has the dtype and then metadata at its end."""
-    match args:
-        case (Storage() as storage, int() as offset, tuple() as shape, tuple() as stride, _, _,
-              torch.dtype() as dtype, *rest):
-            if any(rest):
-                return Other("a negated or conjugated view")
-            return ListedTensor(storage, offset, shape, stride, dtype)
-    raise damaged("a tensor without its storage, offset, size, stride and dtype")
+    """torch._utils._rebuild_tensor_v3: as _v2, with the dtype before the metadata."""
+    if len(args) < 7 or not isinstance(args[6], torch.dtype):
+        raise damaged("a tensor without its dtype")
+    tensor = _tensor((*args[:6], *args[7:]))
+    return replace(tensor, dtype=args[6]) if isinstance(tensor, ListedTensor) else tensor
 
 
 def _parameter(args: tuple) -> object:

@@ -15,6 +15,8 @@ from typing import BinaryIO
 
 import torch
 
+from . import checkpoint_file
+
 try:
     import fcntl
 except ImportError:  # Windows, where a file that is open cannot be removed
@@ -22,15 +24,7 @@ except ImportError:  # Windows, where a file that is open cannot be removed
 
 Tensors = dict[str, torch.Tensor]
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-}
+DTYPES = {dtype: name for name, dtype in checkpoint_file.DTYPES.items()}
 ALIGNMENT = 64  # bytes that the tensors' start is a multiple of
 
 PART = "turbodiffusion-{}.part"  # what a file is called until it is complete

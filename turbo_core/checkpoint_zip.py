@@ -86,7 +86,7 @@ def _entry(data: bytes, at: int) -> tuple[str, range, int]:
 
 
 def _wide(extra: bytes, *numbers: int) -> list[int]:
-    """`numbers`, those that need 64 bits from the entry's extra field, where they stand in order."""
+    """`numbers`, those that need 64 bits from the extra field, which has them in this order."""
     wide = []
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)

@@ -1,4 +1,4 @@
-"""No file hangs the reader, makes it take memory that the file has not, or ends in another error."""
+"""No file hangs the reader, makes it take memory that the file has not, or ends it otherwise."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from turbodiffusion_pack.turbo_core.checkpoint_file import read_tensors
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import fuzz_checkpoints  # noqa: E402
+import fuzz_checkpoints
 
 MB = 1_000_000
 EXTRA = "blocks.0.x"  # beside a complete model, looked through like any small tensor
@@ -145,7 +145,7 @@ def test_what_progress_raises_ends_the_reading(tmp_path):
 def test_numbers_as_keys_that_collide(tmp_path):
     """Python's hash of these is 0 for all: 40 000 of them in one dict took minutes."""
     content = {n * (2**61 - 1): None for n in range(40)}
-    refuse(save_pth(content, tmp_path / "a.pth"), "got a int as the name of a NoneType", "save")
+    refuse(save_pth(content, tmp_path / "a.pth"), "got a int as a name", "save")
 
 
 def test_many_tensors_of_the_same_memory(tmp_path):
@@ -240,11 +240,12 @@ BLOATS = {
     deflated_tensor: "has a compressed or encrypted record (a/data/0)",
     old_length: "storage key",
     old_storage: "storage key",
-    a_bytearray: "named tensors, got a Other",
+    a_bytearray: "named tensors, got a builtins.bytearray",
     a_tensor_without_values: "contains code or Python objects (torch.FloatTensor)",
     a_long_text: "expected 4294967295 bytes",
     many_dicts: "lists more than a model has",
 }
+
 
 @pytest.fixture(scope="module")
 def bloated(tmp_path_factory) -> dict:

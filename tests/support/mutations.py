@@ -242,7 +242,9 @@ def _opcode(rng: random.Random) -> bytes:
         return b"X" + struct.pack("<I", rng.choice([len(text)] * 9 + [2**32 - 1])) + text
     if change == 2:
         return b"c" + rng.choice(GLOBALS).replace(" ", "\n").encode() + b"\n"
-    return rng.choice([bytes([rng.choice(OPCODES)]), bytes([rng.randrange(256)]), b"h\x00", b"h\x05"])
+    return rng.choice(
+        [bytes([rng.choice(OPCODES)]), bytes([rng.randrange(256)]), b"h\x00", b"h\x05"]
+    )
 
 
 def _other_safetensors(data: bytes, rng: random.Random) -> bytes:
