@@ -78,7 +78,7 @@ class SLAAttentionPatch(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, projections=NONE):
-        if projections == NONE or folder_paths.get_full_path(FOLDER, projections):
+        if projections in (NONE, *folder_paths.get_filename_list(FOLDER)):
             return True
         return (
             f"projections {projections!r} is not in models/diffusion_models. Put a TurboDiffusion "

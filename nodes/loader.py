@@ -40,7 +40,7 @@ class TurboLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint):
-        if folder_paths.get_full_path(FOLDER, checkpoint):
+        if checkpoint in folder_paths.get_filename_list(FOLDER):
             return True
         return (
             f"checkpoint {checkpoint!r} is not in models/diffusion_models. "

@@ -1,5 +1,6 @@
 """TurboSaveCheckpoint: a Wan MODEL to a checkpoint file."""
 
+import os.path
 from pathlib import Path
 
 import folder_paths
@@ -40,8 +41,19 @@ class TurboSaveCheckpoint(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename_prefix):
         output = folder_paths.get_output_directory()
+        _check_inside(output, filename_prefix)
         folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, output)
         path = Path(folder, f"{name}_{counter:05}_.safetensors")
         metadata = workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
         save_turbo_model(model, path, metadata)
-        return io.NodeOutput(ui=ui.PreviewText(str(path)))
+        return io.NodeOutput(ui=ui.PreviewText(os.path.relpath(path, output)))
+
+
+def _check_inside(output: str, filename_prefix: str) -> None:
+    """Refuse what the host would, whose message tells where the output folder is."""
+    path = os.path.abspath(os.path.join(output, filename_prefix))
+    if not Path(path).parent.is_relative_to(os.path.abspath(output)):
+        raise ValueError(
+            f"filename_prefix {filename_prefix!r} is outside the output folder, where saving is "
+            "not allowed: choose a folder and name inside it"
+        )

@@ -9,7 +9,7 @@ import torch
 
 from . import checkpoint_layout as layout
 from .checkpoint_checks import check_dtypes, check_shapes, check_values
-from .checkpoint_file import CheckpointError
+from .checkpoint_error import CheckpointError
 from .checkpoint_names import PROJ_L, wan_names
 from .checkpoint_shards import read_files
 
@@ -80,12 +80,19 @@ def read_checkpoint(
 
     Raises:
         CheckpointError: the file is missing, damaged, unsafe, incomplete or another model; the
-            message names the file, what was found and what to do.
+            message names the file (without its folder, as it may reach a client of the server),
+            what was found and what to do.
     """
+    path = Path(path)
     try:
-        return check_tensors(wan_names(read_files(Path(path))), progress)
+        return check_tensors(wan_names(read_files(path)), progress)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error.__cause__
+        raise CheckpointError(f"{path.name}: {error}") from error.__cause__
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.name}: could not be read ({error.strerror or type(error).__name__}): check the "
+            "drive and the file's permissions"
+        ) from error
 
 
 def check_tensors(

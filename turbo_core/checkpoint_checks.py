@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import torch
 
-from .checkpoint_file import CheckpointError
+from .checkpoint_error import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
+
+CHUNK = 2**20  # values that are looked at together
 
 
 def describe(tensor: torch.Tensor) -> str:
@@ -42,14 +44,27 @@ def check_dtypes(tensors: Tensors, int8_modules: Tensors) -> None:
 def check_values(small: Tensors, progress: Callable[[int, int], None] | None = None) -> None:
     """Raise CheckpointError at the first value that is not finite, or a scale not above 0."""
     for done, (name, tensor) in enumerate(small.items(), start=1):
-        bad = ~torch.isfinite(tensor.float())
-        if name.endswith(".scale"):
-            bad |= tensor <= 0
-        if bad.any():
+        positive = name.endswith(".scale")
+        count, first = _wrong_values(tensor, positive)
+        if count:
             raise CheckpointError(
-                f"{name} has {int(bad.sum())} of {bad.numel()} values that are not finite"
-                f"{' and positive' if name.endswith('.scale') else ''}, got "
-                f"{tensor[bad][0].item()}: the file is damaged, download or convert it again"
+                f"{name} has {count} of {tensor.numel()} values that are not finite"
+                f"{' and positive' if positive else ''}, got {first}: the file is damaged, "
+                "download or convert it again"
             )
         if progress:
             progress(done, len(small))
+
+
+def _wrong_values(tensor: torch.Tensor, positive: bool) -> tuple[int, float | None]:
+    """How many of the values are not finite (and positive), and the first of them."""
+    count, first = 0, None
+    for chunk in tensor.reshape(-1).split(CHUNK):
+        values = chunk.float()
+        wrong = ~torch.isfinite(values)
+        if positive:
+            wrong |= values <= 0
+        found = values[wrong]
+        count += found.numel()
+        first = found[0].item() if first is None and found.numel() else first
+    return count, first

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .checkpoint_checks import check_shapes, describe
-from .checkpoint_file import CheckpointError
+from .checkpoint_error import CheckpointError
 from .checkpoint_names import BLOCK_NAME, PROJ_L, renamed
 
 Tensors = dict[str, torch.Tensor]
@@ -143,8 +143,8 @@ def _dimension(tensors: Tensors, name: str, ndim: int, axis: int) -> int:
 
 
 def _count_blocks(tensors: Tensors) -> int:
-    found = {int(match[1]) for name in tensors if (match := BLOCK_NAME.match(name))}
-    first_gap = next(index for index in itertools.count() if index not in found)
+    found = {match[1] for name in tensors if (match := BLOCK_NAME.match(name))}
+    first_gap = next(index for index in itertools.count() if str(index) not in found)
     if not found or first_gap != len(found):
         raise CheckpointError(
             f"block {first_gap} is missing, got {len(found)} blocks: download or convert the file "

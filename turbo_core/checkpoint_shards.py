@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint_file import CheckpointError, read_tensors
+from .checkpoint_error import CheckpointError, shown
+from .checkpoint_file import read_tensors
 
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"(.+)-\d{5}-of-(?!00001)\d{5}\.safetensors")
+LARGEST_INDEX = 2**22  # bytes; that of a 14B model has 1e5
 
 
 def read_files(path: Path) -> dict[str, torch.Tensor]:
@@ -43,19 +45,22 @@ def _in_folder(folder: Path) -> Path:
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     places = _read_index(index)
+    there = {file.name for file in index.parent.iterdir()}
     tensors = {}
     for file in sorted(set(places.values())):
-        shard = index.with_name(file)
-        if not shard.is_file():
-            raise CheckpointError(f"{file} is missing beside {index.name}: download it too")
+        if file not in there:  # a name from the index becomes no path before it is known
+            raise CheckpointError(
+                f"{shown(file, 80) or 'a file without a name'} is missing beside {index.name}: "
+                "download it too"
+            )
         try:
-            tensors.update(read_tensors(shard))
+            tensors.update(read_tensors(index.with_name(file)))
         except CheckpointError as error:
             raise CheckpointError(f"shard {file}: {error}") from error.__cause__
     for name, file in places.items():
         if name not in tensors:
             raise CheckpointError(
-                f"{name} is in {index.name} but not in {file}: download all shards again"
+                f"{shown(name)} is in {index.name} but not in {file}: download all shards again"
             )
     return tensors
 
@@ -67,15 +72,24 @@ def _read_index(index: Path) -> dict[str, str]:
             f"is one of several shards, and {index.name} is missing beside it: download the whole "
             "folder"
         )
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        named = all(Path(file).name == file for file in places.values())
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    if index.stat().st_size > LARGEST_INDEX:
         raise CheckpointError(
-            f"{index.name} is damaged ({type(error).__name__}: {error}). Download it again"
-        ) from error
-    if not named:
+            f"{index.name} has {index.stat().st_size} bytes, more than any model needs: download "
+            "it again"
+        )
+    try:
+        content = json.loads(index.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _damaged_index(index, f"{type(error).__name__}: {error}") from error
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+        raise _damaged_index(index, "it has no weight_map of file names")
+    if any("/" in file or "\\" in file for file in places.values()):
         raise CheckpointError(
             f"{index.name} names files outside its folder: take the model from its official source"
         )
     return places
+
+
+def _damaged_index(index: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{index.name} is damaged ({shown(reason)}). Download it again")

@@ -1,27 +1,35 @@
 """Writes checkpoint files: whole or not at all, and never the whole of one in memory."""
 
+import errno
 import json
 import os
+import secrets
 import shutil
+import stat
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
+from . import checkpoint_file
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open cannot be removed
+    fcntl = None
+
 Tensors = dict[str, torch.Tensor]
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-}
+DTYPES = {dtype: name for name, dtype in checkpoint_file.DTYPES.items()}
 ALIGNMENT = 64  # bytes that the tensors' start is a multiple of
+
+PART = "turbodiffusion-{}.part"  # what a file is called until it is complete
+ABANDONED = 600  # seconds without a write, after which a part that nobody locks is nobody's
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_safetensors(
@@ -49,7 +57,7 @@ def write_safetensors(
     """
     header, places = _header(tensors, metadata or {})
     size = len(header) + sum(t.nbytes for t in tensors.values())
-    with _complete_file(path, size, overwrite) as part, part.open("wb") as file:
+    with _complete_file(path, size, overwrite) as file:
         file.write(header)
         for done, (name, tensor) in enumerate(values or tensors.items(), start=1):
             _check_alike(name, tensor, tensors[name])
@@ -68,43 +76,107 @@ def write_pth(path: Path, tensors: Tensors, overwrite: bool = False) -> None:
         FileExistsError, OSError: as write_safetensors.
     """
     size = sum(t.nbytes for t in tensors.values())
-    with _complete_file(path, size, overwrite) as part:
+    with _complete_file(path, size, overwrite) as file:
         try:
-            torch.save({name: _alone(tensor) for name, tensor in tensors.items()}, part)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+            torch.save({name: _alone(tensor) for name, tensor in tensors.items()}, file)
+        except RuntimeError as error:  # what torch makes of an error of the file's
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(str(error)) from error
 
 
 @contextmanager
-def _complete_file(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place once the body is through."""
-    _check_target(path, size, overwrite)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def _complete_file(path: Path, size: int, overwrite: bool) -> Iterator[BinaryIO]:
+    """A file in the folder of `path` to write to, which takes its name once the body is through.
+
+    Nobody else writes to it, in whatever process or container: its own name is random and was
+    free. Messages name `path` without its folder, as they may reach a client of the server.
+    """
+    _check_target(path, overwrite)
+    _remove_abandoned(path.parent)
+    _check_room(path, size)
+    part = path.with_name(PART.format(secrets.token_hex(8)))
     try:
-        yield part
-        with part.open("rb+") as file:
+        with part.open("xb") as file:
+            _lock(file)
+            yield file
+            file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        _take_name(part, path, overwrite)
+    except FileExistsError as error:
+        raise FileExistsError(
+            f"{path.name} exists by now, as another program has written it: choose another name"
+        ) from error
     except OSError as error:
+        advice = "Free some space or choose" if error.errno in FULL else "Choose"
         raise OSError(
-            f"{path} could not be written ({error}): nothing was left behind and an older file is "
-            "unchanged. Free some space or choose another place"
+            f"{path.name} could not be written ({error.strerror or error}): nothing was left "
+            f"behind and an older file is unchanged. {advice} another place"
         ) from error
     finally:
         part.unlink(missing_ok=True)
 
 
-def _check_target(path: Path, size: int, overwrite: bool) -> None:
+def _check_target(path: Path, overwrite: bool) -> None:
     if path.exists() and not (overwrite and path.is_file()):
-        raise FileExistsError(f"{path} exists already: choose another name or remove it first")
+        raise FileExistsError(f"{path.name} exists already: choose another name or remove it first")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no folder: create it first, for {path.name}")
+        raise FileNotFoundError(
+            f"{path.parent.name} is no folder: create it first, for {path.name}"
+        )
+
+
+def _check_room(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise OSError(
-            f"{path} needs {size / 1e9:.2f} GB, but {path.parent} has {free / 1e9:.2f} GB left: "
+            f"{path.name} needs {size / 1e9:.2f} GB, but its drive has {free / 1e9:.2f} GB left: "
             "free some space or choose another place"
         )
+
+
+def _take_name(part: Path, path: Path, overwrite: bool) -> None:
+    """Rename `part` to `path`; without `overwrite` only if nothing has that name, in one step."""
+    if overwrite:
+        os.replace(part, path)
+        return
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: an empty file takes the name first
+        path.open("xb").close()
+        os.replace(part, path)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the part files in `folder` whose writers were killed.
+
+    A writer holds a lock on its part, and the lock goes with the process, however it ends. As some
+    network drives keep locks to each machine, a part that was written to of late stays as well.
+    """
+    for part in folder.glob(PART.format("*")):
+        try:
+            status = part.lstat()
+            if not stat.S_ISREG(status.st_mode) or time.time() - status.st_mtime < ABANDONED:
+                continue
+            with part.open("rb+") as file:
+                abandoned = _lock(file)
+            if abandoned:
+                part.unlink()
+        except OSError:  # another has removed it, or it is not ours to remove
+            continue
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Take the lock of an open file; False if another has it."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def _header(tensors: Tensors, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:

@@ -5,6 +5,7 @@ model that all clones share stays as it was.
 """
 
 from os import PathLike
+from pathlib import Path
 
 import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection
@@ -63,9 +64,10 @@ def own_projection(attn: torch.nn.Module) -> Linear | None:
 
 
 def _check_fit(path: str | PathLike, checkpoint: Checkpoint, wan: torch.nn.Module) -> None:
+    file = Path(path).name  # not where it is: the message may reach a client of the server
     if not checkpoint.has_sla:
         raise ValueError(
-            f"{path} has no SLA projections (proj_l), so there is nothing to attach. Choose a "
+            f"{file} has no SLA projections (proj_l), so there is nothing to attach. Choose a "
             "TurboDiffusion checkpoint, or none"
         )
     sizes = {
@@ -76,7 +78,7 @@ def _check_fit(path: str | PathLike, checkpoint: Checkpoint, wan: torch.nn.Modul
     for name, (theirs, ours) in sizes.items():
         if theirs != ours:
             raise ValueError(
-                f"{path} has the SLA projections of a model of {theirs} {name}, this MODEL has "
+                f"{file} has the SLA projections of a model of {theirs} {name}, this MODEL has "
                 f"{ours}. Choose the TurboDiffusion checkpoint of the same model size"
             )
 

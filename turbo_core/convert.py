@@ -7,6 +7,7 @@ pack's folder and not in the portable ComfyUI: its Python finds no modules in th
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ if not __package__:  # run by its path
     __package__ = "turbo_core"
 
 from .checkpoint import NAMES, file_tensors, read_checkpoint
+from .checkpoint_shards import SHARD
 from .checkpoint_write import write_pth, write_safetensors
 
 # The names that a file of this kind has unless others are asked for.
@@ -43,12 +45,18 @@ def convert(
 
     Raises:
         CheckpointError: `source` is not usable, or has no form under these names.
-        ValueError: another suffix, or `target` is `source`.
+        ValueError: another suffix, `target` is `source`, or it has the name of one of several
+            shards, which could not be read back without the others.
         OSError: `target` exists or could not be written; an older one is unchanged.
     """
     if target.suffix not in DEFAULT_NAMES:
         raise ValueError(
             f"{target} must end in {', '.join(DEFAULT_NAMES)}, got {target.suffix or 'no suffix'!r}"
+        )
+    if SHARD.fullmatch(target.name):
+        raise ValueError(
+            f"{target} has the name of one shard of several, and would be taken for it: choose a "
+            "name without -00001-of-..."
         )
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"{target} is the file that is read: choose another name")
@@ -71,12 +79,18 @@ def main() -> None:
     parser.add_argument("--names", choices=NAMES, help="default: comfy for .safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace an older OUT")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, _stop)
     try:
         count = convert(args.source, args.target, args.names, args.overwrite, _show)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     size = args.target.stat().st_size / 1e9
     sys.stdout.write(f"{args.target}: {count} tensors, {size:.2f} GB\n")
+
+
+def _stop(number: int, _) -> None:
+    sys.stderr.write("error: stopped, nothing was left behind\n")
+    sys.exit(128 + number)  # raised wherever the work is, so that it cleans up
 
 
 def _show(done: int, total: int) -> None:

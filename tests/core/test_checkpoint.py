@@ -128,6 +128,13 @@ def test_pytorchs_old_format_is_read_too(path, tmp_path):
     assert_holds(read_checkpoint(tmp_path / "old.pth"), original(path))
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pth_is_told_by_its_bytes(path, tmp_path, zipped):
+    misnamed = tmp_path / "a.safetensors"
+    torch.save(original(path), misnamed, _use_new_zipfile_serialization=zipped)
+    assert_holds(read_checkpoint(misnamed), original(path))
+
+
 @pytest.mark.parametrize("name", ["a.safetensors", "misnamed.pth"])
 def test_safetensors_are_told_by_their_bytes(path, tmp_path, name):
     save_file(original(path), tmp_path / name)

@@ -2,11 +2,14 @@
 
 import errno
 import json
+import os
 import re
+import secrets
 import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -24,6 +27,10 @@ from turbodiffusion_pack.turbo_core.convert import convert
 from zero_checkpoint import official_zeros
 
 TESTS = Path(__file__).resolve().parent.parent
+sys.path.append(str(TESTS))
+
+import race_writers  # noqa: E402
+
 MIB = 2**20
 MODELS = ("t2v.pth", "t2v-quant.pth")
 TARGETS = ("out.safetensors", "out.pth")
@@ -151,6 +158,19 @@ def test_a_target_of_another_format(quant, tmp_path, name, got):
         convert(quant, tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["x-00001-of-00002.safetensors", "a-00002-of-00002.safetensors"])
+def test_a_target_that_could_not_be_read_back(quant, tmp_path, name):
+    with pytest.raises(ValueError, match=r"of-00002.* has the name of one shard .*choose a name"):
+        convert(quant, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_named_like_the_only_shard_is_read_back(quant, tmp_path):
+    target = tmp_path / "x-00001-of-00001.safetensors"
+    convert(quant, target)
+    assert read_checkpoint(target).quantized
+
+
 def test_a_target_in_no_folder(quant, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere is no folder: create it first, for a"):
         convert(quant, tmp_path / "nowhere" / "a.pth")
@@ -186,7 +206,7 @@ def test_scales_per_channel_have_no_official_form(quant, tmp_path):
 def test_a_disk_without_room_is_told_before_work(quant, tmp_path, monkeypatch, name):
     usage = namedtuple("Usage", "free")(1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    match = r"out\S* needs 0.01 GB, but .* has 0.00 GB left: free some space"
+    match = r"^out\S* needs 0.01 GB, but its drive has 0.00 GB left: free some space"
     with pytest.raises(OSError, match=match):
         convert(quant, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
@@ -203,7 +223,10 @@ def test_a_disk_that_fills_up(quant, tmp_path, name, older):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"could not be written \(.*older file is unchanged"):
+        match = (
+            r"^out\S* could not be written \(File too large\): .* unchanged. Choose another place"
+        )
+        with pytest.raises(OSError, match=match):
             convert(quant, target, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -220,7 +243,8 @@ def test_a_write_error_halfway(quant, tmp_path, monkeypatch):
 
     target = tmp_path / "out.safetensors"
     target.write_text("old")
-    with pytest.raises(OSError, match=r"out.safetensors could not be written \(.*No space left"):
+    match = r"^out.safetensors could not be written \(No space left .*Free some space or choose"
+    with pytest.raises(OSError, match=match):
         convert(quant, target, overwrite=True, progress=fill_up)
     assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
     assert target.read_text() == "old"
@@ -233,6 +257,128 @@ def test_an_interrupted_conversion_leaves_nothing(quant, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert(quant, tmp_path / "out.safetensors", progress=interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_space_is_asked_for_only_where_it_is_missing(quant, tmp_path, monkeypatch, name):
+    def refuse(_):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(tmp_path))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Operation not permitted") as caught:
+        convert(quant, tmp_path / name)
+    assert "space" not in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Two writers
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_name_that_is_taken_meanwhile_is_kept(quant, tmp_path, monkeypatch, target):
+    """Another converter is done first, and neither was told to overwrite."""
+    fsync = os.fsync
+
+    def be_second(file):
+        (tmp_path / target).write_text("the other's")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", be_second)
+    with pytest.raises(FileExistsError, match=r"^out\S* exists by now, .*choose another name"):
+        convert(quant, tmp_path / target)
+    assert (tmp_path / target).read_text() == "the other's"
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_file_system_without_hard_links(quant, tmp_path, monkeypatch, taken):
+    target = tmp_path / "out.safetensors"
+
+    def refuse(*_):
+        if taken:
+            target.write_text("the other's")
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    if taken:
+        with pytest.raises(FileExistsError, match="exists by now"):
+            convert(quant, target)
+        assert target.read_text() == "the other's"
+    else:
+        convert(quant, target)
+        assert_same(load(target), conv(load(quant)))
+    assert left_behind(tmp_path) == []
+
+
+def test_a_planted_link_is_not_followed(quant, tmp_path, monkeypatch):
+    """Whatever name the part gets, a file that has it already is not written to."""
+    (tmp_path / "victim").write_text("precious")
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "7")
+    for name in ("out.pth.7.part", "turbodiffusion-7.part"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError):
+        convert(quant, tmp_path / "out.pth")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_two_writers_in_races(tmp_path, monkeypatch):
+    """A short version of the command, which has two processes."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and the same for both
+    faults, stayed = race_writers.race(100, tmp_path, threads=True)
+    assert faults == []
+    assert stayed.total() == 100
+    assert min(stayed[1], stayed[2]) > 5, "neither is always the last or the first"
+
+
+# Files that nobody finished
+
+OLD_PART = "turbodiffusion-0123456789abcdef.part"
+
+
+def make_old(path: Path) -> None:
+    os.utime(path, (time.time() - 7200,) * 2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
+def test_the_next_writer_removes_what_a_killed_one_left(quant, tmp_path):
+    killed = run(["-c", SIGNALLED], quant, tmp_path / "out.pth", "SIGKILL")
+    assert killed.returncode == -9, killed.stderr
+    (part,) = tmp_path.iterdir()
+    convert(quant, tmp_path / "a.safetensors")
+    assert part.exists(), "written to of late, perhaps by another machine"
+    make_old(part)
+    convert(quant, tmp_path / "b.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file is its own lock there")
+def test_a_part_that_is_being_written_stays(quant, tmp_path):
+    def see(done, total):
+        if done == total // 2:
+            (part,) = tmp_path.glob("*.part")
+            make_old(part)
+            convert(quant, tmp_path / "other.safetensors")
+
+    convert(quant, tmp_path / "out.safetensors", progress=see)
+    assert_same(load(tmp_path / "out.safetensors"), load(tmp_path / "other.safetensors"))
+    assert left_behind(tmp_path) == []
+
+
+def test_other_files_stay(quant, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / OLD_PART).symlink_to(victim)
+    (tmp_path / OLD_PART.replace("0", "1")).mkdir()
+    for name in ("download.part", "out.safetensors.7.part"):
+        (tmp_path / name).write_text("another program's")
+    for path in tmp_path.iterdir():
+        make_old(path)
+    before = {path.name for path in tmp_path.iterdir()}
+    convert(quant, tmp_path / "out.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == before | {"out.safetensors"}
+    assert victim.read_text() == "precious"
 
 
 # The writer
@@ -300,11 +446,35 @@ def test_the_command_tells_what_is_wrong(quant, tmp_path):
     target.write_text("old")
     told = run(module, quant, target)
     assert told.returncode == 1
-    assert told.stderr.startswith(f"error: {target} exists already")
+    assert told.stderr.startswith(f"error: {target.name} exists already")
     assert "Traceback" not in told.stderr
     told = run(module, quant, target, "--overwrite", "--names", "official")
     assert told.returncode == 0, told.stderr
     assert_same(load(target), load(quant))
+
+
+# The command with a signal in the middle: at the first tensor, when the part is there already.
+SIGNALLED = """
+import os, signal, sys
+from turbo_core import checkpoint_write, convert
+number = signal.Signals[sys.argv.pop()]
+bytes_of = checkpoint_write._bytes
+
+def interrupted(tensor):
+    os.kill(os.getpid(), number)
+    return bytes_of(tensor)
+
+checkpoint_write._bytes = interrupted
+convert.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_terminated_command_leaves_nothing(quant, tmp_path, name):
+    told = run(["-c", SIGNALLED], quant, tmp_path / name, "SIGTERM")
+    assert (told.returncode, told.stderr) == (143, "error: stopped, nothing was left behind\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Memory

@@ -76,6 +76,16 @@ def test_no_checkpoint_at_all(folder):
         _load("not_there.pth")
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "../notes.txt", "t2v.pth/../notes.txt"])
+def test_a_file_that_is_no_checkpoint(folder, name):
+    """Files of other kinds are not listed, and a client that names one learns nothing of it."""
+    (folder / "notes.txt").write_text("my secret")
+    assert "is not in models/diffusion_models" in TurboLoader.validate_inputs(name)
+    assert "is not in models/diffusion_models" in SLAAttentionPatch.validate_inputs(name)
+    with pytest.raises(CheckpointError, match=r"^notes.txt: is no checkpoint by its name"):
+        _load("notes.txt")
+
+
 class Touch:
     """Creates a file when it is unpickled."""
 

@@ -270,7 +270,7 @@ def test_a_saved_workflow_without_the_input_runs(stock, expected):
 
 
 def test_a_file_without_projections_is_refused(stock):
-    with pytest.raises(ValueError, match=r"plain\.pth has no SLA projections.*Choose .*none"):
+    with pytest.raises(ValueError, match=r"^plain\.pth has no SLA projections.*Choose .*none"):
         _patch(stock, "plain.pth")
 
 
@@ -299,7 +299,7 @@ def test_a_file_of_another_size_is_refused(folder, unfit):
         **{**SIZES, **sizes}, operations=comfy.ops.manual_cast, device="meta"
     )
     model = comfy.model_patcher.ModelPatcher(holder, in_comfyui.DEVICE, torch.device("cpu"))
-    with pytest.raises(ValueError, match=rf"t2v\.pth has the SLA .* {match}\. Choose the Turbo"):
+    with pytest.raises(ValueError, match=rf"^t2v\.pth has the SLA .* {match}\. Choose the Turbo"):
         attach_projections(model, folder / FILE)
 
 

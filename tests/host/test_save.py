@@ -1,6 +1,8 @@
 """TurboSaveCheckpoint: what a MODEL's weights are is what the file holds, and loads again."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -272,7 +274,7 @@ def test_the_node_saves_where_loaders_look(files, official, output):
     TurboSaveCheckpoint.execute(model, _default_prefix())
     names = [f"TurboDiffusion_{number:05}_.safetensors" for number in (1, 2)]
     assert sorted(path.name for path in output.iterdir()) == names
-    assert shown == {"text": (str(output / names[0]),)}
+    assert shown == {"text": (str(Path("diffusion_models", names[0])),)}
     assert_same(load_file(output / names[1]), official["t2v-quant.pth"])
     assert TurboLoader.validate_inputs(names[0]) is True
     with safe_open(output / names[0], framework="pt") as file:
@@ -291,8 +293,11 @@ def test_the_workflow_is_left_out_on_request(files, output, monkeypatch):
 
 def test_a_place_outside_the_output_folder(files, output):
     model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
-    with pytest.raises(Exception, match="outside the output folder is not allowed"):
-        TurboSaveCheckpoint.execute(model, "../../elsewhere/a")
+    for prefix in ("../../elsewhere/a", "../a", str(output.parents[1] / "a"), ".."):
+        with pytest.raises(ValueError, match="is outside the output folder, where") as caught:
+            TurboSaveCheckpoint.execute(model, prefix)
+        assert str(output.parent) not in str(caught.value)
+    assert not output.exists()
 
 
 # Faults
@@ -365,14 +370,42 @@ def test_a_model_that_is_not_wan(tmp_path):
 def test_an_older_file_and_a_full_disk(files, tmp_path, monkeypatch):
     model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
     (tmp_path / "old.safetensors").write_text("old")
-    with pytest.raises(FileExistsError, match="exists already: choose another name"):
+    with pytest.raises(FileExistsError, match=r"^old.safetensors exists already: choose another"):
         _save(model, tmp_path, "old.safetensors")
     usage = namedtuple("Usage", "free")(1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match="GB left: free some space"):
+    with pytest.raises(OSError, match=r"^new.safetensors needs .* GB left: free some space"):
         _save(model, tmp_path, "new.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["old.safetensors"]
     assert (tmp_path / "old.safetensors").read_text() == "old"
+
+
+def test_two_servers_that_save_under_one_name(files, tmp_path, monkeypatch):
+    """Both found the number free; who is second is told so, and no file is lost."""
+    model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
+    fsync = os.fsync
+
+    def be_second(file):
+        (tmp_path / "saved.safetensors").write_text("the other's")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", be_second)
+    with pytest.raises(FileExistsError, match=r"^saved.safetensors exists by now, as another"):
+        _save(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved.safetensors"]
+    assert (tmp_path / "saved.safetensors").read_text() == "the other's"
+
+
+def test_a_drive_that_fails_is_not_called_full(files, tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EIO, "Input/output error", str(tmp_path))
+
+    model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=r"^saved.safetensors .*\(Input/output error\)") as caught:
+        _save(model, tmp_path)
+    assert "space" not in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
 
 
 def test_an_interrupted_save_leaves_nothing(files, tmp_path):
