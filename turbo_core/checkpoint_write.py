@@ -20,6 +20,7 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
+    torch.uint8: "U8",
 }
 ALIGNMENT = 64  # bytes that the tensors' start is a multiple of
 
