@@ -3,8 +3,8 @@
     python tests/prepare.py tests/demo.py
     python tests/prepare.py -m pytest -c tests/pytest.ini tests
 
-COMFYUI_PACKAGES="comfy-kitchen==0.2.40 comfy-aimdo==0.6.0" takes these in place of the versions that
-ComfyUI asks for: newer ones beside the ComfyUI at hand.
+COMFYUI_PACKAGES="comfy-kitchen==0.2.40 comfy-aimdo==0.6.0" takes these in place of the versions
+that ComfyUI asks for: newer ones beside the ComfyUI at hand.
 
 Needs Python >= 3.10 with pip. A torch that the running Python has is used, never replaced.
 """

@@ -20,6 +20,8 @@ from .sla_settings import SLASettings
 KEY = "turbodiffusion"
 # In the options of one forward pass: what `once` has made for its blocks.
 MADE = "turbodiffusion.made"
+# What an attention is made of; a host may merge q, k and v into one Linear.
+PARTS = {*"qkvo", "norm_q", "norm_k"}
 
 
 def self_attention(
@@ -80,8 +82,8 @@ def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:
 
 def missing_parts(attn) -> str | None:
     """Why this pack cannot compute `attn` part by part; None where it can."""
-    missing = [name for name in (*"qkvo", "norm_q", "norm_k") if not hasattr(attn, name)]
-    return f"its attention has no {', '.join(missing)} of its own" if missing else None
+    missing = PARTS - attn._modules.keys()
+    return f"its attention has no {', '.join(sorted(missing))} of its own" if missing else None
 
 
 def _choose(attn, index: int, transformer_options: dict) -> tuple[SLASettings, str | None]:

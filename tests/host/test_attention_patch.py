@@ -228,10 +228,10 @@ def test_merged_projections_step_aside(paths, line, attention):
         merged.forward = lambda x, context, **options: merged.o(merged.qkv(x))
     _run(_patch(model))
     report = line()
-    missing = "q, k, v" if attention == "self_attn" else "q"
+    missing = "k, q, v" if attention == "self_attn" else "q"
     assert f"not fused in blocks 0: its attention has no {missing} of its own" in report
     if attention == "self_attn":
-        assert "dense in blocks 0: its attention has no q, k, v of its own" in report
+        assert "dense in blocks 0: its attention has no k, q, v of its own" in report
 
 
 def test_attn1_patch_is_applied(loaded):
