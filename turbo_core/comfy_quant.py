@@ -131,6 +131,8 @@ else:
         @classmethod
         def linear_input_act(cls, weight, x, bias=None, *asked, **named):
             # comfy-kitchen 0.2.40; its arguments come in the order of ours.
+            if x.dtype not in DTYPES:
+                return NotImplemented
             return linear(x, weight, bias, *asked, **_our_names(named))
 
     comfy.quant_ops.register_layout_class(LAYOUT, TurboInt8Layout)

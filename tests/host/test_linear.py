@@ -204,6 +204,7 @@ def test_the_hook_of_comfy_kitchen(granularity, products):
         named |= {"input_act": name, "residual_scale": scale}
         hook = comfy_quant.TurboInt8Layout.linear_input_act
         assert torch.equal(hook(linear.weight, x, linear.bias, **named), y)
+    assert linear.weight.linear_input_act(x.double(), linear.bias) is NotImplemented
 
 
 # In a model
