@@ -76,7 +76,8 @@ def _is_json(setting: torch.Tensor) -> bool:
         found = json.loads(bytes(setting.tolist()))
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict | list)
+    choices = found if isinstance(found, list) else [found]  # the first that the card can do
+    return all(isinstance(choice, dict) for choice in choices)
 
 
 def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:

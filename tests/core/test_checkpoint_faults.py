@@ -332,8 +332,9 @@ def test_another_quantisation(plain, tmp_path, name):
         torch.tensor(list(b"[" * 60_000), dtype=torch.uint8),
         torch.full((70_000,), ord(" "), dtype=torch.uint8),
         torch.tensor(list(b"1"), dtype=torch.uint8),
+        torch.tensor(list(b"[1]"), dtype=torch.uint8),
     ],
-    ids=["floats", "empty", "two axes", "no JSON", "brackets", "long", "a number"],
+    ids=["floats", "empty", "two axes", "no JSON", "brackets", "long", "a number", "a list"],
 )
 def test_a_layer_setting_that_is_none(plain, tmp_path, setting):
     name = "blocks.0.self_attn.comfy_attention.config"
