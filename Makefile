@@ -5,9 +5,11 @@
 #             the Wan VAE and the umT5 text encoder are then taken from the ComfyUI's models folder
 # make test   sets everything up and runs all tests; ARGS="-k name" selects some
 #
-# COMFYUI_DIR=/path/ComfyUI picks the ComfyUI to run in, PYTHON=/path/python the Python whose torch
-# is kept. Without make: python tests/prepare.py tests/demo.py
-#                        python tests/prepare.py -m pytest -c tests/pytest.ini tests
+# COMFYUI_DIR=/path/ComfyUI picks the ComfyUI to run in, COMFYUI_PACKAGES="comfy-kitchen==0.2.40"
+# other versions of its packages, DYNAMIC_VRAM=1 a newer one's dynamic VRAM (without a GPU a
+# simulated one), PYTHON=/path/python the Python whose torch is kept.
+# Without make: python tests/prepare.py tests/demo.py
+#               python tests/prepare.py -m pytest -c tests/pytest.ini tests
 
 PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
 

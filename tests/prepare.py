@@ -3,6 +3,9 @@
     python tests/prepare.py tests/demo.py
     python tests/prepare.py -m pytest -c tests/pytest.ini tests
 
+COMFYUI_PACKAGES="comfy-kitchen==0.2.40 comfy-aimdo==0.6.0" takes these in place of the versions
+that ComfyUI asks for: newer ones beside the ComfyUI at hand.
+
 Needs Python >= 3.10 with pip. A torch that the running Python has is used, never replaced.
 """
 
@@ -87,7 +90,9 @@ def comfyui_requirements(comfyui: Path) -> list[str]:
     """The lines of ComfyUI's requirements.txt that a server for tests needs."""
     lines = (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines()
     lines = [line.split("#")[0].strip() for line in lines]
-    return [line for line in lines if line and package_name(line) not in NOT_NEEDED | TORCH]
+    chosen = os.environ.get("COMFYUI_PACKAGES", "").split()
+    left_out = NOT_NEEDED | TORCH | set(map(package_name, chosen))
+    return [line for line in lines if line and package_name(line) not in left_out] + chosen
 
 
 def package_name(requirement: str) -> str:

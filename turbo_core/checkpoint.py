@@ -1,7 +1,7 @@
 """TurboDiffusion checkpoints: a file in, a checked set of Wan tensors out."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class Checkpoint:
         ffn_dim: width inside the feed-forward layers.
         num_layers: number of blocks.
         in_channels: 16 (text to video) or 36 (image to video: 16 + 4 mask + 16 image).
+        layer_settings: ComfyUI's settings of single layers, uint8 [n] of JSON text, by name
+            ("blocks.0.self_attn.comfy_attention.config"); empty in nearly every file.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -50,6 +52,7 @@ class Checkpoint:
     ffn_dim: int
     num_layers: int
     in_channels: int
+    layer_settings: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def head_dim(self) -> int:
@@ -103,6 +106,7 @@ def check_tensors(
     Raises:
         CheckpointError: they make up none; the message says what was found and what to do.
     """
+    tensors, settings = layout.split_settings(tensors)
     tensors, scales = layout.split_scales(tensors)
     check_dtypes(tensors, scales)
     tensors = layout.conv_patch_embedding(tensors)
@@ -110,7 +114,7 @@ def check_tensors(
     tensors, proj_l = layout.split_proj_l(tensors, sizes.num_layers)
     check_shapes(tensors, layout.wan_shapes(sizes))
     check_values(layout.small_tensors(tensors, scales, proj_l), progress)
-    return Checkpoint(tensors, scales, proj_l, **vars(sizes))
+    return Checkpoint(tensors, scales, proj_l, **vars(sizes), layer_settings=settings)
 
 
 def file_tensors(checkpoint: Checkpoint, names: str) -> dict[str, torch.Tensor]:
@@ -124,11 +128,17 @@ def file_tensors(checkpoint: Checkpoint, names: str) -> dict[str, torch.Tensor]:
 
     Raises:
         ValueError: unknown names.
-        CheckpointError: the official names have no place for one scale per output channel.
+        CheckpointError: the official names have no place for one scale per output channel, nor
+            for ComfyUI's settings of single layers.
     """
     if names not in NAMES:
         raise ValueError(f"names must be one of {', '.join(NAMES)}, got {names!r}")
-    tensors = {}
+    if names == "official" and checkpoint.layer_settings:
+        raise CheckpointError(
+            f"{next(iter(checkpoint.layer_settings))} is a setting of ComfyUI's, which the "
+            "official files have no place for: choose the names comfy"
+        )
+    tensors = dict(checkpoint.layer_settings)
     for name, tensor in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         tensors[f"{module}.int8_weight" if module in checkpoint.scales else name] = tensor

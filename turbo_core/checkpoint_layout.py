@@ -1,6 +1,7 @@
 """What a Wan checkpoint is made of: names, sizes, INT8 weights with scales, SLA projections."""
 
 import itertools
+import json
 import math
 from dataclasses import dataclass
 
@@ -30,7 +31,15 @@ IMAGE_LINEARS = ("cross_attn.k_img", "cross_attn.v_img")
 # Scales of an int8 X.weight: ComfyUI's ModelSave writes a MODEL of ours so, SGLang the other. Both
 # multiply, as the official X.scale does.
 SCALES = ("weight_scale", "weight_scale_inv")
-FOREIGN_SCALES = ("scale_weight", "comfy_quant", "scaled_fp8")
+FOREIGN_SCALES = (
+    *("scale_weight", "comfy_quant", "scaled_fp8"),
+    # ComfyUI's W4A8, W6A8 and AWQ files.
+    *("weight_s_rel", "weight_s_channel", "weight_codebook", "weight_zeros"),
+)
+
+# The attention backend that a layer asks ComfyUI (0.40) for: JSON text in uint8, no weight.
+LAYER_SETTING = ".comfy_attention.config"
+LONGEST_SETTING = 65536
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,34 @@ class Sizes:
     ffn_dim: int
     num_layers: int
     in_channels: int
+
+
+def split_settings(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Set ComfyUI's settings of single layers apart.
+
+    Returns:
+        The tensors without them, and the settings, uint8 [n] each, by name
+        ("blocks.0.self_attn.comfy_attention.config").
+    """
+    settings = {n: t for n, t in tensors.items() if n.endswith(LAYER_SETTING)}
+    for name, setting in settings.items():
+        if setting.dtype != torch.uint8 or setting.ndim != 1 or not _is_json(setting):
+            raise CheckpointError(
+                f"{name} must be a layer's setting as ComfyUI writes it, JSON text in uint8, got "
+                f"{describe(setting)}: download or convert the file again"
+            )
+    return {n: t for n, t in tensors.items() if n not in settings}, settings
+
+
+def _is_json(setting: torch.Tensor) -> bool:
+    if not 0 < setting.numel() <= LONGEST_SETTING:
+        return False
+    try:
+        found = json.loads(bytes(setting.tolist()))
+    except (ValueError, RecursionError):
+        return False
+    choices = found if isinstance(found, list) else [found]  # the first that the card can do
+    return all(isinstance(choice, dict) for choice in choices)
 
 
 def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:

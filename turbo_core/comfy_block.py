@@ -7,16 +7,17 @@ in the run's log line, wherever it could not honour what is there.
 import comfy.ldm.wan.model
 import comfy.model_management
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_quant import BLOCK
 from ..kernels.norm import rms_norm
 from ..kernels.norm_quant import layer_norm_quant
 from . import run_report
-from .comfy_operations import Linear, Operands, int8_product, int8_weights, quantize
+from .comfy_epilogue import Operands, quantize
+from .comfy_memory_graph import unrecorded
+from .comfy_operations import Linear, int8_product, int8_weights
 from .comfy_quant import is_int8
-from .comfy_sla import attend, float32_weights, is_stock, once
+from .comfy_sla import attend, float32_weights, host_attention, is_stock, missing_parts, once
 
 # Tokens that go through the feed-forward layers at once: bounds its memory, fills the GPU still.
 FFN_TOKENS = 32768
@@ -32,7 +33,8 @@ def block_forward(block, index, x, e, freqs, context, transformer_options=None, 
     reason = why_not_fused(block, e, transformer_options)
     if reason is None:
         run_report.note_fused(index)
-        return _fused(block, index, x, e, freqs, context, transformer_options)
+        with unrecorded():
+            return _fused(block, index, x, e, freqs, context, transformer_options)
     run_report.note_unfused(index, reason)
     others["transformer_options"] = transformer_options
     return type(block).forward(block, x, e=e, freqs=freqs, context=context, **others)
@@ -86,8 +88,7 @@ def _cross_attend(attn, q, text: Operands, transformer_options) -> torch.Tensor:
     k, v = (int8_product(op, text, q.dtype) for op in (attn.k, attn.v))
     q = rms_norm(q, float32_weights(attn.norm_q, q.device)[0], attn.eps)
     k = rms_norm(k, float32_weights(attn.norm_k, q.device)[0], attn.eps)
-    options = {"heads": attn.num_heads, "transformer_options": transformer_options}
-    return optimized_attention(q, k, v, **options)
+    return host_attention(attn, q, k, v, transformer_options)
 
 
 def why_not_fused(block, e, transformer_options: dict) -> str | None:
@@ -103,6 +104,9 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
     if not is_ours(block.self_attn.forward):
         return "a node patches its self-attention"
     attentions = block.self_attn, block.cross_attn
+    for attn in attentions:
+        if reason := missing_parts(attn):
+            return reason
     linears = [getattr(attn, name) for attn in attentions for name in "qkvo"]
     for linear in (*linears, block.ffn[0], block.ffn[2]):
         if not isinstance(linear, Linear) or not is_int8(linear.weight):

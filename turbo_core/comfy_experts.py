@@ -179,6 +179,8 @@ class ExpertRun:
         run_report.note_expert(LOW)
         guider, options = self.guider, self._options_of_low(model_options)
         self._load(self.low, x.shape, options)
+        if hasattr(self.high.model, "latent_shapes"):  # newer hosts tell it to the model of a run
+            self.low.model.latent_shapes = self.high.model.latent_shapes
         wrappers = get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True)
         with _instead(guider, inner_model=self.low.model):
             predict = WrapperExecutor.new_class_executor(guider.predict_noise, guider, wrappers)

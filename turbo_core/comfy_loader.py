@@ -10,6 +10,7 @@ from comfy.patcher_extension import WrappersMP
 
 from .checkpoint import Checkpoint, read_checkpoint
 from .comfy_attention import patch_attention, wan_model
+from .comfy_layer_settings import set_layer_settings
 from .comfy_operations import Linear, TurboOperations
 from .comfy_projections import projection
 from .comfy_quant import granularity as weight_granularity
@@ -62,6 +63,7 @@ def build_turbo_model(
         WrappersMP.DIFFUSION_MODEL, "turbodiffusion.timestep", _round_timestep
     )
     carry_sigma_max(model, default_sigma_max(checkpoint.in_channels))
+    set_layer_settings(wan_model(model), checkpoint.layer_settings)
     if checkpoint.has_sla:
         for block, proj_l in zip(wan_model(model).blocks, checkpoint.proj_l, strict=True):
             block.self_attn.proj_l = projection(*proj_l)

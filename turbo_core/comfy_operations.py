@@ -1,15 +1,19 @@
 """ComfyUI operations for TurboDiffusion models: a Linear that keeps INT8 weights INT8."""
 
+import contextlib
+import functools
 import inspect
+from collections.abc import Iterator
 
 import comfy.float
 import comfy.ops
 import torch
 
 from ..kernels.int8_linear import int8_linear
-from ..kernels.int8_quant import quantize_blocks, quantize_rows
 from ..kernels.requantize import requantize_rows
 from . import run_report
+from .comfy_epilogue import Operands, activated, added, int8_linear_with, quantize
+from .comfy_memory_graph import unrecorded
 from .comfy_quant import is_int8, pack, requantize, unpack
 
 # Newer hosts requantize a weight after patching it, if asked to.
@@ -17,37 +21,38 @@ _parameters = inspect.signature(comfy.ops.cast_bias_weight).parameters
 _REQUANTIZE = {"want_requant": True} if "want_requant" in _parameters else {}
 
 
-Operands = tuple[torch.Tensor, torch.Tensor]  # int8 and its float32 scales
+Fetched = tuple[torch.Tensor, torch.Tensor | None]  # a weight and its bias
 
 
-def fetch(op: torch.nn.Module, dtype: torch.dtype, device: torch.device):
-    """Weight, bias and offload stream of a comfy op on `device`; INT8 weights stay INT8.
+@contextlib.contextmanager
+def fetched(op: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[Fetched]:
+    """Weight and bias of a comfy op on `device`, for as long as the context lasts.
 
-    The caller hands all three to comfy.ops.uncast_bias_weight after their last use.
+    Floats come in `dtype`; INT8 weights stay INT8 unless a patch is added to them on the way. The
+    host has the weight back afterwards, whatever happens: one that it never gets back stays pinned
+    on the GPU.
     """
     patched = len(op.weight_function) > 0
-    weight_dtype = op.weight.dtype if is_int8(op.weight) and not patched else dtype
+    int8 = is_int8(op.weight)
+    weight_dtype = op.weight.dtype if int8 and not patched else dtype
+    options = {"bias_dtype": dtype, "offloadable": True, **(_REQUANTIZE if int8 else {})}
     weight, bias, stream = comfy.ops.cast_bias_weight(
-        op, dtype=weight_dtype, device=device, bias_dtype=dtype, offloadable=True, **_REQUANTIZE
+        op, dtype=weight_dtype, device=device, **options
     )
-    # What dynamic VRAM has just patched is in the dtype that it keeps.
-    weight = weight if is_int8(weight) else weight.to(weight_dtype)
-    return weight, None if bias is None else bias.to(dtype), stream
-
-
-def quantize(x: torch.Tensor, granularity: str, activation: str | None = None) -> Operands:
-    """Activations [B, L, C] to INT8 in "blocks" or "rows", after `activation` if there is one."""
-    quantizer = {"blocks": quantize_blocks, "rows": quantize_rows}[granularity]
-    return quantizer(x, activation=activation)
+    try:
+        # What dynamic VRAM has just patched is in the dtype that it keeps.
+        cast = weight if is_int8(weight) else weight.to(weight_dtype)
+        yield cast, None if bias is None else bias.to(dtype)
+    finally:
+        comfy.ops.uncast_bias_weight(op, weight, bias, stream)
 
 
 def int8_product(op: "Linear", x: Operands, dtype: torch.dtype, **epilogue) -> torch.Tensor:
     """The INT8 linear layer `op` on quantized activations; `epilogue` as int8_linear takes it."""
     comfy.ops.run_every_op()
-    weight, bias, stream = fetch(op, dtype, x[0].device)
-    operands = _weight_operands(weight, op.granularity)
-    y = int8_linear(*x, *operands, bias, out_dtype=dtype, **epilogue)
-    comfy.ops.uncast_bias_weight(op, weight, bias, stream)
+    with fetched(op, dtype, x[0].device) as (weight, bias):
+        operands = _weight_operands(weight, op.granularity)
+        y = int8_linear(*x, *operands, bias, out_dtype=dtype, **epilogue)
     run_report.note_int8(op.granularity, op)
     return y
 
@@ -55,23 +60,22 @@ def int8_product(op: "Linear", x: Operands, dtype: torch.dtype, **epilogue) -> t
 def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
     """What int8_linear takes of `op`, fetched once for several products: w_q, w_scale and bias."""
     comfy.ops.run_every_op()
-    weight, bias, stream = fetch(op, dtype, device)
-    operands = _weight_operands(weight, op.granularity)
-    if is_int8(weight) and operands[0] is unpack(weight)[0]:
-        operands = tuple(map(kept, operands, unpack(op.weight)))
-    kept_bias = None if bias is None else kept(bias, op.bias)
-    comfy.ops.uncast_bias_weight(op, weight, bias, stream)
+    with fetched(op, dtype, device) as (weight, bias):
+        operands = _weight_operands(weight, op.granularity)
+        if is_int8(weight) and operands[0] is unpack(weight)[0]:
+            operands = tuple(map(kept, operands, unpack(op.weight)))
+        kept_bias = None if bias is None else kept(bias, op.bias)
     run_report.note_int8(op.granularity, op)
     return *operands, kept_bias
 
 
-def kept(fetched: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+def kept(given: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """What the host gave for an op's `own` tensor, safe to keep: a copy where it is not itself.
 
     The host reuses the buffer that it streams a weight into for the next ops.
     """
-    same = fetched.device == own.device and fetched.data_ptr() == own.data_ptr()
-    return fetched if same else fetched.clone()
+    same = given.device == own.device and given.data_ptr() == own.data_ptr()
+    return given if same else given.clone()
 
 
 def _weight_operands(weight: torch.Tensor, granularity: str) -> Operands:
@@ -118,14 +122,29 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         if bias is not None:
             self.bias = torch.nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x):
+    def forward(
+        self,
+        x: torch.Tensor,
+        input_act: str | None = None,
+        act_weight: torch.Tensor | None = None,
+        act_eps: float = 0.0,
+        residual: torch.Tensor | None = None,
+        residual_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """residual + residual_scale * (act(x) @ weight.T + bias), x [..., C] in x's dtype.
+
+        The signature is ComfyUI's own (0.39 and newer); for the activations see comfy_epilogue.py.
+        """
         if is_int8(self.weight):
-            return int8_product(self, quantize(x, self.granularity), x.dtype)
+            multiply = functools.partial(int8_product, self, dtype=x.dtype)
+            asked = input_act, act_weight, act_eps, residual, residual_scale
+            with unrecorded():
+                return int8_linear_with(multiply, x, self.granularity, *asked)
+        x = activated(x, input_act, act_weight, act_eps)
         comfy.ops.run_every_op()
-        weight, bias, stream = fetch(self, x.dtype, x.device)
-        y = torch.nn.functional.linear(x, weight, bias)
-        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-        return y
+        with fetched(self, x.dtype, x.device) as (weight, bias):
+            y = torch.nn.functional.linear(x, weight, bias)
+        return added(y, residual, residual_scale)
 
     def convert_weight(self, weight, inplace=False, **_):
         """Host hook: the float weight that a LoRA is added to."""

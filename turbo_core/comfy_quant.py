@@ -9,12 +9,15 @@ import dataclasses
 import comfy.quant_ops
 import torch
 
+from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_quant import (
+    DTYPES,
     dequantize_blocks,
     dequantize_rows,
     quantize_blocks,
     quantize_rows,
 )
+from .comfy_epilogue import int8_linear_with
 
 LAYOUT = "TurboInt8Layout"
 HostTensor = comfy.quant_ops.QuantizedTensor
@@ -82,6 +85,7 @@ if hasattr(comfy.quant_ops, "LAYOUTS"):
             return qtensor._qdata, qtensor._layout_params["scale"]
 
     comfy.quant_ops.LAYOUTS[LAYOUT] = TurboInt8Layout
+    _REGISTERED = LAYOUT  # what the host files an operation on our tensors under
 
     def pack(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> QuantizedTensor:
         """int8 [out, in] and its scales as one tensor that dequantizes to `dtype`; no copy."""
@@ -124,7 +128,15 @@ else:
         def requantize_kwargs(cls, qtensor):
             return {"granularity": granularity(qtensor)}
 
+        @classmethod
+        def linear_input_act(cls, weight, x, bias=None, *asked, **named):
+            # comfy-kitchen 0.2.40; its arguments come in the order of ours.
+            if x.dtype not in DTYPES:
+                return NotImplemented
+            return linear(x, weight, bias, *asked, **_our_names(named))
+
     comfy.quant_ops.register_layout_class(LAYOUT, TurboInt8Layout)
+    _REGISTERED = TurboInt8Layout
 
     def pack(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> QuantizedTensor:
         """int8 [out, in] and its scales as one tensor that dequantizes to `dtype`; no copy."""
@@ -165,3 +177,34 @@ def _write(weight: HostTensor, value: torch.Tensor, non_blocking: bool = False) 
     for into, new in zip(unpack(weight), unpack(value), strict=True):
         into.copy_(new, non_blocking=non_blocking)
     return weight
+
+
+def linear(x: torch.Tensor, weight: HostTensor, bias=None, *asked, **named) -> torch.Tensor:
+    """The INT8 linear layer of x [..., C] with a weight by itself, in the granularity it is in.
+
+    What more may be asked of it is int8_linear_with's.
+    """
+
+    def multiply(operands, **epilogue):
+        return int8_linear(*operands, *unpack(weight), bias, out_dtype=x.dtype, **epilogue)
+
+    return int8_linear_with(multiply, x, granularity(weight), *asked, **named)
+
+
+def _our_names(named: dict) -> dict:
+    """comfy-kitchen's names for what is asked of a linear layer, as int8_linear_with has them."""
+    return {name.replace("input_act_", "act_"): value for name, value in named.items()}
+
+
+def _host_linear(_, args: tuple, kwargs: dict) -> torch.Tensor:
+    """torch.nn.functional.linear with a weight of ours: where the host multiplies it itself."""
+    x, weight, *bias = args
+    if is_int8(weight) and not isinstance(x, HostTensor) and x.dtype in DTYPES:
+        return linear(x, weight, *bias, **kwargs)
+    floats = (t.dequantize() if isinstance(t, HostTensor) else t for t in args)
+    return torch.nn.functional.linear(*floats, **kwargs)
+
+
+# In inference mode only, which ComfyUI runs every node in: elsewhere torch takes the operation
+# apart before it gets here, and the host dequantizes the weight.
+comfy.quant_ops.register_layout_op(torch.ops.aten.linear.default, _REGISTERED)(_host_linear)

@@ -14,6 +14,7 @@ from .checkpoint_layout import BLOCK_LINEARS, IMAGE_LINEARS
 from .comfy_attention import KEY, patch_attention, wan_model
 from .comfy_block import is_ours
 from .comfy_experts import KEY as EXPERTS
+from .comfy_layer_settings import layer_settings, set_layer_settings
 from .comfy_loader import GRANULARITIES
 from .comfy_operations import Linear, TurboOperations
 from .comfy_projections import INJECTION, own_projection, projection
@@ -132,8 +133,16 @@ def _check_patches(model) -> None:
     modules = set(map(id, model.model.modules()))
     for name, patch in model.object_patches.items():
         inside = name.split(".")[0] == "diffusion_model"
-        if inside and callable(patch) and not is_ours(patch) and id(_owner(patch)) not in modules:
+        if not inside or not callable(patch) or is_ours(patch) or _has_no_weights(patch):
+            continue
+        if id(_owner(patch)) not in modules:
             raise _tied(f"{name} by {getattr(patch, '__module__', 'another node')}")
+
+
+def _has_no_weights(patch) -> bool:
+    """Whether `patch` is a module that holds settings only, as a LoRA brings for an attention."""
+    is_module = isinstance(patch, torch.nn.Module)
+    return is_module and not any(True for _ in (*patch.parameters(), *patch.buffers()))
 
 
 def _tied(what: str) -> ValueError:
@@ -275,6 +284,8 @@ def _build(original: torch.nn.Module, tensors: Tensors, granularity: str) -> tor
     for module in built.diffusion_model.modules():
         if isinstance(module, Linear):
             module.granularity = granularity
+    wan = original.diffusion_model
+    set_layer_settings(built.diffusion_model, layer_settings(wan, wan.get_submodule))
     return built
 
 

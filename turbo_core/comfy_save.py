@@ -11,10 +11,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .checkpoint import CheckpointError, check_tensors, file_tensors
+from .checkpoint_layout import LAYER_SETTING
 from .checkpoint_names import PROJ_L
 from .checkpoint_write import write_safetensors
 from .comfy_attention import wan_model
 from .comfy_experts import KEY as EXPERTS
+from .comfy_layer_settings import layer_settings
 from .comfy_projections import INJECTION, attached_projections, own_projection
 from .comfy_quant import is_int8, pack, requantize, unpack
 
@@ -29,9 +31,9 @@ def save_turbo_model(model, path: Path, metadata: dict[str, str] | None = None) 
 
     INT8 weights stay INT8 with their scales, and SLA's projections come along, attached ones too.
     What weight patches (LoRAs) change is baked in: added in float32, then back in the weight's own
-    format. Attention settings and other patches are not part of a file. `model` is untouched,
-    wherever its weights are. Baking a LoRA takes about four times a weight in float32, one weight
-    after the other.
+    format. So is the attention backend that a layer asks ComfyUI for. Settings of SLA and other
+    patches are not part of a file. `model` is untouched, wherever its weights are. Baking a LoRA
+    takes about four times a weight in float32, one weight after the other.
 
     Raises:
         ValueError: not a Wan MODEL, or not one that TurboLoader could load again.
@@ -85,6 +87,8 @@ def _weights(model) -> Weights:
         name = key.removeprefix(PREFIX).replace(".self_attn.proj_l.", f".{PROJ_L}.")
         if name.endswith(".weight_scale") and is_int8(weights[name.removesuffix("_scale")][0]):
             continue  # it is inside the weight
+        if name.endswith(LAYER_SETTING):
+            continue  # it is no weight, and a LoRA's would not be among these
         if not is_int8(weight) and type(weight) not in (torch.Tensor, torch.nn.Parameter):
             raise ValueError(
                 f"this MODEL makes no checkpoint for TurboLoader: {name} is in another quantized "
@@ -95,7 +99,8 @@ def _weights(model) -> Weights:
     for index, proj_l in enumerate(attached_projections(model)):
         for part, tensor in proj_l.named_parameters():
             weights[f"blocks.{index}.{PROJ_L}.{part}"] = (tensor, [])
-    return weights
+    settings = layer_settings(wan_model(model), lambda n: model.get_model_object(f"{PREFIX}{n}"))
+    return weights | {name: (setting, []) for name, setting in settings.items()}
 
 
 def _parts(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -11,12 +11,15 @@ from ..kernels.rope import apply_rope
 from ..kernels.sla import sla, sla_from_projections
 from ..kernels.sparse_attention import default_pv
 from . import run_report
-from .comfy_operations import kept
+from .comfy_memory_graph import unrecorded
+from .comfy_operations import fetched, kept
 from .sla_settings import SLASettings
 
 KEY = "turbodiffusion"
 # In the options of one forward pass: what `once` has made for its blocks.
 MADE = "turbodiffusion.made"
+# What an attention is made of; a host may merge q, k and v into one Linear.
+PARTS = {*"qkvo", "norm_q", "norm_k"}
 
 
 def self_attention(
@@ -35,7 +38,8 @@ def self_attention(
     q = apply_rope(_norm(attn.norm_q, attn.q(x)).unflatten(2, _heads(attn)), *rotation)
     k = apply_rope(_norm(attn.norm_k, attn.k(x)).unflatten(2, _heads(attn)), *rotation)
     v = attn.v(x).unflatten(2, _heads(attn))
-    y = sla(q, k, v, _projection(attn, x.device), **_sla_options(settings)).flatten(2)
+    with unrecorded():
+        y = sla(q, k, v, _projection(attn, x.device), **_sla_options(settings)).flatten(2)
     _note_sla(attn, index, settings, x)
     for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
         y = patch({"x": y, "q": q, "k": k, "transformer_options": transformer_options})
@@ -57,13 +61,27 @@ def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tens
         run_report.note_dense(index, why_dense)
         q = apply_rope(rms_norm(q, q_weight, attn.eps).unflatten(2, heads), *rotation)
         k = apply_rope(rms_norm(k, k_weight, attn.eps).unflatten(2, heads), *rotation)
-        options = {"heads": attn.num_heads, "transformer_options": transformer_options}
-        return optimized_attention(q.flatten(2), k.flatten(2), v, **options)
+        return host_attention(attn, q.flatten(2), k.flatten(2), v, transformer_options)
     _note_sla(attn, index, settings, q)
     q, k, v = (x.unflatten(2, heads) for x in (q, k, v))
     weights = (q_weight, k_weight), rotation, _projection(attn, q.device)
     options = {"eps": attn.eps, **_sla_options(settings)}
     return sla_from_projections(q, k, v, *weights, **options).flatten(2)
+
+
+def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:
+    """ComfyUI's own attention of q, k, v [B, L, C], as `attn` would call it."""
+    options = {"heads": attn.num_heads, "transformer_options": transformer_options}
+    preferred = getattr(attn, "comfy_attention", None)
+    if preferred is not None:  # a host with these modules takes them, see comfy_layer_settings.py
+        options["preferred_attention"] = preferred
+    return optimized_attention(q, k, v, **options)
+
+
+def missing_parts(attn) -> str | None:
+    """Why this pack cannot compute `attn` part by part; None where it can."""
+    missing = PARTS - attn._modules.keys()
+    return f"its attention has no {', '.join(sorted(missing))} of its own" if missing else None
 
 
 def _choose(attn, index: int, transformer_options: dict) -> tuple[SLASettings, str | None]:
@@ -107,7 +125,7 @@ def _dense_reason(settings: SLASettings, attn, index: int, step: int) -> str | N
         return f"chosen for the first {settings.dense_steps} steps"
     if attn.head_dim not in (64, 128):
         return f"head_dim {attn.head_dim} is not 64 or 128"
-    return None
+    return missing_parts(attn)
 
 
 def _sla_options(settings: SLASettings) -> dict:
@@ -117,11 +135,8 @@ def _sla_options(settings: SLASettings) -> dict:
 
 def float32_weights(op, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of a small comfy op in float32 on `device`, wherever the host keeps them."""
-    options = {"dtype": torch.float32, "bias_dtype": torch.float32, "offloadable": True}
-    weight, bias, stream = comfy.ops.cast_bias_weight(op, device=device, **options)
-    ours = kept(weight, op.weight), None if bias is None else kept(bias, op.bias)
-    comfy.ops.uncast_bias_weight(op, weight, bias, stream)
-    return ours
+    with fetched(op, torch.float32, device) as (weight, bias):
+        return kept(weight, op.weight), None if bias is None else kept(bias, op.bias)
 
 
 def _projection(attn, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -333,12 +333,34 @@ def test_a_wan_model_of_other_channels(plain, tmp_path):
     refuse_tensors(tmp_path, tensors, "48 input channels", "16 (text to video) or 36")
 
 
-@pytest.mark.parametrize(
-    "name", ["weight_scale", "weight_scale_inv", "scale_weight", "comfy_quant"]
-)
+FOREIGN = ["weight_scale", "weight_scale_inv", "scale_weight", "comfy_quant"]
+W4A8_W6A8_AWQ = ["weight_s_rel", "weight_s_channel", "weight_codebook", "weight_zeros"]
+
+
+@pytest.mark.parametrize("name", FOREIGN + W4A8_W6A8_AWQ)
 def test_another_quantisation(plain, tmp_path, name):
     tensors = {**torch.load(plain), f"{Q0}.{name}": torch.ones(1)}
     refuse_tensors(tmp_path, tensors, "another format", f"{Q0}.{name}", "-quant")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        torch.ones(8),
+        torch.zeros(0, dtype=torch.uint8),
+        torch.zeros(2, 2, dtype=torch.uint8),
+        torch.tensor(list(b"not JSON"), dtype=torch.uint8),
+        torch.tensor(list(b"[" * 60_000), dtype=torch.uint8),
+        torch.full((70_000,), ord(" "), dtype=torch.uint8),
+        torch.tensor(list(b"1"), dtype=torch.uint8),
+        torch.tensor(list(b"[1]"), dtype=torch.uint8),
+    ],
+    ids=["floats", "empty", "two axes", "no JSON", "brackets", "long", "a number", "a list"],
+)
+def test_a_layer_setting_that_is_none(plain, tmp_path, setting):
+    name = "blocks.0.self_attn.comfy_attention.config"
+    tensors = {**torch.load(plain), name: setting}
+    refuse_tensors(tmp_path, tensors, name, "JSON text in uint8", "download or convert")
 
 
 def drop(*names):

@@ -96,6 +96,16 @@ def test_a_checkpoint_of_an_odd_width_stays_aligned(files, tmp_path):
     assert_same(load(tmp_path / "a.safetensors"), tensors)
 
 
+def test_settings_of_single_layers_are_for_comfyui_only(official, tmp_path):
+    setting = torch.tensor(list(b'{"attention": "comfy_kitchen_int8"}'), dtype=torch.uint8)
+    name = "blocks.1.self_attn.comfy_attention.config"
+    save_file({**conv(load(official)), name: setting}, tmp_path / "in.safetensors")
+    convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    assert_same(load(tmp_path / "out.safetensors"), {**conv(load(official)), name: setting})
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)}.*no place for: choose the names"):
+        convert(tmp_path / "in.safetensors", tmp_path / "out.pth")
+
+
 def test_tensors_lie_where_their_dtypes_need_them(quant, tmp_path):
     convert(quant, tmp_path / "a.safetensors")
     data = (tmp_path / "a.safetensors").read_bytes()

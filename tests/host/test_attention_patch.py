@@ -201,6 +201,39 @@ def test_somebody_elses_other_patches_run(loaded, line, part):
     assert goldens.relative_error(_run(_patch(loaded)), out) > 1e-3
 
 
+class MergedAttention(comfy.ldm.wan.model.WanSelfAttention):
+    """One Linear for q, k and v, as a newer host may have it (0.45 has for another model)."""
+
+    def __init__(self, own):
+        torch.nn.Module.__init__(self)
+        vars(self).update({**vars(own), "_modules": dict(own._modules)})
+        self.qkv = torch.nn.ModuleList((own.q, own.k, own.v))  # of three times the width
+        del self.q, self.k, self.v
+
+    def forward(self, x, freqs, transformer_options):
+        q, k, v = (linear(x) for linear in self.qkv)
+        return self.o(q + k + v)
+
+
+@pytest.mark.parametrize("attention", ["self_attn", "cross_attn"])
+def test_merged_projections_step_aside(paths, line, attention):
+    model = comfy_loader.load_turbo_model(paths[0])
+    block = model.model.diffusion_model.blocks[0]
+    if attention == "self_attn":
+        block.self_attn = MergedAttention(block.self_attn)
+    else:
+        merged = block.cross_attn
+        merged.qkv = merged.q
+        del merged.q
+        merged.forward = lambda x, context, **options: merged.o(merged.qkv(x))
+    _run(_patch(model))
+    report = line()
+    missing = "k, q, v" if attention == "self_attn" else "q"
+    assert f"not fused in blocks 0: its attention has no {missing} of its own" in report
+    if attention == "self_attn":
+        assert "dense in blocks 0: its attention has no k, q, v of its own" in report
+
+
 def test_attn1_patch_is_applied(loaded):
     """ComfyUI 0.3.75 has no such patch for Wan; where SLA runs, it works there too."""
     seen = []

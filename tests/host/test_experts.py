@@ -247,6 +247,23 @@ def test_sampler_custom_advanced(high, low, mode, steps):
 # Memory
 
 
+def test_the_low_noise_expert_knows_the_shapes_of_the_latents(high, low):
+    """Newer hosts tell them to the model that a run begins with."""
+    told = []
+    if not hasattr(high.model, "latent_shapes"):
+        high.model.latent_shapes = [SHAPE]
+
+    def note(executor, x, timestep, *args):
+        told.append(getattr(executor.class_obj.inner_model, "latent_shapes", None))
+        return executor(x, timestep, *args)
+
+    low.model.latent_shapes = "those of another run"
+    low.add_wrapper_with_key("predict_noise", "test", note)
+    _run(_switch(high, low))
+    assert told == [high.model.latent_shapes] * 2
+    assert [tuple(shape) for shape in told[0]] == [SHAPE]
+
+
 def test_each_expert_is_loaded_when_its_turn_comes(high, low, loads):
     seen = []
     _run(_switch(high, low), callback=lambda *_: seen.append(len(loads)))

@@ -77,8 +77,9 @@ def test_what_dynamic_vram_patched_comes_in_the_dtype_asked_for(monkeypatch):
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", kept)
     op = Linear(4, 4, dtype=torch.float32)
     op.assign(torch.randn(4, 4), torch.randn(4))
-    weight, bias, _ = comfy_operations.fetch(op, torch.float32, torch.device("cpu"))
-    assert weight.dtype == bias.dtype == torch.float32
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *_: None)
+    with comfy_operations.fetched(op, torch.float32, torch.device("cpu")) as (weight, bias):
+        assert weight.dtype == bias.dtype == torch.float32
 
 
 def test_the_host_counts_int8_weights_once(paths, int8_model):

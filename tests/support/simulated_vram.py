@@ -4,16 +4,21 @@ Memory is plain memory, weights always find room in it, and "cpu:0", which to Co
 device than the "cpu" where the weights are, plays the GPU. There are no streams, nothing is pinned.
 """
 
+import collections
 import functools
 
 
 class Room:
-    """comfy_aimdo.model_vbar.ModelVBAR: room on the GPU, taken when a weight is asked for."""
+    """comfy_aimdo.model_vbar.ModelVBAR: room on the GPU, taken when a weight is asked for.
 
-    def __init__(self, size, device):
+    A weight that was asked for is pinned there until it is given back, which nobody may do twice.
+    """
+
+    def __init__(self, size, device, pageout_callback=None):
         self.used, self.memory, self.times = 0, {}, {}
+        self.pins = collections.Counter()  # place -> how often it was asked for and not given back
 
-    def prioritize(self):
+    def prioritize(self, malloc_async_clamp=None):
         pass
 
     def alloc(self, size):
@@ -27,7 +32,13 @@ class Room:
         if place not in self.memory:
             self.memory[place] = torch.full((size,), 255, dtype=torch.uint8)  # NaN until written
             self.times[place] = self.times.get(place, 0) + 1
+        self.pins[place] += 1
         return self.times[place]
+
+    def unpin(self, place, size):
+        if not self.pins[place]:
+            raise RuntimeError("VBAR unpin failed")
+        self.pins[place] -= 1
 
     def loaded_size(self):
         return sum(memory.nbytes for memory in self.memory.values())
@@ -78,7 +89,7 @@ def enable() -> None:
     vbar = comfy_aimdo.model_vbar
     vbar.ModelVBAR = Room
     vbar.vbar_fault = lambda alloc: alloc[0].fault(*alloc[1:])
-    vbar.vbar_unpin = lambda alloc: None
+    vbar.vbar_unpin = lambda alloc: alloc[0].unpin(*alloc[1:])
     vbar.vbar_signature_compare = lambda a, b: a is not None and a == b
     comfy_aimdo.vram_buffer.VRAMBuffer = CastBuffer
     comfy_aimdo.host_buffer.HostBuffer = HostBuffer
