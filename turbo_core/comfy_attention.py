@@ -107,11 +107,19 @@ def _around_run(executor, *args, **kwargs):
         return executor(*args, **kwargs)
 
 
+@torch.compiler.disable(recursive=False)  # as comfy_block.block_forward
 def _around_forward(
     executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **kwargs
 ):
     """Tell the blocks which step this is, and the report which blocks will not reach us."""
-    blocks = executor.class_obj.blocks
+    _report_forward(executor.class_obj.blocks)
+    options = {**transformer_options[KEY], "step": _step(transformer_options)}
+    transformer_options = {**transformer_options, KEY: options, MADE: {}}
+    return executor(x, timestep, context, clip_fea, concat, transformer_options, **kwargs)
+
+
+@torch.compiler.disable
+def _report_forward(blocks: torch.nn.ModuleList) -> None:
     run_report.note_forward(len(blocks))
     for index, block in enumerate(blocks):
         if not is_ours(block.forward):
@@ -119,15 +127,13 @@ def _around_forward(
         if not is_ours(block.self_attn.forward):
             owner = _owner(block.self_attn.forward)
             run_report.note_dense(index, f"its self-attention is patched by {owner}")
-    options = {**transformer_options[KEY], "step": _step(transformer_options)}
-    transformer_options = {**transformer_options, KEY: options, MADE: {}}
-    return executor(x, timestep, context, clip_fea, concat, transformer_options, **kwargs)
 
 
 def _owner(forward) -> str:
     return getattr(forward, "__module__", "another node")
 
 
+@torch.compiler.disable
 def _step(transformer_options: dict) -> int:
     """Index of the step among this model's; -1 outside a sampler or where no step is kept dense."""
     sigmas = transformer_options.get("sample_sigmas")

@@ -14,6 +14,7 @@ from ..kernels.int8_quant import BLOCK
 from ..kernels.norm import rms_norm
 from ..kernels.norm_quant import layer_norm_quant
 from . import run_report
+from .comfy_gradients import GRADIENTS, records_graph
 from .comfy_operations import Linear, Operands, int8_product, int8_weights, quantize
 from .comfy_quant import is_int8
 from .comfy_sla import attend, float32_weights, is_stock, once
@@ -22,6 +23,9 @@ from .comfy_sla import attend, float32_weights, is_stock, once
 FFN_TOKENS = 32768
 
 
+# torch.compile traces what is the host's only: it would freeze decisions that are made from options,
+# whose guards the host drops, and compute otherwise than the kernels do.
+@torch.compiler.disable(recursive=False)
 def block_forward(block, index, x, e, freqs, context, transformer_options=None, **others):
     """WanAttentionBlock.forward of block `index`: x [B, L, C] with modulation e [B, (1,) 6, C].
 
@@ -29,15 +33,25 @@ def block_forward(block, index, x, e, freqs, context, transformer_options=None, 
     `others` are what only the host's own forward takes.
     """
     transformer_options = transformer_options or {}
-    reason = why_not_fused(block, e, transformer_options)
-    if reason is None:
-        run_report.note_fused(index)
+    if _choose_fused(block, index, x, e, context, transformer_options):
         return _fused(block, index, x, e, freqs, context, transformer_options)
-    run_report.note_unfused(index, reason)
     others["transformer_options"] = transformer_options
     return type(block).forward(block, x, e=e, freqs=freqs, context=context, **others)
 
 
+@torch.compiler.disable
+def _choose_fused(block, index, x, e, context, transformer_options) -> bool:
+    """Whether the block runs fused, told to the report."""
+    recorded = records_graph(block, x, e, context)
+    reason = GRADIENTS if recorded else why_not_fused(block, e, transformer_options)
+    if reason is None:
+        run_report.note_fused(index)
+    else:
+        run_report.note_unfused(index, reason)
+    return reason is None
+
+
+@torch.compiler.disable
 def _fused(block, index, x, e, freqs, context, transformer_options):
     shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(block, e, x.device)
     granularity, eps, dtype = block.ffn[0].granularity, block.eps, x.dtype

@@ -11,6 +11,7 @@ from ..kernels.int8_quant import quantize_blocks, quantize_rows
 from ..kernels.nvrtc import cuda_unavailable
 from ..kernels.requantize import requantize_rows
 from . import run_report
+from .comfy_gradients import records_graph
 from .comfy_quant import is_int8, pack, requantize, unpack
 
 # Newer hosts requantize a weight after patching it, if asked to.
@@ -92,6 +93,33 @@ def _weight_operands(weight: torch.Tensor, granularity: str) -> Operands:
     return q, scale
 
 
+@torch.compiler.disable  # which would compute otherwise than the kernels do
+def _quantized(op: "Linear", x: torch.Tensor) -> torch.Tensor:
+    """The INT8 linear layer `op` on x [B, L, C], quantized first."""
+    return int8_product(op, quantize(x, op.granularity), x.dtype)
+
+
+def _recorded(op: "Linear", weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The fetched `weight` of `op` in floats that a graph for gradients can keep.
+
+    INT8 takes no gradients itself, but passes those of its input, and a LoRA on it gets its own.
+
+    Raises:
+        ValueError: gradients are asked for of a weight that cannot get them.
+    """
+    if op.weight.requires_grad and is_int8(op.weight):
+        raise ValueError(
+            "an INT8 weight is asked for gradients, which integers do not have. Train a LoRA on it, "
+            "or load a checkpoint in 16 bits"
+        )
+    if op.weight.requires_grad and not weight.requires_grad:
+        raise ValueError(
+            "a weight is asked for gradients that ComfyUI streams from RAM without them. Start "
+            "ComfyUI with --disable-dynamic-vram"
+        )
+    return weight.dequantize().to(dtype) if is_int8(weight) else kept(weight, op.weight)
+
+
 class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     """Linear whose weight is whatever the checkpoint holds: float, or INT8 with its scales.
 
@@ -127,10 +155,12 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             self.bias = torch.nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x):
-        if is_int8(self.weight):
-            return int8_product(self, quantize(x, self.granularity), x.dtype)
+        recorded = records_graph(self, x)
+        if is_int8(self.weight) and not recorded:
+            return _quantized(self, x)
         comfy.ops.run_every_op()
         weight, bias, stream = fetch(self, x.dtype, x.device)
+        weight = _recorded(self, weight, x.dtype) if recorded else weight
         y = torch.nn.functional.linear(x, weight, bias)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y

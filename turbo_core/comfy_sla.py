@@ -1,5 +1,6 @@
 """Wan's self-attention as SLA: from the host's module and options to kernels/."""
 
+import dataclasses
 from collections.abc import Callable
 
 import comfy.ops
@@ -13,6 +14,7 @@ from ..kernels.rope import apply_rope
 from ..kernels.sla import sla, sla_from_projections
 from ..kernels.sparse_attention import default_pv
 from . import run_report
+from .comfy_gradients import GRADIENTS, records_graph
 from .comfy_operations import kept
 from .sla_settings import SLASettings
 
@@ -21,6 +23,7 @@ KEY = "turbodiffusion"
 MADE = "turbodiffusion.made"
 
 
+@torch.compiler.disable(recursive=False)  # as comfy_block.block_forward
 def self_attention(
     attn, index: int, x: torch.Tensor, freqs: torch.Tensor, transformer_options: dict | None = None
 ) -> torch.Tensor:
@@ -29,19 +32,47 @@ def self_attention(
     `freqs` is the host's rotation [1, L, 1, D/2, 2, 2].
     """
     transformer_options = transformer_options or {}
+    settings = _choose_sparse(attn, index, transformer_options)
+    if settings is None:
+        return type(attn).forward(attn, x, freqs, transformer_options=transformer_options)
+    return _sparse(attn, index, settings, x, freqs, transformer_options)
+
+
+@torch.compiler.disable
+def _choose_sparse(attn, index: int, transformer_options: dict) -> SLASettings | None:
+    """The settings where the block attends sparsely; None, told to the report, where it does not."""
     settings, why_dense = _choose(attn, index, transformer_options)
     if why_dense:
         run_report.note_dense(index, why_dense)
-        return type(attn).forward(attn, x, freqs, transformer_options=transformer_options)
+    return None if why_dense else settings
+
+
+@torch.compiler.disable
+def _sparse(attn, index: int, settings: SLASettings, x, freqs, transformer_options) -> torch.Tensor:
+    """SLA on modulated x [B, L, C], from the projections to `o`."""
+    recorded = records_graph(attn, x, freqs)
+    settings = _differentiable(settings) if recorded else settings
+    around, within = ("reference",) * 2 if recorded else ("auto", settings.backend)
     rotation = _rotation(freqs)
-    q = apply_rope(_norm(attn.norm_q, attn.q(x)).unflatten(2, _heads(attn)), *rotation)
-    k = apply_rope(_norm(attn.norm_k, attn.k(x)).unflatten(2, _heads(attn)), *rotation)
+    q, k = _norm(attn.norm_q, attn.q(x), around), _norm(attn.norm_k, attn.k(x), around)
+    q, k = (apply_rope(y.unflatten(2, _heads(attn)), *rotation, around) for y in (q, k))
     v = attn.v(x).unflatten(2, _heads(attn))
-    y = sla(q, k, v, *_projection(attn, x.device), **_sla_options(settings)).flatten(2)
-    _note_sla(attn, index, settings, x)
+    options = {**_sla_options(settings), "backend": within}
+    y = sla(q, k, v, *_projection(attn, x.device), **options).flatten(2)
+    _note_sla(attn, index, settings, x, GRADIENTS if recorded else None)
     for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
         y = patch({"x": y, "q": q, "k": k, "transformer_options": transformer_options})
     return attn.o(y)
+
+
+def _differentiable(settings: SLASettings) -> SLASettings:
+    """The nearest that has gradients: SLA in 16 bits, as rounding to INT8 has none."""
+    if settings.backend == "triton":
+        raise RuntimeError(
+            "SLA: Triton was asked for, but gradients are as well, which its kernels do not have. "
+            "Use 'auto'."
+        )
+    return dataclasses.replace(settings, attention="sla")
 
 
 def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tensor:
@@ -95,8 +126,7 @@ def _contiguous_rotation(freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 def once(transformer_options: dict, name: str, x: torch.Tensor, make: Callable):
     """make(x), once for all blocks of a forward pass that get the same x, which nobody changes."""
-    # What torch.compile makes may live in memory that its next graph overwrites.
-    made = {} if torch.compiler.is_compiling() else transformer_options.get(MADE, {})
+    made = transformer_options.get(MADE, {})
     if name not in made or made[name][0] is not x:
         made[name] = x, make(x)
     return made[name][1]
@@ -131,11 +161,11 @@ def _projection(attn, device: torch.device) -> tuple[torch.Tensor | None, torch.
     return float32_weights(attn.proj_l, device) if hasattr(attn, "proj_l") else (None, None)
 
 
-def _norm(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _norm(norm: torch.nn.Module, x: torch.Tensor, backend: str) -> torch.Tensor:
     """RMSNorm over the full dim with the checkpoint's fp32 weight, unless somebody patched it."""
     if not isinstance(norm, comfy.ops.CastWeightBiasOp) or not is_stock(norm):
         return norm(x)
-    return rms_norm(x, float32_weights(norm, x.device)[0], norm.eps)
+    return rms_norm(x, float32_weights(norm, x.device)[0], norm.eps, backend)
 
 
 def is_stock(module: torch.nn.Module) -> bool:
@@ -146,12 +176,12 @@ def is_stock(module: torch.nn.Module) -> bool:
     return stock and not module._forward_hooks and not module._forward_pre_hooks
 
 
-def _note_sla(attn, index: int, settings: SLASettings, x: torch.Tensor) -> None:
-    """Tell the report which attention runs, in a few words."""
+def _note_sla(attn, index: int, settings: SLASettings, x: torch.Tensor, why_torch=None) -> None:
+    """Tell the report which attention runs, in a few words, and `why_torch` if that was chosen."""
     bits = f"int8 QK and {default_pv(x.device)} PV" if settings.attention == "sagesla" else "16 bit"
     branch = "" if hasattr(attn, "proj_l") else ", no proj_l so no linear branch"
     how = f"{settings.attention} top-k {settings.topk:g} ({bits}{branch})"
-    kernels = [run_report.kernel_name(x, settings.backend, float32_on_gpu(x))]
+    kernels = [run_report.kernel_name(x, settings.backend, float32_on_gpu(x), why_torch)]
     if kernels == ["Triton"] and attn.head_dim == 128 and not cuda_unavailable(x.device):
         kernels += ["CUDA"] * (settings.attention == "sagesla")
     run_report.note_sla(index, how, *kernels)
