@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import reprlib
 
 import comfy.ldm.wan.model
 import comfy.model_patcher
@@ -24,12 +25,26 @@ PLAIN_BLOCKS = (
 )
 
 
+def require_model(model: object, name: str = "model") -> None:
+    """Require a MODEL: the host takes any value for one that a client writes in place of a link.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(model, comfy.model_patcher.ModelPatcher):
+        raise ValueError(
+            f"{name} must be a MODEL, got the {type(model).__name__} {reprlib.repr(model)}. Link "
+            "it to a loader such as TurboLoader."
+        )
+
+
 def wan_model(model: comfy.model_patcher.ModelPatcher) -> comfy.ldm.wan.model.WanModel:
     """The Wan transformer inside `model`.
 
     Raises:
         ValueError: the MODEL is something else.
     """
+    require_model(model)
     diffusion_model = model.get_model_object("diffusion_model")
     if not isinstance(diffusion_model, comfy.ldm.wan.model.WanModel) or any(
         _attends_otherwise(block) for block in diffusion_model.blocks

@@ -23,8 +23,8 @@ from .comfy_sla import attend, float32_weights, is_stock, once
 FFN_TOKENS = 32768
 
 
-# torch.compile traces what is the host's only: it would freeze decisions that are made from options,
-# whose guards the host drops, and compute otherwise than the kernels do.
+# torch.compile traces the host's part only. Of ours it would freeze decisions made from options,
+# whose guards newer hosts drop, and round otherwise than the kernels do.
 @torch.compiler.disable(recursive=False)
 def block_forward(block, index, x, e, freqs, context, transformer_options=None, **others):
     """WanAttentionBlock.forward of block `index`: x [B, L, C] with modulation e [B, (1,) 6, C].

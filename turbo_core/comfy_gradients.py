@@ -15,5 +15,6 @@ def records_graph(module: torch.nn.Module, *tensors: torch.Tensor | None) -> boo
         return False
     sources = (*tensors, *module.parameters())
     return any(x is not None and x.requires_grad for x in sources) or any(
-        getattr(op, f"{name}_function", ()) for op in module.modules() for name in ("weight", "bias")
+        getattr(op, "weight_function", ()) or getattr(op, "bias_function", ())
+        for op in module.modules()
     )

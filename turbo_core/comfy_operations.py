@@ -109,8 +109,8 @@ def _recorded(op: "Linear", weight: torch.Tensor, dtype: torch.dtype) -> torch.T
     """
     if op.weight.requires_grad and is_int8(op.weight):
         raise ValueError(
-            "an INT8 weight is asked for gradients, which integers do not have. Train a LoRA on it, "
-            "or load a checkpoint in 16 bits"
+            "an INT8 weight is asked for gradients, which integers do not have. Train a LoRA on "
+            "it, or load a checkpoint in 16 bits"
         )
     if op.weight.requires_grad and not weight.requires_grad:
         raise ValueError(

@@ -13,7 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from .checkpoint import CheckpointError, check_tensors, file_tensors
 from .checkpoint_names import PROJ_L
 from .checkpoint_write import write_safetensors
-from .comfy_attention import wan_model
+from .comfy_attention import require_model, wan_model
 from .comfy_experts import KEY as EXPERTS
 from .comfy_projections import INJECTION, attached_projections, own_projection
 from .comfy_quant import is_int8, pack, requantize, unpack
@@ -37,6 +37,7 @@ def save_turbo_model(model, path: Path, metadata: dict[str, str] | None = None) 
         ValueError: not a Wan MODEL, or not one that TurboLoader could load again.
         FileExistsError, OSError: see write_safetensors.
     """
+    require_model(model)
     _check_patches(model)
     weights = _weights(model)
     tensors = _checked({n: t for name, (w, _) in weights.items() for n, t in _parts(name, w)})

@@ -40,7 +40,7 @@ def self_attention(
 
 @torch.compiler.disable
 def _choose_sparse(attn, index: int, transformer_options: dict) -> SLASettings | None:
-    """The settings where the block attends sparsely; None, told to the report, where it does not."""
+    """The settings where the block attends sparsely, else None, which the report is told."""
     settings, why_dense = _choose(attn, index, transformer_options)
     if why_dense:
         run_report.note_dense(index, why_dense)
