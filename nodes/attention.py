@@ -1,16 +1,16 @@
 """SLAAttentionPatch: sparse-linear attention on a Wan MODEL."""
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..kernels.dispatch import BACKENDS
 from ..turbo_core.comfy_attention import patch_attention, wan_model
 from ..turbo_core.comfy_projections import attach_projections
 from ..turbo_core.sla_settings import ATTENTIONS, SLASettings, parse_blocks
+from .model_files import FileInput, file_path, listed_or_why_not
 from .schema import schema
 
-FOLDER = "diffusion_models"
 NONE = "none"
+OR_NONE = ", or choose none"
 
 
 class SLAAttentionPatch(io.ComfyNode):
@@ -61,9 +61,9 @@ class SLAAttentionPatch(io.ComfyNode):
                     tooltip="Kernels of the attention. auto: Triton where it can run. triton: "
                     "that or an error. reference: plain torch, slow.",
                 ),
-                io.Combo.Input(
+                FileInput(
                     "projections",
-                    options=[NONE, *folder_paths.get_filename_list(FOLDER)],
+                    first=(NONE,),
                     default=NONE,
                     optional=True,
                     tooltip="A TurboDiffusion checkpoint of the same model size, whose SLA "
@@ -78,20 +78,12 @@ class SLAAttentionPatch(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, projections=NONE):
-        if projections in (NONE, *folder_paths.get_filename_list(FOLDER)):
-            return True
-        return (
-            f"projections {projections!r} is not in models/diffusion_models. Put a TurboDiffusion "
-            "checkpoint there and press R to refresh the list, or choose none."
-        )
+        return projections == NONE or listed_or_why_not("projections", projections, OR_NONE)
 
     @classmethod
-    def execute(
-        cls, model, attention, topk, dense_blocks, dense_steps, backend, projections=NONE
-    ):
+    def execute(cls, model, attention, topk, dense_blocks, dense_steps, backend, projections=NONE):
         blocks = parse_blocks(dense_blocks, len(wan_model(model).blocks))
         settings = SLASettings(attention, topk, blocks, dense_steps, backend)
         if projections != NONE:
-            path = folder_paths.get_full_path_or_raise(FOLDER, projections)
-            model = attach_projections(model, path)
+            model = attach_projections(model, file_path("projections", projections, OR_NONE))
         return io.NodeOutput(patch_attention(model, settings))

@@ -1,12 +1,10 @@
 """TurboLoader: a TurboDiffusion checkpoint file to a MODEL."""
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..turbo_core.comfy_loader import GRANULARITIES, load_turbo_model
+from .model_files import FileInput, file_path, listed_or_why_not
 from .schema import schema
-
-FOLDER = "diffusion_models"
 
 
 class TurboLoader(io.ComfyNode):
@@ -20,9 +18,8 @@ class TurboLoader(io.ComfyNode):
             "MODEL: INT8 weights stay INT8, sparse-linear attention is on.",
             search_aliases=["turbowan", "turbodiffusion", "sla", "int8", "wan"],
             inputs=[
-                io.Combo.Input(
+                FileInput(
                     "checkpoint",
-                    options=folder_paths.get_filename_list(FOLDER),
                     tooltip="A file in models/diffusion_models, quantized (-quant) or not, "
                     ".pth or .safetensors. What it holds is read from the file, not from its name.",
                 ),
@@ -39,15 +36,10 @@ class TurboLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint):
-        if checkpoint in folder_paths.get_filename_list(FOLDER):
-            return True
-        return (
-            f"checkpoint {checkpoint!r} is not in models/diffusion_models. "
-            "Put a TurboDiffusion checkpoint there, then press R to refresh the list."
-        )
+    def validate_inputs(cls, checkpoint=None):
+        return listed_or_why_not("checkpoint", checkpoint)
 
     @classmethod
     def execute(cls, checkpoint, granularity):
-        path = folder_paths.get_full_path_or_raise(FOLDER, checkpoint)
+        path = file_path("checkpoint", checkpoint)
         return io.NodeOutput(load_turbo_model(path, granularity))

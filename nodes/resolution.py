@@ -1,5 +1,7 @@
 """WanAdaptiveResolution and WanVideoLength: how large and how long a Wan video is."""
 
+import reprlib
+
 from comfy_api.latest import io
 
 from ..turbo_core.resolution import ASPECT_RATIOS, RESOLUTIONS, video_length, video_size
@@ -54,8 +56,18 @@ class WanAdaptiveResolution(io.ComfyNode):
 
     @classmethod
     def execute(cls, resolution, aspect_ratio, megapixels, image=None):
-        size = None if image is None else (image.shape[2], image.shape[1])
+        size = None if image is None else _size(image)
         return io.NodeOutput(*video_size(resolution, aspect_ratio, megapixels, size))
+
+
+def _size(image) -> tuple[int, int]:
+    """Width and height of an IMAGE [B, H, W, C]; a client may write anything in its place."""
+    if getattr(image, "ndim", None) != 4:
+        raise ValueError(
+            f"image must be an IMAGE, got the {type(image).__name__} {reprlib.repr(image)}. Link "
+            "it to a node that loads one."
+        )
+    return image.shape[2], image.shape[1]
 
 
 class WanVideoLength(io.ComfyNode):

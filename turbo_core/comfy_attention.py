@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import reprlib
 
 import comfy.ldm.wan.model
 import comfy.model_patcher
@@ -24,12 +25,26 @@ PLAIN_BLOCKS = (
 )
 
 
+def require_model(model: object, name: str = "model") -> None:
+    """Require a MODEL: the host takes any value for one that a client writes in place of a link.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(model, comfy.model_patcher.ModelPatcher):
+        raise ValueError(
+            f"{name} must be a MODEL, got the {type(model).__name__} {reprlib.repr(model)}. Link "
+            "it to a loader such as TurboLoader."
+        )
+
+
 def wan_model(model: comfy.model_patcher.ModelPatcher) -> comfy.ldm.wan.model.WanModel:
     """The Wan transformer inside `model`.
 
     Raises:
         ValueError: the MODEL is something else.
     """
+    require_model(model)
     diffusion_model = model.get_model_object("diffusion_model")
     if not isinstance(diffusion_model, comfy.ldm.wan.model.WanModel) or any(
         _attends_otherwise(block) for block in diffusion_model.blocks
@@ -107,11 +122,19 @@ def _around_run(executor, *args, **kwargs):
         return executor(*args, **kwargs)
 
 
+@torch.compiler.disable(recursive=False)  # as comfy_block.block_forward
 def _around_forward(
     executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **kwargs
 ):
     """Tell the blocks which step this is, and the report which blocks will not reach us."""
-    blocks = executor.class_obj.blocks
+    _report_forward(executor.class_obj.blocks)
+    options = {**transformer_options[KEY], "step": _step(transformer_options)}
+    transformer_options = {**transformer_options, KEY: options, MADE: {}}
+    return executor(x, timestep, context, clip_fea, concat, transformer_options, **kwargs)
+
+
+@torch.compiler.disable
+def _report_forward(blocks: torch.nn.ModuleList) -> None:
     run_report.note_forward(len(blocks))
     for index, block in enumerate(blocks):
         if not is_ours(block.forward):
@@ -119,15 +142,13 @@ def _around_forward(
         if not is_ours(block.self_attn.forward):
             owner = _owner(block.self_attn.forward)
             run_report.note_dense(index, f"its self-attention is patched by {owner}")
-    options = {**transformer_options[KEY], "step": _step(transformer_options)}
-    transformer_options = {**transformer_options, KEY: options, MADE: {}}
-    return executor(x, timestep, context, clip_fea, concat, transformer_options, **kwargs)
 
 
 def _owner(forward) -> str:
     return getattr(forward, "__module__", "another node")
 
 
+@torch.compiler.disable
 def _step(transformer_options: dict) -> int:
     """Index of the step among this model's; -1 outside a sampler or where no step is kept dense."""
     sigmas = transformer_options.get("sample_sigmas")

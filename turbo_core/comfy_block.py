@@ -14,6 +14,7 @@ from ..kernels.norm import rms_norm
 from ..kernels.norm_quant import layer_norm_quant
 from . import run_report
 from .comfy_epilogue import Operands, quantize
+from .comfy_gradients import GRADIENTS, records_graph
 from .comfy_memory_graph import unrecorded
 from .comfy_operations import Linear, int8_product, int8_weights
 from .comfy_quant import is_int8
@@ -23,6 +24,9 @@ from .comfy_sla import attend, float32_weights, host_attention, is_stock, missin
 FFN_TOKENS = 32768
 
 
+# torch.compile traces the host's part only. Of ours it would freeze decisions made from options,
+# whose guards newer hosts drop, and round otherwise than the kernels do.
+@torch.compiler.disable(recursive=False)
 def block_forward(block, index, x, e, freqs, context, transformer_options=None, **others):
     """WanAttentionBlock.forward of block `index`: x [B, L, C] with modulation e [B, (1,) 6, C].
 
@@ -30,16 +34,26 @@ def block_forward(block, index, x, e, freqs, context, transformer_options=None, 
     `others` are what only the host's own forward takes.
     """
     transformer_options = transformer_options or {}
-    reason = why_not_fused(block, e, transformer_options)
-    if reason is None:
-        run_report.note_fused(index)
+    if _choose_fused(block, index, x, e, context, transformer_options):
         with unrecorded():
             return _fused(block, index, x, e, freqs, context, transformer_options)
-    run_report.note_unfused(index, reason)
     others["transformer_options"] = transformer_options
     return type(block).forward(block, x, e=e, freqs=freqs, context=context, **others)
 
 
+@torch.compiler.disable
+def _choose_fused(block, index, x, e, context, transformer_options) -> bool:
+    """Whether the block runs fused, told to the report."""
+    recorded = records_graph(block, x, e, context)
+    reason = GRADIENTS if recorded else why_not_fused(block, e, transformer_options)
+    if reason is None:
+        run_report.note_fused(index)
+    else:
+        run_report.note_unfused(index, reason)
+    return reason is None
+
+
+@torch.compiler.disable
 def _fused(block, index, x, e, freqs, context, transformer_options):
     shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(block, e, x.device)
     granularity, eps, dtype = block.ffn[0].granularity, block.eps, x.dtype

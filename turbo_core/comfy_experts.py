@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from . import run_report
-from .comfy_attention import BOUNDARY
+from .comfy_attention import BOUNDARY, require_model
 
 KEY = "turbodiffusion.experts"
 HIGH, LOW = "high-noise expert", "low-noise expert"
@@ -61,9 +61,9 @@ def switch_experts(high: ModelPatcher, low: ModelPatcher, boundary: float) -> Mo
 
 
 def _check(high: ModelPatcher, low: ModelPatcher, boundary: float) -> None:
-    if not 0 <= boundary <= 1:
+    if not isinstance(boundary, (int, float)) or not 0 <= boundary <= 1:
         raise ValueError(
-            f"boundary is a sigma from 0 to 1, got {boundary}: use 0.9 for image to video, 0.875 "
+            f"boundary is a sigma from 0 to 1, got {boundary!r}: use 0.9 for image to video, 0.875 "
             "for text to video"
         )
     _check_shapes(_wan_model("model_high", high), _wan_model("model_low", low))
@@ -75,6 +75,7 @@ def _check(high: ModelPatcher, low: ModelPatcher, boundary: float) -> None:
 
 
 def _wan_model(name: str, model: ModelPatcher) -> comfy.ldm.wan.model.WanModel:
+    require_model(model, name)
     diffusion_model = model.get_model_object("diffusion_model")
     if not isinstance(diffusion_model, comfy.ldm.wan.model.WanModel):
         raise ValueError(

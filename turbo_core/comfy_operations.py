@@ -13,6 +13,7 @@ from ..kernels.int8_linear import int8_linear
 from ..kernels.requantize import requantize_rows
 from . import run_report
 from .comfy_epilogue import Operands, activated, added, int8_linear_with, quantize
+from .comfy_gradients import records_graph
 from .comfy_memory_graph import unrecorded
 from .comfy_quant import is_int8, pack, requantize, unpack
 
@@ -88,6 +89,35 @@ def _weight_operands(weight: torch.Tensor, granularity: str) -> Operands:
     return q, scale
 
 
+@torch.compiler.disable  # which would compute otherwise than the kernels do
+def _quantized(op: "Linear", x: torch.Tensor, *asked) -> torch.Tensor:
+    """The INT8 linear layer `op` on x [..., C], quantized first; `asked` as int8_linear_with."""
+    multiply = functools.partial(int8_product, op, dtype=x.dtype)
+    with unrecorded():
+        return int8_linear_with(multiply, x, op.granularity, *asked)
+
+
+def _recorded(op: "Linear", weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The fetched `weight` of `op` in floats that a graph for gradients can keep.
+
+    INT8 takes no gradients itself, but passes those of its input, and a LoRA on it gets its own.
+
+    Raises:
+        ValueError: gradients are asked for of a weight that cannot get them.
+    """
+    if op.weight.requires_grad and is_int8(op.weight):
+        raise ValueError(
+            "an INT8 weight is asked for gradients, which integers do not have. Train a LoRA on "
+            "it, or load a checkpoint in 16 bits"
+        )
+    if op.weight.requires_grad and not weight.requires_grad:
+        raise ValueError(
+            "a weight is asked for gradients that ComfyUI streams from RAM without them. Start "
+            "ComfyUI with --disable-dynamic-vram"
+        )
+    return weight.dequantize().to(dtype) if is_int8(weight) else kept(weight, op.weight)
+
+
 class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     """Linear whose weight is whatever the checkpoint holds: float, or INT8 with its scales.
 
@@ -135,14 +165,14 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
         The signature is ComfyUI's own (0.39 and newer); for the activations see comfy_epilogue.py.
         """
-        if is_int8(self.weight):
-            multiply = functools.partial(int8_product, self, dtype=x.dtype)
+        recorded = records_graph(self, x)
+        if is_int8(self.weight) and not recorded:
             asked = input_act, act_weight, act_eps, residual, residual_scale
-            with unrecorded():
-                return int8_linear_with(multiply, x, self.granularity, *asked)
+            return _quantized(self, x, *asked)
         x = activated(x, input_act, act_weight, act_eps)
         comfy.ops.run_every_op()
         with fetched(self, x.dtype, x.device) as (weight, bias):
+            weight = _recorded(self, weight, x.dtype) if recorded else weight
             y = torch.nn.functional.linear(x, weight, bias)
         return added(y, residual, residual_scale)
 

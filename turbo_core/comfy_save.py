@@ -14,7 +14,7 @@ from .checkpoint import CheckpointError, check_tensors, file_tensors
 from .checkpoint_layout import LAYER_SETTING
 from .checkpoint_names import PROJ_L
 from .checkpoint_write import write_safetensors
-from .comfy_attention import wan_model
+from .comfy_attention import require_model, wan_model
 from .comfy_experts import KEY as EXPERTS
 from .comfy_layer_settings import layer_settings
 from .comfy_projections import INJECTION, attached_projections, own_projection
@@ -39,6 +39,7 @@ def save_turbo_model(model, path: Path, metadata: dict[str, str] | None = None) 
         ValueError: not a Wan MODEL, or not one that TurboLoader could load again.
         FileExistsError, OSError: see write_safetensors.
     """
+    require_model(model)
     _check_patches(model)
     weights = _weights(model)
     tensors = _checked({n: t for name, (w, _) in weights.items() for n, t in _parts(name, w)})

@@ -1,5 +1,6 @@
 """Wan's self-attention as SLA: from the host's module and options to kernels/."""
 
+import dataclasses
 from collections.abc import Callable
 
 import comfy.ops
@@ -11,6 +12,7 @@ from ..kernels.rope import apply_rope
 from ..kernels.sla import sla, sla_from_projections
 from ..kernels.sparse_attention import default_pv
 from . import run_report
+from .comfy_gradients import records_graph
 from .comfy_memory_graph import unrecorded
 from .comfy_operations import fetched, kept
 from .sla_settings import SLASettings
@@ -22,6 +24,7 @@ MADE = "turbodiffusion.made"
 PARTS = {*"qkvo", "norm_q", "norm_k"}
 
 
+@torch.compiler.disable(recursive=False)  # as comfy_block.block_forward
 def self_attention(
     attn, index: int, x: torch.Tensor, freqs: torch.Tensor, transformer_options: dict | None = None
 ) -> torch.Tensor:
@@ -30,13 +33,30 @@ def self_attention(
     `freqs` is the host's rotation [1, L, 1, D/2, 2, 2].
     """
     transformer_options = transformer_options or {}
+    settings = _choose_sparse(attn, index, transformer_options)
+    if settings is None:
+        return type(attn).forward(attn, x, freqs, transformer_options=transformer_options)
+    return _sparse(attn, index, settings, x, freqs, transformer_options)
+
+
+@torch.compiler.disable
+def _choose_sparse(attn, index: int, transformer_options: dict) -> SLASettings | None:
+    """The settings where the block attends sparsely, else None, which the report is told."""
     settings, why_dense = _choose(attn, index, transformer_options)
     if why_dense:
         run_report.note_dense(index, why_dense)
-        return type(attn).forward(attn, x, freqs, transformer_options=transformer_options)
+    return None if why_dense else settings
+
+
+@torch.compiler.disable
+def _sparse(attn, index: int, settings: SLASettings, x, freqs, transformer_options) -> torch.Tensor:
+    """SLA on modulated x [B, L, C], from the projections to `o`."""
+    recorded = records_graph(attn, x, freqs)
+    settings = _differentiable(settings) if recorded else settings
+    around = settings.backend if recorded else "auto"
     rotation = _rotation(freqs)
-    q = apply_rope(_norm(attn.norm_q, attn.q(x)).unflatten(2, _heads(attn)), *rotation)
-    k = apply_rope(_norm(attn.norm_k, attn.k(x)).unflatten(2, _heads(attn)), *rotation)
+    q, k = _norm(attn.norm_q, attn.q(x), around), _norm(attn.norm_k, attn.k(x), around)
+    q, k = (apply_rope(y.unflatten(2, _heads(attn)), *rotation, around) for y in (q, k))
     v = attn.v(x).unflatten(2, _heads(attn))
     with unrecorded():
         y = sla(q, k, v, _projection(attn, x.device), **_sla_options(settings)).flatten(2)
@@ -44,6 +64,16 @@ def self_attention(
     for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
         y = patch({"x": y, "q": q, "k": k, "transformer_options": transformer_options})
     return attn.o(y)
+
+
+def _differentiable(settings: SLASettings) -> SLASettings:
+    """The nearest that has gradients: SLA in 16 bits, as rounding to INT8 has none."""
+    if settings.backend == "triton":
+        raise RuntimeError(
+            "SLA: Triton was asked for, but gradients are as well, which its kernels do not have. "
+            "Use 'auto'."
+        )
+    return dataclasses.replace(settings, attention="sla", backend="autograd")
 
 
 def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tensor:
@@ -111,8 +141,7 @@ def _contiguous_rotation(freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 def once(transformer_options: dict, name: str, x: torch.Tensor, make: Callable):
     """make(x), once for all blocks of a forward pass that get the same x, which nobody changes."""
-    # What torch.compile makes may live in memory that its next graph overwrites.
-    made = {} if torch.compiler.is_compiling() else transformer_options.get(MADE, {})
+    made = transformer_options.get(MADE, {})
     if name not in made or made[name][0] is not x:
         made[name] = x, make(x)
     return made[name][1]
@@ -144,11 +173,11 @@ def _projection(attn, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
     return float32_weights(attn.proj_l, device) if hasattr(attn, "proj_l") else None
 
 
-def _norm(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _norm(norm: torch.nn.Module, x: torch.Tensor, backend: str) -> torch.Tensor:
     """RMSNorm over the full dim with the checkpoint's fp32 weight, unless somebody patched it."""
     if not isinstance(norm, comfy.ops.CastWeightBiasOp) or not is_stock(norm):
         return norm(x)
-    return rms_norm(x, float32_weights(norm, x.device)[0], norm.eps)
+    return rms_norm(x, float32_weights(norm, x.device)[0], norm.eps, backend)
 
 
 def is_stock(module: torch.nn.Module) -> bool:

@@ -11,6 +11,7 @@ SMALLEST_SIGMA_MAX = math.tan(LATER_ANGLES[0])
 # The original's sigma_max. Image to video feeds the image in 20 input channels more than text.
 TEXT_TO_VIDEO, IMAGE_TO_VIDEO = 80.0, 200.0
 IMAGE_CHANNELS = 36
+MOST_STEPS = 10_000  # as ComfyUI's KSampler
 
 
 def default_sigma_max(in_channels: int) -> float:
@@ -25,10 +26,15 @@ def rcm_angles(steps: int, sigma_max: float) -> list[float]:
     [atan(sigma_max), 1.5, 1.4, 1.0, 0] linearly at steps + 1 even points.
 
     Raises:
-        ValueError: fewer than one step, or a sigma_max that would not start the list highest.
+        ValueError: fewer than one step or more than MOST_STEPS, or a sigma_max that would not
+            start the list highest.
     """
     if steps < 1:
         raise ValueError(f"rCM needs at least one step, got {steps}")
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"rCM takes at most {MOST_STEPS} steps, got {steps}; TurboDiffusion uses 1 to 4"
+        )
     if not SMALLEST_SIGMA_MAX < sigma_max < math.inf:
         raise ValueError(
             f"sigma_max must be above {SMALLEST_SIGMA_MAX:.1f} (angle 1.5, the second step), "

@@ -29,6 +29,9 @@ ASPECT_RATIOS = (IMAGE, *SIZES["480p"])
 # Longer than this there are too few pixels across for a video, and nearest multiples distort.
 LONGEST = 8
 MEGAPIXEL = 1024 * 1024  # as ComfyUI counts them
+# Beyond what any model makes: a slip, which would ask for memory without end.
+LARGEST = 64 * MEGAPIXEL
+MOST_FRAMES = 100_000
 
 
 def video_size(
@@ -66,7 +69,8 @@ def adaptive_size(width: int, height: int, area: float) -> tuple[int, int]:
     resolution (arXiv 2512.16093, published code).
 
     Raises:
-        ValueError: an image without pixels or longer than 8:1, or too small an area for that.
+        ValueError: an image without pixels or longer than 8:1, or an area too small for that or
+            far too large.
     """
     if width < 1 or height < 1:
         raise ValueError(f"the image has no pixels: it is {width}x{height}. Connect another one.")
@@ -75,10 +79,10 @@ def adaptive_size(width: int, height: int, area: float) -> tuple[int, int]:
             f"the image is longer than {LONGEST}:1, it is {width}x{height}. Crop or pad it first, "
             "or choose a fixed aspect ratio."
         )
-    if not MULTIPLE**2 * LONGEST <= area < math.inf:
+    if not MULTIPLE**2 * LONGEST <= area <= LARGEST:
         raise ValueError(
             f"a video needs at least {MULTIPLE**2 * LONGEST} pixels, got {area:.0f}. "
-            "Raise megapixels."
+            f"Raise megapixels, to {LARGEST // MEGAPIXEL} at most."
         )
     exact = math.sqrt(area * width / height), math.sqrt(area * height / width)
     width, height = (MULTIPLE * round(side / MULTIPLE) for side in exact)
@@ -91,12 +95,17 @@ def video_length(seconds: float, fps: float) -> int:
     Wan's VAE keeps the first frame and packs the others in fours.
 
     Raises:
-        ValueError: a negative time, or no frames in a second.
+        ValueError: a negative time, no frames in a second, or more than MOST_FRAMES.
     """
     if not 0 <= seconds < math.inf:
         raise ValueError(f"seconds must be 0 or more, got {seconds}")
     if not 0 < fps < math.inf:
         raise ValueError(f"fps must be above 0, got {fps}")
+    if seconds * fps > MOST_FRAMES:
+        raise ValueError(
+            f"a video has at most {MOST_FRAMES} frames, got {seconds:g} seconds at {fps:g} fps. "
+            "Make it shorter."
+        )
     return 4 * max(0, math.floor((seconds * fps - 1) / 4 + 0.5)) + 1
 
 

@@ -105,9 +105,9 @@ def test_an_image_without_pixels(image):
         video_size("480p", "image", 1.0, image)
 
 
-@pytest.mark.parametrize("megapixels", [0.0, 0.001, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("megapixels", [0.0, 0.001, -1.0, math.nan, math.inf, 65.0, 1e300])
 def test_no_area(megapixels):
-    with pytest.raises(ValueError, match=r"at least 2048 pixels, got .*\. Raise megapixels"):
+    with pytest.raises(ValueError, match=r"at least 2048 pixels, got .*\. Raise .* to 64 at most"):
         video_size("custom", "image", megapixels, (16, 9))
 
 
@@ -154,6 +154,8 @@ def test_lengths_are_the_nearest_of_their_kind():
         (5, 0, "fps must be above 0, got 0"),
         (5, -24, "fps must be above 0, got -24"),
         (5, math.nan, "fps must be above 0, got nan"),
+        (1e300, 16, r"at most 100000 frames, got 1e\+300 seconds at 16 fps. Make it shorter"),
+        (1e300, 1e300, "at most 100000 frames"),
     ],
 )
 def test_no_length(seconds, fps, told):

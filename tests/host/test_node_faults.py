@@ -1,7 +1,12 @@
 """Bad input to the nodes: one clear error each; and MODELs of other loaders and formats."""
 
+import asyncio
 import gc
+import itertools
+import json
 import logging
+import math
+import re
 from pathlib import Path
 
 import goldens
@@ -9,10 +14,16 @@ import in_comfyui
 import pytest
 import torch
 from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler
+from turbodiffusion_pack.nodes import NODES
 from turbodiffusion_pack.nodes.attention import SLAAttentionPatch
-from turbodiffusion_pack.nodes.loader import FOLDER, TurboLoader
+from turbodiffusion_pack.nodes.experts import Wan22ExpertSwitch
+from turbodiffusion_pack.nodes.loader import TurboLoader
+from turbodiffusion_pack.nodes.model_files import FOLDER
+from turbodiffusion_pack.nodes.quantize import W8A8Quantize
+from turbodiffusion_pack.nodes.resolution import WanAdaptiveResolution
 from turbodiffusion_pack.nodes.sampler import RCMSampler
 from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
+from turbodiffusion_pack.turbo_core.comfy_save import save_turbo_model
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 
 Q0 = "blocks.0.self_attn.q"
@@ -72,8 +83,133 @@ def test_no_checkpoint_at_all(folder):
     told = TurboLoader.validate_inputs("not_there.pth")
     for part in ("'not_there.pth'", "not in models/diffusion_models", "press R"):
         assert part in told
-    with pytest.raises(FileNotFoundError, match="not_there"):
+    with pytest.raises(FileNotFoundError) as caught:
         _load("not_there.pth")
+    assert str(caught.value) == told
+    for name in (None, 5, 1.5, True, {"a": 1}, ["t2v.pth"], "", "x" * 5000, "a\0b", "\ud800"):
+        told = TurboLoader.validate_inputs(name)
+        assert name is None or ("is not in models/diffusion_models" in told and len(told) < 400)
+        with pytest.raises(FileNotFoundError, match="is not in models/diffusion_models"):
+            TurboLoader.execute(name, "fast")
+
+
+class Client:
+    """Queues what an API client sends, on the classes that the server knows."""
+
+    def __init__(self, monkeypatch):
+        import nodes
+
+        for kind in NODES:
+            monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, kind.define_schema().node_id, kind)
+        for name, types in (("String", ("STRING",)), ("Model", ("MODEL",)), ("Any", ("*",))):
+            fields = {"INPUT_TYPES": dict, "RETURN_TYPES": types, "FUNCTION": "f"}
+            monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, type(name, (), fields))
+        seen = {"INPUT_TYPES": lambda: {"required": {"x": ("*",)}}, "RETURN_TYPES": ()}
+        output = type("Output", (), {**seen, "OUTPUT_NODE": True, "FUNCTION": "f"})
+        output.VALIDATE_INPUTS = classmethod(lambda cls, input_types: True)
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Output", output)
+
+    def errors(self, kind, **inputs):
+        """What the host finds wrong with a node of the class `kind` and these inputs."""
+        import execution
+
+        node_id = kind.define_schema().node_id
+        defaults = {i.id: getattr(i, "default", None) for i in kind.define_schema().inputs}
+        defaults = {name: value for name, value in defaults.items() if value is not None}
+        inputs = {n: v for n, v in {**defaults, **inputs}.items() if v is not MISSING}
+        prompt = {name: {"class_type": name, "inputs": {}} for name in ("String", "Model", "Any")}
+        prompt[node_id] = {"class_type": node_id, "inputs": inputs}
+        prompt["out"] = {"class_type": "Output", "inputs": {"x": [node_id, 0]}}
+        wrong = asyncio.run(execution.validate_prompt("id", prompt, None))[3]
+        return [(e["message"], e["details"]) for e in wrong.get(node_id, {}).get("errors", ())]
+
+
+MISSING = object()
+
+
+@pytest.fixture
+def client(monkeypatch):
+    return Client(monkeypatch)
+
+
+def test_names_of_files_can_be_linked(client, folder):
+    for output in ("String", "Any"):
+        assert client.errors(TurboLoader, checkpoint=[output, 0]) == []
+        linked = {"model": ["Model", 0], "projections": [output, 0]}
+        assert client.errors(SLAAttentionPatch, **linked) == []
+    assert client.errors(TurboLoader, checkpoint="t2v.pth") == []
+    assert client.errors(SLAAttentionPatch, model=["Model", 0], projections="t2v.pth") == []
+
+
+def test_links_of_other_types_are_refused(client, folder):
+    for name in ("checkpoint", "granularity"):
+        ((message, details),) = client.errors(
+            TurboLoader, **{"checkpoint": "t2v.pth", name: ["Model", 0]}
+        )
+        assert message == "Return type mismatch between linked nodes"
+        assert details == f"{name}, received_type(MODEL) mismatch input_type(COMBO)"
+    described = TurboLoader.INPUT_TYPES()["required"]["checkpoint"]
+    assert json.loads(json.dumps(described))[0] == "COMBO"
+
+
+def test_what_is_missing_is_told_by_the_host(client, folder):
+    missing = [("Required input is missing", "checkpoint")]
+    assert client.errors(TurboLoader, checkpoint=MISSING) == missing
+    assert client.errors(SLAAttentionPatch) == [("Required input is missing", "model")]
+    assert client.errors(SLAAttentionPatch, model=["Model", 0], projections=MISSING) == []
+
+
+ODD = [None, 5, -1, 2**70, 0.5, math.nan, math.inf, True, "", "x", {"a": 1}, [], ["a", "b", "c"]]
+
+
+@pytest.mark.parametrize("kind", NODES, ids=lambda kind: kind.define_schema().node_id)
+def test_odd_values_are_told_and_crash_nothing(client, folder, kind):
+    """The host converts, our validation answers: neither ever ends in an exception."""
+    inputs = kind.define_schema().inputs
+    links = {"MODEL": "Model", "IMAGE": "Any"}
+    good = {i.id: [links[i.io_type], 0] for i in inputs if i.io_type in links}
+    if kind is TurboLoader:
+        good["checkpoint"] = "t2v.pth"
+    assert client.errors(kind, **good) == []
+    for odd_input, odd in itertools.product(inputs, ODD):
+        for message, _ in client.errors(kind, **{**good, odd_input.id: odd}):
+            assert "xception" not in message, (odd_input.id, odd, message)
+
+
+MODEL_NODES = {
+    "SLAAttentionPatch": (lambda m: SLAAttentionPatch.execute(m, **SLA), "model"),
+    "projections": (
+        lambda m: SLAAttentionPatch.execute(m, **SLA, projections="t2v.pth"),
+        "model",
+    ),
+    "W8A8Quantize": (lambda m: W8A8Quantize.execute(m, "fast", False), "model"),
+    "TurboSaveCheckpoint": (lambda m: save_turbo_model(m, Path("never.safetensors")), "model"),
+    "high": (lambda m: Wan22ExpertSwitch.execute(m, m, 0.9), "model_high"),
+}
+
+
+@pytest.mark.parametrize("node", MODEL_NODES)
+@pytest.mark.parametrize("model", ["abc", 5, None, {"samples": 1}, torch.ones(2)], ids=repr)
+def test_what_is_no_model(folder, node, model):
+    """The host takes any constant for a MODEL."""
+    run, name = MODEL_NODES[node]
+    told = f"{name} must be a MODEL, got the {type(model).__name__} .*Link it to a loader"
+    with pytest.raises(ValueError, match=re.compile(told, re.DOTALL)):
+        run(model)
+
+
+def test_one_expert_that_is_no_model(wan):
+    with pytest.raises(ValueError, match=r"model_low must be a MODEL, got the str 'abc'\. Link"):
+        Wan22ExpertSwitch.execute(wan, "abc", 0.9)
+    for boundary in (math.nan, -0.1, 1.5, "0.9", None):
+        with pytest.raises(ValueError, match="boundary is a sigma from 0 to 1, got"):
+            Wan22ExpertSwitch.execute(wan, wan, boundary)
+
+
+@pytest.mark.parametrize("image", ["abc", 5, torch.ones(64, 64), {"samples": 1}], ids=repr)
+def test_what_is_no_image(image):
+    with pytest.raises(ValueError, match=r"image must be an IMAGE, got the .*(?s:.)*Link it to"):
+        WanAdaptiveResolution.execute("480p", "image", 0.38, image)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "../notes.txt", "t2v.pth/../notes.txt"])
@@ -198,6 +334,7 @@ def test_a_good_checkpoint_loads_after_a_bad_one(folder, wan):
     [
         ((0, 80.0, "sde"), "at least one step, got 0"),
         ((-3, 80.0, "sde"), "at least one step, got -3"),
+        ((10**18, 80.0, "sde"), "at most 10000 steps, got 1000000000000000000"),
         ((4, 14.0, "sde"), r"sigma_max must be above 14\.1.*got 14\.0.*80 for text, 200 for image"),
         ((4, 0.0, "sde"), "sigma_max must be above"),
         ((4, float("nan"), "sde"), "sigma_max must be above.*got nan"),
@@ -270,6 +407,9 @@ def test_rcm_refuses_a_model_that_is_no_flow_model():
         ({"dense_blocks": "0, 1-"}, "numbers and ranges such as '0, 2-4', got '1-'"),
         ({"dense_blocks": "-1"}, "numbers and ranges such as '0, 2-4', got '-1'"),
         ({"dense_blocks": "²"}, "numbers and ranges such as '0, 2-4', got '²'"),
+        ({"dense_blocks": "1-0"}, "range '1-0', which runs backwards. Write '0-1'"),
+        ({"dense_blocks": "\u0661"}, "numbers and ranges such as '0, 2-4', got '\u0661'"),
+        ({"dense_steps": -1}, "dense_steps must be a number from 0 up, got -1"),
         ({"dense_blocks": "0, 2"}, "name block 2, but this model has blocks 0 to 1"),
         ({"dense_blocks": "0-1000000000000"}, "but this model has blocks 0 to 1"),
         ({"backend": "cuda"}, "backend 'cuda' is unknown, use one of auto, triton, reference"),

@@ -323,5 +323,7 @@ def test_a_file_that_is_not_there_is_refused(stock):
     told = SLAAttentionPatch.validate_inputs("not_there.pth")
     for part in ("'not_there.pth'", "not in models/diffusion_models", "press R", "choose none"):
         assert part in told
-    with pytest.raises(FileNotFoundError, match="not_there"):
+    assert SLAAttentionPatch.validate_inputs(None) is True
+    with pytest.raises(FileNotFoundError) as caught:
         _patch(stock, "not_there.pth")
+    assert str(caught.value) == told

@@ -1,0 +1,60 @@
+"""Files in models/diffusion_models as inputs: from the list, typed by a client, or linked."""
+
+import os.path
+
+import folder_paths
+from comfy_api.latest import io
+
+FOLDER = "diffusion_models"
+
+
+class FileInput(io.Combo.Input):
+    """A combo of the files that the host lists, which a STRING may be linked to as well."""
+
+    def __init__(self, *args, first: tuple[str, ...] = (), **kwargs):
+        super().__init__(*args, options=[*first, *_listed()], **kwargs)
+
+    def get_io_type(self):
+        return _ComboOrString(super().get_io_type())
+
+
+class _ComboOrString(str):
+    """ "COMBO" to all who read it, while the host, which asks a type what it is not, links more."""
+
+    def __ne__(self, received):
+        # A list is the type of older nodes' combos.
+        return not isinstance(received, list) and received not in ("COMBO", "STRING", "*")
+
+
+def listed_or_why_not(input_name: str, name: object, instead: str = "") -> bool | str:
+    """What validate_inputs returns of the file called `name`: True, or what is wrong.
+
+    None is right: so an input is called that is linked, whose value is known when the node runs, or
+    missing, which the host tells. `instead` is what else a user may do.
+    """
+    if name is None or (isinstance(name, str) and os.path.normpath(name) in _listed()):
+        return True
+    return _not_there(input_name, name, instead)
+
+
+def file_path(input_name: str, name: object, instead: str = "") -> str:
+    """Where the file called `name` is. A link may bring anything.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = folder_paths.get_full_path(FOLDER, name) if isinstance(name, str) else None
+    if path is None:
+        raise FileNotFoundError(_not_there(input_name, name, instead))
+    return path
+
+
+def _listed() -> list[str]:
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def _not_there(input_name: str, name: object, instead: str) -> str:
+    return (
+        f"{input_name} {repr(name)[:200]} is not in models/diffusion_models. Put a TurboDiffusion "
+        f"checkpoint there and press R to refresh the list{instead}."
+    )
