@@ -53,13 +53,13 @@ def _sparse(attn, index: int, settings: SLASettings, x, freqs, transformer_optio
     """SLA on modulated x [B, L, C], from the projections to `o`."""
     recorded = records_graph(attn, x, freqs)
     settings = _differentiable(settings) if recorded else settings
-    around = settings.backend if recorded else "auto"
+    around, within = ("autograd",) * 2 if recorded else ("auto", settings.backend)
     rotation = _rotation(freqs)
     q, k = _norm(attn.norm_q, attn.q(x), around), _norm(attn.norm_k, attn.k(x), around)
     q, k = (apply_rope(y.unflatten(2, _heads(attn)), *rotation, around) for y in (q, k))
     v = attn.v(x).unflatten(2, _heads(attn))
     with unrecorded():
-        y = sla(q, k, v, _projection(attn, x.device), **_sla_options(settings)).flatten(2)
+        y = sla(q, k, v, _projection(attn, x.device), **_sla_options(settings, within)).flatten(2)
     _note_sla(attn, index, settings, x)
     for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
         y = patch({"x": y, "q": q, "k": k, "transformer_options": transformer_options})
@@ -73,7 +73,7 @@ def _differentiable(settings: SLASettings) -> SLASettings:
             "SLA: Triton was asked for, but gradients are as well, which its kernels do not have. "
             "Use 'auto'."
         )
-    return dataclasses.replace(settings, attention="sla", backend="autograd")
+    return dataclasses.replace(settings, attention="sla")
 
 
 def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tensor:
@@ -95,7 +95,7 @@ def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tens
     _note_sla(attn, index, settings, q)
     q, k, v = (x.unflatten(2, heads) for x in (q, k, v))
     weights = (q_weight, k_weight), rotation, _projection(attn, q.device)
-    options = {"eps": attn.eps, **_sla_options(settings)}
+    options = {"eps": attn.eps, **_sla_options(settings, settings.backend)}
     return sla_from_projections(q, k, v, *weights, **options).flatten(2)
 
 
@@ -157,9 +157,9 @@ def _dense_reason(settings: SLASettings, attn, index: int, step: int) -> str | N
     return missing_parts(attn)
 
 
-def _sla_options(settings: SLASettings) -> dict:
+def _sla_options(settings: SLASettings, backend: str) -> dict:
     low_bit = settings.attention == "sagesla"
-    return {"topk": settings.topk, "low_bit": low_bit, "backend": settings.backend}
+    return {"topk": settings.topk, "low_bit": low_bit, "backend": backend}
 
 
 def float32_weights(op, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
