@@ -81,7 +81,8 @@ def write_pth(path: Path, tensors: Tensors, overwrite: bool = False) -> None:
             torch.save({name: _alone(tensor) for name, tensor in tensors.items()}, file)
         except RuntimeError as error:  # what torch makes of an error of the file's
             cause = error.__context__
-            raise cause if isinstance(cause, OSError) else OSError(str(error)) from error
+            reason = str(error).splitlines()[0]
+            raise cause if isinstance(cause, OSError) else OSError(reason) from error
 
 
 @contextmanager
@@ -96,12 +97,16 @@ def _complete_file(path: Path, size: int, overwrite: bool) -> Iterator[BinaryIO]
     _check_room(path, size)
     part = path.with_name(PART.format(secrets.token_hex(8)))
     try:
-        with part.open("xb") as file:
-            _lock(file)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        _take_name(part, path, overwrite)
+        file = part.open("xb")  # never a file that is there, nor one that a link leads to
+        try:
+            with file:
+                _lock(file)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            _take_name(part, path, overwrite)
+        finally:
+            part.unlink(missing_ok=True)
     except FileExistsError as error:
         raise FileExistsError(
             f"{path.name} exists by now, as another program has written it: choose another name"
@@ -112,8 +117,6 @@ def _complete_file(path: Path, size: int, overwrite: bool) -> Iterator[BinaryIO]
             f"{path.name} could not be written ({error.strerror or error}): nothing was left "
             f"behind and an older file is unchanged. {advice} another place"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
@@ -145,7 +148,11 @@ def _take_name(part: Path, path: Path, overwrite: bool) -> None:
         raise
     except OSError:  # a file system without hard links: an empty file takes the name first
         path.open("xb").close()
-        os.replace(part, path)
+        try:
+            os.replace(part, path)
+        except OSError:
+            path.unlink()
+            raise
 
 
 def _remove_abandoned(folder: Path) -> None:

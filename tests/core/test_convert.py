@@ -301,6 +301,17 @@ def test_a_name_that_is_taken_meanwhile_is_kept(quant, tmp_path, monkeypatch, ta
     assert left_behind(tmp_path) == []
 
 
+def test_a_rename_that_fails_leaves_nothing(quant, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match=r"out.pth could not be written \(Input/output error\)"):
+        convert(quant, tmp_path / "out.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("taken", [True, False])
 def test_a_file_system_without_hard_links(quant, tmp_path, monkeypatch, taken):
     target = tmp_path / "out.safetensors"
@@ -331,6 +342,7 @@ def test_a_planted_link_is_not_followed(quant, tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         convert(quant, tmp_path / "out.pth")
     assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / "turbodiffusion-7.part").is_symlink(), "it is not ours to remove"
 
 
 def test_two_writers_in_races(tmp_path, monkeypatch):
