@@ -9,9 +9,9 @@ import dataclasses
 import comfy.quant_ops
 import torch
 
+from ..kernels.checks import DTYPES
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_quant import (
-    DTYPES,
     dequantize_blocks,
     dequantize_rows,
     quantize_blocks,

@@ -87,7 +87,7 @@ def test_readme_shows_the_log_line_of_a_run():
     counts.sla["sagesla top-k 0.1 (int8 QK and fp8 PV)"].update(range(30))
     counts.fused.update(range(30))
     counts.int8[GRANULARITY["rows"]].update(range(300))
-    counts.kernels.update(("Triton", "CUDA"))
+    counts.kernels.update({("norm", "Triton", None), ("int8_linear", "CUDA", None)})
     assert report.line() in " ".join(read("README.md").split())
 
 

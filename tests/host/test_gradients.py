@@ -107,11 +107,11 @@ def _fix_block_maps(monkeypatch):
     other selection."""
     whole, maps, calls = comfy_sla.sla, [], itertools.count()
 
-    def fixed(q, k, v, weight, bias, topk, **options):
+    def fixed(q, k, v, proj, topk, **options):
         index = next(calls) % 2
         if index == len(maps):
             maps.append(block_map(q.detach(), k.detach(), topk, backend="reference"))
-        return whole(q, k, v, weight, bias, topk=topk, block_map=maps[index], **options)
+        return whole(q, k, v, proj, topk=topk, block_map=maps[index], **options)
 
     monkeypatch.setattr(comfy_sla, "sla", fixed)
 
