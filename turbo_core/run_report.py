@@ -102,8 +102,7 @@ def note_expert(name: str) -> None:
 
 
 def _counts() -> Counts | None:
-    # Inside torch.compile the counting would be traced; such a run reports its forwards only.
-    report = None if torch.compiler.is_compiling() else _current.get()
+    report = _current.get()
     return None if report is None else report.counts
 
 
