@@ -142,6 +142,13 @@ def test_what_progress_raises_ends_the_reading(tmp_path):
         read_checkpoint(save_pth(complete_model(), tmp_path / "a.pth"), progress=interrupt)
 
 
+def test_tensors_in_tensors_without_end(tmp_path):
+    """Each made of the next, as deep as no call stack is."""
+    names = b"ctorch._tensor\n_rebuild_from_type_v2\nq\0ctorch\nTensor\nq\1"
+    nested = b"h\0" + b"(h\0h\1" * 20_000 + b")" + b"Nt" * 20_000 + b"R."
+    refuse(save_pickle(b"\x80\2" + names + nested, tmp_path / "a.pth"), "got a torch.Tensor")
+
+
 def test_numbers_as_keys_that_collide(tmp_path):
     """Python's hash of these is 0 for all: 40 000 of them in one dict took minutes."""
     content = {n * (2**61 - 1): None for n in range(40)}
