@@ -73,7 +73,8 @@ def read_checkpoint(
     """Read a TurboDiffusion (or plain Wan) checkpoint of any known layout, checked as a whole.
 
     Nothing is copied or converted, and of the big weights not one byte is read: they stay
-    memory-mapped. What the file is gets decided from names and shapes, never from its name.
+    memory-mapped. What the file is gets decided from its bytes and from its tensors' names and
+    shapes; of its own name only the suffix must be one of a checkpoint's.
 
     Args:
         path: a .pth, .pt or .safetensors file; of a set of shards any shard, the index or the

@@ -41,7 +41,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-MOST_TENSORS = 2**15  # of a file
+MOST_TENSORS = 2**14  # of a file
 MOST_AXES = 8
 LARGEST = 2**62  # of a tensor's numbers, and of its elements with axes of length 0 left out
 LONGEST_NAME = 256

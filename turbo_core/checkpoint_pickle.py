@@ -247,8 +247,11 @@ def _parameter(args: tuple) -> object:
 def _tensor_with_attributes(args: tuple) -> object:
     """torch._tensor._rebuild_from_type_v2(function, type, args, attributes)."""
     match args:
+        case (Other() as another, *_):
+            return another
         case (function, Other() as kind, tuple() as inner, _):
-            return _called(function, inner) if kind in PLAIN_TENSORS else kind
+            plain = kind in PLAIN_TENSORS and function in (_tensor, _tensor_of_dtype)
+            return function(inner) if plain else kind  # nothing that calls further
     raise damaged("a tensor of a type that is none")
 
 

@@ -17,6 +17,7 @@ LOCAL = struct.Struct("<4s5H3L2H")  # before each record
 
 LONGEST_COMMENT = 2**16
 MOST_RECORDS = 2**15
+LARGEST_DIRECTORY = 2**23  # bytes, 256 for each of so many records
 IN_64 = 0xFFFFFFFF  # in place of a number that needs 64 bits
 
 
@@ -29,10 +30,12 @@ def stored_records(data: bytes) -> dict[str, range]:
     Raises:
         CheckpointError: cut short, damaged, in several files, compressed, or of too many records.
     """
-    count, at = _directory(data)
-    records = {}
+    count, start = _directory(data)
+    records, at = {}, start
     for _ in range(count):
         name, place, at = _entry(data, at)
+        if at - start > LARGEST_DIRECTORY:
+            raise damaged(f"a zip directory of more than {LARGEST_DIRECTORY} bytes")
         if name in records:
             raise damaged(f"two records {shown(name, 60)}")
         records[name] = place
@@ -87,12 +90,13 @@ def _entry(data: bytes, at: int) -> tuple[str, range, int]:
 
 def _wide(extra: bytes, *numbers: int) -> list[int]:
     """`numbers`, those that need 64 bits from the extra field, which has them in this order."""
-    wide = []
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<2H", extra)
+    wide, at = [], 0
+    while at + 4 <= len(extra) and not wide:
+        kind, length = struct.unpack_from("<2H", extra, at)
+        field = extra[at + 4 : at + 4 + length]
         if kind == 1:
-            wide = [n for (n,) in struct.iter_unpack("<Q", extra[4 : 4 + length // 8 * 8])]
-        extra = extra[4 + length :]
+            wide = [n for (n,) in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])]
+        at += 4 + length
     return [wide.pop(0) if n == IN_64 and wide else n for n in numbers]
 
 

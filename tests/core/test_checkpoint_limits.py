@@ -142,6 +142,13 @@ def test_what_progress_raises_ends_the_reading(tmp_path):
         read_checkpoint(save_pth(complete_model(), tmp_path / "a.pth"), progress=interrupt)
 
 
+def test_tensors_in_tensors_without_end(tmp_path):
+    """Each made of the next, as deep as no call stack is."""
+    names = b"ctorch._tensor\n_rebuild_from_type_v2\nq\0ctorch\nTensor\nq\1"
+    nested = b"h\0" + b"(h\0h\1" * 20_000 + b")" + b"Nt" * 20_000 + b"R."
+    refuse(save_pickle(b"\x80\2" + names + nested, tmp_path / "a.pth"), "got a torch.Tensor")
+
+
 def test_numbers_as_keys_that_collide(tmp_path):
     """Python's hash of these is 0 for all: 40 000 of them in one dict took minutes."""
     content = {n * (2**61 - 1): None for n in range(40)}
@@ -161,6 +168,17 @@ def test_more_than_a_model_has(tmp_path):
     struct.pack_into("<H", data, data.index(b"PK\x05\x06") + 10, 40_000)
     (tmp_path / "a.pth").write_bytes(data)
     refuse(tmp_path / "a.pth", "40000 records, more than any model")
+
+
+def test_a_zip_directory_of_empty_fields(tmp_path):
+    """To go through one such record's fields took 0.2 s."""
+    fields = b"\xff\xff\0\0" * 16383
+    entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", *[0] * 9, 3, len(fields), *[0] * 5)
+    directory = b"".join(entry + f"{n:03}".encode() + fields for n in range(140))
+    local = struct.pack("<4s5H3L2H", b"PK\3\4", *[0] * 10)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 140, 140, len(directory), len(local), 0)
+    (tmp_path / "a.pth").write_bytes(local + directory + end)
+    refuse(tmp_path / "a.pth", "a zip directory of more than 8388608 bytes")
 
 
 # Files that would take memory
