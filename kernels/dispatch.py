@@ -1,10 +1,19 @@
-"""Which implementation of an op runs: decided before the call, from declared constraints."""
+"""Which implementation of an op runs: decided before the call, from declared constraints.
+
+An op has a torch reference, a Triton file with the same functions, and in three cases CUDA C++
+that stands in for Triton on Hopper. `choose` takes one of them and tells whoever listens.
+"""
 
 import contextlib
+import contextvars
 import functools
 import logging
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
+
+from . import nvrtc
 
 OLDEST_TRITON = (3, 4)
 HOPPER = (9, 0)  # its compute capability
@@ -20,9 +29,15 @@ except ImportError as error:
 
 BACKENDS = ("auto", "triton", "reference")
 
+# What `choose` tells its listener that an op runs in.
+REFERENCE, TRITON, CUDA = "torch reference", "Triton", "CUDA"
+
+Listener = Callable[[str, str, str | None], None]
+
 log = logging.getLogger(__name__)
 
 _HERE = contextlib.nullcontext()
+_listener = contextvars.ContextVar("kernel_listener", default=None)
 
 
 def has_triton() -> bool:
@@ -72,40 +87,85 @@ def triton_unavailable(device: torch.device) -> str | None:
     return None
 
 
-def use_triton(op: str, backend: str, x: torch.Tensor, *unsupported: str | None) -> bool:
-    """Choose between the Triton and the reference version of `op`.
+def cuda_unavailable(device: torch.device) -> str | None:
+    """Why the CUDA C++ kernels cannot run on `device`; None where they can."""
+    if capability(device) != HOPPER:
+        return "they are for Hopper, sm_90"
+    return triton_unavailable(device) or nvrtc.unavailable()
+
+
+def choose(
+    op: str,
+    backend: str,
+    x: torch.Tensor,
+    reference: ModuleType,
+    triton: ModuleType | None,
+    cuda: ModuleType | None = None,
+    unsupported: tuple[str | None, ...] = (),
+    operands: tuple = (),
+) -> ModuleType:
+    """The implementation that runs `op` on `x`, told to the listener, see `listening`.
 
     Args:
-        op: the op's name, for messages.
+        op: the op's name, for messages and the listener.
         backend: "auto" takes Triton where it can run; "triton" insists; "reference" avoids it. On
             Hopper CUDA C++ stands in for Triton in the ops that have it.
         x: a tensor on the device the op runs on.
+        reference, triton: the op's modules; triton is None where it cannot be imported.
+        cuda: its module for Hopper, whose `unfit(*operands)` says why it cannot take them.
         unsupported: further reasons against Triton that the op declares, None where one holds not.
 
     Raises:
         ValueError: the backend is unknown.
         RuntimeError: Triton was asked for by name and cannot run.
     """
+    why = why_reference(op, backend, x, *unsupported)
+    if why is not None:
+        name, module = REFERENCE, reference
+    elif cuda is None or capability(x.device) != HOPPER:
+        name, module = TRITON, triton
+    elif why := nvrtc.unavailable() or cuda.unfit(*operands):
+        name, module = TRITON, triton
+        say_once(f"{op} runs in Triton, more slowly: {why}")
+    else:
+        name, module = CUDA, cuda
+    # Inside torch.compile the telling would be traced.
+    if not torch.compiler.is_compiling() and (tell := _listener.get()):
+        tell(op, name, why)
+    return module
+
+
+@contextlib.contextmanager
+def listening(tell: Listener) -> Iterator[None]:
+    """Meanwhile, in this context, call tell(op, name, why) for each op that is about to run.
+
+    `name` is REFERENCE, TRITON or CUDA, `why` the reason if a faster one was declined.
+    """
+    token = _listener.set(tell)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def why_reference(op: str, backend: str, x: torch.Tensor, *unsupported: str | None) -> str | None:
+    """Why `op` on `x` runs its torch reference; None where it runs a kernel. See `choose`.
+
+    Where that is slower than the GPU could be, the log tells once.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend {backend!r} is unknown, use one of {', '.join(BACKENDS)}")
-    reason = reference_reason(backend, x, *unsupported)
-    if reason is None:
-        return True
-    if backend == "triton":
-        raise RuntimeError(f"{op}: Triton was asked for, but {reason}. Use 'auto'.")
-    if backend == "auto" and x.device.type == "cuda":
-        say_once(f"{op} runs on the slow torch reference: {reason}")
-    return False
-
-
-def reference_reason(backend: str, x: torch.Tensor, *unsupported: str | None) -> str | None:
-    """Why an op on `x` runs its torch reference; None where it runs Triton. See `use_triton`."""
     if backend == "reference":
         return "it was asked for"
     unavailable = triton_unavailable(x.device)
-    if unavailable or any(unsupported):
-        return "; ".join(reason for reason in (unavailable, *unsupported) if reason)
-    return "Triton only interprets here" if backend == "auto" and interpreting() else None
+    if not unavailable and not any(unsupported):
+        return "Triton only interprets here" if backend == "auto" and interpreting() else None
+    reason = "; ".join(reason for reason in (unavailable, *unsupported) if reason)
+    if backend == "triton":
+        raise RuntimeError(f"{op}: Triton was asked for, but {reason}. Use 'auto'.")
+    if x.device.type == "cuda":
+        say_once(f"{op} runs on the slow torch reference: {reason}")
+    return reason
 
 
 def launching_on(x: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -3,12 +3,9 @@
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-from .dispatch import HOPPER, capability, say_once, triton_unavailable
 
 HEADER = Path(__file__).with_name("hopper.cuh")  # what the kernels include
 
@@ -78,30 +75,6 @@ class Kernel:
         sizes = programs, 1, 1, threads, 1, 1, self.shared_bytes
         code = self.driver.cuLaunchKernel(self.function, *sizes, stream, pointers, None)
         _check(self.driver, code)
-
-
-def cuda_unavailable(device: torch.device) -> str | None:
-    """Why the pack's CUDA C++ kernels cannot run on `device`; None where they can.
-
-    They stand in for Triton's in `int8_linear`, `sage_attention` and `qk_prepare`.
-    """
-    if capability(device) != HOPPER:
-        return "they are for Hopper, sm_90"
-    return triton_unavailable(device) or unavailable()
-
-
-def use_cuda(op: str, device: torch.device, unfit: Callable[..., str | None], *operands) -> bool:
-    """Whether the CUDA C++ kernel of `op` stands in for Triton's on `device`.
-
-    `unfit(*operands)` says why that kernel cannot take them, None where it can. On Hopper the log
-    tells once why it does not run.
-    """
-    if capability(device) != HOPPER:
-        return False
-    reason = cuda_unavailable(device) or unfit(*operands)
-    if reason:
-        say_once(f"{op} runs in Triton, more slowly: {reason}")
-    return reason is None
 
 
 @functools.cache

@@ -8,8 +8,8 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..kernels.block_map.checks import float32_on_gpu
-from ..kernels.dispatch import use_triton
+from ..kernels.checks import float32_on_gpu
+from ..kernels.dispatch import why_reference
 from . import run_report
 from .comfy_block import block_forward, is_ours
 from .comfy_sla import KEY, MADE, self_attention
@@ -59,7 +59,7 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
     if settings.attention != "dense":
         dtype = model.model.manual_cast_dtype or model.model.get_dtype()
         sample = torch.empty(0, dtype=dtype, device=model.load_device)
-        use_triton("SLA", settings.backend, sample, float32_on_gpu(sample))
+        why_reference("SLA", settings.backend, sample, float32_on_gpu(sample))
     patched = model.clone()
     patched.model_options["transformer_options"][KEY] = dataclasses.asdict(settings)
     _bind_blocks(patched)

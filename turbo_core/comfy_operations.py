@@ -8,7 +8,6 @@ import torch
 
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_quant import quantize_blocks, quantize_rows
-from ..kernels.nvrtc import cuda_unavailable
 from ..kernels.requantize import requantize_rows
 from . import run_report
 from .comfy_quant import is_int8, pack, requantize, unpack
@@ -49,7 +48,7 @@ def int8_product(op: "Linear", x: Operands, dtype: torch.dtype, **epilogue) -> t
     operands = _weight_operands(weight, op.granularity)
     y = int8_linear(*x, *operands, bias, out_dtype=dtype, **epilogue)
     comfy.ops.uncast_bias_weight(op, weight, bias, stream)
-    run_report.note_int8(op.granularity, op, _kernel(x[0], op.granularity, dtype))
+    run_report.note_int8(op.granularity, op)
     return y
 
 
@@ -62,7 +61,7 @@ def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
         operands = tuple(map(kept, operands, unpack(op.weight)))
     kept_bias = None if bias is None else kept(bias, op.bias)
     comfy.ops.uncast_bias_weight(op, weight, bias, stream)
-    run_report.note_int8(op.granularity, op, _kernel(operands[0], op.granularity, dtype))
+    run_report.note_int8(op.granularity, op)
     return *operands, kept_bias
 
 
@@ -73,13 +72,6 @@ def kept(fetched: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """
     same = fetched.device == own.device and fetched.data_ptr() == own.data_ptr()
     return fetched if same else fetched.clone()
-
-
-def _kernel(x: torch.Tensor, granularity: str, dtype: torch.dtype) -> str:
-    """Which implementation multiplies the INT8 activations x to `dtype`, for the report."""
-    name = run_report.kernel_name(x)
-    fits = granularity == "rows" and dtype != torch.float32
-    return "CUDA" if fits and name == "Triton" and not cuda_unavailable(x.device) else name
 
 
 def _weight_operands(weight: torch.Tensor, granularity: str) -> Operands:

@@ -6,9 +6,7 @@ import comfy.ops
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
-from ..kernels.block_map.checks import float32_on_gpu
 from ..kernels.norm import rms_norm
-from ..kernels.nvrtc import cuda_unavailable
 from ..kernels.rope import apply_rope
 from ..kernels.sla import sla, sla_from_projections
 from ..kernels.sparse_attention import default_pv
@@ -37,7 +35,7 @@ def self_attention(
     q = apply_rope(_norm(attn.norm_q, attn.q(x)).unflatten(2, _heads(attn)), *rotation)
     k = apply_rope(_norm(attn.norm_k, attn.k(x)).unflatten(2, _heads(attn)), *rotation)
     v = attn.v(x).unflatten(2, _heads(attn))
-    y = sla(q, k, v, *_projection(attn, x.device), **_sla_options(settings)).flatten(2)
+    y = sla(q, k, v, _projection(attn, x.device), **_sla_options(settings)).flatten(2)
     _note_sla(attn, index, settings, x)
     for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
         y = patch({"x": y, "q": q, "k": k, "transformer_options": transformer_options})
@@ -63,8 +61,8 @@ def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tens
         return optimized_attention(q.flatten(2), k.flatten(2), v, **options)
     _note_sla(attn, index, settings, q)
     q, k, v = (x.unflatten(2, heads) for x in (q, k, v))
-    weights = q_weight, k_weight, *rotation, *_projection(attn, q.device)
-    options = {"eps": attn.eps, "overwrite": True, **_sla_options(settings)}
+    weights = (q_weight, k_weight), rotation, _projection(attn, q.device)
+    options = {"eps": attn.eps, **_sla_options(settings)}
     return sla_from_projections(q, k, v, *weights, **options).flatten(2)
 
 
@@ -126,9 +124,9 @@ def float32_weights(op, device: torch.device) -> tuple[torch.Tensor, torch.Tenso
     return ours
 
 
-def _projection(attn, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Weight and bias of proj_l, None for both where the checkpoint had none."""
-    return float32_weights(attn.proj_l, device) if hasattr(attn, "proj_l") else (None, None)
+def _projection(attn, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Weight and bias of proj_l, None where the checkpoint had none."""
+    return float32_weights(attn.proj_l, device) if hasattr(attn, "proj_l") else None
 
 
 def _norm(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -151,7 +149,4 @@ def _note_sla(attn, index: int, settings: SLASettings, x: torch.Tensor) -> None:
     bits = f"int8 QK and {default_pv(x.device)} PV" if settings.attention == "sagesla" else "16 bit"
     branch = "" if hasattr(attn, "proj_l") else ", no proj_l so no linear branch"
     how = f"{settings.attention} top-k {settings.topk:g} ({bits}{branch})"
-    kernels = [run_report.kernel_name(x, settings.backend, float32_on_gpu(x))]
-    if kernels == ["Triton"] and attn.head_dim == 128 and not cuda_unavailable(x.device):
-        kernels += ["CUDA"] * (settings.attention == "sagesla")
-    run_report.note_sla(index, how, *kernels)
+    run_report.note_sla(index, how)

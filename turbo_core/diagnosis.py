@@ -3,6 +3,8 @@
 Made to be pasted into a bug report: no paths, no names of people or machines, no environment.
 """
 
+import collections
+import contextlib
 import logging
 import platform
 import re
@@ -13,20 +15,29 @@ import torch
 
 from ..kernels import dispatch
 from ..kernels.int8_linear import int8_linear
-from ..kernels.int8_quant import quantize_rows
+from ..kernels.int8_quant import quantize_blocks, quantize_rows
 from ..kernels.norm import rms_norm
-from ..kernels.nvrtc import cuda_unavailable
-from ..kernels.sla import sla
+from ..kernels.norm_quant import layer_norm_quant
+from ..kernels.requantize import requantize_rows
+from ..kernels.rope import apply_rope
+from ..kernels.sla import sla, sla_from_projections
 from ..kernels.sparse_attention import default_pv
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")))
-CUDA_OPS = ("int8_linear", "qk_prepare", "sage_attention")  # in CUDA C++ too, for Hopper
 
 # Cards whose speed and outputs were measured, and architectures whose kernels were compiled
 # ahead of time and checked for shared memory and spills.
 MEASURED = ("H100",)
 COMPILED = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+
+# What a line of ops begins with, by what they run in.
+FASTEST = {dispatch.CUDA: "CUDA kernels for Hopper", dispatch.TRITON: "Triton kernels"}
+SLOWER = {
+    dispatch.TRITON: "Triton kernels, where CUDA is faster",
+    dispatch.REFERENCE: "Torch reference, slow",
+}
+
+Choice = tuple[str, str, str | None]  # op, what it runs in, why not in what is faster
 
 # How far a kernel may be from its reference: the low bits of the attention are the widest.
 TRIAL_BOUND = 2e-2
@@ -47,14 +58,17 @@ def report(device: torch.device | None = None, comfyui: str | None = None) -> st
         comfyui: what the running ComfyUI says of itself, None outside of it.
     """
     device = device or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    runs = trials(device)
+    choices = heard(runs)
     lines = [
         f"TurboDiffusion for Wan {pack_version()}",
         comfyui or _comfyui_at_rest(),
         f"Python {platform.python_version()}, {_system()}",
         f"torch {torch.__version__}, {_toolkit()}, {_triton()}",
         *_device_lines(device),
-        *_kernel_lines(device),
-        *_trial_lines(device),
+        *kernel_lines(choices),
+        f"SageSLA here: int8 QK and {default_pv(device)} PV",
+        *_trial_lines(runs, choices),
         *(f"To do: {advice}" for advice in _advice()),
     ]
     return HOMES.sub(r"\1...", "\n".join(lines))
@@ -84,25 +98,60 @@ def card_state(name: str, card: tuple[int, int]) -> str:
 def trials(
     device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Callable[[str], torch.Tensor]]:
-    """A small run of the ops that a model spends its time in, by name; called with a backend."""
+    """Small runs of all the ops that a model is made of, by name; called with a backend."""
     generator = torch.Generator().manual_seed(0)
 
-    def normal(*shape):
+    def normal(*shape, dtype=dtype):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    x, weight = normal(1, 256, 256), normal(256)
-    x_q, w_q = quantize_rows(x, backend="reference"), quantize_rows(x[0], backend="reference")
+    x, weight, norm = normal(1, 256, 256), normal(256, 256), normal(256)
     q, k, v = (normal(1, 256, 2, 128) for _ in range(3))
-    proj_l = normal(128, 128) / 16, normal(128) / 16
-    # Every block is selected: a near tie, decided otherwise, would look like an error.
+    rotation = tuple(normal(1, 256, 64, dtype=torch.float32) for _ in range(2))
+    proj = normal(128, 128) / 16, normal(128) / 16
+
+    def feed_forward(backend):
+        """A LayerNorm and two INT8 linears, as a block of the model has them."""
+        options = {"backend": backend}
+        w = requantize_rows(*quantize_blocks(weight, **options), **options)
+        y = int8_linear(*layer_norm_quant(x, "rows", **options), *w, out_dtype=dtype, **options)
+        h = quantize_rows(y, "gelu_tanh", **options)
+        return int8_linear(*h, *w, residual=x, out_dtype=dtype, **options)
+
+    def sagesla(backend):
+        tensors = q.clone(), k.clone(), v, (norm, norm), rotation, proj
+        return sla_from_projections(*tensors, topk=1.0, low_bit=True, backend=backend)
+
+    # Every key block is selected: a near tie, decided otherwise, would look like an error.
     return {
-        "rms_norm": lambda backend: rms_norm(x, weight, backend=backend),
-        "int8_linear": lambda backend: int8_linear(
-            x_q[0], x_q[1], w_q[0], w_q[1], out_dtype=dtype, backend=backend
-        ),
-        "sla": lambda backend: sla(q, k, v, *proj_l, topk=1.0, backend=backend),
-        "sagesla": lambda backend: sla(q, k, v, *proj_l, topk=1.0, low_bit=True, backend=backend),
+        "rms_norm": lambda backend: rms_norm(x, norm, backend=backend),
+        "apply_rope": lambda backend: apply_rope(q, *rotation, backend=backend),
+        "int8_linear": feed_forward,
+        "sla": lambda backend: sla(q, k, v, proj, topk=1.0, backend=backend),
+        "sagesla": sagesla,
     }
+
+
+def heard(runs: dict[str, Callable[[str], torch.Tensor]]) -> set[Choice]:
+    """What `dispatch.choose` tells while these run as a model would run them."""
+    choices = set()
+    with dispatch.listening(lambda *choice: choices.add(choice)):
+        for run in runs.values():
+            with contextlib.suppress(Exception):  # the trial of it tells
+                run("auto")
+    return choices
+
+
+def kernel_lines(choices: set[Choice]) -> list[str]:
+    """Which implementation each op uses, and why where that is not the fastest."""
+    ops = collections.defaultdict(set)
+    for op, name, why in choices:
+        ops[name, why or ""].add(op)
+    lines = []
+    for name, why in sorted(ops):
+        heading = SLOWER[name] if why else FASTEST[name]
+        lines.append(f"{heading}: {', '.join(sorted(ops[name, why]))}")
+        lines += [f"Why: {why}"] if why else []
+    return lines
 
 
 def trial_line(name: str, run: Callable[[str], torch.Tensor]) -> str:
@@ -166,35 +215,10 @@ def _gpu_line(index: int) -> str:
     return f"GPU {index}: {properties.name}{architecture}, {memory}, {state}"
 
 
-def _kernel_lines(device: torch.device) -> list[str]:
-    """Which implementation each op uses for a model's bf16 tensors on `device`, and why."""
-    sage = f"SageSLA here: int8 QK and {default_pv(device)} PV"
-    reason = dispatch.reference_reason("auto", _sample(device))
-    if reason is not None:
-        return [f"Torch reference, slow: {', '.join(OPS)}", f"Why: {reason}", sage]
-    return [*_gpu_kernel_lines(device), sage]
-
-
-def _gpu_kernel_lines(device: torch.device) -> list[str]:
-    """The ops by the language of their kernels, where the GPU has some for them."""
-    missing = cuda_unavailable(device)
-    triton = ", ".join(op for op in OPS if missing or op not in CUDA_OPS)
-    lines = [f"Triton kernels: {triton}"]
-    if missing is None:
-        lines.append(f"CUDA kernels for Hopper: {', '.join(CUDA_OPS)}")
-    elif dispatch.capability(device) == dispatch.HOPPER:
-        lines.append(f"CUDA kernels for Hopper, which are faster: none, as {missing}")
-    return lines
-
-
-def _sample(device: torch.device) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.bfloat16, device=device)
-
-
-def _trial_lines(device: torch.device) -> list[str]:
-    if dispatch.reference_reason("auto", _sample(device)):
+def _trial_lines(runs: dict[str, Callable[[str], torch.Tensor]], choices: set[Choice]) -> list[str]:
+    if all(name == dispatch.REFERENCE for _, name, _ in choices):
         return ["Trial: none, as no Triton kernel runs here"]
-    return [trial_line(name, run) for name, run in trials(device).items()]
+    return [trial_line(name, run) for name, run in runs.items()]
 
 
 def _advice() -> list[str]:

@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from ..kernels.dispatch import reference_reason
+from ..kernels import dispatch
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Counts:
         self.fused = set()
         self.unfused = collections.defaultdict(set)  # why -> blocks
         self.int8 = collections.defaultdict(set)  # granularity -> linears
-        self.kernels = set()
+        self.kernels = set()  # what `dispatch.choose` tells: (op, name, why)
 
     def text(self) -> str:
         """One sentence: forward passes, SLA coverage, every step-aside, INT8, kernels."""
@@ -39,8 +39,17 @@ class Counts:
         parts += [f"fused in {_ranges(self.fused)}"] if self.fused else []
         parts += [f"not fused in {_ranges(blocks)}: {why}" for why, blocks in self.unfused.items()]
         parts += [f"INT8 {how} in {len(linears)} linears" for how, linears in self.int8.items()]
-        parts += [f"kernels: {' and '.join(sorted(self.kernels))}"] if self.kernels else []
-        return "; ".join(parts)
+        return "; ".join(parts + self._kernel_parts())
+
+    def _kernel_parts(self) -> list[str]:
+        """What the kernels were written in, and each op that a faster one could not run."""
+        names, declined = set(), []
+        for op, name, why in sorted(self.kernels, key=str):
+            slow = name == dispatch.REFERENCE
+            names.add(f"{name}, as {why}" if slow else name)
+            if why and not slow:
+                declined.append(f"{op} in {name}: {why}")
+        return [f"kernels: {' and '.join(sorted(names))}", *declined] if names else []
 
 
 class RunReport:
@@ -77,7 +86,8 @@ def run():
     report = RunReport()
     token = _current.set(report)
     try:
-        yield report
+        with dispatch.listening(lambda *choice: report.counts.kernels.add(choice)):
+            yield report
     finally:
         _current.reset(token)
         if any(counts.forwards for counts in report.experts.values()):
@@ -104,11 +114,10 @@ def note_forward(num_blocks: int) -> None:
         counts.num_blocks = num_blocks
 
 
-def note_sla(block: int, how: str, *kernels: str) -> None:
-    """Block `block` ran sparse-linear attention, `how` in a few words, by `kernels`."""
+def note_sla(block: int, how: str) -> None:
+    """Block `block` ran sparse-linear attention, `how` in a few words."""
     if counts := _counts():
         counts.sla[how].add(block)
-        counts.kernels.update(kernels)
 
 
 def note_dense(block: int, why: str) -> None:
@@ -129,17 +138,10 @@ def note_unfused(block: int, why: str) -> None:
         counts.unfused[why].add(block)
 
 
-def note_int8(granularity: str, linear: object, kernel: str) -> None:
-    """The INT8 layer `linear` ran in `granularity` ("blocks" or "rows") by `kernel`."""
+def note_int8(granularity: str, linear: object) -> None:
+    """The INT8 layer `linear` ran in `granularity` ("blocks" or "rows")."""
     if counts := _counts():
         counts.int8[GRANULARITY[granularity]].add(id(linear))
-        counts.kernels.add(kernel)
-
-
-def kernel_name(x: torch.Tensor, backend: str = "auto", *unsupported: str | None) -> str:
-    """Which implementation an op on `x` uses, with the reason if it is the slow one."""
-    reason = reference_reason(backend, x, *unsupported)
-    return "Triton" if reason is None else f"torch reference, as {reason}"
 
 
 def _ranges(blocks: set[int]) -> str:

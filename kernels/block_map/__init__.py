@@ -2,12 +2,14 @@
 
 import torch
 
-from ..dispatch import has_triton, use_triton
+from ..checks import check_block_size, check_heads, check_shape, not_contiguous
+from ..dispatch import choose, has_triton
 from . import reference
-from .checks import check_block_size, check_heads, check_shape, not_contiguous
 
 if has_triton():
     from . import triton as triton_kernels
+else:
+    triton_kernels = None
 
 __all__ = [
     "block_map",
@@ -26,7 +28,7 @@ def block_means(x: torch.Tensor, block: int, backend: str = "auto") -> torch.Ten
     Args:
         x: [B, L, H, D], float32, float16 or bfloat16.
         block: rows in a block, 64 or 128.
-        backend: see `dispatch.use_triton`.
+        backend: see `dispatch.choose`.
 
     Returns:
         float32 [B, H, ceil(L / block), D].
@@ -36,9 +38,9 @@ def block_means(x: torch.Tensor, block: int, backend: str = "auto") -> torch.Ten
     """
     check_heads(x=x)
     check_block_size(block)
-    if use_triton("block_means", backend, x, not_contiguous(x)):
-        return triton_kernels.block_means(x, block)
-    return reference.block_means(x, block)
+    unsupported = (not_contiguous(x),)
+    kernels = choose("block_means", backend, x, reference, triton_kernels, unsupported=unsupported)
+    return kernels.block_means(x, block)
 
 
 def centered_means(
@@ -49,7 +51,7 @@ def centered_means(
     Args:
         k: [B, L, H, D], float32, float16 or bfloat16.
         block: rows in a block, 64 or 128.
-        backend: see `dispatch.use_triton`.
+        backend: see `dispatch.choose`.
 
     Returns:
         float32 [B, H, ceil(L / block), D] and float32 [B, H, D].
@@ -62,9 +64,8 @@ def center_means(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Block means float32 [B, H, N, D] of `length` rows less the mean of all rows, and that mean
     [B, H, D]; `backend` as for the others."""
-    if use_triton("center_means", backend, means):
-        return triton_kernels.center_means(means, length, block)
-    return reference.center_means(means, length, block)
+    kernels = choose("center_means", backend, means, reference, triton_kernels)
+    return kernels.center_means(means, length, block)
 
 
 def select_blocks(
@@ -78,7 +79,7 @@ def select_blocks(
         q_means: float32 [B, H, NQ, D].
         k_means: float32 [B, H, NK, D].
         count: blocks to select, 1 to NK.
-        backend: see `dispatch.use_triton`.
+        backend: see `dispatch.choose`.
 
     Returns:
         int32 [B, H, NQ, count], ascending.
@@ -98,9 +99,8 @@ def select_blocks(
         raise TypeError(f"means must be float32, got {q_means.dtype} and {k_means.dtype}")
     if not 1 <= count <= blocks:
         raise ValueError(f"count must be 1 to {blocks}, the number of key blocks, got {count}")
-    if use_triton("select_blocks", backend, q_means):
-        return triton_kernels.select_blocks(q_means, k_means, count)
-    return reference.select_blocks(q_means, k_means, count)
+    kernels = choose("select_blocks", backend, q_means, reference, triton_kernels)
+    return kernels.select_blocks(q_means, k_means, count)
 
 
 def block_map(
@@ -120,7 +120,7 @@ def block_map(
         q, k: [B, L, H, D], float32, float16 or bfloat16.
         topk: share of the key blocks to select, above 0 and at most 1.
         block_q, block_k: rows in a query and a key block, 64 or 128.
-        backend: see `dispatch.use_triton`.
+        backend: see `dispatch.choose`.
 
     Returns:
         int32 [B, H, ceil(L / block_q), max(1, floor(topk ceil(L / block_k)))], ascending.

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import has_triton, use_triton
-from ..nvrtc import use_cuda
+from ..dispatch import choose, has_triton
 from . import hopper, reference
 
 if has_triton():
     from . import triton as triton_kernels
+else:
+    triton_kernels = None
 
 BLOCK = reference.BLOCK
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -67,11 +68,11 @@ def int8_linear(
         return out
     bias = None if bias is None else bias.contiguous()
     operands = x_q, x_scale, w_q, w_scale.contiguous(), bias, gate, residual, out
-    if not use_triton("int8_linear", backend, x_q):
-        return reference.linear(*operands)
-    by_rows = x_scale.ndim == 2  # blocks have no CUDA kernel
-    on_hopper = by_rows and use_cuda("int8_linear", x_q.device, hopper.unfit, *operands)
-    return (hopper if on_hopper else triton_kernels).linear(*operands)
+    cuda = hopper if x_scale.ndim == 2 else None  # blocks have no CUDA kernel
+    kernels = choose(
+        "int8_linear", backend, x_q, reference, triton_kernels, cuda, operands=operands
+    )
+    return kernels.linear(*operands)
 
 
 def _check_operands(x_q: Tensor, w_q: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:

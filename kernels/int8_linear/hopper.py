@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
+from ..checks import in_steps_of_16_bytes
 from ..dispatch import launching_on, multiprocessors
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -38,22 +39,15 @@ def unfit(
         return "the gate is not one float32 vector a sample"
     if gate is not None and (gate.stride(2) != 1 or gate.stride(0) % 2):
         return "the gate is not contiguous"
-    wide = x_q, w_q, out, residual
-    if not all(_in_steps_of_16(x) for x in wide if x is not None):
+    wide = [x for x in (x_q, w_q, out, residual) if x is not None]
+    if not all(map(in_steps_of_16_bytes, wide)):
         return "rows do not begin at multiples of 16 bytes"
+    if any(max(x.stride()) >= 2**31 for x in wide):
+        return "strides exceed int32"
     pairs = w_scale.data_ptr() % 8, 0 if gate is None else gate.data_ptr() % 8
     if any(pairs) or (bias is not None and bias.data_ptr() % 4) or out.shape[2] % 8:
         return "columns do not come in aligned eights"
     return None
-
-
-def _in_steps_of_16(x: Tensor) -> bool:
-    """Whether all rows of [..., columns] begin at a multiple of 16 bytes, counted in int32."""
-    *steps, _ = x.stride()
-    together = x.data_ptr()
-    for step in steps:
-        together |= step * x.itemsize
-    return together % 16 == 0 and min(steps) > 0 and max(steps) < 2**31
 
 
 def linear(

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import has_triton, use_triton
+from ..dispatch import choose, has_triton
 from . import reference
 
 if has_triton():
     from . import triton as triton_kernels
+else:
+    triton_kernels = None
 
 BLOCK = reference.BLOCK
 ACTIVATIONS = (None, "gelu_tanh")
@@ -39,9 +41,8 @@ def quantize_blocks(
         RuntimeError: Triton was asked for by name and cannot run.
     """
     _check_input("quantize_blocks", x, activation)
-    if use_triton("quantize_blocks", backend, x):
-        return triton_kernels.quantize_blocks(x, activation)
-    return reference.quantize_blocks(x, activation)
+    kernels = choose("quantize_blocks", backend, x, reference, triton_kernels)
+    return kernels.quantize_blocks(x, activation)
 
 
 def quantize_rows(
@@ -65,9 +66,8 @@ def quantize_rows(
         RuntimeError: Triton was asked for by name and cannot run.
     """
     _check_input("quantize_rows", x, activation)
-    if use_triton("quantize_rows", backend, x):
-        return triton_kernels.quantize_rows(x, activation)
-    return reference.quantize_rows(x, activation)
+    kernels = choose("quantize_rows", backend, x, reference, triton_kernels)
+    return kernels.quantize_rows(x, activation)
 
 
 def dequantize_blocks(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

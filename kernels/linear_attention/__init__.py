@@ -4,12 +4,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..block_map.checks import check_heads, check_shape, float32_on_gpu, not_contiguous
-from ..dispatch import has_triton, use_triton
+from ..checks import check_heads, check_shape, float32_on_gpu, not_contiguous
+from ..dispatch import choose, has_triton
 from . import reference
 
 if has_triton():
     from . import triton as triton_kernels
+else:
+    triton_kernels = None
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 
@@ -42,7 +44,7 @@ def key_value_state(
     Args:
         k, v: [B, L, H, D], float32, float16 or bfloat16; k before any smoothing.
         feature_map: phi: "softmax" over the channels, "elu" (plus one) or "relu".
-        backend: see `dispatch.use_triton`.
+        backend: see `dispatch.choose`.
 
     Returns:
         state float32 [B, H, D, D] (channels of k, channels of v), normalizer float32 [B, H, D].
@@ -75,7 +77,7 @@ def _kernels(k, v, feature_map, backend):
     check_heads(k=k, v=v)
     check_feature_map(feature_map)
     unsupported = not_contiguous(k, v), float32_on_gpu(k)
-    return triton_kernels if use_triton("key_value_state", backend, k, *unsupported) else reference
+    return choose("key_value_state", backend, k, reference, triton_kernels, unsupported=unsupported)
 
 
 def linear_attention(
@@ -98,7 +100,7 @@ def linear_attention(
         proj_weight: W [D, D] (out, in), any float dtype.
         proj_bias: b [D], any float dtype.
         feature_map: phi, as in `key_value_state`.
-        backend: see `dispatch.use_triton`.
+        backend: see `dispatch.choose`.
 
     Returns:
         [B, L, H, D] in q's dtype.
@@ -109,9 +111,11 @@ def linear_attention(
     check_heads(q=q)
     branch = LinearBranch(state, normalizer, proj_weight, proj_bias, feature_map)
     check_branch(q, branch)
-    if use_triton("linear_attention", backend, q, not_contiguous(q), float32_on_gpu(q)):
-        return triton_kernels.linear_attention(q, *branch)
-    return reference.linear_attention(q, *branch)
+    unsupported = not_contiguous(q), float32_on_gpu(q)
+    kernels = choose(
+        "linear_attention", backend, q, reference, triton_kernels, unsupported=unsupported
+    )
+    return kernels.linear_attention(q, *branch)
 
 
 def check_branch(q: torch.Tensor, branch: LinearBranch) -> None:

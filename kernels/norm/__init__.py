@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import has_triton, use_triton
+from ..dispatch import choose, has_triton
 from . import reference
 
 if has_triton():
     from . import triton as triton_kernels
+else:
+    triton_kernels = None
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -31,9 +33,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, backend: str = "auto"
     """
     _check_dtype("rms_norm", x)
     _check_vector("rms_norm", "weight", weight, x)
-    if use_triton("rms_norm", backend, x):
-        return triton_kernels.rms_norm(x, weight, eps)
-    return reference.rms_norm(x, weight, eps)
+    kernels = choose("rms_norm", backend, x, reference, triton_kernels)
+    return kernels.rms_norm(x, weight, eps)
 
 
 def layer_norm(
@@ -66,9 +67,8 @@ def layer_norm(
         RuntimeError: Triton was asked for by name and cannot run.
     """
     check_layer_norm("layer_norm", x, weight, bias, scale, shift)
-    if use_triton("layer_norm", backend, x):
-        return triton_kernels.layer_norm(x, weight, bias, scale, shift, eps)
-    return reference.layer_norm(x, weight, bias, scale, shift, eps)
+    kernels = choose("layer_norm", backend, x, reference, triton_kernels)
+    return kernels.layer_norm(x, weight, bias, scale, shift, eps)
 
 
 def check_layer_norm(

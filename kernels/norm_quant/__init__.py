@@ -2,12 +2,14 @@
 
 from torch import Tensor
 
-from ..dispatch import has_triton, use_triton
+from ..dispatch import choose, has_triton
 from ..norm import check_layer_norm
 from . import reference
 
 if has_triton():
     from . import triton as triton_kernels
+else:
+    triton_kernels = None
 
 GRANULARITIES = ("rows", "blocks")
 
@@ -52,7 +54,5 @@ def layer_norm_quant(
     check_layer_norm("layer_norm_quant", x, weight, bias, scale, shift)
     if x.numel() == 0:
         raise ValueError(f"layer_norm_quant needs x with elements in it, got {list(x.shape)}")
-    kernels = reference
-    if use_triton("layer_norm_quant", backend, x):
-        kernels = triton_kernels
+    kernels = choose("layer_norm_quant", backend, x, reference, triton_kernels)
     return kernels.layer_norm_quant(x, granularity, weight, bias, scale, shift, eps)

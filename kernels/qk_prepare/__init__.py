@@ -1,25 +1,37 @@
 """From a projection of q or k to what sparse-linear attention reads, with one writing."""
 
+from typing import NamedTuple
+
 import torch
 
-from ..block_map.checks import (
+from ..checks import (
     check_block_size,
     check_heads,
     check_shape,
     float32_on_gpu,
     not_contiguous,
 )
-from ..dispatch import has_triton, use_triton
+from ..dispatch import choose, has_triton
 from ..linear_attention import LinearBranch, check_branch
-from ..nvrtc import use_cuda
+from ..sparse_attention import Int8Blocks
 from . import reference
-from .reference import Prepared
 
 if has_triton():
     from . import hopper
     from . import triton as triton_kernels
+else:
+    hopper = triton_kernels = None
 
 __all__ = ["Prepared", "prepare"]
+
+
+class Prepared(NamedTuple):
+    """A normalized and rotated q or k as attention reads it, in N blocks of rows."""
+
+    rows: torch.Tensor | None  # [B, L, H, D]; None where their linear branch has their memory
+    linear: torch.Tensor | None  # [B, L, H, D], their linear branch; None if not asked for
+    means: torch.Tensor  # float32 [B, H, N, D]
+    blocks: Int8Blocks | None  # None if not asked for
 
 
 def prepare(
@@ -30,9 +42,9 @@ def prepare(
     eps: float = 1e-6,
     block: int = 128,
     quantize: bool = False,
-    backend: str = "auto",
     out: torch.Tensor | None = None,
-    linear: LinearBranch | None = None,
+    branch: LinearBranch | None = None,
+    backend: str = "auto",
 ) -> Prepared:
     """RMSNorm over all heads, RoPE, block means and, if asked for, int8 and the linear branch.
 
@@ -47,14 +59,13 @@ def prepare(
         eps: added to the mean square.
         block: rows in a block, 64 or 128.
         quantize: whether to make int8 blocks.
-        backend: see `dispatch.use_triton`.
         out: where the rotated rows go, contiguous like x; may be x itself. A new tensor if None.
-        linear: where given, `out` gets the linear branch of the rotated rows in their place: in
+        branch: where given, `out` gets the linear branch of the rotated rows in their place: in
             low bits nothing else reads them.
+        backend: see `dispatch.choose`.
 
     Returns:
-        `Prepared`: x [B, L, H, D], which is `out`, means float32 [B, H, N, D], and q int8
-        [B, H, N * block, D] with scale float32 [B, H, N], or None for both.
+        `Prepared`, with `out` as its rows, or as its linear branch where `branch` is given.
 
     Raises:
         ValueError, TypeError: a shape, block size or dtype does not fit.
@@ -70,14 +81,16 @@ def prepare(
             f"out must be contiguous and {x.dtype}, "
             f"got {out.dtype} with strides {list(out.stride())}"
         )
-    if linear is not None:
-        check_branch(x, linear)
-    arguments = x, weight, cos, sin, eps, block, quantize, out, linear
-    reasons = not_contiguous(x), None if linear is None else float32_on_gpu(x)
-    if use_triton("prepare", backend, x, *reasons):
-        on_hopper = use_cuda("prepare", x.device, hopper.unfit, x, cos, sin, out, linear)
-        return (hopper if on_hopper else triton_kernels).prepare(*arguments)
-    return reference.prepare(*arguments)
+    if branch is not None:
+        check_branch(x, branch)
+    kernels = choose(
+        "prepare", backend, x, reference, triton_kernels, hopper,
+        unsupported=(not_contiguous(x), None if branch is None else float32_on_gpu(x)),
+        operands=(x, cos, sin, out, branch),
+    )  # fmt: skip
+    means, *blocks = kernels.prepare(x, weight, cos, sin, eps, block, quantize, out, branch)
+    rows, linear = (out, None) if branch is None else (None, out)
+    return Prepared(rows, linear, means, Int8Blocks(*blocks) if quantize else None)
 
 
 def check_angles(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

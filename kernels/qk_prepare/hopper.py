@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from .. import nvrtc
+from ..checks import in_steps_of_16_bytes
 from ..dispatch import launching_on
 from ..linear_attention import LinearBranch
 from ..linear_attention.triton import project_state
-from .reference import Prepared
 from .triton import block_outputs, contiguous_pairs, row_norms
 
 SOURCE = Path(__file__).with_name("prepare.cu")
@@ -37,8 +37,7 @@ def unfit(
     # The only one that models were trained with.
     if linear is not None and linear.feature_map != "softmax":
         return f"the feature map is {linear.feature_map}"
-    steps = x.data_ptr() // 2, out.data_ptr() // 2, *x.stride()[:3]
-    if x.stride(-1) != 1 or any(step % 8 for step in steps):
+    if not (in_steps_of_16_bytes(x) and in_steps_of_16_bytes(out)):
         return "rows do not begin at multiples of 16 bytes"
     if max(*x.stride(), *cos.stride(), *sin.stride()) >= 2**31:
         return "strides exceed int32"
@@ -73,8 +72,8 @@ def prepare(
     quantize: bool,
     out: torch.Tensor,
     linear: LinearBranch | None,
-) -> Prepared:
-    """RMSNorm over all heads, RoPE, block means, int8 blocks and the linear branch."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """`prepare` of the Triton file, of what is not `unfit`."""
     batch, length, heads, _ = x.shape
     norms = row_norms(x, eps)
     means, integers, scales = block_outputs(x, block, quantize)
@@ -93,7 +92,7 @@ def prepare(
             *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
             length, heads, means.shape[2], -(-heads // groups),
         )  # fmt: skip
-    return Prepared(out, means, integers, scales)
+    return means, integers, scales
 
 
 def _kernel(x: torch.Tensor, block: int, quantize: bool, linear: bool) -> nvrtc.Kernel:

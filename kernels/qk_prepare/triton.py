@@ -8,7 +8,6 @@ from ..dispatch import launching_on
 from ..linear_attention import LinearBranch
 from ..linear_attention.triton import linear_attention
 from ..sparse_attention.triton import round_block
-from .reference import Prepared
 
 HEADS = 8  # of one program, which reads its cosines from memory once
 ROW_LAUNCH = {"num_warps": 4, "num_stages": 1}  # bandwidth-bound, the same on every card
@@ -119,9 +118,9 @@ def prepare(
     block: int,
     quantize: bool,
     out: torch.Tensor,
-    linear: LinearBranch | None,
-) -> Prepared:
-    """RMSNorm over all heads, RoPE, block means, int8 blocks and the linear branch."""
+    branch: LinearBranch | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The rotated rows or their linear branch to `out`; their means, int8 blocks and scales."""
     batch, length, heads, dim = x.shape
     norms = row_norms(x, eps)
     means, integers, scales = block_outputs(x, block, quantize)
@@ -133,7 +132,7 @@ def prepare(
             *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], length, heads,
             BLOCK=block, HEAD_DIM=dim, HEADS=HEADS, QUANTIZE=quantize, **config(block),
         )  # fmt: skip
-    if linear is not None:
+    if branch is not None:
         # On its own: within the pass above it would spill on every card but Hopper.
-        linear_attention(out, *linear, out)
-    return Prepared(out, means, integers, scales)
+        linear_attention(out, *branch, out)
+    return means, integers, scales

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import has_triton, use_triton
+from ..dispatch import choose, has_triton
 from ..int8_quant import BLOCK
 from . import reference
 
 if has_triton():
     from . import triton as triton_kernels
+else:
+    triton_kernels = None
 
 
 def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -37,6 +39,5 @@ def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Te
             f"requantize_rows: q must be [N, K] with scales [ceil(N/128), ceil(K/128)], "
             f"got {list(q.shape)} with {list(scale.shape)}"
         )
-    if use_triton("requantize_rows", backend, q):
-        return triton_kernels.requantize_rows(q, scale)
-    return reference.requantize_rows(q, scale)
+    kernels = choose("requantize_rows", backend, q, reference, triton_kernels)
+    return kernels.requantize_rows(q, scale)

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import has_triton, use_triton
+from ..dispatch import choose, has_triton
 from . import reference
 
 if has_triton():
     from . import triton as triton_kernels
+else:
+    triton_kernels = None
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,9 +38,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, backend: str = "auto") -> Te
         raise ValueError(f"apply_rope needs x [B, L, H, D] with an even D, got {list(x.shape)}")
     for name, angles in (("cos", cos), ("sin", sin)):
         _check_angles(name, angles, x)
-    if use_triton("apply_rope", backend, x, _unsupported(x.shape[-1])):
-        return triton_kernels.apply_rope(x, cos, sin)
-    return reference.apply_rope(x, cos, sin)
+    unsupported = (_odd_head_dim(x.shape[-1]),)
+    kernels = choose("apply_rope", backend, x, reference, triton_kernels, unsupported=unsupported)
+    return kernels.apply_rope(x, cos, sin)
 
 
 def _check_angles(name: str, angles: Tensor, x: Tensor) -> None:
@@ -52,7 +54,8 @@ def _check_angles(name: str, angles: Tensor, x: Tensor) -> None:
         raise TypeError(f"apply_rope takes {name} in fp32, got {angles.dtype}")
 
 
-def _unsupported(head_dim: int) -> str | None:
+def _odd_head_dim(head_dim: int) -> str | None:
+    """Why Triton cannot rotate such heads; None where it can."""
     if head_dim & (head_dim - 1):
         return f"the head dim {head_dim} is not a power of two"
     return None

@@ -1,16 +1,17 @@
 """Sparse-linear attention, whole: a composition of the ops around it."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..block_map import (
     block_means,
     center_means,
-    centered_means,
     check_topk,
     select_blocks,
     selected_count,
 )
-from ..block_map.checks import check_block_shape, check_heads, check_shape
+from ..checks import check_block_shape, check_heads, check_shape
 from ..linear_attention import (
     LinearBranch,
     check_feature_map,
@@ -18,25 +19,28 @@ from ..linear_attention import (
     key_value_state_and_maximum,
     linear_attention,
 )
-from ..qk_prepare import prepare
+from ..qk_prepare import Prepared, prepare
 from ..sparse_attention import sage_attention, sparse_attention
 
 __all__ = ["sla", "sla_from_projections"]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+BLOCK_Q, BLOCK_K = 128, 64  # rows in a query and a key block, as the models were trained
 
 
 def sla(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
+    proj: Pair | None,
     topk: float = 0.1,
     low_bit: bool = False,
     feature_map: str = "softmax",
     block_map: torch.Tensor | None = None,
     pv: str | None = None,
-    block_q: int = 128,
-    block_k: int = 64,
+    block_q: int = BLOCK_Q,
+    block_k: int = BLOCK_K,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Sparse-linear attention (arXiv 2512.16093, section 1.1): softmax over the key blocks that
@@ -44,8 +48,8 @@ def sla(
 
     Args:
         q, k, v: [B, L, H, D], float32, float16 or bfloat16, after RMSNorm and RoPE.
-        proj_weight: `proj_l` [D, D] (out, in), any float dtype; None leaves the branch out.
-        proj_bias: bias of `proj_l` [D], any float dtype; None where there is no branch.
+        proj: weight [D, D] (out, in) and bias [D] of `proj_l`, any float dtypes; None leaves the
+            linear branch out.
         topk: share of the key blocks to attend to, above 0 and at most 1.
         low_bit: SageSLA: int8 q k^T and fp8 or float16 values.
         feature_map: phi of the linear branch: "softmax", "elu" or "relu".
@@ -53,7 +57,7 @@ def sla(
             `sparse_attention`.
         pv: "fp8" or "fp16" values in low bits; None takes `default_pv` of the GPU.
         block_q, block_k: rows in a query and a key block: 128 and 64, 64 and 64, or 64 and 128.
-        backend: see `dispatch.use_triton`.
+        backend: see `dispatch.choose`.
 
     Returns:
         [B, L, H, D] in q's dtype.
@@ -61,111 +65,135 @@ def sla(
     Raises:
         ValueError, TypeError: a shape, block size, dtype or option does not fit.
     """
-    _check(q, k, v, block_q, block_k, topk)
-    _check_projection(q, proj_weight, proj_bias, feature_map)
-    k_mean = None
-    if block_map is None:
-        k_means, k_mean = centered_means(k, block_k, backend)
-        q_means = block_means(q, block_q, backend=backend)
-        count = selected_count(topk, k_means.shape[2])
-        block_map = select_blocks(q_means, k_means, count, backend)
-    linear, v_max = _linear_branch(k, v, proj_weight, proj_bias, feature_map, low_bit, backend)
-    onto = None if linear is None else linear_attention(q, *linear, backend=backend)
-    shared = {"block_q": block_q, "block_k": block_k, "onto": onto, "backend": backend}
-    if low_bit:
-        return sage_attention(q, k, v, block_map, pv, k_mean=k_mean, v_max=v_max, **shared)
-    return sparse_attention(q, k, v, block_map, **shared)
+    _check(q, k, v, proj, topk, block_q, block_k)
+    check_feature_map(feature_map)
+    k_means = block_means(k, block_k, backend)
+    keys = _keys(k, v, k_means, proj, feature_map, low_bit, block_k, backend)
+    queries = Prepared(q, None, block_means(q, block_q, backend), None)
+    return _attend(queries, keys, topk, low_bit, block_map, pv, block_q, block_k, backend)
 
 
 def sla_from_projections(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
+    norms: Pair,
+    rotation: Pair,
+    proj: Pair | None,
     eps: float = 1e-6,
     topk: float = 0.1,
     low_bit: bool = False,
-    feature_map: str = "softmax",
     block_map: torch.Tensor | None = None,
     pv: str | None = None,
-    block_q: int = 128,
-    block_k: int = 64,
     backend: str = "auto",
-    overwrite: bool = False,
 ) -> torch.Tensor:
-    """`sla` of what Wan's projections give: `sla(apply_rope(rms_norm(q)), ..., v)`.
+    """`sla` of what Wan's projections give, `sla(apply_rope(rms_norm(q)), ..., v)`, for inference.
 
-    Block means and the int8 of q come out of the same pass as the norm and the rotation.
+    Block means and the int8 of q come out of the same pass as the norm and the rotation. q and k
+    are overwritten, which saves the memory of two activations; in low bits with a linear branch
+    the result is q's memory.
 
     Args:
-        q, k, v: [B, L, H, D], the projections; float32, float16 or bfloat16.
-        q_weight, k_weight: [H * D] of any float dtype, of the RMSNorm over all heads.
-        cos, sin: [1 or B, L, D / 2] float32; see `apply_rope`. Pairs that lie side by side
-            (stride 1) save a copy.
+        q, k: [B, L, H, D], the projections, contiguous; float32, float16 or bfloat16.
+        v: [B, L, H, D] of the same dtype.
+        norms: weights [H * D] of q's and k's RMSNorm over all heads, any float dtypes.
+        rotation: cos and sin [1 or B, L, D / 2] float32; see `apply_rope`. Pairs that lie side by
+            side (stride 1) save a copy.
         eps: of both norms.
-        proj_weight, proj_bias, topk, low_bit, feature_map, block_map, pv, block_q, block_k,
-            backend: see `sla`.
-        overwrite: q and k, contiguous, are overwritten, which saves the memory of two activations;
-            in low bits with a linear branch the result is q's memory.
+        proj, topk, low_bit, block_map, pv, backend: see `sla`. Blocks have 128 and 64 rows, the
+            feature map is "softmax".
 
     Returns:
         [B, L, H, D] in q's dtype.
 
     Raises:
-        ValueError, TypeError: a shape, block size, dtype or option does not fit.
+        ValueError, TypeError: a shape, dtype or option does not fit.
     """
-    _check(q, k, v, block_q, block_k, topk)
-    _check_projection(q, proj_weight, proj_bias, feature_map)
+    _check(q, k, v, proj, topk, BLOCK_Q, BLOCK_K)
     # The kernels need pairs side by side; copied here, so that q and k share the copy.
-    cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
-    q_out, k_out = (q, k) if overwrite else (None, None)
-    keys = prepare(k, k_weight, cos, sin, eps, block_k, False, backend, k_out)
-    k_means, k_mean = center_means(keys.means, k.shape[1], block_k, backend)
-    linear, v_max = _linear_branch(keys.x, v, proj_weight, proj_bias, feature_map, low_bit, backend)
+    cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in rotation)
+    q_norm, k_norm = norms
+    rotated = prepare(k, k_norm, cos, sin, eps, BLOCK_K, out=k, backend=backend)
+    keys = _keys(k, v, rotated.means, proj, "softmax", low_bit, BLOCK_K, backend)
     # In 16 bits attention reads the rotated q, which then cannot make room for its linear branch.
-    passing = linear if low_bit else None
-    queries = prepare(q, q_weight, cos, sin, eps, block_q, low_bit, backend, q_out, passing)
+    branch = keys.branch if low_bit else None
+    queries = prepare(q, q_norm, cos, sin, eps, BLOCK_Q, low_bit, q, branch, backend)
+    return _attend(queries, keys, topk, low_bit, block_map, pv, BLOCK_Q, BLOCK_K, backend)
+
+
+class _Keys(NamedTuple):
+    """The keys and values, and what is known of them."""
+
+    rows: torch.Tensor  # [B, L, H, D]
+    v: torch.Tensor  # [B, L, H, D]
+    means: torch.Tensor  # float32 [B, H, N, D], of blocks, less `mean`
+    mean: torch.Tensor  # float32 [B, H, D], of all rows
+    branch: LinearBranch | None  # None without a projection
+    v_max: torch.Tensor | None  # float32 [B, H, D], max |v|; in low bits with a branch
+
+
+def _keys(
+    rows: torch.Tensor,
+    v: torch.Tensor,
+    means: torch.Tensor,
+    proj: Pair | None,
+    feature_map: str,
+    low_bit: bool,
+    block_k: int,
+    backend: str,
+) -> _Keys:
+    """What the queries meet, given the block means [B, H, N, D] of the rows."""
+    means, mean = center_means(means, rows.shape[1], block_k, backend)
+    branch = v_max = None
+    if proj is not None and low_bit:
+        *sums, v_max = key_value_state_and_maximum(rows, v, feature_map, backend)
+        branch = LinearBranch(*sums, *proj, feature_map)
+    elif proj is not None:
+        sums = key_value_state(rows, v, feature_map, backend)
+        branch = LinearBranch(*sums, *proj, feature_map)
+    return _Keys(rows, v, means, mean, branch, v_max)
+
+
+def _attend(
+    queries: Prepared,
+    keys: _Keys,
+    topk: float,
+    low_bit: bool,
+    block_map: torch.Tensor | None,
+    pv: str | None,
+    block_q: int,
+    block_k: int,
+    backend: str,
+) -> torch.Tensor:
+    """Where both ops end: select the blocks, take the linear branch, add the attention."""
     if block_map is None:
-        count = selected_count(topk, k_means.shape[2])
-        block_map = select_blocks(queries.means, k_means, count, backend)
-    shared = {"block_q": block_q, "block_k": block_k, "backend": backend}
+        count = selected_count(topk, keys.means.shape[2])
+        block_map = select_blocks(queries.means, keys.means, count, backend)
+    linear = queries.linear
+    if linear is None and keys.branch is not None:
+        linear = linear_attention(queries.rows, *keys.branch, backend=backend)
+    shared = {"block_q": block_q, "block_k": block_k, "linear": linear, "backend": backend}
     if not low_bit:
-        onto = None if linear is None else linear_attention(queries.x, *linear, backend=backend)
-        return sparse_attention(queries.x, keys.x, v, block_map, onto=onto, **shared)
-    known = {"k_mean": k_mean, "q_blocks": (queries.q, queries.scale), "v_max": v_max}
-    onto = None if linear is None else queries.x
-    return sage_attention(queries.x, keys.x, v, block_map, pv, onto=onto, **known, **shared)
+        return sparse_attention(queries.rows, keys.rows, keys.v, block_map, **shared)
+    q = queries.rows if queries.blocks is None else queries.blocks
+    known = {"k_mean": keys.mean, "v_max": keys.v_max}
+    return sage_attention(q, keys.rows, keys.v, block_map, pv, **known, **shared)
 
 
-def _linear_branch(k, v, proj_weight, proj_bias, feature_map, low_bit, backend):
-    """The linear branch, None without a projection, and in low bits the maximum of |v|."""
-    if proj_weight is None:
-        return None, None
-    if low_bit:
-        *sums, v_max = key_value_state_and_maximum(k, v, feature_map, backend)
-    else:
-        sums, v_max = key_value_state(k, v, feature_map, backend), None
-    return LinearBranch(*sums, proj_weight, proj_bias, feature_map), v_max
-
-
-def _check(q, k, v, block_q, block_k, topk) -> None:
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    proj: Pair | None,
+    topk: float,
+    block_q: int,
+    block_k: int,
+) -> None:
     """What both ops ask of their inputs."""
     check_heads(q=q, k=k, v=v)
     check_block_shape(block_q, block_k)
     check_topk(topk)
-
-
-def _check_projection(q, proj_weight, proj_bias, feature_map) -> None:
-    """Require proj_l to be whole and to fit the head dim."""
-    if (proj_weight is None) != (proj_bias is None):
-        missing = "proj_weight" if proj_weight is None else "proj_bias"
-        raise ValueError(f"{missing} is None, give both or neither")
-    if proj_weight is not None:
-        check_feature_map(feature_map)
-        check_shape("proj_weight", proj_weight, (q.shape[-1], q.shape[-1]))
-        check_shape("proj_bias", proj_bias, (q.shape[-1],))
+    if proj is not None:
+        weight, bias = proj
+        check_shape("proj weight", weight, (q.shape[-1], q.shape[-1]))
+        check_shape("proj bias", bias, (q.shape[-1],))

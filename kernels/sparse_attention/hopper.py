@@ -7,7 +7,7 @@ import torch
 from .. import nvrtc
 from ..dispatch import launching_on, multiprocessors
 from . import triton as triton_kernels
-from .reference import Quantized
+from .reference import Int8Blocks, Quantized
 
 SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90a"
@@ -25,49 +25,40 @@ def unfit(head_dim: int, block_q: int, block_k: int, pv: str) -> str | None:
 
 
 def quantize(
-    q: torch.Tensor,
+    q: torch.Tensor | Int8Blocks,
     k: torch.Tensor,
     v: torch.Tensor,
     k_mean: torch.Tensor,
     v_dtype: torch.dtype,
     block_q: int,
     block_k: int,
-    scale: float,
-    q_blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
     v_max: torch.Tensor | None = None,
 ) -> Quantized:
-    """`quantize` of the Triton file, of q, k, v [B, L, H, D], with k's and v's blocks as the tensor
-    cores read them.
+    """`quantize` of the Triton file, with k's and v's blocks as the tensor cores read them.
 
     Rows of k are 128 bytes of channels, those of v 64 bytes of keys. Within eight rows of k (four
     pairs of v) their chunks of 16 bytes trade places, so that shared memory gives a column of
     chunks at once. v's keys stand in the order in which a thread holds their weights.
     """
-    arguments = q, k, v, k_mean, v_dtype, block_q, block_k, scale, q_blocks, v_max
+    arguments = q, k, v, k_mean, v_dtype, block_q, block_k, v_max
     return triton_kernels.quantize(*arguments, for_hopper=True)
 
 
 def sage_attention(
-    q: torch.Tensor,
-    operands: Quantized,
-    block_map: torch.Tensor,
-    block_q: int,
-    block_k: int,
-    onto: torch.Tensor | None,
+    operands: Quantized, block_map: torch.Tensor, out: torch.Tensor, add: bool
 ) -> torch.Tensor:
-    """Attention over the selected key blocks, [B, L, H, D], on operands of `quantize` above."""
-    batch, length, heads, _ = q.shape
+    """`sage_attention` of the Triton file, on operands of `quantize` above."""
+    batch, length, heads, _ = out.shape
     q_blocks, count = block_map.shape[2:]
-    k_blocks = -(-length // block_k)
+    k_blocks = operands.k_scale.shape[2]
     works = batch * heads * q_blocks
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if onto is None else onto
-    programs = multiprocessors(q.device)
-    with launching_on(q):
-        kernel = nvrtc.load(SOURCE, "sage_attention", TARGET, SHARED_BYTES, q.device.index)
+    programs = multiprocessors(out.device)
+    with launching_on(out):
+        kernel = nvrtc.load(SOURCE, "sage_attention", TARGET, SHARED_BYTES, out.device.index)
         kernel.launch(
             min(works, programs), THREADS,
             operands.q, operands.q_scale, operands.k, operands.k_scale, operands.v,
             operands.v_scale, block_map.contiguous(), out, length, count, q_blocks, k_blocks,
-            heads, works, int(q.dtype == torch.bfloat16), int(onto is not None),
+            heads, works, int(out.dtype == torch.bfloat16), int(add),
         )  # fmt: skip
     return out

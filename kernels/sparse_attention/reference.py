@@ -12,6 +12,13 @@ WEIGHT_SCALE = {torch.float8_e4m3fn: 256.0, torch.float16: 1.0}  # lifts the wei
 VALUE_LIMIT = 448.0  # the largest e4m3; float16 takes it too
 
 
+class Int8Blocks(NamedTuple):
+    """q or k [B, L, H, D] in int8, one scale per block of rows."""
+
+    integers: torch.Tensor  # int8 [B, H, N * block, D], zeros beyond L
+    scale: torch.Tensor  # float32 [B, H, N]
+
+
 class Quantized(NamedTuple):
     """Low-bit operands: q carries softmax scale and log2(e) in its scale."""
 
@@ -30,53 +37,50 @@ def sparse_attention(
     block_map: torch.Tensor,
     block_q: int,
     block_k: int,
-    scale: float,
-    onto: torch.Tensor | None,
+    out: torch.Tensor,
+    add: bool,
 ) -> torch.Tensor:
-    """Softmax attention over the selected key blocks, [B, L, H, D]."""
+    """Softmax attention over the selected key blocks, written or added to `out` [B, L, H, D]."""
 
     def head(b, h):
-        queries = into_blocks(q[b, :, h], block_q) * (scale * LOG2_E)
+        queries = into_blocks(q[b, :, h], block_q) * score_scale(q)
         keys, values = into_blocks(k[b, :, h], block_k), into_blocks(v[b, :, h], block_k)
         return attend(queries, keys, values, block_map[b, h], q.shape[1])
 
-    return over_heads(q, head, onto)
+    return over_heads(head, out, add)
 
 
 def sage_attention(
-    q: torch.Tensor,
-    operands: Quantized,
-    block_map: torch.Tensor,
-    block_q: int,
-    block_k: int,
-    onto: torch.Tensor | None,
+    operands: Quantized, block_map: torch.Tensor, out: torch.Tensor, add: bool
 ) -> torch.Tensor:
-    """The same on quantized operands; of q itself only the shape and dtype count."""
+    """The same on quantized operands, of blocks as long as those operands have them."""
     weight_scale, dtype = WEIGHT_SCALE[operands.v.dtype], operands.v.dtype
 
     def head(b, h):
         one = Quantized(*(x[b, h] for x in operands))
-        queries = into_blocks(one.q, block_q) * one.q_scale[:, None, None]
-        keys = into_blocks(one.k, block_k) * one.k_scale[:, None, None]
+        queries = one.q.float().unflatten(0, (len(one.q_scale), -1)) * one.q_scale[:, None, None]
+        keys = one.k.float().unflatten(0, (len(one.k_scale), -1)) * one.k_scale[:, None, None]
         values = one.v.float().mT * one.v_scale
         return attend(
-            queries, keys, values, block_map[b, h], q.shape[1],
+            queries, keys, values, block_map[b, h], out.shape[1],
             lambda weights: (weights * weight_scale).to(dtype).float() / weight_scale,
         )  # fmt: skip
 
-    return over_heads(q, head, onto)
+    return over_heads(head, out, add)
+
+
+def score_scale(q: torch.Tensor) -> float:
+    """What q k^T is multiplied with: 1 / sqrt(D), and log2(e), as weights are powers of two."""
+    return q.shape[-1] ** -0.5 * LOG2_E
 
 
 def over_heads(
-    q: torch.Tensor,
-    head: Callable[[int, int], torch.Tensor],
-    onto: torch.Tensor | None,
+    head: Callable[[int, int], torch.Tensor], out: torch.Tensor, add: bool
 ) -> torch.Tensor:
-    """Gather head(b, h) [L, D] into [B, L, H, D], on top of what `onto` holds."""
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if onto is None else onto
-    for b in range(q.shape[0]):
-        for h in range(q.shape[2]):
-            out[b, :, h] = out[b, :, h] + head(b, h)
+    """Gather head(b, h) [L, D] into `out` [B, L, H, D], or on top of what it holds."""
+    for b in range(out.shape[0]):
+        for h in range(out.shape[2]):
+            out[b, :, h] = out[b, :, h] + head(b, h) if add else head(b, h)
     return out
 
 
@@ -119,33 +123,31 @@ def into_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def quantize(
-    q: torch.Tensor,
+    q: torch.Tensor | Int8Blocks,
     k: torch.Tensor,
     v: torch.Tensor,
     k_mean: torch.Tensor,
     v_dtype: torch.dtype,
     block_q: int,
     block_k: int,
-    scale: float,
-    q_blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
     v_max: torch.Tensor | None = None,
 ) -> Quantized:
     """q and k - k_mean in int8 with a scale per block, v with a scale per channel."""
-    q_int, q_scale = quantize_blocks(q, block_q) if q_blocks is None else q_blocks
-    k_int, k_scale = quantize_blocks(k.float() - k_mean[:, None], block_k)
+    q_int, q_scale = q if isinstance(q, Int8Blocks) else quantize_heads(q, block_q)
+    k_int, k_scale = quantize_heads(k.float() - k_mean[:, None], block_k)
     values, v_scale = quantize_values(v, v_dtype, block_k, v_max)
-    return Quantized(q_int, q_scale * (scale * LOG2_E), k_int, k_scale, values, v_scale)
+    return Quantized(q_int, q_scale * score_scale(k), k_int, k_scale, values, v_scale)
 
 
-def quantize_blocks(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, L, H, D] to int8 [B, H, N * block, D] and float32 [B, H, N], one scale per block."""
+def quantize_heads(x: torch.Tensor, block: int) -> Int8Blocks:
+    """x [B, L, H, D] in int8, in blocks of rows of one head."""
     rows = x.float().transpose(1, 2)
     blocks = torch.nn.functional.pad(rows, (0, 0, 0, -x.shape[1] % block)).unflatten(2, (-1, block))
     amax = blocks.abs().amax((-2, -1)).clamp_min(1e-8)
     # Not 127 / amax: torch computes that as 127 times the reciprocal, rounded twice.
     factor = torch.full_like(amax, 127) / amax
     integers = (blocks * factor[..., None, None]).round().clamp(-127, 127)
-    return integers.to(torch.int8).contiguous().flatten(2, 3), amax / 127
+    return Int8Blocks(integers.to(torch.int8).contiguous().flatten(2, 3), amax / 127)
 
 
 def quantize_values(

@@ -6,7 +6,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import HOPPER, capability, launching_on
-from .reference import LOG2_E, VALUE_LIMIT, Quantized
+from .reference import VALUE_LIMIT, Int8Blocks, Quantized, score_scale
 
 LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0))  # 163 KB a block or more; 99 KB elsewhere
 LAUNCH = {"num_warps": 8, "num_stages": 1}  # of what only moves data, the same on every card
@@ -76,11 +76,11 @@ def output_rows(out, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def store_rows(
-    rows, out, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, ONTO: tl.constexpr
+    rows, out, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, ADD: tl.constexpr
 ):
     """Write rows [ROWS, D] to `out`, on top of what waits there if asked for."""
     place, inside = output_rows(out, first, length, ROWS, HEAD_DIM)
-    if ONTO:
+    if ADD:
         rows += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     tl.store(place, rows.to(out.dtype.element_ty), mask=inside)
 
@@ -90,7 +90,7 @@ def sparse_attention_kernel(
     q, k, v, block_map, out,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, length, count, scale,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    ONTO: tl.constexpr, TMA: tl.constexpr,
+    ADD: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     own, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
@@ -118,14 +118,14 @@ def sparse_attention_kernel(
         acc = acc * factor[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc)
     rows = acc * (1.0 / row_sum)[:, None]
-    store_rows(rows, out, first_row, length, BLOCK_Q, HEAD_DIM, ONTO)
+    store_rows(rows, out, first_row, length, BLOCK_Q, HEAD_DIM, ADD)
 
 
 @triton.jit(do_not_specialize=["length", "count"])
 def sage_attention_kernel(
     q_int, q_scale, k_int, k_scale, v, v_scale, block_map, out, length, count,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FP8: tl.constexpr,
-    ONTO: tl.constexpr, TMA: tl.constexpr,
+    ADD: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     q_block = head * tl.num_programs(0) + tl.program_id(0)
@@ -154,7 +154,7 @@ def sage_attention_kernel(
         else:
             acc = tl.dot(weights.to(values.dtype), values, acc)
     rows = acc * (1.0 / row_sum)[:, None] * tl.load(v_scale + head * HEAD_DIM + channel)
-    store_rows(rows, out, first_row, length, BLOCK_Q, HEAD_DIM, ONTO)
+    store_rows(rows, out, first_row, length, BLOCK_Q, HEAD_DIM, ADD)
 
 
 @triton.jit
@@ -268,12 +268,11 @@ def sparse_attention(
     block_map: torch.Tensor,
     block_q: int,
     block_k: int,
-    scale: float,
-    onto: torch.Tensor | None,
+    out: torch.Tensor,
+    add: bool,
 ) -> torch.Tensor:
-    """Softmax attention over the selected key blocks, [B, L, H, D]."""
+    """Softmax attention over the selected key blocks, written or added to `out` [B, L, H, D]."""
     batch, length, heads, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if onto is None else onto
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     card = capability(q.device)
     tma = has_tma(card) and fits_tma(k, v)
@@ -282,35 +281,30 @@ def sparse_attention(
     with launching_on(q):
         sparse_attention_kernel[block_map.shape[2], heads, batch](
             q, k, v, block_map.contiguous(), out, *strides,
-            length, block_map.shape[3], scale * LOG2_E,
-            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, TMA=tma, ONTO=onto is not None,
+            length, block_map.shape[3], score_scale(q),
+            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, TMA=tma, ADD=add,
             **float_config(card, block_q, block_k),
         )  # fmt: skip
     return out
 
 
 def sage_attention(
-    q: torch.Tensor,
-    operands: Quantized,
-    block_map: torch.Tensor,
-    block_q: int,
-    block_k: int,
-    onto: torch.Tensor | None,
+    operands: Quantized, block_map: torch.Tensor, out: torch.Tensor, add: bool
 ) -> torch.Tensor:
-    """The same on quantized operands; of q itself only the shape and dtype count."""
-    batch, length, heads, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if onto is None else onto
+    """The same on quantized operands, of blocks as long as those operands have them."""
+    batch, length, heads, dim = out.shape
+    block_q = operands.q.shape[2] // operands.q_scale.shape[2]
+    block_k = operands.v.shape[-1]
     fp8 = operands.v.dtype == torch.float8_e4m3fn
-    card = capability(q.device)
+    card = capability(out.device)
     tma = has_tma(card)
     if tma:
         keys, values = describe_blocks(operands.k, block_k), describe_blocks(operands.v, dim)
         operands = operands._replace(k=keys, v=values)
-    with launching_on(q):
+    with launching_on(out):
         sage_attention_kernel[block_map.shape[2], heads, batch](
             *operands, block_map.contiguous(), out, length, block_map.shape[3],
-            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, FP8=fp8, TMA=tma,
-            ONTO=onto is not None,
+            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, FP8=fp8, TMA=tma, ADD=add,
             **low_bit_config(card, block_q, block_k, fp8),
         )  # fmt: skip
     return out
@@ -334,29 +328,27 @@ def describe_rows(x: torch.Tensor, rows: int) -> TensorDescriptor:
 
 
 def quantize(
-    q: torch.Tensor,
+    q: torch.Tensor | Int8Blocks,
     k: torch.Tensor,
     v: torch.Tensor,
     k_mean: torch.Tensor,
     v_dtype: torch.dtype,
     block_q: int,
     block_k: int,
-    scale: float,
-    q_blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
     v_max: torch.Tensor | None = None,
     for_hopper: bool = False,
 ) -> Quantized:
     """q and k - k_mean in int8 with a scale per block, v with a scale per channel."""
-    q_int, q_scale = quantize_blocks(q, block_q) if q_blocks is None else q_blocks
-    k_int, k_scale = quantize_blocks(k, block_k, k_mean.float().contiguous(), for_hopper)
+    q_int, q_scale = q if isinstance(q, Int8Blocks) else quantize_heads(q, block_q)
+    k_int, k_scale = quantize_heads(k, block_k, k_mean.float().contiguous(), for_hopper)
     values, v_scale = quantize_values(v, v_dtype, block_k, v_max, for_hopper)
-    return Quantized(q_int, q_scale * (scale * LOG2_E), k_int, k_scale, values, v_scale)
+    return Quantized(q_int, q_scale * score_scale(k), k_int, k_scale, values, v_scale)
 
 
-def quantize_blocks(
+def quantize_heads(
     x: torch.Tensor, block: int, center: torch.Tensor | None = None, for_hopper: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x - center to int8 [B, H, N * block, D] and float32 [B, H, N], one scale per block."""
+) -> Int8Blocks:
+    """x [B, L, H, D] less `center` [B, H, D] in int8, in blocks of rows of one head."""
     batch, length, heads, dim = x.shape
     blocks = triton.cdiv(length, block)
     integers = torch.empty(batch, heads, blocks * block, dim, dtype=torch.int8, device=x.device)
@@ -367,7 +359,7 @@ def quantize_blocks(
             x, center if centered else x, integers, scales, *x.stride()[:3], heads, length,
             BLOCK=block, HEAD_DIM=dim, CENTERED=centered, FOR_HOPPER=for_hopper, **LAUNCH,
         )  # fmt: skip
-    return integers, scales
+    return Int8Blocks(integers, scales)
 
 
 def quantize_values(

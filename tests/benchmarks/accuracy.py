@@ -90,15 +90,15 @@ def attention_errors(length: int) -> dict[str, float]:
     """Of SLA at top-k 0.1 and of its softmax part alone, on the same blocks as float64."""
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     q, k, v = random_qkv(1, length, 2, 128, dtype)
-    weight, bias = random_proj(128)
+    proj = random_proj(128)
     chosen = block_map(q, k, 0.1)
     sparse = exact_sparse(q, k, v, chosen)
-    whole = sparse + exact_linear(q, k, v, weight, bias, "softmax")
+    whole = sparse + exact_linear(q, k, v, *proj, "softmax")
     errors = {}
     for name, bits in BITS.items():
-        out = sla(q, k, v, None, None, block_map=chosen, **bits)
+        out = sla(q, k, v, None, block_map=chosen, **bits)
         errors[f"{name}: softmax alone"] = relative_error(out, sparse)
-        out = sla(q, k, v, weight, bias, block_map=chosen, **bits)
+        out = sla(q, k, v, proj, block_map=chosen, **bits)
         errors[f"{name}: with the linear branch"] = relative_error(out, whole)
     return errors
 

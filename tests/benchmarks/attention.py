@@ -28,32 +28,32 @@ SHAPES = {"14B-720P": (40, 75600), "14B-480P": (40, 32760), "1.3B-480P": (12, 32
 DIM, BLOCK_K = 128, 64
 
 
-def random_inputs(heads: int, length: int) -> tuple[torch.Tensor, ...]:
-    """What `sla_from_projections` takes, up to the projection's bias."""
+def random_inputs(heads: int, length: int) -> tuple:
+    """What `sla_from_projections` takes, up to the projection."""
     q, k, v = (
         torch.randn(1, length, heads, DIM, device="cuda", dtype=torch.bfloat16) for _ in "qkv"
     )
     norm = torch.ones(heads * DIM, device="cuda")
     angles = torch.rand(1, length, DIM // 2, device="cuda") * 7
     weight, bias = 0.05 * torch.randn(DIM, DIM, device="cuda"), torch.zeros(DIM, device="cuda")
-    return q, k, v, norm, norm, angles.cos(), angles.sin(), weight, bias
+    return q, k, v, (norm, norm), (angles.cos(), angles.sin()), (weight, bias)
 
 
-def ours_whole(inputs: tuple[torch.Tensor, ...], topk: float, pv: str) -> Callable:
+def ours_whole(inputs: tuple, topk: float, pv: str) -> Callable:
     """SageSLA as a model runs it, from the projections to the output, q and k rotated in place."""
-    options = {"topk": topk, "low_bit": True, "pv": pv, "overwrite": True}
+    options = {"topk": topk, "low_bit": True, "pv": pv}
     return lambda: sla_from_projections(*inputs, **options)
 
 
-def contenders(inputs: tuple[torch.Tensor, ...], options) -> Iterator[tuple[str, bool, Callable]]:
+def contenders(inputs: tuple, options) -> Iterator[tuple[str, bool, Callable]]:
     """Name, whether it is sparse, and the call; all from normed and rotated q, k, v."""
-    q, k, v, *_, weight, bias = inputs
+    q, k, v, *_, proj = inputs
     topk = options.topk
     for pv in options.pv:
         yield f"sagesla {pv}, from projections", True, ours_whole(inputs, topk, pv)
         low_bit = {"topk": topk, "low_bit": True, "pv": pv}
-        yield f"sagesla {pv}", True, lambda to=low_bit: sla(q, k, v, weight, bias, **to)
-    yield "sla, 16 bit", True, lambda: sla(q, k, v, weight, bias, topk=topk)
+        yield f"sagesla {pv}", True, lambda to=low_bit: sla(q, k, v, proj, **to)
+    yield "sla, 16 bit", True, lambda: sla(q, k, v, proj, topk=topk)
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     if comfy := kitchen.find():
         yield "comfy-kitchen sol_attn", True, lambda: comfy.sol_attn(q, k, v, topk_ratio=topk)

@@ -3,7 +3,6 @@
 Mutants show that the bounds can be missed: the same measurement with one thing wrong at a time.
 """
 
-import functools
 import re
 
 import goldens
@@ -88,22 +87,27 @@ def _with_sla(monkeypatch, change):
     """
     whole, from_projections = comfy_sla.sla, comfy_sla.sla_from_projections
 
-    def changed_whole(q, k, v, weight, bias, **options):
-        run = functools.partial(whole, q, k, v)
-        return change(run, q, k, weight, bias, **options)
+    def changed_whole(q, k, v, proj, **options):
+        def run(weight, bias, **options):
+            return whole(q, k, v, _pair(weight, bias), **options)
 
-    def changed_from_projections(q, k, v, *tensors, eps, **options):
-        *front, weight, bias = tensors
-        q_weight, k_weight, *rotation = front
-        normed = (
-            rms_norm(x.flatten(2), w, eps).view_as(x) for x, w in ((q, q_weight), (k, k_weight))
-        )
-        rotated = (apply_rope(x, *rotation) for x in normed)
-        run = functools.partial(from_projections, q, k, v, *front, eps=eps)
-        return change(run, *rotated, weight, bias, **options)
+        return change(run, q, k, *proj, **options)
+
+    def changed_from_projections(q, k, v, norms, rotation, proj, eps, **options):
+        def run(weight, bias, **options):
+            projections = q, k, v, norms, rotation, _pair(weight, bias)
+            return from_projections(*projections, eps=eps, **options)
+
+        pairs = zip((q, k), norms, strict=True)
+        normed = (rms_norm(x.flatten(2), weight, eps).view_as(x) for x, weight in pairs)
+        return change(run, *(apply_rope(x, *rotation) for x in normed), *proj, **options)
 
     monkeypatch.setattr(comfy_sla, "sla", changed_whole)
     monkeypatch.setattr(comfy_sla, "sla_from_projections", changed_from_projections)
+
+
+def _pair(weight, bias):
+    return None if weight is None else (weight, bias)
 
 
 def _record_maps(monkeypatch) -> list[torch.Tensor]:

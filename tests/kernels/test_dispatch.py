@@ -1,11 +1,13 @@
 """What every launch asks first."""
 
 import contextlib
+import threading
 import types
 
 import pytest
 import torch
 from turbodiffusion_pack.kernels import dispatch
+from turbodiffusion_pack.kernels.norm import rms_norm
 
 CPU = torch.zeros(1)
 
@@ -24,8 +26,8 @@ def test_a_launch_switches_devices_only_where_it_has_to(monkeypatch, of_x, switc
         ("auto", None, (), None),
         ("triton", None, (None,), None),
         ("auto", "no GPU", (), "no GPU"),
-        ("triton", "no GPU", (None, "odd strides"), "no GPU; odd strides"),
-        ("triton", None, ("odd strides", "float32"), "odd strides; float32"),
+        ("auto", "no GPU", (None, "odd strides"), "no GPU; odd strides"),
+        ("auto", None, ("odd strides", "float32"), "odd strides; float32"),
         ("reference", "no GPU", ("odd strides",), "it was asked for"),
     ],
 )
@@ -35,4 +37,35 @@ def test_reasons(monkeypatch, backend, unavailable, unsupported, reason, interpr
     monkeypatch.setattr(dispatch, "interpreting", lambda: interpreting)
     if backend == "auto" and reason is None and interpreting:
         reason = "Triton only interprets here"
-    assert dispatch.reference_reason(backend, CPU, *unsupported) == reason
+    assert dispatch.why_reference("an op", backend, CPU, *unsupported) == reason
+
+
+def test_triton_by_name_says_why_not(monkeypatch):
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda device: "no GPU")
+    message = "an op: Triton was asked for, but no GPU; odd strides. Use 'auto'."
+    with pytest.raises(RuntimeError, match=message):
+        dispatch.why_reference("an op", "triton", CPU, None, "odd strides")
+    with pytest.raises(ValueError, match="an op: backend 'cuda' is unknown, use one of auto, tri"):
+        dispatch.why_reference("an op", "cuda", CPU)
+
+
+def test_listeners_hear_what_runs_in_their_context():
+    told = []
+
+    def hear(*choice):
+        told.append(choice)
+
+    with dispatch.listening(hear):
+        rms_norm(CPU, CPU, backend="reference")
+        threading.Thread(target=rms_norm, args=(CPU, CPU)).start()
+    rms_norm(CPU, CPU)
+    assert told == [("rms_norm", dispatch.REFERENCE, "it was asked for")]
+
+
+def test_compiled_graphs_are_whole_and_tell_nothing():
+    told = []
+    compiled = torch.compile(rms_norm, backend="eager", fullgraph=True)
+    with dispatch.listening(lambda *choice: told.append(choice)):
+        y = compiled(CPU, CPU, backend="reference")
+    assert torch.equal(y, rms_norm(CPU, CPU, backend="reference"))
+    assert told == []

@@ -8,7 +8,7 @@ import ahead_of_time
 import pytest
 import torch
 from devices import DEVICE
-from turbodiffusion_pack.kernels import dispatch, nvrtc
+from turbodiffusion_pack.kernels import nvrtc
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.qk_prepare import hopper as prepare
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
@@ -84,28 +84,6 @@ def test_python_and_cuda_agree_on_the_shared_memory():
     threads = f"32 * (CONSUMER_WARPS + 4) == {linear.THREADS}"
     source = linear.SOURCE.read_text(encoding="utf-8")
     nvrtc.compile_cuda(f"{source}static_assert({sizes} && {threads});", linear.TARGET, BF16=1)
-
-
-@pytest.mark.parametrize(
-    ("card", "problem", "unfit", "runs"),
-    (
-        ((9, 0), None, None, True),
-        ((9, 0), "no NVRTC", None, False),
-        ((9, 0), None, "it is too odd", False),
-        ((8, 9), None, None, False),
-    ),
-)
-def test_where_a_cuda_kernel_runs(card, problem, unfit, runs, monkeypatch, caplog):
-    """Only on Hopper; what keeps it from running there is told, once."""
-    dispatch.say_once.cache_clear()
-    monkeypatch.setattr(nvrtc, "capability", lambda device: card)
-    monkeypatch.setattr(nvrtc, "triton_unavailable", lambda device: None)
-    monkeypatch.setattr(nvrtc, "unavailable", lambda: problem)
-    for _ in range(2):
-        found = nvrtc.use_cuda("op", torch.device("cuda", 0), lambda operand: operand, unfit)
-        assert found == runs
-    told = [f"op runs in Triton, more slowly: {r}" for r in (problem, unfit) if r]
-    assert [record.getMessage() for record in caplog.records] == told
 
 
 @needs_nvrtc

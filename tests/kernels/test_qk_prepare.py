@@ -14,7 +14,7 @@ from turbodiffusion_pack.kernels.norm import rms_norm
 from turbodiffusion_pack.kernels.qk_prepare import hopper, prepare
 from turbodiffusion_pack.kernels.qk_prepare import triton as triton_kernels
 from turbodiffusion_pack.kernels.rope import apply_rope
-from turbodiffusion_pack.kernels.sparse_attention.reference import quantize_blocks
+from turbodiffusion_pack.kernels.sparse_attention.reference import quantize_heads
 
 
 def random_projection(batch, length, heads, dim, dtype, own_angles=False):
@@ -44,11 +44,11 @@ def test_reference_is_the_composition(length, batch):
     found = prepare(*arguments, block=64, quantize=True, backend="reference")
     normed = rms_norm(x.flatten(2), weight, backend="reference").view(x.shape)
     expected = apply_rope(normed, cos, sin, backend="reference")
-    assert goldens.relative_error(found.x, exact(*arguments)) <= 1e-6
-    assert torch.equal(found.x, expected)
+    assert goldens.relative_error(found.rows, exact(*arguments)) <= 1e-6
+    assert torch.equal(found.rows, expected)
     assert torch.equal(found.means, block_means(expected, 64, backend="reference"))
-    integers, scale = quantize_blocks(expected, 64)
-    assert torch.equal(found.q, integers) and torch.equal(found.scale, scale)
+    integers, scale = quantize_heads(expected, 64)
+    assert torch.equal(found.blocks.integers, integers) and torch.equal(found.blocks.scale, scale)
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
@@ -65,43 +65,45 @@ def test_triton_equals_the_reference(length, heads, dim, block, own_angles, dtyp
     found = prepare(*arguments, **options, backend="triton")
     expected = prepare(*arguments, **options, backend="reference")
     eps = torch.finfo(dtype).eps
-    assert goldens.relative_error(found.x, expected.x) <= 2 * eps
+    assert goldens.relative_error(found.rows, expected.rows) <= 2 * eps
     torch.testing.assert_close(found.means, expected.means, atol=max(eps, 3e-6), rtol=0)
+    found, expected = found.blocks, expected.blocks
     torch.testing.assert_close(found.scale, expected.scale, atol=0, rtol=max(2 * eps, 1e-6))
-    assert (found.q.int() - expected.q.int()).abs().max() <= 1
-    assert (found.q != expected.q).float().mean() <= 1e-2
+    assert (found.integers.int() - expected.integers.int()).abs().max() <= 1
+    assert (found.integers != expected.integers).float().mean() <= 1e-2
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 def test_means_and_integers_are_those_of_the_rounded_rows(dtype):
     arguments = random_projection(1, 150, 2, 64, dtype)
     found = prepare(*arguments, block=128, quantize=True, backend="triton")
-    integers, scale = quantize_blocks(found.x, 128)
-    assert torch.equal(found.q, integers)
-    torch.testing.assert_close(found.scale, scale, atol=0, rtol=1e-6)
-    torch.testing.assert_close(found.means, block_means(found.x, 128), atol=3e-6, rtol=1e-5)
+    integers, scale = quantize_heads(found.rows, 128)
+    assert torch.equal(found.blocks.integers, integers)
+    torch.testing.assert_close(found.blocks.scale, scale, atol=0, rtol=1e-6)
+    torch.testing.assert_close(found.means, block_means(found.rows, 128), atol=3e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_makes_integers_only_if_asked(backend):
     arguments = random_projection(1, 70, 2, 64, torch.float16)
     found = prepare(*arguments, block=64, backend=backend)
-    assert found.q is None and found.scale is None
-    assert found.x.shape == (1, 70, 2, 64) and found.means.shape == (1, 2, 2, 64)
+    assert found.blocks is None
+    assert found.rows.shape == (1, 70, 2, 64) and found.means.shape == (1, 2, 2, 64)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_zeros_stay_zeros(backend):
     x, *rest = random_projection(1, 70, 2, 64, torch.float16)
     found = prepare(torch.zeros_like(x), *rest, block=64, quantize=True, backend=backend)
-    assert all(not part.count_nonzero() for part in (found.x, found.means, found.q))
+    parts = found.rows, found.means, found.blocks.integers
+    assert all(not part.count_nonzero() for part in parts)
 
 
 def test_every_head_is_reached():
     heads = triton_kernels.HEADS + 1
     arguments = random_projection(1, 5, heads, 64, torch.float32)
     found = prepare(*arguments, block=64, backend="triton")
-    assert goldens.relative_error(found.x, exact(*arguments)) <= 1e-6
+    assert goldens.relative_error(found.rows, exact(*arguments)) <= 1e-6
 
 
 def test_refuses_what_does_not_fit():
@@ -129,9 +131,9 @@ def test_rotates_in_place(dim, backend):
     apart = prepare(x, weight, cos, sin, block=64, quantize=True, backend=backend)
     before = x.clone()
     inside = prepare(x, weight, cos, sin, block=64, quantize=True, backend=backend, out=x)
-    assert inside.x is x and not torch.equal(x, before)
-    for name in apart._fields:
-        assert torch.equal(getattr(inside, name), getattr(apart, name))
+    assert inside.rows is x and not torch.equal(x, before)
+    assert torch.equal(inside.rows, apart.rows) and torch.equal(inside.means, apart.means)
+    assert all(map(torch.equal, inside.blocks, apart.blocks))
 
 
 def test_out_must_fit():
@@ -147,17 +149,18 @@ def test_out_must_fit():
 @pytest.mark.parametrize("feature_map", ["softmax", "elu"])
 def test_gives_the_linear_branch_in_place_of_the_rows(feature_map, backend):
     x, *angles = random_projection(2, 200, 3, 64, torch.float16)
-    rows = prepare(x, *angles, quantize=True, backend="reference")
-    state = key_value_state(rows.x, torch.randn_like(rows.x), feature_map, backend="reference")
+    plain = prepare(x, *angles, quantize=True, backend="reference")
+    values = torch.randn_like(plain.rows)
+    state = key_value_state(plain.rows, values, feature_map, backend="reference")
     proj = torch.randn(64, 64, device=DEVICE) / 8, torch.randn(64, device=DEVICE)
     branch = LinearBranch(*state, *proj, feature_map)
     out = torch.empty(x.shape, dtype=x.dtype, device=DEVICE)
-    found = prepare(x, *angles, quantize=True, backend=backend, out=out, linear=branch)
-    assert found.x is out
-    exact = linear_attention(rows.x.float(), *branch, backend="reference")
+    found = prepare(x, *angles, quantize=True, backend=backend, out=out, branch=branch)
+    assert found.linear is out and found.rows is None
+    exact = linear_attention(plain.rows.float(), *branch, backend="reference")
     assert goldens.relative_error(out, exact) <= 1e-3
-    assert goldens.relative_error(found.means, rows.means) <= 1e-3
-    assert (found.q.int() - rows.q.int()).abs().max() <= 1
+    assert goldens.relative_error(found.means, plain.means) <= 1e-3
+    assert (found.blocks.integers.int() - plain.blocks.integers.int()).abs().max() <= 1
 
 
 @pytest.mark.gpu
@@ -171,22 +174,23 @@ def test_cuda_on_hopper_equals_triton(batch, length, heads, own_angles, block, q
         pytest.skip("needs a Hopper GPU")
     x, *angles = random_projection(batch, length, heads, 128, dtype, own_angles)
     arguments = x, *angles, 1e-6, block, quantize
-    expected = triton_kernels.prepare(*arguments, torch.empty_like(x.contiguous()), None)
-    found = hopper.prepare(*arguments, torch.empty_like(x.contiguous()), None)
+    rows, out = (torch.empty_like(x.contiguous()) for _ in range(2))
+    expected = triton_kernels.prepare(*arguments, rows, None)
+    found = hopper.prepare(*arguments, out, None)
     # Fused multiply-adds round a few rotated numbers the other way.
-    assert goldens.relative_error(found.x, expected.x) <= 2e-4
-    assert goldens.relative_error(found.means, expected.means) <= 1e-4
+    assert goldens.relative_error(out, rows) <= 2e-4
+    assert goldens.relative_error(found[0], expected[0]) <= 1e-4
     if quantize:
-        differ = (found.q.int() - expected.q.int()).abs()
+        differ = (found[1].int() - expected[1].int()).abs()
         assert differ.max() <= 1
         assert differ.float().mean() <= 1e-3
-        torch.testing.assert_close(found.scale, expected.scale, atol=0, rtol=8e-3)
-    state = key_value_state(expected.x, torch.randn_like(expected.x))
+        torch.testing.assert_close(found[2], expected[2], atol=0, rtol=8e-3)
+    state = key_value_state(rows, torch.randn_like(rows))
     proj = torch.randn(128, 128, device=DEVICE) / 11, torch.randn(128, device=DEVICE)
     branch = LinearBranch(*state, *proj)
-    exact = linear_attention(expected.x.float(), *branch, backend="reference")
-    found = hopper.prepare(*arguments, torch.empty_like(x.contiguous()), branch)
-    assert goldens.relative_error(found.x, exact) <= 6e-3
+    exact = linear_attention(rows.float(), *branch, backend="reference")
+    hopper.prepare(*arguments, out, branch)
+    assert goldens.relative_error(out, exact) <= 6e-3
 
 
 @pytest.mark.gpu
@@ -199,7 +203,7 @@ def test_long_videos_do_not_overflow_float16():
     state = normalizer[..., None] * torch.randn(1, 1, 128, 128, device=DEVICE)
     proj = torch.eye(128, device=DEVICE), torch.zeros(128, device=DEVICE)
     branch = LinearBranch(state, normalizer, *proj)
-    rows = prepare(x, *angles, quantize=True)
-    exact = linear_attention(rows.x.float(), *branch, backend="reference")
-    found = prepare(x, *angles, quantize=True, linear=branch)
-    assert goldens.relative_error(found.x, exact) <= 2e-3
+    plain = prepare(x, *angles, quantize=True)
+    exact = linear_attention(plain.rows.float(), *branch, backend="reference")
+    found = prepare(x, *angles, quantize=True, branch=branch)
+    assert goldens.relative_error(found.linear, exact) <= 2e-3

@@ -27,10 +27,10 @@ LOW_BIT_BOUND = {"fp16": 2.5e-2, "fp8": 4e-2}
 
 
 def golden(name, dtype=torch.float32):
-    """q, k, v [B, L, H, D], weight, bias of one golden, on the test's device."""
+    """q, k, v [B, L, H, D] and the projection of one golden, on the test's device."""
     data = goldens.load("operators")
     heads = (data[f"{name}.{x}"].to(DEVICE, dtype).transpose(1, 2) for x in "qkv")
-    return *heads, data[f"{name}.proj_w"].to(DEVICE), data[f"{name}.proj_b"].to(DEVICE)
+    return *heads, (data[f"{name}.proj_w"].to(DEVICE), data[f"{name}.proj_b"].to(DEVICE))
 
 
 def golden_output(name, feature_map):
@@ -45,16 +45,22 @@ def first_blocks(q, k):
     return first.expand(chosen.shape)
 
 
+def identity(proj):
+    """A projection that leaves the linear branch as it is."""
+    _, bias = proj
+    return torch.eye(len(bias), device=DEVICE), torch.zeros_like(bias)
+
+
 MUTANTS = {
-    "no linear branch": lambda q, k, v, w, b, f: sla(q, k, v, None, None, TOPK),
-    "identity projection": lambda q, k, v, w, b, f: sla(
-        q, k, v, torch.eye(128, device=DEVICE), torch.zeros_like(b), TOPK, feature_map=f
+    "no linear branch": lambda q, k, v, proj, f: sla(q, k, v, None, TOPK),
+    "identity projection": lambda q, k, v, proj, f: sla(
+        q, k, v, identity(proj), TOPK, feature_map=f
     ),
-    "first blocks": lambda q, k, v, w, b, f: sla(
-        q, k, v, w, b, block_map=first_blocks(q, k), feature_map=f
+    "first blocks": lambda q, k, v, proj, f: sla(
+        q, k, v, proj, block_map=first_blocks(q, k), feature_map=f
     ),
-    "top-k 0.5": lambda q, k, v, w, b, f: sla(q, k, v, w, b, 0.5, feature_map=f),
-    "dense": lambda q, k, v, w, b, f: sla(q, k, v, w, b, 1.0, feature_map=f),
+    "top-k 0.5": lambda q, k, v, proj, f: sla(q, k, v, proj, 0.5, feature_map=f),
+    "dense": lambda q, k, v, proj, f: sla(q, k, v, proj, 1.0, feature_map=f),
 }
 
 
@@ -77,10 +83,10 @@ def test_mutants_miss_the_original(name, feature_map, mutant):
 @pytest.mark.parametrize("name", ["sla0", "sla1"])
 def test_low_bits_stay_close_to_exact_arithmetic(name, pv):
     """At the same block map; the original's own low-bit attention is 3.6e-2 away."""
-    q, k, v, weight, bias = golden(name)
+    q, k, v, proj = golden(name)
     chosen = block_map(q, k, TOPK)
-    exact = exact_sparse(q, k, v, chosen) + exact_linear(q, k, v, weight, bias, "softmax")
-    out = sla(q, k, v, weight, bias, low_bit=True, block_map=chosen, pv=pv, backend="reference")
+    exact = exact_sparse(q, k, v, chosen) + exact_linear(q, k, v, *proj, "softmax")
+    out = sla(q, k, v, proj, low_bit=True, block_map=chosen, pv=pv, backend="reference")
     assert goldens.relative_error(out, exact) <= LOW_BIT_BOUND[pv]
 
 
@@ -90,10 +96,10 @@ def test_low_bits_in_triton_stay_close_to_exact_arithmetic(name, pv):
     if pv == "fp8" and not has_fp8(torch.device(DEVICE)):
         pytest.skip("needs an NVIDIA GPU of sm_89 or newer")
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    q, k, v, weight, bias = golden(name, dtype)
+    q, k, v, proj = golden(name, dtype)
     chosen = block_map(q, k, TOPK)
-    exact = exact_sparse(q, k, v, chosen) + exact_linear(q, k, v, weight, bias, "softmax")
-    out = sla(q, k, v, weight, bias, low_bit=True, block_map=chosen, pv=pv, backend="triton")
+    exact = exact_sparse(q, k, v, chosen) + exact_linear(q, k, v, *proj, "softmax")
+    out = sla(q, k, v, proj, low_bit=True, block_map=chosen, pv=pv, backend="triton")
     assert goldens.relative_error(out, exact) <= LOW_BIT_BOUND[pv]
 
 
@@ -102,20 +108,20 @@ def test_low_bits_in_triton_stay_close_to_exact_arithmetic(name, pv):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_is_sparse_plus_linear_attention(length, batch, topk):
     q, k, v = random_qkv(batch, length, 2, 64)
-    weight, bias = random_proj(64)
+    proj = random_proj(64)
     chosen = block_map(q, k, topk)
-    exact = exact_sparse(q, k, v, chosen) + exact_linear(q, k, v, weight, bias, "softmax")
-    out = sla(q, k, v, weight, bias, topk)
+    exact = exact_sparse(q, k, v, chosen) + exact_linear(q, k, v, *proj, "softmax")
+    out = sla(q, k, v, proj, topk)
     assert goldens.relative_error(out, exact) <= 2e-6
 
 
 def test_topk_1_is_dense_attention_plus_the_linear_branch():
     q, k, v = random_qkv(2, 300, 2, 128)
-    weight, bias = random_proj(128)
+    proj = random_proj(128)
     heads = (x.double().transpose(1, 2) for x in (q, k, v))
     dense = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
-    exact = dense + exact_linear(q, k, v, weight, bias, "elu")
-    out = sla(q, k, v, weight, bias, 1.0, feature_map="elu")
+    exact = dense + exact_linear(q, k, v, *proj, "elu")
+    out = sla(q, k, v, proj, 1.0, feature_map="elu")
     assert goldens.relative_error(out, exact) <= 2e-6
 
 
@@ -125,10 +131,10 @@ def test_topk_1_is_dense_attention_plus_the_linear_branch():
 def test_triton_equals_the_reference(dim, shape, low_bit):
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
     q, k, v = random_qkv(2, 150, 2, dim, dtype)
-    weight, bias = random_proj(dim)
+    proj = random_proj(dim)
     options = {"low_bit": low_bit, "pv": "fp16", "block_q": shape[0], "block_k": shape[1]}
-    expected = sla(q, k, v, weight, bias, 0.5, **options, backend="reference")
-    out = sla(q, k, v, weight, bias, 0.5, **options, backend="triton")
+    expected = sla(q, k, v, proj, 0.5, **options, backend="reference")
+    out = sla(q, k, v, proj, 0.5, **options, backend="triton")
     assert goldens.relative_error(out, expected) <= 4 * torch.finfo(dtype).eps
 
 
@@ -137,35 +143,35 @@ def test_triton_equals_the_reference(dim, shape, low_bit):
 @pytest.mark.parametrize("length", [1, 130])
 def test_all_equal_inputs_are_no_nan(length, low_bit, backend):
     x = torch.zeros(1, length, 2, 64, dtype=torch.float16, device=DEVICE)
-    weight, bias = random_proj(64)
-    out = sla(x, x, x, weight, bias, 0.1, low_bit, backend=backend)
-    torch.testing.assert_close(out, bias.half().expand(out.shape), atol=1e-3, rtol=0)
+    proj = random_proj(64)
+    out = sla(x, x, x, proj, 0.1, low_bit, backend=backend)
+    torch.testing.assert_close(out, proj[1].half().expand(out.shape), atol=1e-3, rtol=0)
 
 
 def test_an_injected_map_replaces_topk():
     q, k, v = random_qkv(1, 300, 2, 64)
     chosen = random_map(1, 300, 2, 128, 64)
-    out = sla(q, k, v, None, None, 1.0, block_map=chosen)
+    out = sla(q, k, v, None, 1.0, block_map=chosen)
     assert goldens.relative_error(out, exact_sparse(q, k, v, chosen)) <= 1e-6
 
 
 def random_projections(length, heads, dim, dtype=torch.float32):
-    """What sla_from_projections takes: q, k, v, both norms' weights, cos, sin, weight, bias."""
-    q, k, v = random_qkv(1, length, heads, dim, dtype)
-    norms = (1 + 0.2 * torch.randn(heads * dim, device=DEVICE) for _ in "qk")
+    """What sla_from_projections takes: q, k, v, norms, rotation and the projection."""
+    q, k, v = (x.contiguous() for x in random_qkv(1, length, heads, dim, dtype))
+    norms = tuple(1 + 0.2 * torch.randn(heads * dim, device=DEVICE) for _ in "qk")
     angles = torch.rand(1, length, dim // 2, device=DEVICE)
-    return q, k, v, *norms, angles.cos(), angles.sin(), *random_proj(dim)
+    return q, k, v, norms, (angles.cos(), angles.sin()), random_proj(dim)
 
 
-def by_its_parts(q, k, v, q_weight, k_weight, cos, sin, weight, bias, **options):
+def by_its_parts(q, k, v, norms, rotation, proj, **options):
     """Norm, rotation and attention, one after the other."""
 
     def rotated(x, norm):
         normed = rms_norm(x.flatten(2), norm, backend="reference").view(x.shape)
-        return apply_rope(normed, cos, sin, backend="reference")
+        return apply_rope(normed, *rotation, backend="reference")
 
-    q, k = rotated(q, q_weight), rotated(k, k_weight)
-    return sla(q, k, v, weight, bias, **options, backend="reference")
+    q, k = map(rotated, (q, k), norms)
+    return sla(q, k, v, proj, **options, backend="reference")
 
 
 @pytest.mark.parametrize("low_bit", [False, True])
@@ -173,22 +179,22 @@ def by_its_parts(q, k, v, q_weight, k_weight, cos, sin, weight, bias, **options)
 def test_from_projections_is_norm_rotation_and_attention(length, low_bit):
     arguments = random_projections(length, 2, 64)
     options = {"topk": 0.5, "low_bit": low_bit, "pv": "fp16"}
+    expected = by_its_parts(*arguments, **options)
     out = sla_from_projections(*arguments, **options, backend="reference")
-    assert torch.equal(out, by_its_parts(*arguments, **options))
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize(
     ("low_bit", "pv"), [(False, None), (True, "fp16"), pytest.param(True, "fp8", marks=GPU)]
 )
-@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
-def test_from_projections_in_triton(dim, shape, low_bit, pv):
+def test_from_projections_in_triton(dim, low_bit, pv):
     if pv == "fp8" and not has_fp8(torch.device(DEVICE)):
         pytest.skip("needs an NVIDIA GPU of sm_89 or newer")
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
     arguments = random_projections(200, 2, dim, dtype)
-    options = {"low_bit": low_bit, "pv": pv, "block_q": shape[0], "block_k": shape[1]}
-    options["block_map"] = random_map(1, 200, 2, *shape, share=0.7)
+    options = {"low_bit": low_bit, "pv": pv}
+    options["block_map"] = random_map(1, 200, 2, 128, 64, share=0.7)
     expected = by_its_parts(*arguments, **options)
     out = sla_from_projections(*arguments, **options, backend="triton")
     # One more rounding of q and k than in test_triton_equals_the_reference, and e4m3's steps.
@@ -197,37 +203,42 @@ def test_from_projections_in_triton(dim, shape, low_bit, pv):
 
 
 def test_from_projections_takes_every_option():
-    arguments = random_projections(300, 2, 64)
-    plain = *arguments[:7], None, None
-    chosen = random_map(1, 300, 2, 64, 64)
+    q, k, *rest = random_projections(300, 2, 64)
+    chosen = random_map(1, 300, 2, 128, 64)
     for options in (
-        {"topk": 1.0, "feature_map": "elu"},
-        {"block_map": chosen, "block_q": 64},
+        {"topk": 1.0},
+        {"block_map": chosen},
         {"low_bit": True, "pv": "fp8", "topk": 0.3},
     ):
-        for inputs in (arguments, plain):
-            out = sla_from_projections(*inputs, **options, backend="reference")
-            assert torch.equal(out, by_its_parts(*inputs, **options))
+        for inputs in (rest, [*rest[:3], None]):
+            expected = by_its_parts(q, k, *inputs, **options)
+            arguments = q.clone(), k.clone(), *inputs
+            out = sla_from_projections(*arguments, **options, backend="reference")
+            assert torch.equal(out, expected)
+
+
+def test_from_projections_needs_no_memory_for_q_and_k():
+    q, k, *rest = random_projections(300, 2, 64)
+    out = sla_from_projections(q, k, *rest, low_bit=True, pv="fp16", backend="reference")
+    assert out.data_ptr() == q.data_ptr()
 
 
 def test_refuses_what_does_not_fit():
     q, k, v = random_qkv(1, 130, 2, 64)
     wide = random_qkv(1, 130, 2, 96)
-    weight, bias = random_proj(64)
+    weight, bias = proj = random_proj(64)
     big, long = random_proj(128)
     cases = [
-        ((*wide, weight, bias), {}, "q must have a head dim of 64 or 128, got 96"),
-        ((q, k, v, weight, bias), {"topk": 0.0}, "topk must be above 0 and at most 1, got 0.0"),
-        ((q, k, v, weight, bias), {"topk": 1.5}, "topk must be above 0 and at most 1, got 1.5"),
-        ((q, k, v, big, bias), {}, r"proj_weight must be \[64, 64\], got \[128, 128\]"),
-        ((q, k, v, weight, long), {}, r"proj_bias must be \[64\], got \[128\]"),
-        ((q, k, v, weight, None), {}, "proj_bias is None, give both or neither"),
-        ((q, k, v, None, bias), {}, "proj_weight is None, give both or neither"),
-        ((q, k, v, weight, bias), {"feature_map": "gelu"}, "feature_map must be one of"),
-        ((q, k, v, weight, bias), {"block_k": 32}, "must be 128x64, 64x64 or 64x128, got 128x32"),
-        ((q, k, v, weight, bias), {"backend": "cuda"}, "backend 'cuda' is unknown"),
+        ((*wide, proj), {}, "q must have a head dim of 64 or 128, got 96"),
+        ((q, k, v, proj), {"topk": 0.0}, "topk must be above 0 and at most 1, got 0.0"),
+        ((q, k, v, proj), {"topk": 1.5}, "topk must be above 0 and at most 1, got 1.5"),
+        ((q, k, v, (big, bias)), {}, r"proj weight must be \[64, 64\], got \[128, 128\]"),
+        ((q, k, v, (weight, long)), {}, r"proj bias must be \[64\], got \[128\]"),
+        ((q, k, v, proj), {"feature_map": "gelu"}, "feature_map must be one of"),
+        ((q, k, v, proj), {"block_k": 32}, "must be 128x64, 64x64 or 64x128, got 128x32"),
+        ((q, k, v, proj), {"backend": "cuda"}, "backend 'cuda' is unknown"),
         (
-            (q, k, v, weight, bias),
+            (q, k, v, proj),
             {"block_map": random_map(1, 130, 1, 128, 64)},
             r"block_map must be \[1, 2, 2, 1\], got \[1, 1, 2, 1\]",
         ),

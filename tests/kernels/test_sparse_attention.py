@@ -35,6 +35,11 @@ def need_fp8(pv):
         pytest.skip("needs an NVIDIA GPU of sm_89 or newer")
 
 
+def room(like):
+    """Where an implementation writes to: contiguous, and poisoned."""
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
 def torch_error(q, k, v, block_map, shape, exact):
     """The error of torch's own attention in the inputs' dtype."""
     mask = selected_keys(block_map, q.shape[1], *shape)
@@ -54,11 +59,11 @@ def test_reference_is_masked_softmax(length, batch, dim):
 
 
 @pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
-def test_reference_takes_every_block_shape_and_scale(shape):
+def test_reference_takes_every_block_shape(shape):
     q, k, v = random_qkv(1, 300, 2, 64)
     block_map = random_map(1, 300, 2, *shape)
-    out = sparse_attention(q, k, v, block_map, *shape, scale=0.3, backend="reference")
-    assert goldens.relative_error(out, exact_sparse(q, k, v, block_map, *shape, 0.3)) <= 1e-6
+    out = sparse_attention(q, k, v, block_map, *shape, backend="reference")
+    assert goldens.relative_error(out, exact_sparse(q, k, v, block_map, *shape)) <= 1e-6
 
 
 def test_reference_goes_through_the_query_blocks_in_parts(monkeypatch):
@@ -115,14 +120,14 @@ def test_all_equal_inputs_give_the_value(attention, backend):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("low_bit", [False, True])
-def test_adds_onto_what_is_there(low_bit, backend):
+def test_adds_to_the_linear_branch(low_bit, backend):
     q, k, v = random_qkv(2, 200, 2, 64, torch.float16)
     there = torch.randn_like(q)
     block_map = random_map(2, 200, 2, 128, 64)
     attention = sage_attention if low_bit else sparse_attention
     plain = attention(q, k, v, block_map, backend=backend).double()
     exact = plain + there.double()
-    out = attention(q, k, v, block_map, onto=there, backend=backend)
+    out = attention(q, k, v, block_map, linear=there, backend=backend)
     assert out is there
     assert goldens.relative_error(out, exact) <= 1e-3
 
@@ -146,7 +151,7 @@ def test_low_bits_stay_close_to_exact_attention(length, pv):
 def test_triton_quantizes_to_the_same_integers(dtype, shape, pv):
     need_fp8(pv)
     q, k, v = random_qkv(2, 200, 2, 64, dtype)
-    arguments = q, k, v, k.float().mean(1), PV_DTYPES[pv], *shape, 0.125
+    arguments = q, k, v, k.float().mean(1), PV_DTYPES[pv], *shape
     found, expected = triton_kernels.quantize(*arguments), reference.quantize(*arguments)
     for x in ("q", "k", "v"):
         assert torch.equal(getattr(found, x).float(), getattr(expected, x).float())
@@ -163,9 +168,9 @@ def test_triton_equals_the_reference_on_the_same_operands(length, dim, shape, pv
     need_fp8(pv)
     q, k, v = random_qkv(2, length, 2, dim)
     block_map = random_map(2, length, 2, *shape, share=0.7)
-    operands = reference.quantize(q, k, v, k.mean(1), PV_DTYPES[pv], *shape, dim**-0.5)
-    expected = reference.sage_attention(q, operands, block_map, *shape, None)
-    out = triton_kernels.sage_attention(q, operands, block_map, *shape, None)
+    operands = reference.quantize(q, k, v, k.mean(1), PV_DTYPES[pv], *shape)
+    expected = reference.sage_attention(operands, block_map, room(q), False)
+    out = triton_kernels.sage_attention(operands, block_map, room(q), False)
     assert goldens.relative_error(out, expected) <= 1e-3
 
 
@@ -177,9 +182,9 @@ def test_triton_equals_the_reference_at_any_length(length, shape, pv):
     need_fp8(pv)
     q, k, v = random_qkv(3, length, 2, 128)
     block_map = random_map(3, length, 2, *shape)
-    operands = reference.quantize(q, k, v, k.mean(1), PV_DTYPES[pv], *shape, 128**-0.5)
-    expected = reference.sage_attention(q, operands, block_map, *shape, None)
-    out = triton_kernels.sage_attention(q, operands, block_map, *shape, None)
+    operands = reference.quantize(q, k, v, k.mean(1), PV_DTYPES[pv], *shape)
+    expected = reference.sage_attention(operands, block_map, room(q), False)
+    out = triton_kernels.sage_attention(operands, block_map, room(q), False)
     assert goldens.relative_error(out, expected) <= 1e-3
 
 
@@ -201,17 +206,17 @@ def test_cuda_on_hopper_errs_like_the_reference(length, share, batch, dtype):
     need_hopper()
     q, k, v = random_qkv(batch, length, 3, 128, dtype)
     block_map = random_map(batch, length, 3, 128, 64, share)
-    arguments = q, k, v, k.float().mean(1), PV_DTYPES["fp8"], 128, 64, 128**-0.5
+    arguments = q, k, v, k.float().mean(1), PV_DTYPES["fp8"], 128, 64
     found, expected = hopper.quantize(*arguments), reference.quantize(*arguments)
     exact = exact_sparse(q, k, v, block_map)
-    plain = reference.sage_attention(q, expected, block_map, 128, 64, None)
-    out = hopper.sage_attention(q, found, block_map, 128, 64, None)
+    plain = reference.sage_attention(expected, block_map, room(q), False)
+    out = hopper.sage_attention(found, block_map, room(q), False)
     # It rounds the weights to e4m3 against another reference than their maximum.
     error = goldens.relative_error(out, exact)
     assert error <= max(1.1 * goldens.relative_error(plain, exact), 1e-3)
     there = torch.randn(q.shape, dtype=dtype, device=DEVICE)
     both = out.double() + there.double()
-    assert hopper.sage_attention(q, found, block_map, 128, 64, there) is there
+    assert hopper.sage_attention(found, block_map, there, True) is there
     assert goldens.relative_error(there, both) <= 4e-3
 
 
@@ -283,11 +288,12 @@ def test_descriptors_need_steps_of_16_bytes():
 def test_takes_what_is_known_of_q_and_v():
     q, k, v = random_qkv(1, 130, 2, 64, torch.float16)
     block_map = random_map(1, 130, 2, 128, 64)
-    known = {"q_blocks": reference.quantize_blocks(q, 128), "v_max": v.float().abs().amax(1)}
+    blocks, v_max = reference.quantize_heads(q, 128), v.float().abs().amax(1)
     for backend in ("reference", "triton"):
-        arguments = q, k, v, block_map, "fp16"
-        out = sage_attention(*arguments, backend=backend)
-        assert torch.equal(sage_attention(*arguments, **known, backend=backend), out)
+        options = {"pv": "fp16", "backend": backend}
+        out = sage_attention(q, k, v, block_map, **options)
+        known = sage_attention(blocks, k, v, block_map, v_max=v_max, **options)
+        assert torch.equal(known, out)
 
 
 def test_takes_the_mean_of_k_where_it_is_known():
@@ -332,15 +338,14 @@ def test_refuses_what_does_not_fit():
         (lambda: sparse_attention(q, k, v, good[0]), r"block_map must be \[1, 2, 2, 1\]"),
         (lambda: sparse_attention(q, k, v, none), "must select 1 to 3 key blocks, got 0"),
         (lambda: sparse_attention(q, k, v, good, 128, 128), "128x64, 64x64 or 64x128, got 128x128"),
-        (lambda: sparse_attention(q, k, v, good, scale=0.0), "scale must be above 0, got 0.0"),
-        (lambda: sparse_attention(q, k, v, good, onto=q[:, 1:]), r"onto must be \[1, 130, 2, 64\]"),
-        (lambda: sparse_attention(q, k, v, good, onto=q.half()), "onto must be contiguous and"),
+        (lambda: sparse_attention(q, k, v, good, linear=q[:, 1:]), r"linear must be \[1, 130, 2"),
+        (lambda: sparse_attention(q, k, v, good, linear=q.half()), "linear must be contiguous and"),
         (lambda: sage_attention(q, k, v, good, "int8"), "pv must be 'fp8', 'fp16' or None"),
         (lambda: sage_attention(q, k, v, good, k_mean=k), r"k_mean must be \[1, 2, 64\]"),
         (lambda: sage_attention(q, k, v, good, v_max=k), r"v_max must be \[1, 2, 64\]"),
         (
-            lambda: sage_attention(q, k, v, good, q_blocks=(k, k)),
-            r"q_blocks\[0\] must be \[1, 2, 256, 64\]",
+            lambda: sage_attention(reference.Int8Blocks(k, k), k, v, good),
+            r"q\.integers must be \[1, 2, 256, 64\]",
         ),
     ]
     for call, message in cases:

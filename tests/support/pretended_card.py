@@ -10,20 +10,17 @@ from collections.abc import Iterator
 from unittest import mock
 
 import pack  # noqa: F401
-from turbodiffusion_pack.kernels import dispatch
+from turbodiffusion_pack.kernels import dispatch, nvrtc
 
 Card = tuple[int, int]
 
 _card: Card = 0, 0
-_nvrtc = False
+_has_nvrtc = False
 
 # Before the other modules take them from there.
 dispatch.capability = lambda device: _card
 dispatch.triton_unavailable = lambda device: None
-
-from turbodiffusion_pack.kernels import nvrtc  # noqa: E402
-
-nvrtc.unavailable = lambda: None if _nvrtc else "nothing is compiled here"
+nvrtc.unavailable = lambda: None if _has_nvrtc else "nothing is compiled here"
 
 
 @contextlib.contextmanager
@@ -33,8 +30,8 @@ def pretended(card: Card, has_nvrtc: bool = False) -> Iterator[None]:
     With `has_nvrtc` the pack's CUDA kernels stand in for Triton's where they do on that card;
     nothing compiles them here.
     """
-    global _card, _nvrtc
-    _card, _nvrtc = card, has_nvrtc
+    global _card, _has_nvrtc
+    _card, _has_nvrtc = card, has_nvrtc
     _let_triton_compile_for(card)
     with (
         mock.patch.object(nvrtc, "load", lambda *_, **__: mock.Mock()),

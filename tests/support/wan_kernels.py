@@ -67,8 +67,8 @@ def run_block(
     proj = vectors(HEAD_DIM, HEAD_DIM, device=device), vectors(HEAD_DIM, device=device)
     n = layer_norm_quant(x, granularity, scale=scale, shift=shift, **common)
     q, k, v = (int8_linear(*n, *square, **common).unflatten(2, (-1, HEAD_DIM)) for _ in "qkv")
-    options = {"topk": topk, "low_bit": low_bit, "overwrite": True, **common}
-    y = sla_from_projections(q, k, v, norm, norm, cos, sin, *proj, **options)
+    options = {"topk": topk, "low_bit": low_bit, **common}
+    y = sla_from_projections(q, k, v, (norm, norm), (cos, sin), proj, **options)
     y = quantize(y.flatten(2), **common)
     int8_linear(*y, *square, gate=gate, residual=x, **common)
     n = layer_norm_quant(x, granularity, weight=norm, bias=norm, **common)
@@ -115,10 +115,10 @@ def run_attention(
     from turbodiffusion_pack.kernels.sla import sla
 
     q, k, v = (tensor(1, length, 12, head_dim) for _ in "qkv")
-    proj = (vectors(head_dim, head_dim), vectors(head_dim)) if linear else (None, None)
+    proj = (vectors(head_dim, head_dim), vectors(head_dim)) if linear else None
     low_bit = {} if values == "bf16" else {"low_bit": True, "pv": values}
     options = {"block_q": block_q, "block_k": block_k, "backend": "triton", **low_bit}
-    sla(q, k, v, *proj, **options)
+    sla(q, k, v, proj, **options)
 
 
 def run_selection(blocks: int) -> None:

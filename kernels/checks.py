@@ -1,4 +1,4 @@
-"""What every attention op asks of its tensors, checked before any work starts."""
+"""What ops ask of their tensors, checked before any work starts."""
 
 import torch
 
@@ -50,6 +50,19 @@ def check_shape(name: str, x: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Require that `x` has `shape`."""
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
+
+
+def in_steps_of_16_bytes(x: torch.Tensor) -> bool:
+    """Whether all rows of x [..., columns] begin at a multiple of 16 bytes, each at its own.
+
+    The copy engine (TMA) asks for that, and loads of 16 bytes. Columns must be side by side.
+    """
+    together = x.data_ptr()  # the bits of all steps: they end in four zeros where each does
+    for stride in x.stride()[:-1]:
+        if stride <= 0:
+            return False
+        together |= stride * x.itemsize
+    return together % 16 == 0
 
 
 def not_contiguous(*tensors: torch.Tensor) -> str | None:

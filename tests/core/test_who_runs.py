@@ -1,0 +1,381 @@
+"""Under every refusal that an op declares, the run's report names the implementation that runs."""
+
+import ast
+import inspect
+import re
+import sys
+
+import pytest
+import torch
+from turbodiffusion_pack.kernels import (
+    block_map,
+    checks,
+    dispatch,
+    int8_linear,
+    int8_quant,
+    linear_attention,
+    norm,
+    norm_quant,
+    nvrtc,
+    qk_prepare,
+    requantize,
+    rope,
+    sparse_attention,
+)
+from turbodiffusion_pack.turbo_core import run_report
+
+REFERENCE, TRITON, CUDA = dispatch.REFERENCE, dispatch.TRITON, dispatch.CUDA
+HALF = torch.float16
+ANGLES = torch.zeros(1, 130, 64)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = property(lambda self: True)
+
+
+def heads(dim=128, dtype=HALF, length=130, spare=0):
+    """[1, L, 2, D] with `spare` more channels in memory."""
+    return torch.zeros(1, length, 2, dim + spare, dtype=dtype)[..., :dim]
+
+
+def on_gpu(x):
+    return x.as_subclass(OnGpu)
+
+
+def strided(x):
+    """The same values with the last dimension not side by side."""
+    return x.mT.contiguous().mT
+
+
+def a_map(block_q=128):
+    return torch.zeros(1, 2, -(-130 // block_q), 1, dtype=torch.int32)
+
+
+def branch(dim=128, feature_map="softmax"):
+    state, normalizer = torch.zeros(1, 2, dim, dim), torch.zeros(1, 2, dim)
+    proj = torch.zeros(dim, dim), torch.zeros(dim)
+    return linear_attention.LinearBranch(state, normalizer, *proj, feature_map)
+
+
+def linear(**changed):
+    """An int8_linear [1, 130, 256] x [128, 256] that fits the CUDA kernel, but for what changed."""
+    operands = {
+        "x_q": torch.zeros(1, 130, 256, dtype=torch.int8),
+        "x_scale": torch.zeros(1, 130),
+        "w_q": torch.zeros(128, 256, dtype=torch.int8),
+        "w_scale": torch.zeros(128),
+        "out_dtype": HALF,
+    }
+    return int8_linear.int8_linear(**{**operands, **changed})
+
+
+def beyond_int32(rows):
+    """[1, rows, 128] whose samples would be 2^31 numbers apart."""
+    return torch.zeros(1, rows, 128, dtype=HALF).as_strided((1, rows, 128), (2**31, 128, 1))
+
+
+def prepare(x, angles=ANGLES, **options):
+    weight = torch.zeros(x.shape[2] * x.shape[3])
+    return qk_prepare.prepare(x, weight, angles, angles, **options)
+
+
+def sage(q, block_map=None, pv="fp8", **options):
+    known = {"block_map": a_map() if block_map is None else block_map, "pv": pv}
+    return sparse_attention.sage_attention(
+        q, q, q, k_mean=torch.zeros(1, 2, 128), **known, **options
+    )
+
+
+# What runs an op where nothing is refused on Hopper, and the call.
+FITTING = {
+    "block_means": (TRITON, lambda: block_map.block_means(heads(), 64)),
+    "center_means": (TRITON, lambda: block_map.center_means(torch.zeros(1, 2, 3, 128), 130, 64)),
+    "select_blocks": (
+        TRITON,
+        lambda: block_map.select_blocks(torch.zeros(1, 2, 2, 128), torch.zeros(1, 2, 3, 128), 1),
+    ),
+    "quantize_blocks": (TRITON, lambda: int8_quant.quantize_blocks(torch.zeros(1, 130, 128))),
+    "quantize_rows": (TRITON, lambda: int8_quant.quantize_rows(torch.zeros(1, 130, 128))),
+    "int8_linear": (CUDA, linear),
+    "key_value_state": (TRITON, lambda: linear_attention.key_value_state(heads(), heads())),
+    "linear_attention": (TRITON, lambda: linear_attention.linear_attention(heads(), *branch())),
+    "rms_norm": (TRITON, lambda: norm.rms_norm(torch.zeros(1, 130, 128), torch.zeros(128))),
+    "layer_norm": (TRITON, lambda: norm.layer_norm(torch.zeros(1, 130, 128))),
+    "layer_norm_quant": (
+        TRITON,
+        lambda: norm_quant.layer_norm_quant(torch.zeros(1, 130, 128), "rows"),
+    ),
+    "prepare": (CUDA, lambda: prepare(heads())),
+    "requantize_rows": (
+        TRITON,
+        lambda: requantize.requantize_rows(
+            torch.zeros(128, 128, dtype=torch.int8), torch.zeros(1, 1)
+        ),
+    ),
+    "apply_rope": (TRITON, lambda: rope.apply_rope(heads(), ANGLES, ANGLES)),
+    "sparse_attention": (
+        TRITON,
+        lambda: sparse_attention.sparse_attention(heads(), heads(), heads(), a_map()),
+    ),
+    "sage_attention": (CUDA, lambda: sage(heads())),
+}
+
+# Op, what runs it then, the reason, and the call.
+REFUSALS = [
+    (
+        "block_means",
+        REFERENCE,
+        "not contiguous",
+        lambda: block_map.block_means(strided(heads()), 64),
+    ),
+    (
+        "int8_linear",
+        TRITON,
+        "on different devices",
+        lambda: linear(bias=torch.zeros(128, device="meta")),
+    ),
+    ("int8_linear", TRITON, "the output is float32", lambda: linear(out_dtype=torch.float32)),
+    ("int8_linear", TRITON, "of another dtype than", lambda: linear(bias=torch.zeros(128))),
+    (
+        "int8_linear",
+        TRITON,
+        "not one float32 vector",
+        lambda: linear(gate=torch.zeros(1, 130, 128)),
+    ),
+    (
+        "int8_linear",
+        TRITON,
+        "the gate is not contiguous",
+        lambda: linear(gate=torch.zeros(1, 1, 256)[..., ::2]),
+    ),
+    (
+        "int8_linear",
+        TRITON,
+        "multiples of 16 bytes",
+        lambda: linear(out=torch.zeros(1, 130, 132, dtype=HALF)[..., :128]),
+    ),
+    ("int8_linear", TRITON, "strides exceed int32", lambda: linear(residual=beyond_int32(130))),
+    ("int8_linear", TRITON, "aligned eights", lambda: linear(w_scale=torch.zeros(129)[1:])),
+    (
+        "key_value_state",
+        REFERENCE,
+        "not contiguous",
+        lambda: linear_attention.key_value_state(heads(), strided(heads())),
+    ),
+    (
+        "key_value_state",
+        REFERENCE,
+        "float32 tiles",
+        lambda: linear_attention.key_value_state(*[on_gpu(heads(dtype=torch.float32))] * 2),
+    ),
+    (
+        "linear_attention",
+        REFERENCE,
+        "not contiguous",
+        lambda: linear_attention.linear_attention(strided(heads()), *branch()),
+    ),
+    (
+        "linear_attention",
+        REFERENCE,
+        "float32 tiles",
+        lambda: linear_attention.linear_attention(on_gpu(heads(dtype=torch.float32)), *branch()),
+    ),
+    ("prepare", REFERENCE, "not contiguous", lambda: prepare(strided(heads()))),
+    (
+        "prepare",
+        REFERENCE,
+        "float32 tiles",
+        lambda: prepare(on_gpu(heads(dtype=torch.float32)), branch=branch()),
+    ),
+    (
+        "prepare",
+        TRITON,
+        "the head dim is 64, not 128",
+        lambda: prepare(heads(64), ANGLES[..., :32]),
+    ),
+    ("prepare", TRITON, "q and k are float32", lambda: prepare(heads(dtype=torch.float32))),
+    (
+        "prepare",
+        TRITON,
+        "the feature map is elu",
+        lambda: prepare(heads(), branch=branch(feature_map="elu")),
+    ),
+    ("prepare", TRITON, "multiples of 16 bytes", lambda: prepare(heads(spare=4))),
+    (
+        "prepare",
+        TRITON,
+        "strides exceed int32",
+        lambda: prepare(heads(), ANGLES.as_strided((1, 130, 64), (2**31, 64, 1))),
+    ),
+    (
+        "apply_rope",
+        REFERENCE,
+        "96 is not a power of two",
+        lambda: rope.apply_rope(heads(96), ANGLES[..., :48], ANGLES[..., :48]),
+    ),
+    (
+        "sparse_attention",
+        REFERENCE,
+        "not contiguous",
+        lambda: sparse_attention.sparse_attention(*[strided(heads())] * 3, a_map()),
+    ),
+    (
+        "sparse_attention",
+        REFERENCE,
+        "float32 tiles",
+        lambda: sparse_attention.sparse_attention(
+            *[on_gpu(heads(dtype=torch.float32))] * 3, a_map()
+        ),
+    ),
+    ("sage_attention", REFERENCE, "not contiguous", lambda: sage(strided(heads()))),
+    (
+        "sage_attention",
+        REFERENCE,
+        "float32 tiles",
+        lambda: sage(on_gpu(heads(dtype=torch.float32))),
+    ),
+    ("sage_attention", REFERENCE, "fp8 needs sm_89", lambda: sage(on_gpu(heads()))),
+    (
+        "sage_attention",
+        TRITON,
+        "rows of query and key blocks are",
+        lambda: sage(heads(), a_map(64), block_q=64),
+    ),
+    ("sage_attention", TRITON, "the values are fp16", lambda: sage(heads(), pv="fp16")),
+]
+
+
+class LaunchedError(Exception):
+    """Raised in place of running an implementation, by its name."""
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Pretends to a Hopper whose implementations say their name in place of running."""
+    dispatch.say_once.cache_clear()
+    _pretend(monkeypatch, (9, 0))
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda device: None)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
+    names = {"reference": REFERENCE, "triton": TRITON, "hopper": CUDA}
+    for module in list(sys.modules.values()):
+        folder, _, name = getattr(module, "__name__", "").rpartition(".")
+        if folder.startswith("turbodiffusion_pack.kernels.") and name in names:
+            ops = {"linear", "prepare", "quantize", "key_value_state", *FITTING}
+            for op in ops & vars(module).keys():
+                monkeypatch.setattr(module, op, _announce(names[name]))
+
+
+def _announce(name):
+    def launch(*_, **__):
+        raise LaunchedError(name)
+
+    return launch
+
+
+def _pretend(monkeypatch, card):
+    real = dispatch.capability
+    for module in list(sys.modules.values()):
+        if getattr(module, "capability", None) is real:
+            monkeypatch.setattr(module, "capability", lambda device: card)
+    monkeypatch.setattr(sparse_attention, "has_fp8", lambda device: card >= (8, 9))
+
+
+def told(run) -> tuple[str, str]:
+    """What ran, and the report's line."""
+    with run_report.run() as report:
+        run_report.note_forward(1)
+        with pytest.raises(LaunchedError) as launched:
+            run()
+    return str(launched.value), report.line()
+
+
+@pytest.mark.parametrize("op", FITTING)
+def test_nothing_refused(op, hopper):
+    name, run = FITTING[op]
+    launched, line = told(run)
+    assert launched == name
+    assert line.endswith(f"; kernels: {name}")
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "reason", "run"), REFUSALS, ids=[f"{op}: {why}" for op, _, why, _ in REFUSALS]
+)
+def test_a_refusal(op, name, reason, run, hopper, monkeypatch, caplog):
+    if "sm_89" in reason:
+        _pretend(monkeypatch, (8, 6))
+    launched, line = told(run)
+    assert launched == name
+    if name == REFERENCE:
+        assert re.search(f"; kernels: {REFERENCE}, as .*{reason}", line)
+    else:
+        assert re.search(f"; kernels: {name}; {op} in {name}: .*{reason}", line)
+        assert re.search(f"{op} runs in Triton, more slowly: .*{reason}", caplog.text)
+
+
+@pytest.mark.parametrize("op", FITTING)
+def test_no_nvrtc(op, hopper, monkeypatch):
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: "no NVRTC here")
+    if op == "sage_attention":
+        assert sparse_attention.default_pv(torch.device("cpu")) == "fp16"
+    best, run = FITTING[op]
+    launched, line = told(run)
+    assert launched == TRITON
+    declined = f"; {op} in Triton: no NVRTC here" if best == CUDA else ""
+    assert line.endswith(f"; kernels: Triton{declined}")
+
+
+@pytest.mark.parametrize("op", FITTING)
+def test_no_triton(op, hopper, monkeypatch):
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda device: "no Triton here")
+    launched, line = told(FITTING[op][1])
+    assert launched == REFERENCE
+    assert line.endswith("; kernels: torch reference, as no Triton here")
+
+
+@pytest.mark.parametrize("card", [(8, 0), (8, 9), (10, 0), (12, 0)], ids="sm_{0[0]}{0[1]}".format)
+@pytest.mark.parametrize("op", FITTING)
+def test_other_cards_run_triton_and_have_nothing_to_decline(op, card, hopper, monkeypatch, caplog):
+    _pretend(monkeypatch, card)
+    launched, line = told(FITTING[op][1])
+    assert launched == TRITON
+    assert line.endswith("; kernels: Triton")
+    assert not [record for record in caplog.records if "slow" in record.message]
+
+
+def test_every_op_and_every_declared_refusal_is_here():
+    kernels = [m for n, m in sys.modules.items() if n.startswith("turbodiffusion_pack.kernels.")]
+    sources = {inspect.getsource(module) for module in kernels if hasattr(module, "choose")}
+    ops = {op for source in sources for op in re.findall(r'choose\(\s*"(\w+)"', source)}
+    assert ops == FITTING.keys()
+    functions = [module.unfit for module in kernels if hasattr(module, "unfit")]
+    functions += [checks.not_contiguous, checks.float32_on_gpu]
+    functions += [rope._odd_head_dim, sparse_attention._no_fp8]
+    for declared in (reason for function in functions for reason in _reasons(function)):
+        assert any(_fits(declared, reason) for _, _, reason, _ in REFUSALS), declared
+
+
+def _reasons(function) -> list[str]:
+    """What a function that gives reasons may return, with * for what it fills in."""
+    tree = ast.parse(inspect.getsource(function))
+    texts = []
+    for returned in (node.value for node in ast.walk(tree) if isinstance(node, ast.Return)):
+        alternatives = [returned]
+        if isinstance(returned, ast.IfExp):
+            alternatives = [returned.body, returned.orelse]
+        texts += [_text(node) for node in alternatives]
+    return [text for text in texts if text is not None]
+
+
+def _text(node) -> str | None:
+    if isinstance(node, ast.Constant):
+        return node.value
+    return "".join(p.value if isinstance(p, ast.Constant) else "*" for p in node.values)
+
+
+def _fits(declared: str, reason: str) -> bool:
+    """Whether `reason` is a part of what `declared` may say."""
+    pieces = [piece for piece in declared.split("*") if len(piece) > 8]
+    return any(reason in piece or piece.strip(" ,") in reason for piece in pieces)
