@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent / "support"))
 
 import dynamic_vram
+import interpreter
 import pack  # noqa: F401
 
 if dynamic_vram.wanted():
@@ -18,6 +19,7 @@ import torch
 # Without a GPU the Triton kernels run in Triton's interpreter; set before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.speed_up()
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,17 @@
-"""INT8 quantization: one scale per 128x128 block, or one per row (a token or an output channel)."""
+"""INT8 quantization: one scale per 128x128 block, or one per row (a token or an output channel).
+
+What is not finite stays visible. This holds for everything in kernels/ that quantizes, in every
+implementation: `int8_quant`, `norm_quant`, `requantize`, `qk_prepare` and `sage_attention`.
+
+- A NaN makes amax NaN, and so the scale of its block, row or channel: every product with it is
+  NaN. A CUDA kernel takes `max.NaN.f32` for that, at the price of `fmaxf`, also where it takes the
+  larger of amax and 1e-8.
+- An infinity makes the scale infinite, every product with it infinite or NaN.
+- The integers under such a scale mean nothing and may differ between implementations.
+- Finite values, also the largest of float32, are quantized by the formula. GELU maps those below
+  -10 to 0. LayerNorm maps rows whose squares overflow float32 (|x| above 1e19) to 0, so that
+  weight, bias, scale and shift see 0, as in torch.
+"""
 
 import torch
 from torch import Tensor

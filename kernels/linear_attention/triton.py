@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import launching_on
+from ..int8_quant.triton import larger, largest
 
 TILE = 16  # keys of one step of the state: two programs fit a multiprocessor's registers
 PROGRAMS = 528  # of the state, over all heads: 2 waves of 2 on a card of 132 multiprocessors
@@ -62,14 +63,14 @@ def key_value_state_kernel(
         phi = tl.where(inside, apply_feature_map(keys.to(tl.float32), FEATURE_MAP), 0.0)
         b_normalizer += phi
         if MAXIMA:
-            b_maxima = tl.maximum(b_maxima, tl.abs(values.to(tl.float32)))
+            b_maxima = larger(b_maxima, tl.abs(values.to(tl.float32)))
         b_state = tl.dot(tl.trans(phi.to(values.dtype)), values, b_state)  # [D, D]
     part = split * tl.num_programs(1).to(tl.int64) + head
     place = channel[:, None] * HEAD_DIM + channel[None, :]
     tl.store(state + part * (HEAD_DIM * HEAD_DIM) + place, b_state)
     tl.store(normalizer + part * HEAD_DIM + channel, tl.sum(b_normalizer, 0))
     if MAXIMA:
-        maximum = tl.max(b_maxima, 0)
+        maximum = largest(b_maxima, 0)
         tl.store(maxima + part * HEAD_DIM + channel, maximum)
 
 

@@ -123,6 +123,8 @@ def _row_moments(x_ptr, channels, eps, stride_xc, BLOCK: tl.constexpr):
         share = count / (start + count)
         delta = chunk_mean - mean
         mean += delta * share
+        # No mean came before the first chunk's: infinite squares times 0 would be NaN.
+        delta = tl.where(start > 0, delta, 0.0)
         squares += tl.sum(centered * centered, 1, keep_dims=True) + delta * delta * (start * share)
     return mean, tl.rsqrt(squares / channels + eps)
 

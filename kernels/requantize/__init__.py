@@ -28,7 +28,7 @@ def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Te
         int8 `[N, K]` and fp32 `[N]`.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or q has no elements.
         TypeError: q is not int8.
         RuntimeError: Triton was asked for by name and cannot run.
     """
@@ -39,5 +39,7 @@ def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Te
             f"requantize_rows: q must be [N, K] with scales [ceil(N/128), ceil(K/128)], "
             f"got {list(q.shape)} with {list(scale.shape)}"
         )
+    if q.numel() == 0:
+        raise ValueError(f"requantize_rows needs q with elements in it, got {list(q.shape)}")
     kernels = choose("requantize_rows", backend, q, reference, triton_kernels)
     return kernels.requantize_rows(q, scale)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import launching_on
-from ..int8_quant.triton import BLOCK, round_to_int8
+from ..int8_quant.triton import BLOCK, larger, largest, round_to_int8
 from ..tuning import REQUANTIZE_ROWS
 
 
@@ -51,6 +51,6 @@ def requantize_rows_kernel(
     q = tl.load(q_ptr + row * stride_r + c * stride_c, mask=inside, other=0)
     scale = tl.load(scale_ptr + row // BLOCK * blocks + block, mask=block < blocks, other=0.0)
     w = q.to(tl.float32) * scale[:, None]
-    amax = tl.maximum(tl.max(tl.abs(w)), 1e-8)
+    amax = larger(largest(tl.abs(w)), 1e-8)
     tl.store(out_ptr + row * columns + c, round_to_int8(w, amax), mask=inside)
     tl.store(row_scale_ptr + row, amax * (1 / 128))

@@ -6,6 +6,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import HOPPER, capability, launching_on
+from ..int8_quant.triton import larger, largest
 from .reference import VALUE_LIMIT, Int8Blocks, Quantized, score_scale
 
 LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0))  # 163 KB a block or more; 99 KB elsewhere
@@ -160,7 +161,7 @@ def sage_attention_kernel(
 @triton.jit
 def round_block(tile):
     """A block as int8, clamp(round_half_even(x * (127 / amax))), and its scale amax / 127."""
-    amax = tl.maximum(tl.max(tl.abs(tile)), 1e-8)
+    amax = larger(largest(tl.abs(tile)), 1e-8)
     # Clamped before the sum below, so that no FMA can skip the rounding of the product.
     full_scale = tl.full(amax.shape, 127.0, tl.float32)
     scaled = tl.clamp(tile * tl.div_rn(full_scale, amax), -127.0, 127.0)
@@ -214,7 +215,7 @@ def channel_max_kernel(
     v += head // heads * stride_b + head % heads * stride_h
     tile = tl.load(v + row * stride_l + channel[None, :], mask=row < length, other=0.0)
     part = head * tl.num_programs(0) + tl.program_id(0)
-    tl.store(amax + part * HEAD_DIM + channel, tl.max(tl.abs(tile.to(tl.float32)), 0))
+    tl.store(amax + part * HEAD_DIM + channel, largest(tl.abs(tile.to(tl.float32)), 0))
 
 
 @triton.jit(do_not_specialize=["heads", "length"])

@@ -59,10 +59,10 @@ def test_int8_linear(card, granularity):
 @pytest.mark.parametrize("low_bit", [True, False], ids=["sagesla", "sla"])
 def test_sparse_linear_attention(card, low_bit):
     q, k, v = random_qkv(1, 400, 2, 128, DTYPE)
-    weight, bias = random_proj(128)
+    proj = random_proj(128)
     chosen = block_map(q, k, 0.3)
-    exact = exact_sparse(q, k, v, chosen) + exact_linear(q, k, v, weight, bias, "softmax")
+    exact = exact_sparse(q, k, v, chosen) + exact_linear(q, k, v, *proj, "softmax")
     options = {"low_bit": low_bit, "block_map": chosen, "backend": "triton"}
-    out = sla(q, k, v, weight, bias, **options)
+    out = sla(q, k, v, proj, **options)
     bound = LOW_BIT_ERROR[default_pv(q.device)] if low_bit else 1e-2
     assert goldens.relative_error(out, exact) <= bound
