@@ -1,5 +1,6 @@
 """The INT8 linear layer on Hopper, in CUDA C++: see hopper.cu."""
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -16,6 +17,19 @@ THREADS = 384
 STAGE_BYTES = (TILE_L + TILE_N) * 128
 # Alignment and hopper.cu's Shared.
 SHARED_BYTES = 1024 + 4 * (STAGE_BYTES + 16) + 2 * (TILE_N * 8 + 16)
+
+
+class Operands(ctypes.Structure):
+    """hopper.cu's."""
+
+    _fields_ = [
+        *((name, nvrtc.TENSOR_MAP) for name in ("x_map", "w_map")),
+        *((name, nvrtc.POINTER) for name in ("x_scale", "w_scale", "bias", "gate", "residual")),
+        ("out", nvrtc.POINTER),
+        *((name, nvrtc.INT) for name in ("batch", "length", "n", "k")),
+        *((name, nvrtc.INT) for name in ("gate_b", "residual_b", "residual_l", "out_b", "out_l")),
+        ("end", nvrtc.INT * 11),  # the maps make its size a multiple of 64 bytes
+    ]
 
 
 def unfit(
@@ -64,15 +78,17 @@ def linear(
     batch, length, k = x_q.shape
     n = w_q.shape[0]
     tiles = batch * -(-length // TILE_L) * -(-n // TILE_N)
+    x_scale = x_scale.contiguous()
+    operands = Operands(
+        nvrtc.tensor_map(x_q, TILE_L), nvrtc.tensor_map(w_q, TILE_N),
+        *map(nvrtc.address, (x_scale, w_scale, bias, gate, residual, out)),
+        batch, length, n, k, 0 if gate is None else gate.stride(0),
+        *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
+    )  # fmt: skip
     with launching_on(x_q):
-        nvrtc.load(
-            SOURCE, "int8_linear", TARGET, SHARED_BYTES, x_q.get_device(),
+        kernel = nvrtc.load(
+            SOURCE, "int8_linear", TARGET, SHARED_BYTES, Operands, x_q.get_device(),
             BF16=int(out.dtype == torch.bfloat16),
-        ).launch(
-            min(tiles, multiprocessors(x_q.device)), THREADS,
-            nvrtc.TensorMap(x_q, TILE_L), nvrtc.TensorMap(w_q, TILE_N),
-            x_scale.contiguous(), w_scale, bias, gate, residual, out, batch, length, n, k,
-            0 if gate is None else gate.stride(0),
-            *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
         )  # fmt: skip
+        kernel.launch(min(tiles, multiprocessors(x_q.device)), THREADS, operands)
     return out

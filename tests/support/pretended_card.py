@@ -35,7 +35,8 @@ def pretended(card: Card, has_nvrtc: bool = False) -> Iterator[None]:
     _let_triton_compile_for(card)
     with (
         mock.patch.object(nvrtc, "load", lambda *_, **__: mock.Mock()),
-        mock.patch.object(nvrtc, "TensorMap", mock.Mock()),
+        mock.patch.object(nvrtc, "address", lambda x: 0),
+        mock.patch.object(nvrtc, "tensor_map", lambda x, box: nvrtc.TENSOR_MAP()),
     ):
         yield
 
