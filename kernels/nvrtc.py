@@ -10,7 +10,21 @@ import torch
 HEADER = Path(__file__).with_name("hopper.cuh")  # what the kernels include
 
 
-POINTER, INT, TENSOR_MAP = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint64 * 16  # of operands
+TENSOR_MAP = ctypes.c_uint64 * 16
+
+
+def operands(pointers: str, integers: str, maps: str = "") -> type[ctypes.Structure]:
+    """The one parameter of a kernel, the `Operands` of its file: names of its fields in order.
+
+    Tensor maps come first, so that they lie at multiples of 64 bytes, then pointers, then int32.
+    """
+    fields = [(name, TENSOR_MAP) for name in maps.split()]
+    fields += [(name, ctypes.c_void_p) for name in pointers.split()]
+    fields += [(name, ctypes.c_int32) for name in integers.split()]
+    size = sum(ctypes.sizeof(kind) for _, kind in fields)
+    if maps:
+        fields.append(("end", ctypes.c_byte * (-size % 64)))  # as the maps' alignment makes it in C
+    return type("Operands", (ctypes.Structure,), {"_fields_": fields})
 
 
 def tensor_map(x: torch.Tensor, box: int) -> ctypes.Array:

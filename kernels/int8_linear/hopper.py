@@ -1,6 +1,5 @@
 """The INT8 linear layer on Hopper, in CUDA C++: see hopper.cu."""
 
-import ctypes
 from pathlib import Path
 
 import torch
@@ -17,19 +16,11 @@ THREADS = 384
 STAGE_BYTES = (TILE_L + TILE_N) * 128
 # Alignment and hopper.cu's Shared.
 SHARED_BYTES = 1024 + 4 * (STAGE_BYTES + 16) + 2 * (TILE_N * 8 + 16)
-
-
-class Operands(ctypes.Structure):
-    """hopper.cu's."""
-
-    _fields_ = [
-        *((name, nvrtc.TENSOR_MAP) for name in ("x_map", "w_map")),
-        *((name, nvrtc.POINTER) for name in ("x_scale", "w_scale", "bias", "gate", "residual")),
-        ("out", nvrtc.POINTER),
-        *((name, nvrtc.INT) for name in ("batch", "length", "n", "k")),
-        *((name, nvrtc.INT) for name in ("gate_b", "residual_b", "residual_l", "out_b", "out_l")),
-        ("end", nvrtc.INT * 11),  # the maps make its size a multiple of 64 bytes
-    ]
+Operands = nvrtc.operands(
+    maps="x_map w_map",
+    pointers="x_scale w_scale bias gate residual out",
+    integers="batch length n k gate_b residual_b residual_l out_b out_l",
+)
 
 
 def unfit(

@@ -1,6 +1,5 @@
 """What prepares q and k on Hopper, in CUDA C++: see hopper.cu."""
 
-import ctypes
 import functools
 from pathlib import Path
 
@@ -21,19 +20,10 @@ HEADS = 8  # of a program at most, which reads its cosines from memory once
 THREADS = 256
 SHARED_BYTES = 128 * 132 * 4 + 128 * 4 + 8 * 128 * 4 + 8 * 4  # hopper.cu's Shared
 LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
-OUTPUTS = "out", "means", "integers", "scales"
-STRIDES = "x_b", "x_l", "x_h", "cos_b", "cos_l", "sin_b", "sin_l"
-
-
-class Operands(ctypes.Structure):
-    """hopper.cu's."""
-
-    _fields_ = [
-        *((name, nvrtc.POINTER) for name in ("x", "norms", "weight", "cos", "sin", *OUTPUTS)),
-        *((name, nvrtc.POINTER) for name in ("mix", "normalizer", "bias")),
-        *((name, nvrtc.INT) for name in STRIDES),
-        *((name, nvrtc.INT) for name in ("length", "heads", "blocks", "heads_each")),
-    ]
+Operands = nvrtc.operands(
+    pointers="x norms weight cos sin out means integers scales mix normalizer bias",
+    integers="x_b x_l x_h cos_b cos_l sin_b sin_l length heads blocks heads_each",
+)
 
 
 def unfit(

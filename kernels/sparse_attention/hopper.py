@@ -1,6 +1,5 @@
 """Low-bit sparse attention on Hopper, in CUDA C++: see hopper.cu."""
 
-import ctypes
 from pathlib import Path
 
 import torch
@@ -15,17 +14,10 @@ TARGET = "sm_90a"
 THREADS = 384
 SHARED_BYTES = 1024 + 7 * (2 * 64 * 128 + 24) + 128 * 128 * 5 + 8  # alignment, hopper.cu's Shared
 SHAPE = 128, 128, 64  # head dim, rows in a query and a key block
-POINTERS = "q", "q_scale", "k", "k_scale", "v", "v_scale", "block_map", "out"
-SIZES = "length", "count", "q_blocks", "k_blocks", "heads", "tiles", "add"
-
-
-class Operands(ctypes.Structure):
-    """hopper.cu's."""
-
-    _fields_ = [
-        *((name, nvrtc.POINTER) for name in POINTERS),
-        *((name, nvrtc.INT) for name in SIZES),
-    ]
+Operands = nvrtc.operands(
+    pointers="q q_scale k k_scale v v_scale block_map out",
+    integers="length count q_blocks k_blocks heads tiles add",
+)
 
 
 def unfit(head_dim: int, block_q: int, block_k: int, pv: str) -> str | None:

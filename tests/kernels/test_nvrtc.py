@@ -204,10 +204,6 @@ def test_a_torch_without_cuda_says_so(monkeypatch):
     assert nvrtc.unavailable.__wrapped__() == "torch was built without CUDA"
 
 
-class Fill(ctypes.Structure):
-    _fields_ = [("x", nvrtc.POINTER), ("value", nvrtc.INT)]
-
-
 @pytest.mark.gpu
 def test_a_kernel_runs_on_the_current_stream(tmp_path):
     source = tmp_path / "fill.cu"
@@ -219,13 +215,14 @@ def test_a_kernel_runs_on_the_current_stream(tmp_path):
         }
     """)
     major, minor = torch.cuda.get_device_capability()
-    kernel = nvrtc.load(source, "fill", f"sm_{major}{minor}", 0, Fill, 0, SHIFT=2)
+    fill = nvrtc.operands(pointers="x", integers="value")
+    kernel = nvrtc.load(source, "fill", f"sm_{major}{minor}", 0, fill, 0, SHIFT=2)
     x = torch.zeros(32, dtype=torch.int32, device=DEVICE)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         # Started elsewhere it would be through before the 1s arrive.
         torch.cuda._sleep(50_000_000)
         x.fill_(1)
-        kernel.launch(1, 32, Fill(nvrtc.address(x), 5))
+        kernel.launch(1, 32, fill(nvrtc.address(x), 5))
     torch.cuda.synchronize()
     assert x.tolist() == [7] * 32
