@@ -311,40 +311,42 @@ __device__ __forceinline__ void load_turns(
 extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
     const __grid_constant__ Operands o
 ) {
+    // Read once: in the loop the compiler would read them again behind every barrier.
+    int length = o.length, heads = o.heads, blocks = o.blocks, x_l = o.x_l, x_h = o.x_h;
     extern __shared__ __align__(16) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % 4;
-    int row = 16 * warp + lane / 4, tiles = (o.length + ROWS - 1) / ROWS;
-    int groups = (o.heads + o.heads_each - 1) / o.heads_each;
+    int row = 16 * warp + lane / 4, tiles = (length + ROWS - 1) / ROWS;
+    int groups = (heads + o.heads_each - 1) / o.heads_each;
     int group = blockIdx.x % groups, tile = blockIdx.x / groups % tiles;
     int sample = blockIdx.x / (groups * tiles);
     long long first = (long long)tile * ROWS;
-    int inside = min(ROWS, (int)(o.length - first));
-    load_turns(shared, o.norms + sample * (long long)o.length + first,
+    int inside = min(ROWS, (int)(length - first));
+    load_turns(shared, o.norms + sample * (long long)length + first,
                o.cos + sample * (long long)o.cos_b + first * o.cos_l,
                o.sin + sample * (long long)o.sin_b + first * o.sin_l, o.cos_l, o.sin_l, inside);
 #if LINEAR
     // Keeps the normalizers, sums over all keys, in the range of float16.
-    float unit = 32768.0f / max(32768, o.length);
+    float unit = 32768.0f / max(32768, length);
 #endif
     __syncthreads();
-    const u16* rows = o.x + sample * (long long)o.x_b + first * o.x_l;
-    u16* out_rows = o.out + (sample * (long long)o.length + first) * o.heads * HEAD_DIM;
-    int last = min(o.heads, (group + 1) * o.heads_each);
+    const u16* rows = o.x + sample * (long long)o.x_b + first * x_l;
+    u16* out_rows = o.out + (sample * (long long)length + first) * heads * HEAD_DIM;
+    int last = min(heads, (group + 1) * o.heads_each);
     uint4 raw[2][4];  // [ROWS, HEAD_DIM] as read, in 16 bits
     int head = group * o.heads_each;
-    const uint4* head_rows = reinterpret_cast<const uint4*>(rows + (long long)head * o.x_h);
-    load_rows(raw, head_rows, o.x_l / 8, row, pair, inside);
+    const uint4* head_rows = reinterpret_cast<const uint4*>(rows + (long long)head * x_h);
+    load_rows(raw, head_rows, x_l / 8, row, pair, inside);
     for (; head < last; head++) {
         u32 packed[2][16];  // [ROWS, HEAD_DIM] normalized and rotated, in 16 bits
-        long long whole_head = sample * (long long)o.heads + head;
+        long long whole_head = sample * (long long)heads + head;
 #if LINEAR
         load_mix(shared, o.mix + whole_head * HEAD_DIM * HEAD_DIM,
                  o.normalizer + whole_head * HEAD_DIM, unit);
 #endif
         rotate(packed, raw, shared, o.weight + head * HEAD_DIM, row, pair);
         if (head + 1 < last)
-            load_rows(raw, head_rows += o.x_h / 8, o.x_l / 8, row, pair, inside);
+            load_rows(raw, head_rows += x_h / 8, x_l / 8, row, pair, inside);
         add_up(shared, packed, warp, lane);
 #if LINEAR
         asm volatile("cp.async.wait_all;" ::: "memory");
@@ -359,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
 #pragma unroll
                 for (int i = 0; i < BLOCK / 16; i++)
                     sum += shared.sums[part * (BLOCK / 16) + i][threadIdx.x];
-                o.means[(whole_head * o.blocks + block) * HEAD_DIM + threadIdx.x] = sum / many;
+                o.means[(whole_head * blocks + block) * HEAD_DIM + threadIdx.x] = sum / many;
             }
         }
 #if QUANTIZE
@@ -370,7 +372,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
             for (int i = 0; i < BLOCK / 16; i++)
                 amax = max_or_nan(amax, shared.amax[part * (BLOCK / 16) + i]);
             if (part * BLOCK < inside) {
-                long long at = whole_head * o.blocks + block;
+                long long at = whole_head * blocks + block;
                 store_integers(o.integers + at * BLOCK * HEAD_DIM - part * BLOCK * HEAD_DIM, packed,
                                __fdiv_rn(127.0f, amax), row, pair);
                 if (threadIdx.x % (2 * BLOCK) == 0) o.scales[at] = __fdiv_rn(amax, 127.0f);
@@ -381,10 +383,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
 #if LINEAR
         float factor[2] = {weigh(packed[0], shared.normalizer, unit, pair),
                            weigh(packed[1], shared.normalizer, unit, pair)};
-        store_mixed(shared, to, packed, factor, o.bias, (long long)o.heads * HEAD_DIM, row, lane,
+        store_mixed(shared, to, packed, factor, o.bias, (long long)heads * HEAD_DIM, row, lane,
                     inside);
 #else
-        store_rows(to, packed, (long long)o.heads * HEAD_DIM, row, pair, inside);
+        store_rows(to, packed, (long long)heads * HEAD_DIM, row, pair, inside);
 #endif
         __syncthreads();
     }

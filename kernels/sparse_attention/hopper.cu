@@ -398,8 +398,12 @@ __device__ __forceinline__ void store_tile(
         float2 a = pair_of(there0[j], BF16), b = pair_of(there1[j], BF16);
         a.x = fmaf(x.x * norm0, channels[j].x, a.x), a.y = fmaf(x.y * norm0, channels[j].y, a.y);
         b.x = fmaf(x.z * norm1, channels[j].x, b.x), b.y = fmaf(x.w * norm1, channels[j].y, b.y);
-        if (row < inside) out0[4 * j] = packed_pair(a, BF16);
-        if (row + 8 < inside) out1[4 * j] = packed_pair(b, BF16);
+        there0[j] = packed_pair(a, BF16), there1[j] = packed_pair(b, BF16);
+    }
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        if (row < inside) out0[4 * j] = there0[j];
+        if (row + 8 < inside) out1[4 * j] = there1[j];
     }
 }
 
