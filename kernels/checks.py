@@ -2,10 +2,21 @@
 
 import torch
 
+BLOCK = 128  # rows and columns that share a scale of int8_quant
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (64, 128)
 BLOCK_SHAPES = ((128, 64), (64, 64), (64, 128))  # what the attention kernels fit into every card
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_dtype(op: str, x: torch.Tensor) -> None:
+    """Require float32, float16 or bfloat16.
+
+    Raises:
+        TypeError: it is another dtype.
+    """
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op} takes fp32, fp16 or bf16, got {x.dtype}: convert x first")
 
 
 def check_heads(**tensors: torch.Tensor) -> None:

@@ -67,6 +67,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def has_tma(device: torch.device) -> bool:
+    """Whether `device` has the copy engine (TMA) that reads by tensor maps (sm_90 and newer)."""
+    return capability(device) >= (9, 0)
+
+
 def has_fp8(device: torch.device) -> bool:
     """Whether the tensor cores of `device` take fp8 e4m3 (sm_89 and newer)."""
     return capability(device) >= (8, 9)

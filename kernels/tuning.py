@@ -1,7 +1,7 @@
-"""How the INT8 and row kernels are launched: one table for each, by card where cards differ.
+"""How the kernels are launched: one table for each, by card where cards differ.
 
-Attention's launches stand beside its kernels. "blocks" and "pointers" of INT8_LINEAR stay
-128 x 128: there a program's tile is a block of scales.
+A card that a table does not name takes the row of the newest card before it. "blocks" and
+"pointers" of INT8_LINEAR stay 128 x 128: there a program's tile is a block of scales.
 
 The rows of sm_90 were measured on an H100 with tests/benchmarks/tune.py, which prints such rows.
 Those of other cards were chosen by ahead-of-time compilation, no such card being at hand: they fit
@@ -10,6 +10,8 @@ its shared memory and spill nothing (tests/kernels/test_ahead_of_time.py).
 
 import functools
 from typing import NamedTuple, TypeVar
+
+from .checks import BLOCK
 
 Row = TypeVar("Row")
 Card = tuple[int, int]
@@ -25,9 +27,23 @@ class Tile(NamedTuple):
     group: int = 8
 
     def launch(self) -> dict[str, int]:
-        """For an INT8 linear kernel, whose scales make 128 the depth of a step."""
-        sizes = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": 128, "GROUP": self.group}
+        """For an INT8 linear kernel: the depth of a step is that of a block of scales."""
+        sizes = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": BLOCK, "GROUP": self.group}
         return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
+
+
+class KeyLoop(NamedTuple):
+    """Of an attention kernel, whose loop has `stages` key blocks of 64 rows on their way.
+
+    Of 128 rows two. As many `warps` as have 1024 scores each, if None.
+    """
+
+    stages: int
+    warps: int | None = None
+
+    def launch(self, block_q: int, block_k: int) -> dict[str, int]:
+        stages = 2 if block_k == 128 else self.stages
+        return {"num_warps": self.warps or block_q * block_k // 1024, "num_stages": stages}
 
 
 class WholeRow(NamedTuple):
@@ -88,6 +104,18 @@ INT8_LINEAR: dict[Card, dict[str, Tile]] = {
     },
 }
 
+# Attention in 16 bits, and in low bits by what its values are in. sm_80, sm_90 and sm_100 have 163
+# KB of shared memory a block or more, the others 99 KB.
+ATTENTION: dict[Card, dict[str, KeyLoop]] = {
+    (8, 0): {"16 bit": KeyLoop(3), "fp16": KeyLoop(4), "fp8": KeyLoop(4)},  # fp8: interpreted
+    (8, 6): {"16 bit": KeyLoop(2), "fp16": KeyLoop(3), "fp8": KeyLoop(3)},
+    # Warp groups multiply 64 rows at a time: 4 warps keep both halves of a tile, and take half as
+    # many turns. But fp8's second sum does not fit them.
+    (9, 0): {"16 bit": KeyLoop(3), "fp16": KeyLoop(3, warps=4), "fp8": KeyLoop(3)},
+    (10, 0): {"16 bit": KeyLoop(3), "fp16": KeyLoop(4), "fp8": KeyLoop(4)},
+    (12, 0): {"16 bit": KeyLoop(2), "fp16": KeyLoop(3), "fp8": KeyLoop(3)},
+}
+
 # What only moves data is the same on every card.
 ROWS = WholeRow(values=32, fewest_warps=4, most_warps=32)  # RMSNorm, INT8 per row
 # By the widest row they are for; the last also for what is wider still.
@@ -104,6 +132,12 @@ REQUANTIZE_ROWS = WholeRow(values=64, fewest_warps=2, most_warps=4)
 QUANTIZE_BLOCKS = {"num_warps": 8, "num_stages": 1}
 LAYER_NORM_BLOCKS = {"num_warps": 16, "num_stages": 1}  # with 8 some cards spill
 ROPE = {"ROWS": 32, "num_warps": 4, "num_stages": 1}  # a row is one head of one token
+
+
+@functools.cache
+def attention_launch(capability: Card, values: str, block_q: int, block_k: int) -> dict[str, int]:
+    """Launch of an attention kernel on values in "16 bit", "fp16" or "fp8", see ATTENTION."""
+    return of_card(ATTENTION, capability)[values].launch(block_q, block_k)
 
 
 def of_card(table: dict[Card, Row], capability: Card) -> Row:

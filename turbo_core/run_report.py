@@ -64,6 +64,10 @@ class RunReport:
         """Those of the model that runs now."""
         return self.experts[self.expert]
 
+    def hear(self, op: str, name: str, why: str | None) -> None:
+        """`op` runs in `name`, see `dispatch.listening`; before every launch, so in one line."""
+        self.experts[self.expert].kernels.add((op, name, why))
+
     def line(self) -> str:
         """What ran, expert by expert."""
         names = {name: f"{name}: " if name else "" for name in self.experts}
@@ -86,7 +90,7 @@ def run():
     report = RunReport()
     token = _current.set(report)
     try:
-        with dispatch.listening(lambda *choice: report.counts.kernels.add(choice)):
+        with dispatch.listening(report.hear):
             yield report
     finally:
         _current.reset(token)

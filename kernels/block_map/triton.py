@@ -14,88 +14,89 @@ LAUNCH = {"num_warps": 4, "num_stages": 1}  # memory-bound or tiny, the same on 
 ROW_LAUNCH = {"num_warps": 2, "num_stages": 1}  # more wait for each other, fewer take longer
 
 
-@triton.jit(do_not_specialize=["heads", "length"])
+@triton.jit(do_not_specialize=["length", "heads"])
 def block_means_kernel(
-    x, means, stride_b, stride_l, stride_h, heads, length,
+    x_ptr, means_ptr, length, heads, stride_xb, stride_xl, stride_xh,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     row = first + tl.arange(0, BLOCK)
     channel = tl.arange(0, HEAD_DIM)
-    x += head // heads * stride_b + head % heads * stride_h
-    tile = tl.load(
-        x + row[:, None] * stride_l + channel[None, :], mask=row[:, None] < length, other=0.0
+    x_ptr += head // heads * stride_xb + head % heads * stride_xh
+    x = tl.load(
+        x_ptr + row[:, None] * stride_xl + channel[None, :], mask=row[:, None] < length, other=0.0
     )  # [BLOCK, D]
     rows = tl.minimum(length - first, BLOCK).to(tl.float32)
-    mean = tl.sum(tile.to(tl.float32), 0) / rows
+    mean = tl.sum(x.to(tl.float32), 0) / rows  # [D]
     block = head * tl.num_programs(0) + tl.program_id(0)
-    tl.store(means + block * HEAD_DIM + channel, mean)
+    tl.store(means_ptr + block * HEAD_DIM + channel, mean)
 
 
-@triton.jit(do_not_specialize=["blocks", "length"])
+@triton.jit(do_not_specialize=["length", "blocks"])
 def center_means_kernel(
-    means, centered, mean, blocks, length,
+    means_ptr, centered_ptr, mean_ptr, length, blocks,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    means += head * blocks * HEAD_DIM + channel[None, :]
-    centered += head * blocks * HEAD_DIM + channel[None, :]
-    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    means_ptr += head * blocks * HEAD_DIM + channel[None, :]
+    centered_ptr += head * blocks * HEAD_DIM + channel[None, :]
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)  # [ROWS, C]
     for first in range(0, blocks, ROWS):
         block = first + tl.arange(0, ROWS)[:, None]
         rows = tl.minimum(length - block * BLOCK, BLOCK).to(tl.float32)  # the last block has fewer
-        total += tl.load(means + block * HEAD_DIM, mask=block < blocks, other=0.0) * rows
-    average = tl.sum(total, 0) / length
-    tl.store(mean + head * HEAD_DIM + channel, average)
+        total += tl.load(means_ptr + block * HEAD_DIM, mask=block < blocks, other=0.0) * rows
+    mean = tl.sum(total, 0) / length  # [C]
+    tl.store(mean_ptr + head * HEAD_DIM + channel, mean)
     for first in range(0, blocks, ROWS):
         block = first + tl.arange(0, ROWS)[:, None]
-        tile = tl.load(means + block * HEAD_DIM, mask=block < blocks, other=0.0)
-        tl.store(centered + block * HEAD_DIM, tile - average[None, :], mask=block < blocks)
+        means = tl.load(means_ptr + block * HEAD_DIM, mask=block < blocks, other=0.0)  # [ROWS, C]
+        tl.store(centered_ptr + block * HEAD_DIM, means - mean[None, :], mask=block < blocks)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys"])
 def scores_kernel(
-    q_means, k_means, scores, n_queries, n_keys, HEAD_DIM: tl.constexpr, TILE: tl.constexpr
-):
+    q_means_ptr, k_means_ptr, scores_ptr, n_queries, n_keys,
+    HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(2).to(tl.int64)
     query = tl.program_id(0) * TILE + tl.arange(0, TILE)
     key = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    tile = tl.zeros((TILE, TILE), tl.float32)
+    scores = tl.zeros((TILE, TILE), tl.float32)  # [queries, keys]
     for first in range(0, HEAD_DIM, 32):
         channel = first + tl.arange(0, 32)[None, :]
         q = tl.load(
-            q_means + (head * n_queries + query[:, None]) * HEAD_DIM + channel,
+            q_means_ptr + (head * n_queries + query[:, None]) * HEAD_DIM + channel,
             mask=query[:, None] < n_queries, other=0.0,
         )  # [TILE, 32]  # fmt: skip
         k = tl.load(
-            k_means + (head * n_keys + key[:, None]) * HEAD_DIM + channel,
+            k_means_ptr + (head * n_keys + key[:, None]) * HEAD_DIM + channel,
             mask=key[:, None] < n_keys, other=0.0,
         )  # [TILE, 32]  # fmt: skip
         # Three tf32 products, nearly as exact as fp32: one would reorder blocks of close scores.
-        tile = tl.dot(q, tl.trans(k), tile, input_precision="tf32x3")
+        scores = tl.dot(q, tl.trans(k), scores, input_precision="tf32x3")
     tl.store(
-        scores + (head * n_queries + query[:, None]) * n_keys + key[None, :], tile,
+        scores_ptr + (head * n_queries + query[:, None]) * n_keys + key[None, :], scores,
         mask=(query[:, None] < n_queries) & (key[None, :] < n_keys),
     )  # fmt: skip
 
 
 @triton.jit
-def ordered_keys(scores, index, n_keys):
+def ordered_keys(scores_ptr, index, n_keys):
     """Integers in the order of the scores; both zeros get the same one."""
-    score = tl.load(scores + index, mask=index < n_keys, other=0.0)
+    score = tl.load(scores_ptr + index, mask=index < n_keys, other=0.0)
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit(do_not_specialize=["n_keys", "count"])
-def select_resident_kernel(scores, block_map, n_keys, count, RESIDENT: tl.constexpr):
+def select_resident_kernel(scores_ptr, block_map_ptr, n_keys, count, RESIDENT: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, RESIDENT)
     inside = index < n_keys
     # No threshold below is as low as the filling.
-    key = tl.where(inside, ordered_keys(scores + row * n_keys, index, n_keys), -(2**31))
+    key = tl.where(inside, ordered_keys(scores_ptr + row * n_keys, index, n_keys), -(2**31))
     # The largest threshold that `count` scores reach, or any that just as many do.
     low = tl.full((), -(2**31), tl.int64)
     high = tl.full((), 2**31 - 1, tl.int64)
@@ -114,43 +115,43 @@ def select_resident_kernel(scores, block_map, n_keys, count, RESIDENT: tl.conste
         tie = ((key == best) & inside).to(tl.int32)
         taken = (key > best) | ((tie > 0) & (tl.cumsum(tie, 0) <= ties))
     place = tl.cumsum(taken.to(tl.int32), 0) - 1
-    tl.store(block_map + row * count + place, index, mask=taken)
+    tl.store(block_map_ptr + row * count + place, index, mask=taken)
 
 
 @triton.jit
-def count_from(scores, threshold, n_keys, CHUNK: tl.constexpr):
+def count_from(scores_ptr, threshold, n_keys, CHUNK: tl.constexpr):
     """How many scores have an integer of at least `threshold`."""
     found = tl.zeros((CHUNK,), tl.int32)
     for first in range(0, n_keys, CHUNK):
         index = first + tl.arange(0, CHUNK)
-        key = ordered_keys(scores, index, n_keys)
+        key = ordered_keys(scores_ptr, index, n_keys)
         found += ((key >= threshold) & (index < n_keys)).to(tl.int32)
     return tl.sum(found, 0)
 
 
 @triton.jit(do_not_specialize=["n_keys", "count"])
-def select_blocks_kernel(scores, block_map, n_keys, count, CHUNK: tl.constexpr):
+def select_blocks_kernel(scores_ptr, block_map_ptr, n_keys, count, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    scores += row * n_keys
-    block_map += row * count
+    scores_ptr += row * n_keys
+    block_map_ptr += row * count
     # The count-th best score is the largest integer that at least `count` scores reach.
     low = tl.full((), -(2**31), tl.int64)
     high = tl.full((), 2**31 - 1, tl.int64)
     for _ in range(32):
         middle = (low + high + 1) >> 1
-        enough = count_from(scores, middle, n_keys, CHUNK) >= count
+        enough = count_from(scores_ptr, middle, n_keys, CHUNK) >= count
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
-    ties = count - count_from(scores, low + 1, n_keys, CHUNK)
+    ties = count - count_from(scores_ptr, low + 1, n_keys, CHUNK)
     written = 0
     for first in range(0, n_keys, CHUNK):
         index = first + tl.arange(0, CHUNK)
-        key = ordered_keys(scores, index, n_keys)
+        key = ordered_keys(scores_ptr, index, n_keys)
         tie = ((key == low) & (index < n_keys)).to(tl.int32)
         taken = (key > low) | ((tie > 0) & (tl.cumsum(tie, 0) <= ties))
         taken &= index < n_keys
         place = written + tl.cumsum(taken.to(tl.int32), 0) - 1
-        tl.store(block_map + place, index, mask=taken)
+        tl.store(block_map_ptr + place, index, mask=taken)
         written += tl.sum(taken.to(tl.int32), 0)
         ties -= tl.sum(tie, 0)
 
@@ -162,7 +163,7 @@ def block_means(x: torch.Tensor, block: int) -> torch.Tensor:
     means = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
     with launching_on(x):
         block_means_kernel[blocks, batch * heads](
-            x, means, *x.stride()[:3], heads, length, BLOCK=block, HEAD_DIM=dim, **LAUNCH
+            x, means, length, heads, *x.stride()[:3], BLOCK=block, HEAD_DIM=dim, **LAUNCH
         )
     return means
 
@@ -174,7 +175,7 @@ def center_means(means: torch.Tensor, length: int, block: int) -> tuple[torch.Te
     mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=means.device)
     with launching_on(means):
         center_means_kernel[batch * heads, dim // CHANNELS](
-            means.contiguous(), centered, mean, blocks, length,
+            means.contiguous(), centered, mean, length, blocks,
             BLOCK=block, HEAD_DIM=dim, ROWS=TILE, CHANNELS=CHANNELS, **LAUNCH,
         )  # fmt: skip
     return centered, mean

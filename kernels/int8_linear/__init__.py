@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..checks import BLOCK
 from ..dispatch import choose, has_triton
 from . import hopper, reference
 
@@ -11,7 +12,6 @@ if has_triton():
 else:
     triton_kernels = None
 
-BLOCK = reference.BLOCK
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

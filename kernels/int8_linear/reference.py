@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-BLOCK = 128
+from ..checks import BLOCK
 
 
 def linear(

@@ -8,8 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import dispatch, tuning
-
-BLOCK = 128
+from ..checks import in_steps_of_16_bytes
 
 
 @functools.cache
@@ -42,7 +41,9 @@ def linear(
     by_blocks = x_scale.ndim == 3
     matrices = x_q, w_q[None], residual, out
     capability = dispatch.capability(x_q.device)
-    tma = capability >= (9, 0) and all(t is None or _fits_tensor_map(t) for t in matrices)
+    tma = dispatch.has_tma(x_q.device) and all(
+        matrix is None or in_steps_of_16_bytes(matrix) for matrix in matrices
+    )
     config = linear_config(capability, by_blocks, tma, n, k)
     tiles = -(-length // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
     if tma:
@@ -77,14 +78,6 @@ def linear(
     return out
 
 
-def _fits_tensor_map(matrix: Tensor) -> bool:
-    """Whether the copy engine (TMA) can address [B, rows, columns]: 16-byte steps throughout."""
-    batch, row, _ = matrix.stride()
-    # The bits of all three: they end in four zeros where each does.
-    together = matrix.data_ptr() | batch * matrix.itemsize | row * matrix.itemsize
-    return together % 16 == 0 and batch > 0 and row > 0
-
-
 def tensor_map_blocks(config: dict[str, int]) -> list[list[int]]:
     """What the kernel copies at a time of x, w, residual and out."""
     m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
@@ -100,7 +93,7 @@ def _tensor_maps(matrices, config: dict[str, int]) -> list[TensorDescriptor | No
 
 @triton.jit
 def _load(
-    matrix,
+    matrix_ptr,
     sample,
     row,
     column,
@@ -112,20 +105,20 @@ def _load(
     COLUMNS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """[ROWS, COLUMNS] of matrix [B, rows, columns], zero outside of it."""
+    """[ROWS, COLUMNS] of a matrix [B, rows, columns], zero outside; a tensor map under TMA."""
     if TMA:
-        return matrix.load([sample, row, column]).reshape(ROWS, COLUMNS)
+        return matrix_ptr.load([sample, row, column]).reshape(ROWS, COLUMNS)
     else:
         o_r = row + tl.arange(0, ROWS)
         o_c = column + tl.arange(0, COLUMNS)
         inside = (o_r < rows)[:, None] & (o_c < columns)[None, :]
         offsets = sample * stride_b + o_r.to(tl.int64)[:, None] * stride_r + o_c[None, :]
-        return tl.load(matrix + offsets, mask=inside, other=0)
+        return tl.load(matrix_ptr + offsets, mask=inside, other=0)
 
 
 @triton.jit
 def _store(
-    matrix,
+    matrix_ptr,
     tile,
     sample,
     row,
@@ -138,27 +131,27 @@ def _store(
     COLUMNS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Write tile [ROWS, COLUMNS], as far as it is inside of matrix [B, rows, columns]."""
+    """Write tile [ROWS, COLUMNS], as far as it is inside of the matrix [B, rows, columns]."""
     if TMA:
-        matrix.store([sample, row, column], tile.to(matrix.dtype).reshape(1, ROWS, COLUMNS))
+        matrix_ptr.store([sample, row, column], tile.to(matrix_ptr.dtype).reshape(1, ROWS, COLUMNS))
     else:
         o_r = row + tl.arange(0, ROWS)
         o_c = column + tl.arange(0, COLUMNS)
         inside = (o_r < rows)[:, None] & (o_c < columns)[None, :]
         offsets = sample * stride_b + o_r.to(tl.int64)[:, None] * stride_r + o_c[None, :]
-        tl.store(matrix + offsets, tile.to(matrix.dtype.element_ty), mask=inside)
+        tl.store(matrix_ptr + offsets, tile.to(matrix_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["length"])
 def linear_kernel(
-    x,
-    x_scale,
-    w,
-    w_scale,
-    bias,
-    gate,
-    residual,
-    out,
+    x_ptr,
+    x_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    gate_ptr,
+    residual_ptr,
+    out_ptr,
     length,
     n,
     k,
@@ -191,43 +184,46 @@ def linear_kernel(
     b = tl.program_id(1) if TMA else batch
 
     if BY_BLOCKS:
-        x_scale += (batch * tiles_m + tile_m) * k_blocks
-        w_scale += tile_n * k_blocks
+        x_scale_ptr += (batch * tiles_m + tile_m) * k_blocks
+        w_scale_ptr += tile_n * k_blocks
         y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     else:
         y = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for block in range(k_blocks):
         start = block * BLOCK_K
-        x_tile = _load(x, b, row, start, length, k, stride_xb, stride_xl, BLOCK_M, BLOCK_K, TMA)
-        w_tile = _load(w, 0, column, start, n, k, 0, stride_wn, BLOCK_N, BLOCK_K, TMA)
+        # [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K].
+        x = _load(x_ptr, b, row, start, length, k, stride_xb, stride_xl, BLOCK_M, BLOCK_K, TMA)
+        w = _load(w_ptr, 0, column, start, n, k, 0, stride_wn, BLOCK_N, BLOCK_K, TMA)
         if BY_BLOCKS:
-            scale = tl.load(x_scale + block) * tl.load(w_scale + block)
-            y += tl.dot(x_tile, w_tile.T, out_dtype=tl.int32).to(tl.float32) * scale
+            scale = tl.load(x_scale_ptr + block) * tl.load(w_scale_ptr + block)
+            y += tl.dot(x, w.T, out_dtype=tl.int32).to(tl.float32) * scale
         else:
-            y = tl.dot(x_tile, w_tile.T, y, out_dtype=tl.int32)
+            y = tl.dot(x, w.T, y, out_dtype=tl.int32)
 
     # Half the columns at a time: a whole tile with its epilogue does not fit the registers.
     left, right = y.reshape(BLOCK_M, 2, half).permute(0, 2, 1).split()
     o_m = row + tl.arange(0, BLOCK_M)
     for i in tl.static_range(2):
         first = column + i * half
-        y = (left if i == 0 else right).to(tl.float32)
+        y = (left if i == 0 else right).to(tl.float32)  # [BLOCK_M, half]
         o_n = first + tl.arange(0, half)
         if not BY_BLOCKS:
-            x_factor = tl.load(x_scale + batch * length + o_m, mask=o_m < length, other=0.0)
-            w_factor = tl.load(w_scale + o_n, mask=o_n < n, other=0.0)
-            y = y * x_factor[:, None] * w_factor[None, :]
-        if bias is not None:
-            y += tl.load(bias + o_n, mask=o_n < n, other=0.0).to(tl.float32)[None, :]
-        if gate is not None:
-            p_gate = gate + batch * stride_gb + o_n.to(tl.int64) * stride_gn
+            x_scale = tl.load(x_scale_ptr + batch * length + o_m, mask=o_m < length, other=0.0)
+            w_scale = tl.load(w_scale_ptr + o_n, mask=o_n < n, other=0.0)
+            y = y * x_scale[:, None] * w_scale[None, :]
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + o_n, mask=o_n < n, other=0.0).to(tl.float32)[None, :]
+        if gate_ptr is not None:
+            p_gate = gate_ptr + batch * stride_gb + o_n.to(tl.int64) * stride_gn
             if GATE_ROWS:
                 p_gate = p_gate[None, :] + o_m.to(tl.int64)[:, None] * stride_gl
                 inside = (o_m < length)[:, None] & (o_n < n)[None, :]
                 y *= tl.load(p_gate, mask=inside, other=0.0).to(tl.float32)
             else:
                 y *= tl.load(p_gate, mask=o_n < n, other=0.0).to(tl.float32)[None, :]
-        if residual is not None:
-            r = _load(residual, b, row, first, length, n, stride_rb, stride_rl, BLOCK_M, half, TMA)
-            y += r.to(tl.float32)
-        _store(out, y, b, row, first, length, n, stride_ob, stride_ol, BLOCK_M, half, TMA)
+        if residual_ptr is not None:
+            residual = _load(
+                residual_ptr, b, row, first, length, n, stride_rb, stride_rl, BLOCK_M, half, TMA
+            )
+            y += residual.to(tl.float32)
+        _store(out_ptr, y, b, row, first, length, n, stride_ob, stride_ol, BLOCK_M, half, TMA)

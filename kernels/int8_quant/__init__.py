@@ -16,6 +16,7 @@ implementation: `int8_quant`, `norm_quant`, `requantize`, `qk_prepare` and `sage
 import torch
 from torch import Tensor
 
+from ..checks import BLOCK, check_dtype
 from ..dispatch import choose, has_triton
 from . import reference
 
@@ -24,9 +25,16 @@ if has_triton():
 else:
     triton_kernels = None
 
-BLOCK = reference.BLOCK
 ACTIVATIONS = (None, "gelu_tanh")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+__all__ = [
+    "ACTIVATIONS",
+    "BLOCK",
+    "dequantize_blocks",
+    "dequantize_rows",
+    "quantize_blocks",
+    "quantize_rows",
+]
 
 
 def quantize_blocks(
@@ -120,8 +128,7 @@ def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_input(op: str, x: Tensor, activation: str | None) -> None:
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{op} takes fp32, fp16 or bf16, got {x.dtype}: convert x first")
+    check_dtype(op, x)
     if x.ndim < 2 or x.numel() == 0:
         raise ValueError(f"{op} needs x [..., R, C] with elements in it, got {list(x.shape)}")
     if activation not in ACTIVATIONS:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-BLOCK = 128
+from ..checks import BLOCK
+
 SMALLEST_AMAX = 1e-8
 
 

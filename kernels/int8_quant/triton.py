@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import BLOCK
 from ..dispatch import launching_on, multiprocessors
 from ..norm.triton import load_row, row_launch, row_pieces, store_row
 from ..tuning import GELU_ROWS, QUANTIZE_BLOCKS, RowLoop, of_width
 
-BLOCK = 128
 BLOCKS_LAUNCH = {"BLOCK": BLOCK, **QUANTIZE_BLOCKS}
 
 

@@ -28,69 +28,75 @@ def apply_feature_map(x, FEATURE_MAP: tl.constexpr):
 
 
 @triton.jit
-def linear_rows(tile, mix, normalizer, bias, FEATURE_MAP: tl.constexpr):
+def linear_rows(q, mix, normalizer, bias, FEATURE_MAP: tl.constexpr):
     """The linear branch of queries [R, D] of one head, float32 [R, D]; normalizer and bias [D].
 
     Each query takes a weighted mean of the rows of mix [D, D], see `project_state`.
     """
-    weights = apply_feature_map(tile.to(tl.float32), FEATURE_MAP) * normalizer[None, :]
+    weights = apply_feature_map(q.to(tl.float32), FEATURE_MAP) * normalizer[None, :]
     weights = weights / (1e-5 + tl.sum(weights, 1))[:, None]
     return tl.dot(weights.to(mix.dtype), mix) + bias.to(tl.float32)[None, :]
 
 
-@triton.jit(do_not_specialize=["heads", "length", "rows"])
+@triton.jit(do_not_specialize=["length", "heads", "rows"])
 def key_value_state_kernel(
-    k, v, state, normalizer, maxima, k_b, k_l, k_h, v_b, v_l, v_h, heads, length, rows,
+    k_ptr, v_ptr, state_ptr, normalizer_ptr, maxima_ptr, length, heads, rows,
+    stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     HEAD_DIM: tl.constexpr, TILE: tl.constexpr, FEATURE_MAP: tl.constexpr, MAXIMA: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    k += head // heads * k_b + head % heads * k_h
-    v += head // heads * v_b + head % heads * v_h
+    k_ptr += head // heads * stride_kb + head % heads * stride_kh
+    v_ptr += head // heads * stride_vb + head % heads * stride_vh
     channel = tl.arange(0, HEAD_DIM)
     offset = tl.arange(0, TILE)[:, None]
-    b_state = tl.zeros((HEAD_DIM, HEAD_DIM), tl.float32)
+    state = tl.zeros((HEAD_DIM, HEAD_DIM), tl.float32)
     # Added up over the rows of a tile only at the end: each sum would wait for every warp.
-    b_normalizer = tl.zeros((TILE, HEAD_DIM), tl.float32)
-    b_maxima = tl.zeros((TILE, HEAD_DIM), tl.float32)
+    normalizer = tl.zeros((TILE, HEAD_DIM), tl.float32)
+    maxima = tl.zeros((TILE, HEAD_DIM), tl.float32)
     end = tl.minimum((split + 1) * rows, length)
     for first in range(split * rows, end, TILE):
         inside = offset < end - first
-        p_k = k + tl.cast(first, tl.int64) * k_l
-        p_v = v + tl.cast(first, tl.int64) * v_l
-        keys = tl.load(p_k + (offset * k_l + channel[None, :]), mask=inside, other=0.0)  # [TILE, D]
-        values = tl.load(p_v + (offset * v_l + channel[None, :]), mask=inside, other=0.0)
-        phi = tl.where(inside, apply_feature_map(keys.to(tl.float32), FEATURE_MAP), 0.0)
-        b_normalizer += phi
+        p_k = k_ptr + tl.cast(first, tl.int64) * stride_kl
+        p_v = v_ptr + tl.cast(first, tl.int64) * stride_vl
+        # [TILE, D] both.
+        k = tl.load(p_k + (offset * stride_kl + channel[None, :]), mask=inside, other=0.0)
+        v = tl.load(p_v + (offset * stride_vl + channel[None, :]), mask=inside, other=0.0)
+        phi = tl.where(inside, apply_feature_map(k.to(tl.float32), FEATURE_MAP), 0.0)
+        normalizer += phi
         if MAXIMA:
-            b_maxima = larger(b_maxima, tl.abs(values.to(tl.float32)))
-        b_state = tl.dot(tl.trans(phi.to(values.dtype)), values, b_state)  # [D, D]
+            maxima = larger(maxima, tl.abs(v.to(tl.float32)))
+        state = tl.dot(tl.trans(phi.to(v.dtype)), v, state)  # [D, D]
     part = split * tl.num_programs(1).to(tl.int64) + head
     place = channel[:, None] * HEAD_DIM + channel[None, :]
-    tl.store(state + part * (HEAD_DIM * HEAD_DIM) + place, b_state)
-    tl.store(normalizer + part * HEAD_DIM + channel, tl.sum(b_normalizer, 0))
+    tl.store(state_ptr + part * (HEAD_DIM * HEAD_DIM) + place, state)
+    tl.store(normalizer_ptr + part * HEAD_DIM + channel, tl.sum(normalizer, 0))
     if MAXIMA:
-        maximum = largest(b_maxima, 0)
-        tl.store(maxima + part * HEAD_DIM + channel, maximum)
+        maximum = largest(maxima, 0)
+        tl.store(maxima_ptr + part * HEAD_DIM + channel, maximum)
 
 
-@triton.jit(do_not_specialize=["heads", "length"])
+@triton.jit(do_not_specialize=["length", "heads"])
 def apply_state_kernel(
-    q, mix, normalizer, bias, out, q_b, q_l, q_h, heads, length,
+    q_ptr, mix_ptr, normalizer_ptr, bias_ptr, out_ptr, length, heads,
+    stride_qb, stride_ql, stride_qh,
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, FEATURE_MAP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     sample = head // heads
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    q += sample * q_b + head % heads * q_h
+    q_ptr += sample * stride_qb + head % heads * stride_qh
     channel = tl.arange(0, HEAD_DIM)
-    offset = row.to(tl.int64) * q_l + channel[None, :]
-    tile = tl.load(q + offset, mask=row < length, other=0.0)
-    b_mix = tl.load(mix + (head * HEAD_DIM + channel[:, None]) * HEAD_DIM + channel[None, :])
-    z = tl.load(normalizer + head * HEAD_DIM + channel)
-    rows = linear_rows(tile, b_mix, z, tl.load(bias + channel), FEATURE_MAP)
+    offset = row.to(tl.int64) * stride_ql + channel[None, :]
+    q = tl.load(q_ptr + offset, mask=row < length, other=0.0)  # [ROWS, D]
+    row_of_mix = (head * HEAD_DIM + channel[:, None]) * HEAD_DIM
+    mix = tl.load(mix_ptr + row_of_mix + channel[None, :])  # [D, D]
+    normalizer = tl.load(normalizer_ptr + head * HEAD_DIM + channel)  # [D]
+    bias = tl.load(bias_ptr + channel)  # [D]
+    rows = linear_rows(q, mix, normalizer, bias, FEATURE_MAP)  # [ROWS, D]
     place = ((sample * length + row) * heads + head % heads) * HEAD_DIM
-    tl.store(out + place + channel[None, :], rows.to(out.dtype.element_ty), mask=row < length)
+    rows = rows.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place + channel[None, :], rows, mask=row < length)
 
 
 def project_state(
@@ -129,8 +135,8 @@ def _sum_over_keys(k, v, feature_map, maxima: bool):
     maximum = torch.empty(splits, batch, heads, dim, **options) if maxima else normalizer
     with launching_on(k):
         key_value_state_kernel[splits, batch * heads](
-            k, v, state, normalizer, maximum, *k.stride()[:3], *v.stride()[:3],
-            heads, length, rows,
+            k, v, state, normalizer, maximum, length, heads, rows,
+            *k.stride()[:3], *v.stride()[:3],
             HEAD_DIM=dim, TILE=TILE, FEATURE_MAP=feature_map, MAXIMA=maxima,
             **STATE_LAUNCH,
         )  # fmt: skip
@@ -152,8 +158,8 @@ def linear_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     with launching_on(q):
         apply_state_kernel[triton.cdiv(length, ROWS), batch * heads](
-            q, mix, normalizer.contiguous(), proj_bias.contiguous(), out,
-            *q.stride()[:3], heads, length,
+            q, mix, normalizer.contiguous(), proj_bias.contiguous(), out, length, heads,
+            *q.stride()[:3],
             HEAD_DIM=dim, ROWS=ROWS, FEATURE_MAP=feature_map, **LAUNCH,
         )  # fmt: skip
     return out

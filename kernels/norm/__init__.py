@@ -1,8 +1,8 @@
 """RMSNorm, and LayerNorm with the modulation of a diffusion transformer, in fp32 maths."""
 
-import torch
 from torch import Tensor
 
+from ..checks import check_dtype
 from ..dispatch import choose, has_triton
 from . import reference
 
@@ -10,8 +10,6 @@ if has_triton():
     from . import triton as triton_kernels
 else:
     triton_kernels = None
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, backend: str = "auto") -> Tensor:
@@ -31,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, backend: str = "auto"
         TypeError: x is of another dtype.
         RuntimeError: Triton was asked for by name and cannot run.
     """
-    _check_dtype("rms_norm", x)
+    check_dtype("rms_norm", x)
     _check_vector("rms_norm", "weight", weight, x)
     kernels = choose("rms_norm", backend, x, reference, triton_kernels)
     return kernels.rms_norm(x, weight, eps)
@@ -80,18 +78,13 @@ def check_layer_norm(
     shift: Tensor | None,
 ) -> None:
     """Refuse operands of `op` that are not those of `layer_norm`, with its errors."""
-    _check_dtype(op, x)
+    check_dtype(op, x)
     if x.ndim != 3:
         raise ValueError(f"{op} needs x [B, L, C], got {list(x.shape)}")
     for name, vector in (("weight", weight), ("bias", bias)):
         _check_vector(op, name, vector, x)
     for name, modulation in (("scale", scale), ("shift", shift)):
         _check_modulation(op, name, modulation, x)
-
-
-def _check_dtype(op: str, x: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{op} takes fp32, fp16 or bf16, got {x.dtype}: convert x first")
 
 
 def _check_vector(op: str, name: str, vector: Tensor | None, x: Tensor) -> None:

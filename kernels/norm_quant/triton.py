@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import BLOCK
 from ..dispatch import launching_on
 from ..int8_quant.triton import loop_grid, quantize_row, quantize_tile
 from ..norm.triton import (
@@ -17,7 +18,6 @@ from ..norm.triton import (
 )
 from ..tuning import LAYER_NORM_BLOCKS, LAYER_NORM_ROWS, RowLoop, of_width
 
-BLOCK = 128
 BLOCKS_LAUNCH = {"BLOCK": BLOCK, **LAYER_NORM_BLOCKS}
 
 

@@ -15,29 +15,31 @@ ROW_LAUNCH = {"num_warps": 4, "num_stages": 1}  # bandwidth-bound, the same on e
 
 @triton.jit(do_not_specialize=["length", "heads", "eps"])
 def row_norms_kernel(
-    x, norms, stride_b, stride_l, stride_h, length, heads, eps,
+    x_ptr, norms_ptr, length, heads, eps, stride_xb, stride_xl, stride_xh,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     row, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    x += sample * stride_b + row * stride_l
-    tile = tl.load(x + head * stride_h + channel, mask=head < heads, other=0.0).to(tl.float32)
-    mean_square = tl.sum(tile * tile) / (heads * HEAD_DIM)
-    tl.store(norms + sample * length + row, tl.rsqrt(mean_square + eps))
+    x_ptr += sample * stride_xb + row * stride_xl
+    x = tl.load(x_ptr + head * stride_xh + channel, mask=head < heads, other=0.0)  # [HEADS, D]
+    x = x.to(tl.float32)
+    mean_square = tl.sum(x * x) / (heads * HEAD_DIM)
+    tl.store(norms_ptr + sample * length + row, tl.rsqrt(mean_square + eps))
 
 
 @triton.jit
-def rotate(tile, cos, sin, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Rotate the channel pairs (2i, 2i + 1) of a tile [R, D] by angles [R, D / 2]."""
-    a, b = tl.split(tile.reshape(ROWS, HEAD_DIM // 2, 2))
+def rotate(x, cos, sin, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Rotate the channel pairs (2i, 2i + 1) of x [R, D] by angles [R, D / 2]."""
+    a, b = tl.split(x.reshape(ROWS, HEAD_DIM // 2, 2))
     return tl.join(a * cos - b * sin, a * sin + b * cos).reshape(ROWS, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def prepare_kernel(
-    x, norms, weight, cos, sin, out, means, integers, scales,
-    x_b, x_l, x_h, cos_b, cos_l, sin_b, sin_l, length, heads,
+    x_ptr, norms_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, means_ptr, integers_ptr, scales_ptr,
+    length, heads, stride_xb, stride_xl, stride_xh,
+    stride_cos_b, stride_cos_l, stride_sin_b, stride_sin_l,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(2).to(tl.int64)
@@ -47,30 +49,34 @@ def prepare_kernel(
     inside = offset < length - first
     channel = tl.arange(0, HEAD_DIM)[None, :]
     pair = tl.arange(0, HEAD_DIM // 2)[None, :]
-    x += sample * x_b + first * x_l
-    cos += sample * cos_b + first * cos_l
-    sin += sample * sin_b + first * sin_l
-    out += (sample * length + first) * heads * HEAD_DIM
-    norm = tl.load(norms + sample * length + first + offset, mask=inside, other=0.0)
+    x_ptr += sample * stride_xb + first * stride_xl
+    cos_ptr += sample * stride_cos_b + first * stride_cos_l
+    sin_ptr += sample * stride_sin_b + first * stride_sin_l
+    out_ptr += (sample * length + first) * heads * HEAD_DIM
+    norm = tl.load(norms_ptr + sample * length + first + offset, mask=inside, other=0.0)
     rows = tl.minimum(length - first, BLOCK).to(tl.float32)
     for head in range(tl.program_id(0) * HEADS, tl.minimum((tl.program_id(0) + 1) * HEADS, heads)):
-        place = offset * x_l + (head * x_h + channel)
-        tile = tl.load(x + place, mask=inside, other=0.0, eviction_policy="evict_first")
-        factor = tl.load(weight + head * HEAD_DIM + channel).to(tl.float32)
+        place = offset * stride_xl + (head * stride_xh + channel)
+        # [BLOCK, D]
+        x = tl.load(x_ptr + place, mask=inside, other=0.0, eviction_policy="evict_first")
+        weight = tl.load(weight_ptr + head * HEAD_DIM + channel).to(tl.float32)
         # Rounded here and below, as by RMSNorm and RoPE one after the other.
-        tile = (tile.to(tl.float32) * norm * factor).to(x.dtype.element_ty).to(tl.float32)
-        b_cos = tl.load(cos + offset * cos_l + pair, mask=inside, other=0.0)
-        b_sin = tl.load(sin + offset * sin_l + pair, mask=inside, other=0.0)
-        rotated = rotate(tile, b_cos, b_sin, BLOCK, HEAD_DIM).to(x.dtype.element_ty)
-        tl.store(out + (offset * heads + head) * HEAD_DIM + channel, rotated, mask=inside)
-        tile = rotated.to(tl.float32)  # [BLOCK, D]
+        x = (x.to(tl.float32) * norm * weight).to(x_ptr.dtype.element_ty).to(tl.float32)
+        # [BLOCK, D / 2] both.
+        cos = tl.load(cos_ptr + offset * stride_cos_l + pair, mask=inside, other=0.0)
+        sin = tl.load(sin_ptr + offset * stride_sin_l + pair, mask=inside, other=0.0)
+        rotated = rotate(x, cos, sin, BLOCK, HEAD_DIM).to(x_ptr.dtype.element_ty)
+        tl.store(out_ptr + (offset * heads + head) * HEAD_DIM + channel, rotated, mask=inside)
+        x = rotated.to(tl.float32)  # [BLOCK, D]
         part = (sample * heads + head) * blocks + block
-        mean = tl.sum(tile, 0) / rows
-        tl.store(means + part * HEAD_DIM + tl.arange(0, HEAD_DIM), mean)
+        mean = tl.sum(x, 0) / rows
+        tl.store(means_ptr + part * HEAD_DIM + tl.arange(0, HEAD_DIM), mean)
         if QUANTIZE:
-            rounded, scale = round_block(tile)
-            tl.store(integers + part * (BLOCK * HEAD_DIM) + offset * HEAD_DIM + channel, rounded)
-            tl.store(scales + part, scale)
+            rounded, scale = round_block(x)
+            tl.store(
+                integers_ptr + part * (BLOCK * HEAD_DIM) + offset * HEAD_DIM + channel, rounded
+            )
+            tl.store(scales_ptr + part, scale)
 
 
 def config(block: int) -> dict[str, int]:
@@ -89,7 +95,7 @@ def row_norms(x: torch.Tensor, eps: float) -> torch.Tensor:
     norms = torch.empty(batch, length, dtype=torch.float32, device=x.device)
     with launching_on(x):
         row_norms_kernel[length, batch](
-            x, norms, *x.stride()[:3], length, heads, eps,
+            x, norms, length, heads, eps, *x.stride()[:3],
             HEAD_DIM=dim, HEADS=triton.next_power_of_2(heads), **ROW_LAUNCH,
         )  # fmt: skip
     return norms
@@ -129,7 +135,7 @@ def prepare(
         prepare_kernel[triton.cdiv(heads, HEADS), means.shape[2], batch](
             x, norms, weight.contiguous(), cos, sin, out, means,
             integers if quantize else x, scales if quantize else norms,
-            *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], length, heads,
+            length, heads, *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
             BLOCK=block, HEAD_DIM=dim, HEADS=HEADS, QUANTIZE=quantize, **config(block),
         )  # fmt: skip
     if branch is not None:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..checks import BLOCK
 from ..dispatch import choose, has_triton
-from ..int8_quant import BLOCK
 from . import reference
 
 if has_triton():

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import BLOCK
 from ..dispatch import launching_on
-from ..int8_quant.triton import BLOCK, larger, largest, round_to_int8
+from ..int8_quant.triton import larger, largest, round_to_int8
 from ..tuning import REQUANTIZE_ROWS
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..checks import check_dtype
 from ..dispatch import choose, has_triton
 from . import reference
 
@@ -10,8 +11,6 @@ if has_triton():
     from . import triton as triton_kernels
 else:
     triton_kernels = None
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, backend: str = "auto") -> Tensor:
@@ -32,8 +31,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, backend: str = "auto") -> Te
         TypeError: x is of another dtype, or the angles are not fp32.
         RuntimeError: Triton was asked for by name and cannot run.
     """
-    if x.dtype not in DTYPES:
-        raise TypeError(f"apply_rope takes fp32, fp16 or bf16, got {x.dtype}: convert x first")
+    check_dtype("apply_rope", x)
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"apply_rope needs x [B, L, H, D] with an even D, got {list(x.shape)}")
     for name, angles in (("cos", cos), ("sin", sin)):

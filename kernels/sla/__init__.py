@@ -65,7 +65,7 @@ def sla(
     Raises:
         ValueError, TypeError: a shape, block size, dtype or option does not fit.
     """
-    _check(q, k, v, proj, topk, block_q, block_k)
+    _check_inputs(q, k, v, proj, topk, block_q, block_k)
     check_feature_map(feature_map)
     k_means = block_means(k, block_k, backend)
     keys = _keys(k, v, k_means, proj, feature_map, low_bit, block_k, backend)
@@ -109,7 +109,7 @@ def sla_from_projections(
     Raises:
         ValueError, TypeError: a shape, dtype or option does not fit.
     """
-    _check(q, k, v, proj, topk, BLOCK_Q, BLOCK_K)
+    _check_inputs(q, k, v, proj, topk, BLOCK_Q, BLOCK_K)
     # The kernels need pairs side by side; copied here, so that q and k share the copy.
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in rotation)
     q_norm, k_norm = norms
@@ -180,7 +180,7 @@ def _attend(
     return sage_attention(q, keys.rows, keys.v, block_map, pv, **known, **shared)
 
 
-def _check(
+def _check_inputs(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

@@ -5,11 +5,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import HOPPER, capability, launching_on
+from ..checks import in_steps_of_16_bytes
+from ..dispatch import capability, has_tma, launching_on
 from ..int8_quant.triton import larger, largest
+from ..tuning import attention_launch
 from .reference import VALUE_LIMIT, Int8Blocks, Quantized, score_scale
 
-LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0))  # 163 KB a block or more; 99 KB elsewhere
 LAUNCH = {"num_warps": 8, "num_stages": 1}  # of what only moves data, the same on every card
 
 
@@ -37,134 +38,139 @@ def mask_end(scores, first, length, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    x, stride, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr
+    x_ptr, stride, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr
 ):
-    """ROWS rows from `first` on: of x [B, H, L, D] under TMA, of the head x points to elsewhere."""
+    """[ROWS, D] from row `first` on: of a tensor map of [B, H, L, D] under TMA, else of the head
+    that x_ptr points to."""
     if TMA:
-        tile = x.load([tl.program_id(2), tl.program_id(1), first, 0]).reshape(ROWS, HEAD_DIM)
+        tile = x_ptr.load([tl.program_id(2), tl.program_id(1), first, 0]).reshape(ROWS, HEAD_DIM)
     else:
         # Past the end the last row is read again, so that no load needs a mask.
         row = tl.minimum(tl.arange(0, ROWS), length - 1 - first)[:, None]
         channel = tl.arange(0, HEAD_DIM)[None, :]
-        tile = tl.load(x + first.to(tl.int64) * stride + (row * stride + channel))
+        tile = tl.load(x_ptr + first.to(tl.int64) * stride + (row * stride + channel))
     return tile
 
 
 @triton.jit
 def load_block(
-    x, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
+    x_ptr, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
-    """Block number `block` of x, which holds [ROWS, COLUMNS] blocks one after another."""
+    """[ROWS, COLUMNS], number `block` of such blocks one after another; a tensor map under TMA."""
     if TMA:
-        tile = x.load([block * ROWS, 0])
+        tile = x_ptr.load([block * ROWS, 0])
     else:
         offset = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        tile = tl.load(x + block.to(tl.int64) * (ROWS * COLUMNS) + offset)
+        tile = tl.load(x_ptr + block.to(tl.int64) * (ROWS * COLUMNS) + offset)
     return tile
 
 
 @triton.jit
-def output_rows(out, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def output_rows(out_ptr, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Pointers [ROWS, D] to this program's head of out [B, L, H, D] from row `first` on, and
     their mask."""
     heads = tl.num_programs(1)
     offset = tl.arange(0, ROWS)[:, None]
     row = tl.program_id(2).to(tl.int64) * length + first
-    out += (row * heads + tl.program_id(1)) * HEAD_DIM
-    place = out + offset * (heads * HEAD_DIM) + tl.arange(0, HEAD_DIM)[None, :]
+    out_ptr += (row * heads + tl.program_id(1)) * HEAD_DIM
+    place = out_ptr + offset * (heads * HEAD_DIM) + tl.arange(0, HEAD_DIM)[None, :]
     return place, offset < length - first
 
 
 @triton.jit
 def store_rows(
-    rows, out, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, ADD: tl.constexpr
+    rows, out_ptr, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, ADD: tl.constexpr
 ):
     """Write rows [ROWS, D] to `out`, on top of what waits there if asked for."""
-    place, inside = output_rows(out, first, length, ROWS, HEAD_DIM)
+    place, inside = output_rows(out_ptr, first, length, ROWS, HEAD_DIM)
     if ADD:
         rows += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place, rows.to(out.dtype.element_ty), mask=inside)
+    tl.store(place, rows.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["length", "count", "scale"])
 def sparse_attention_kernel(
-    q, k, v, block_map, out,
-    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, length, count, scale,
+    q_ptr, k_ptr, v_ptr, block_map_ptr, out_ptr,
+    length, count, scale, stride_qb, stride_ql, stride_qh,
+    stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ADD: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     own, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    q += sample * q_b + own * q_h
+    q_ptr += sample * stride_qb + own * stride_qh
     if not TMA:
-        k += sample * k_b + own * k_h
-        v += sample * v_b + own * v_h
-    block_map += (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * count
+        k_ptr += sample * stride_kb + own * stride_kh
+        v_ptr += sample * stride_vb + own * stride_vh
+    block_map_ptr += (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * count
     # Rows stay int32 while the loop runs: twice the width would spill registers.
     first_row = tl.program_id(0) * BLOCK_Q
     row = first_row + tl.arange(0, BLOCK_Q)[:, None]
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    tile = tl.load(q + row.to(tl.int64) * q_l + channel, mask=row < length, other=0.0)
+    # [BLOCK_Q, D] both.
+    q = tl.load(q_ptr + row.to(tl.int64) * stride_ql + channel, mask=row < length, other=0.0)
     acc = tl.zeros((BLOCK_Q, HEAD_DIM), tl.float32)
     row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     for i in range(count):
-        first = tl.load(block_map + i) * BLOCK_K
-        keys = load_rows(k, k_l, first, length, BLOCK_K, HEAD_DIM, TMA)
-        scores = tl.dot(tile, tl.trans(keys))  # [BLOCK_Q, BLOCK_K]
+        first = tl.load(block_map_ptr + i) * BLOCK_K
+        k = load_rows(k_ptr, stride_kl, first, length, BLOCK_K, HEAD_DIM, TMA)  # [BLOCK_K, D]
+        scores = tl.dot(q, tl.trans(k))  # [BLOCK_Q, BLOCK_K]
         scores = mask_end(scores, first, length, BLOCK_K)
-        values = load_rows(v, v_l, first, length, BLOCK_K, HEAD_DIM, TMA)
+        v = load_rows(v_ptr, stride_vl, first, length, BLOCK_K, HEAD_DIM, TMA)  # [BLOCK_K, D]
         weights, row_max, factor = soft_weights(scores, scale, row_max, 0)
         row_sum = row_sum * factor + tl.sum(weights, 1)
         acc = acc * factor[:, None]
-        acc = tl.dot(weights.to(values.dtype), values, acc)
+        acc = tl.dot(weights.to(v.dtype), v, acc)
     rows = acc * (1.0 / row_sum)[:, None]
-    store_rows(rows, out, first_row, length, BLOCK_Q, HEAD_DIM, ADD)
+    store_rows(rows, out_ptr, first_row, length, BLOCK_Q, HEAD_DIM, ADD)
 
 
 @triton.jit(do_not_specialize=["length", "count"])
 def sage_attention_kernel(
-    q_int, q_scale, k_int, k_scale, v, v_scale, block_map, out, length, count,
+    q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, block_map_ptr, out_ptr,
+    length, count,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FP8: tl.constexpr,
     ADD: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     q_block = head * tl.num_programs(0) + tl.program_id(0)
     first_k_block = head * tl.cdiv(length, BLOCK_K)
-    block_map += q_block.to(tl.int64) * count
+    block_map_ptr += q_block.to(tl.int64) * count
     first_row = tl.program_id(0) * BLOCK_Q
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    tile = load_block(q_int, q_block, BLOCK_Q, HEAD_DIM, False)
-    tile_scale = tl.load(q_scale + q_block)
+    q = load_block(q_ptr, q_block, BLOCK_Q, HEAD_DIM, False)  # [BLOCK_Q, D]
+    q_scale = tl.load(q_scale_ptr + q_block)
     acc = tl.zeros((BLOCK_Q, HEAD_DIM), tl.float32)
     row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     for i in range(count):
-        block = tl.load(block_map + i)
-        keys = load_block(k_int, first_k_block + block, BLOCK_K, HEAD_DIM, TMA)
-        scores = tl.dot(tile, tl.trans(keys)).to(tl.float32)  # [BLOCK_Q, BLOCK_K]
+        block = tl.load(block_map_ptr + i)
+        k = load_block(k_ptr, first_k_block + block, BLOCK_K, HEAD_DIM, TMA)  # [BLOCK_K, D]
+        scores = tl.dot(q, tl.trans(k)).to(tl.float32)  # [BLOCK_Q, BLOCK_K]
         scores = mask_end(scores, block * BLOCK_K, length, BLOCK_K)
-        scale = tile_scale * tl.load(k_scale + first_k_block + block)
-        values = tl.trans(load_block(v, first_k_block + block, HEAD_DIM, BLOCK_K, TMA))
+        scale = q_scale * tl.load(k_scale_ptr + first_k_block + block)
+        v = load_block(v_ptr, first_k_block + block, HEAD_DIM, BLOCK_K, TMA)  # [D, BLOCK_K]
+        v = tl.trans(v)
         weights, row_max, factor = soft_weights(scores, scale, row_max, 8 if FP8 else 0)
         row_sum = row_sum * factor + tl.sum(weights, 1)
         acc = acc * factor[:, None]
         if FP8:
             # A sum of its own per key block: fp8 products add up in about 14 bits on Hopper.
-            acc += tl.dot(weights.to(values.dtype), values)
+            acc += tl.dot(weights.to(v.dtype), v)
         else:
-            acc = tl.dot(weights.to(values.dtype), values, acc)
-    rows = acc * (1.0 / row_sum)[:, None] * tl.load(v_scale + head * HEAD_DIM + channel)
-    store_rows(rows, out, first_row, length, BLOCK_Q, HEAD_DIM, ADD)
+            acc = tl.dot(weights.to(v.dtype), v, acc)
+    rows = acc * (1.0 / row_sum)[:, None] * tl.load(v_scale_ptr + head * HEAD_DIM + channel)
+    store_rows(rows, out_ptr, first_row, length, BLOCK_Q, HEAD_DIM, ADD)
 
 
 @triton.jit
-def round_block(tile):
-    """A block as int8, clamp(round_half_even(x * (127 / amax))), and its scale amax / 127."""
-    amax = larger(largest(tl.abs(tile)), 1e-8)
+def round_block(x):
+    """x as int8, clamp(round_half_even(x * (127 / amax))), and its scale amax / 127."""
+    amax = larger(largest(tl.abs(x)), 1e-8)
     # Clamped before the sum below, so that no FMA can skip the rounding of the product.
     full_scale = tl.full(amax.shape, 127.0, tl.float32)
-    scaled = tl.clamp(tile * tl.div_rn(full_scale, amax), -127.0, 127.0)
+    scaled = tl.clamp(x * tl.div_rn(full_scale, amax), -127.0, 127.0)
     # Adding 1.5 * 2^23 leaves no bit for the fraction, and fp32 additions round half to even.
     rounded = (scaled + 12582912.0) - 12582912.0
     return rounded.to(tl.int8), tl.div_rn(amax, full_scale)
@@ -182,9 +188,9 @@ def place_in_block(row, column, WIDTH: tl.constexpr, FOR_HOPPER: tl.constexpr):
     return place
 
 
-@triton.jit(do_not_specialize=["heads", "length"])
+@triton.jit(do_not_specialize=["length", "heads"])
 def quantize_heads_kernel(
-    x, center, integers, scales, stride_b, stride_l, stride_h, heads, length,
+    x_ptr, center_ptr, integers_ptr, scales_ptr, length, heads, stride_xb, stride_xl, stride_xh,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, CENTERED: tl.constexpr,
     FOR_HOPPER: tl.constexpr,
 ):  # fmt: skip
@@ -193,34 +199,35 @@ def quantize_heads_kernel(
     offset = tl.arange(0, BLOCK).to(tl.int64)[:, None]
     row = tl.program_id(0) * BLOCK + offset
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    x += head // heads * stride_b + head % heads * stride_h
-    tile = tl.load(x + row * stride_l + channel, mask=row < length, other=0.0).to(tl.float32)
+    x_ptr += head // heads * stride_xb + head % heads * stride_xh
+    x = tl.load(x_ptr + row * stride_xl + channel, mask=row < length, other=0.0)  # [BLOCK, D]
+    x = x.to(tl.float32)
     if CENTERED:
-        mean = tl.load(center + head * HEAD_DIM + channel)
-        tile = tl.where(row < length, tile - mean, 0.0)  # [BLOCK, D]
-    rounded, scale = round_block(tile)
+        mean = tl.load(center_ptr + head * HEAD_DIM + channel)
+        x = tl.where(row < length, x - mean, 0.0)
+    rounded, scale = round_block(x)
     place = place_in_block(tl.arange(0, BLOCK)[:, None], channel, HEAD_DIM, FOR_HOPPER)
-    tl.store(integers + block * (BLOCK * HEAD_DIM) + place, rounded)
-    tl.store(scales + block, scale)
+    tl.store(integers_ptr + block * (BLOCK * HEAD_DIM) + place, rounded)
+    tl.store(scales_ptr + block, scale)
 
 
-@triton.jit(do_not_specialize=["heads", "length"])
+@triton.jit(do_not_specialize=["length", "heads"])
 def channel_max_kernel(
-    v, amax, stride_b, stride_l, stride_h, heads, length,
+    v_ptr, amax_ptr, length, heads, stride_vb, stride_vl, stride_vh,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     channel = tl.arange(0, HEAD_DIM)
-    v += head // heads * stride_b + head % heads * stride_h
-    tile = tl.load(v + row * stride_l + channel[None, :], mask=row < length, other=0.0)
+    v_ptr += head // heads * stride_vb + head % heads * stride_vh
+    v = tl.load(v_ptr + row * stride_vl + channel[None, :], mask=row < length, other=0.0)
     part = head * tl.num_programs(0) + tl.program_id(0)
-    tl.store(amax + part * HEAD_DIM + channel, largest(tl.abs(tile.to(tl.float32)), 0))
+    tl.store(amax_ptr + part * HEAD_DIM + channel, largest(tl.abs(v.to(tl.float32)), 0))
 
 
-@triton.jit(do_not_specialize=["heads", "length"])
+@triton.jit(do_not_specialize=["length", "heads"])
 def quantize_values_kernel(
-    v, factors, values, stride_b, stride_l, stride_h, heads, length, limit,
+    v_ptr, factors_ptr, values_ptr, length, heads, limit, stride_vb, stride_vl, stride_vh,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, FOR_HOPPER: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
@@ -232,34 +239,12 @@ def quantize_values_kernel(
         key = offset // 16 * 16 + offset // 2 % 2 * 8 + offset // 4 % 4 * 2 + offset % 2
     row = tl.program_id(0) * BLOCK + key.to(tl.int64)[:, None]
     channel = tl.arange(0, HEAD_DIM)
-    v += head // heads * stride_b + head % heads * stride_h
-    tile = tl.load(v + row * stride_l + channel[None, :], mask=row < length, other=0.0)
-    factor = tl.load(factors + head * HEAD_DIM + channel)[None, :]
-    scaled = tl.clamp(tile.to(tl.float32) * factor, -limit, limit).to(values.dtype.element_ty)
+    v_ptr += head // heads * stride_vb + head % heads * stride_vh
+    v = tl.load(v_ptr + row * stride_vl + channel[None, :], mask=row < length, other=0.0)
+    factor = tl.load(factors_ptr + head * HEAD_DIM + channel)[None, :]
+    scaled = tl.clamp(v.to(tl.float32) * factor, -limit, limit).to(values_ptr.dtype.element_ty)
     place = place_in_block(channel[:, None], offset[None, :], BLOCK, FOR_HOPPER)
-    tl.store(values + block * (HEAD_DIM * BLOCK) + place, tl.trans(scaled))  # [D, BLOCK]
-
-
-def has_tma(capability: tuple[int, int]) -> bool:
-    """Whether a card has the tensor memory accelerator, which loads tiles by descriptor."""
-    return capability >= (9, 0)
-
-
-def float_config(capability: tuple[int, int], block_q: int, block_k: int) -> dict[str, int]:
-    """Launch configuration of `sparse_attention_kernel`."""
-    stages = 3 if capability in LARGE_SHARED_MEMORY and block_k == 64 else 2
-    return {"num_warps": block_q * block_k // 1024, "num_stages": stages}
-
-
-def low_bit_config(
-    capability: tuple[int, int], block_q: int, block_k: int, fp8: bool
-) -> dict[str, int]:
-    """Launch configuration of `sage_attention_kernel`."""
-    stages = 4 if capability in ((8, 0), (10, 0)) else 3
-    # On Hopper 4 warps take half as many turns, but fp8's second sum does not fit them.
-    # Hopper's warp groups multiply 64 rows at a time: 4 warps keep both halves of a tile.
-    warps = 4 if capability == HOPPER and not fp8 else block_q * block_k // 1024
-    return {"num_warps": warps, "num_stages": 2 if block_k == 128 else stages}
+    tl.store(values_ptr + block * (HEAD_DIM * BLOCK) + place, tl.trans(scaled))  # [D, BLOCK]
 
 
 def sparse_attention(
@@ -275,16 +260,15 @@ def sparse_attention(
     """Softmax attention over the selected key blocks, written or added to `out` [B, L, H, D]."""
     batch, length, heads, dim = q.shape
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
-    card = capability(q.device)
-    tma = has_tma(card) and fits_tma(k, v)
+    tma = has_tma(q.device) and in_steps_of_16_bytes(k) and in_steps_of_16_bytes(v)
     if tma:
-        k, v = describe_rows(k, block_k), describe_rows(v, block_k)
+        k, v = map_of_rows(k, block_k), map_of_rows(v, block_k)
     with launching_on(q):
         sparse_attention_kernel[block_map.shape[2], heads, batch](
-            q, k, v, block_map.contiguous(), out, *strides,
-            length, block_map.shape[3], score_scale(q),
+            q, k, v, block_map.contiguous(), out,
+            length, block_map.shape[3], score_scale(q), *strides,
             HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, TMA=tma, ADD=add,
-            **float_config(card, block_q, block_k),
+            **attention_launch(capability(out.device), "16 bit", block_q, block_k),
         )  # fmt: skip
     return out
 
@@ -297,34 +281,30 @@ def sage_attention(
     block_q = operands.q.shape[2] // operands.q_scale.shape[2]
     block_k = operands.v.shape[-1]
     fp8 = operands.v.dtype == torch.float8_e4m3fn
-    card = capability(out.device)
-    tma = has_tma(card)
+    tma = has_tma(out.device)
     if tma:
-        keys, values = describe_blocks(operands.k, block_k), describe_blocks(operands.v, dim)
+        keys, values = map_of_blocks(operands.k, block_k), map_of_blocks(operands.v, dim)
         operands = operands._replace(k=keys, v=values)
     with launching_on(out):
         sage_attention_kernel[block_map.shape[2], heads, batch](
             *operands, block_map.contiguous(), out, length, block_map.shape[3],
             HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, FP8=fp8, TMA=tma, ADD=add,
-            **low_bit_config(card, block_q, block_k, fp8),
+            **attention_launch(
+                capability(out.device), "fp8" if fp8 else "fp16", block_q, block_k
+            ),
         )  # fmt: skip
     return out
 
 
-def describe_blocks(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """x [..., D] as tiles of `rows` rows, one after another."""
+def map_of_blocks(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Tensor map of x [..., D] as blocks of `rows` rows, one after another."""
     columns = x.shape[-1]
     return TensorDescriptor.from_tensor(x.view(-1, columns), [rows, columns])
 
 
-def fits_tma(*tensors: torch.Tensor) -> bool:
-    """Whether descriptors can address these [B, L, H, D]: in steps of 16 bytes, none of them 0."""
-    steps = [(x.data_ptr(), *(s * x.element_size() for s in x.stride()[:3])) for x in tensors]
-    return all(step > 0 and step % 16 == 0 for of_one in steps for step in of_one)
-
-
-def describe_rows(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """x [B, L, H, D] as [B, H, L, D] in tiles of `rows` rows of one head; zeros past the end."""
+def map_of_rows(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Tensor map of x [B, L, H, D] as [B, H, L, D], `rows` rows of one head at a time; zeros past
+    the end."""
     return TensorDescriptor.from_tensor(x.transpose(1, 2), [1, 1, rows, x.shape[-1]])
 
 
@@ -357,7 +337,7 @@ def quantize_heads(
     centered = center is not None
     with launching_on(x):
         quantize_heads_kernel[blocks, batch * heads](
-            x, center if centered else x, integers, scales, *x.stride()[:3], heads, length,
+            x, center if centered else x, integers, scales, length, heads, *x.stride()[:3],
             BLOCK=block, HEAD_DIM=dim, CENTERED=centered, FOR_HOPPER=for_hopper, **LAUNCH,
         )  # fmt: skip
     return Int8Blocks(integers, scales)
@@ -377,7 +357,7 @@ def quantize_values(
     amax = (channel_max(v, block) if v_max is None else v_max).clamp_min(1e-8)  # [B, H, D]
     with launching_on(v):
         quantize_values_kernel[blocks, batch * heads](
-            v, VALUE_LIMIT / amax, values, *v.stride()[:3], heads, length, VALUE_LIMIT,
+            v, VALUE_LIMIT / amax, values, length, heads, VALUE_LIMIT, *v.stride()[:3],
             BLOCK=block, HEAD_DIM=dim, FOR_HOPPER=for_hopper, **LAUNCH,
         )  # fmt: skip
     return values, amax / VALUE_LIMIT
@@ -390,6 +370,6 @@ def channel_max(v: torch.Tensor, rows: int) -> torch.Tensor:
     amax = torch.empty(batch, heads, parts, dim, dtype=torch.float32, device=v.device)
     with launching_on(v):
         channel_max_kernel[parts, batch * heads](
-            v, amax, *v.stride()[:3], heads, length, ROWS=rows, HEAD_DIM=dim, **LAUNCH
+            v, amax, length, heads, *v.stride()[:3], ROWS=rows, HEAD_DIM=dim, **LAUNCH
         )
     return amax.amax(2)

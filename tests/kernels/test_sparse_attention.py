@@ -13,6 +13,7 @@ from attention import (
     selected_keys,
 )
 from devices import BATCHES, DEVICE, LENGTHS, TRITON_DTYPES
+from turbodiffusion_pack.kernels.checks import in_steps_of_16_bytes
 from turbodiffusion_pack.kernels.dispatch import has_fp8
 from turbodiffusion_pack.kernels.sparse_attention import (
     PV_DTYPES,
@@ -260,29 +261,29 @@ def test_triton_fp8_layout_in_the_interpreter():
 
 @pytest.mark.parametrize("low_bit", [False, True])
 @pytest.mark.parametrize(("length", "shape"), [(70, (64, 64)), (200, (128, 64)), (130, (64, 128))])
-def test_descriptors_read_what_pointers_read(length, shape, low_bit, monkeypatch):
-    """Loads by descriptor, as on Hopper and newer, against loads by pointer."""
+def test_tensor_maps_read_what_pointers_read(length, shape, low_bit, monkeypatch):
+    """Loads by tensor map, as on Hopper and newer, against loads by pointer."""
     q, k, v = random_qkv(2, length, 2, 64, torch.float16)
     block_map = random_map(2, length, 2, *shape, share=0.7)
     attention = sage_attention if low_bit else sparse_attention
     arguments = {"block_q": shape[0], "block_k": shape[1], "backend": "triton"}
     if low_bit:
         arguments["pv"] = "fp16"
-    monkeypatch.setattr(triton_kernels, "has_tma", lambda card: False)
+    monkeypatch.setattr(triton_kernels, "has_tma", lambda device: False)
     expected = attention(q, k, v, block_map, **arguments)
     if DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0):
-        monkeypatch.setattr(triton_kernels, "has_tma", lambda card: True)
-    assert triton_kernels.fits_tma(k, v)
+        monkeypatch.setattr(triton_kernels, "has_tma", lambda device: True)
+    assert in_steps_of_16_bytes(k) and in_steps_of_16_bytes(v)
     out = attention(q, k, v, block_map, **arguments)
     torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_descriptors_need_steps_of_16_bytes():
+def test_steps_of_16_bytes():
     x = torch.zeros(1, 8, 2, 72, dtype=torch.float16, device=DEVICE)
-    assert triton_kernels.fits_tma(x[..., :64])
-    assert not triton_kernels.fits_tma(x[..., 1:65])
-    assert not triton_kernels.fits_tma(x[..., :1, :64].expand(1, 8, 2, 64))
-    assert not triton_kernels.fits_tma(torch.zeros(1, 8, 2, 68, dtype=x.dtype)[..., :64])
+    assert in_steps_of_16_bytes(x[..., :64])
+    assert not in_steps_of_16_bytes(x[..., 1:65])
+    assert not in_steps_of_16_bytes(x[..., :1, :64].expand(1, 8, 2, 64))
+    assert not in_steps_of_16_bytes(torch.zeros(1, 8, 2, 68, dtype=x.dtype)[..., :64])
 
 
 def test_takes_what_is_known_of_q_and_v():

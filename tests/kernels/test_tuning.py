@@ -2,7 +2,14 @@
 
 import pytest
 from ahead_of_time import CARDS
-from turbodiffusion_pack.kernels.tuning import INT8_LINEAR, RowLoop, WholeRow, of_card, of_width
+from turbodiffusion_pack.kernels.tuning import (
+    INT8_LINEAR,
+    RowLoop,
+    WholeRow,
+    attention_launch,
+    of_card,
+    of_width,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +25,26 @@ from turbodiffusion_pack.kernels.tuning import INT8_LINEAR, RowLoop, WholeRow, o
 )
 def test_row_of_card(card, row):
     assert of_card({name: name for name in CARDS}, card) == row
+
+
+@pytest.mark.parametrize(
+    ("card", "row"), [((8, 7), (8, 6)), ((8, 9), (8, 6)), ((10, 3), (10, 0)), ((12, 1), (12, 0))]
+)
+def test_attention_on_a_card_that_is_not_named_runs_like_on_the_one_before(card, row):
+    for values in ("16 bit", "fp16"):
+        for shape in ((128, 64), (64, 64), (64, 128)):
+            launch = attention_launch(card, values, *shape)
+            assert launch == attention_launch(row, values, *shape)
+            assert launch["num_stages"] >= 2 and launch["num_warps"] in (4, 8)
+
+
+def test_large_shared_memory_holds_more_key_blocks():
+    stages = {
+        card: [attention_launch(card, v, 128, 64)["num_stages"] for v in ("16 bit", "fp16")]
+        for card in CARDS
+    }
+    large = {(8, 0): [3, 4], (9, 0): [3, 3], (10, 0): [3, 4]}
+    assert stages == {card: large.get(card, [2, 3]) for card in CARDS}
 
 
 @pytest.mark.parametrize("card", CARDS)
