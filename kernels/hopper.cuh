@@ -48,6 +48,13 @@ __device__ __forceinline__ bool barrier_passed(u64* barrier, u32 parity) {
     return passed;
 }
 
+// Swizzled tiles start at multiples of 1024 bytes, which dynamic shared memory need not.
+constexpr int SWIZZLE_ALIGNMENT = 1024;
+
+__device__ __forceinline__ void* aligned_for_swizzle(char* memory) {
+    return memory + (-shared_address(memory) & SWIZZLE_ALIGNMENT - 1);
+}
+
 // Places in a ring of SIZE, and the parity of the barriers' phases there.
 template <int SIZE> struct Ring {
     int stage = 0;
@@ -59,8 +66,8 @@ template <int SIZE> struct Ring {
 
 // ---- tensor cores ----
 
-// Matrix descriptor of rows of 128 or 64 bytes, swizzled over their whole width.
-__device__ __forceinline__ u64 descriptor(const void* tile, int row_bytes) {
+// Descriptor of rows of 128 or 64 bytes, swizzled over their whole width.
+__device__ __forceinline__ u64 matrix_descriptor(const void* tile, int row_bytes) {
     u64 layout = row_bytes == 128 ? 1 : 2;
     u64 eight_rows = (row_bytes * 8) >> 4;
     return (shared_address(tile) & 0x3FFFF) >> 4 | 1ull << 16 | eight_rows << 32 | layout << 62;
@@ -103,6 +110,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// The larger of both, NaN where one is: one instruction, like the fmaxf that ignores NaN.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+    return larger;
 }
 
 // Pairs of bfloat16 or float16.

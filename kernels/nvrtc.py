@@ -10,8 +10,25 @@ import torch
 HEADER = Path(__file__).with_name("hopper.cuh")  # what the kernels include
 
 
-class TensorMap:
-    """What the copy engine (TMA) knows of int8 rows; a kernel takes it by value.
+TENSOR_MAP = ctypes.c_uint64 * 16
+
+
+def operands(pointers: str, integers: str, maps: str = "") -> type[ctypes.Structure]:
+    """The one parameter of a kernel, the `Operands` of its file: names of its fields in order.
+
+    Tensor maps come first, so that they lie at multiples of 64 bytes, then pointers, then int32.
+    """
+    fields = [(name, TENSOR_MAP) for name in maps.split()]
+    fields += [(name, ctypes.c_void_p) for name in pointers.split()]
+    fields += [(name, ctypes.c_int32) for name in integers.split()]
+    size = sum(ctypes.sizeof(kind) for _, kind in fields)
+    if maps:
+        fields.append(("end", ctypes.c_byte * (-size % 64)))  # as the maps' alignment makes it in C
+    return type("Operands", (ctypes.Structure,), {"_fields_": fields})
+
+
+def tensor_map(x: torch.Tensor, box: int) -> ctypes.Array:
+    """What the copy engine (TMA) knows of int8 rows; a kernel's operands hold it by value.
 
     It copies 128 columns of `box` rows at a time, 0 beyond the end, with chunks of 16 bytes
     swizzled as the tensor cores read them.
@@ -26,20 +43,35 @@ class TensorMap:
         RuntimeError: the driver refuses.
     """
 
-    def __init__(self, x: torch.Tensor, box: int):
-        _check_on_gpu(x)
-        sizes, steps = x.shape[::-1], x.stride()[-2::-1]
-        rank, boxes = x.ndim, (128, box, 1)[: x.ndim]
-        self._memory = (ctypes.c_uint64 * 24)()  # the map takes 16 of it, at a multiple of 64 bytes
-        self.address = -(-ctypes.addressof(self._memory) // 64) * 64
-        uint8, plain, swizzle_128, promote_128, zeros = 0, 0, 3, 2, 0
-        code = _driver().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(self.address), uint8, rank, ctypes.c_void_p(x.data_ptr()),
-            (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * rank)(*steps),
-            (ctypes.c_uint32 * rank)(*boxes), (ctypes.c_uint32 * rank)(*[1] * rank),
-            plain, swizzle_128, promote_128, zeros,
-        )  # fmt: skip
-        _check(_driver(), code)
+    pointer = address(x)
+    sizes, steps = x.shape[::-1], x.stride()[-2::-1]
+    rank, boxes = x.ndim, (128, box, 1)[: x.ndim]
+    memory = (ctypes.c_uint64 * 24)()  # the map takes 16 of it, at a multiple of 64 bytes
+    aligned = TENSOR_MAP.from_buffer(memory, -ctypes.addressof(memory) % 64)
+    uint8, plain, swizzle_128, promote_128, zeros = 0, 0, 3, 2, 0
+    code = _driver().cuTensorMapEncodeTiled(
+        aligned, uint8, rank, ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * rank)(*steps),
+        (ctypes.c_uint32 * rank)(*boxes), (ctypes.c_uint32 * rank)(*[1] * rank),
+        plain, swizzle_128, promote_128, zeros,
+    )  # fmt: skip
+    _check(_driver(), code)
+    return aligned
+
+
+def address(x: torch.Tensor | None) -> int:
+    """Where x lies on the GPU; 0, the null pointer, for None.
+
+    It holds as long as x does: keep what you copied until the launch.
+
+    Raises:
+        ValueError: x is not on a GPU.
+    """
+    if x is None:
+        return 0
+    if not x.is_cuda:
+        raise ValueError(f"a kernel's tensors must be on the GPU, got one on {x.device}")
+    return x.data_ptr()
 
 
 class Kernel:
@@ -48,32 +80,16 @@ class Kernel:
     def __init__(self, driver: ctypes.CDLL, function: ctypes.c_void_p, shared_bytes: int):
         self.driver, self.function, self.shared_bytes = driver, function, shared_bytes
 
-    def launch(
-        self, programs: int, threads: int, *arguments: torch.Tensor | TensorMap | int | None
-    ) -> None:
-        """Start on torch's current stream; tensors go in as pointers, integers as int32.
-
-        None is a null pointer.
+    def launch(self, programs: int, threads: int, operands: ctypes.Structure) -> None:
+        """Start on torch's current stream, with the one parameter that the kernel takes.
 
         Raises:
-            ValueError: a tensor is not on a GPU.
             RuntimeError: the driver refuses.
         """
-        numbers = (ctypes.c_int64 * len(arguments))()  # an int32 is the first half of one
-        pointers = (ctypes.c_void_p * len(arguments))()
-        first = ctypes.addressof(numbers)
-        for i, x in enumerate(arguments):
-            pointers[i] = first + 8 * i
-            if isinstance(x, int):
-                numbers[i] = x
-            elif isinstance(x, TensorMap):
-                pointers[i] = x.address
-            elif x is not None:
-                _check_on_gpu(x)
-                numbers[i] = x.data_ptr()
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(operands))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         sizes = programs, 1, 1, threads, 1, 1, self.shared_bytes
-        code = self.driver.cuLaunchKernel(self.function, *sizes, stream, pointers, None)
+        code = self.driver.cuLaunchKernel(self.function, *sizes, stream, parameters, None)
         _check(self.driver, code)
 
 
@@ -91,17 +107,22 @@ def unavailable() -> str | None:
 
 @functools.cache
 def load(
-    source: Path, name: str, target: str, shared_bytes: int, device: int, **constants: int
+    source: Path,
+    name: str,
+    target: str,
+    shared_bytes: int,
+    operands: type[ctypes.Structure],
+    device: int,
+    **constants: int,
 ) -> Kernel:
-    """Compile the kernel `name` of a file for `target` (as sm_90a) and load it on `device`.
+    """Compile the kernel `name` of a file, see `compile_file`, and load it on `device`.
 
-    `constants` are defined before the file's first line. Done once for each device and set of them,
-    in about a second.
+    Done once for each device and set of `constants`, in about a second.
 
     Raises:
         RuntimeError: it does not compile, or the driver does not take it.
     """
-    binary = compile_cuda(source.read_text(encoding="utf-8"), target, **constants)
+    binary = compile_file(source, target, shared_bytes, operands, **constants)
     driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # torch makes its context here at the latest
@@ -110,6 +131,22 @@ def load(
         most_dynamic_shared_bytes = 8
         _check(driver, driver.cuFuncSetAttribute(function, most_dynamic_shared_bytes, shared_bytes))
     return Kernel(driver, function, shared_bytes)
+
+
+def compile_file(
+    source: Path,
+    target: str,
+    shared_bytes: int,
+    operands: type[ctypes.Structure],
+    **constants: int,
+) -> bytes:
+    """A file as machine code for `target` (as sm_90a); needs no GPU.
+
+    `constants` are defined before its first line, and the sizes of what a launch passes:
+    SHARED_BYTES and OPERANDS_BYTES.
+    """
+    sizes = {"SHARED_BYTES": shared_bytes, "OPERANDS_BYTES": ctypes.sizeof(operands)}
+    return compile_cuda(source.read_text(encoding="utf-8"), target, **sizes, **constants)
 
 
 def compile_cuda(source: str, target: str, **constants: int) -> bytes:
@@ -159,11 +196,6 @@ def _check_nvrtc(nvrtc: ctypes.CDLL, code: int) -> None:
     if code:
         nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
         raise RuntimeError(f"NVRTC failed: {nvrtc.nvrtcGetErrorString(code).decode()}")
-
-
-def _check_on_gpu(x: torch.Tensor) -> None:
-    if not x.is_cuda:
-        raise ValueError(f"a kernel's tensors must be on the GPU, got one on {x.device}")
 
 
 def _check(driver: ctypes.CDLL, code: int) -> None:

@@ -4,6 +4,8 @@
 // into a ring of stages, another prepares what belongs to the tile's columns; two warpgroups
 // multiply 64 rows each. The next tile's first stages arrive while they finish.
 
+// Defined is BF16, whether bias, residual and out are bfloat16, else float16.
+
 #include "hopper.cuh"
 
 constexpr int TILE_L = 128;
@@ -12,10 +14,11 @@ constexpr int STEP = 128;  // of k: a row of a stage, as wide as a swizzle
 constexpr int STAGES = 4;
 constexpr int GROUP = 8;  // tiles along L that share weights before N moves on
 constexpr int CONSUMER_WARPS = 8;
+constexpr int THREADS = 32 * (CONSUMER_WARPS + 4);
 
 struct Stage {
-    i8 x[TILE_L * STEP];
-    i8 w[TILE_N * STEP];
+    i8 x[TILE_L * STEP];  // [TILE_L, STEP], swizzled
+    i8 w[TILE_N * STEP];  // [TILE_N, STEP], swizzled
 };
 
 struct Shared {
@@ -32,15 +35,19 @@ struct alignas(64) TensorMap {
 };
 
 struct Operands {
-    const float* x_scale;  // [B, L]
-    const float* w_scale;  // [N]
-    const u16* bias;       // [N] or null
-    const float* gate;     // [B, N] or null
-    const u16* residual;   // [B, L, N] or null
-    u16* out;              // [B, L, N]
+    TensorMap x_map, w_map;  // of x [B, L, K] and w [N, K], int8
+    const float* x_scale;    // [B, L]
+    const float* w_scale;    // [N]
+    const u16* bias;         // [N] or null
+    const float* gate;       // [B, N] or null
+    const u16* residual;     // [B, L, N] or null
+    u16* out;                // [B, L, N]
     int batch, length, n, k;
     int gate_b, residual_b, residual_l, out_b, out_l;
 };
+
+static_assert(SHARED_BYTES == SWIZZLE_ALIGNMENT + sizeof(Shared));
+static_assert(OPERANDS_BYTES == sizeof(Operands));
 
 // ---- tiles ----
 
@@ -87,9 +94,7 @@ __device__ __forceinline__ void copy_w(
         : "memory");
 }
 
-__device__ __forceinline__ void copy_stages(
-    Shared& shared, const TensorMap& x_map, const TensorMap& w_map, const Operands& o
-) {
+__device__ __forceinline__ void copy_stages(Shared& shared, const Operands& o) {
     Ring<STAGES> ring;
     for (int index = blockIdx.x; index < tiles(o); index += gridDim.x) {
         Tile tile = tile_of(index, o);
@@ -98,8 +103,8 @@ __device__ __forceinline__ void copy_stages(
             barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
             u64* full = &shared.full[ring.stage];
             barrier_expect(full, sizeof(Stage));
-            copy_x(shared.stages[ring.stage].x, x_map, k, tile.row, tile.sample, full);
-            copy_w(shared.stages[ring.stage].w, w_map, k, tile.column, full);
+            copy_x(shared.stages[ring.stage].x, o.x_map, k, tile.row, tile.sample, full);
+            copy_w(shared.stages[ring.stage].w, o.w_map, k, tile.column, full);
         }
     }
 }
@@ -131,8 +136,8 @@ __device__ __forceinline__ void prepare_columns(Shared& shared, const Operands& 
 
 // ---- the multiplying warpgroups ----
 
-// sums [64 rows, 256 columns] (+)= x [64, 32] w^T, both in shared memory
-__device__ __forceinline__ void mma(int (&d)[128], u64 x, u64 w, int add) {
+// acc [64 rows, 256 columns] (+)= x [64, 32] w^T, both in shared memory
+__device__ __forceinline__ void mma(int (&acc)[128], u64 x, u64 w, int add) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
@@ -148,26 +153,26 @@ __device__ __forceinline__ void mma(int (&d)[128], u64 x, u64 w, int add) {
         "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "
         "%123, %124, %125, %126, %127}, %128, %129, p;\n"
         "}\n"
-        : R64(d, 0), R64(d, 64)
+        : R64(acc, 0), R64(acc, 64)
         : "l"(x), "l"(w), "r"(add));
 }
 
 // All of a tile's products but the last ones are done on return, those are under way.
 __device__ __forceinline__ void multiply(
-    Shared& shared, int (&sums)[128], Ring<STAGES>& ring, int k
+    Shared& shared, int (&acc)[128], Ring<STAGES>& ring, int k
 ) {
     int lane = threadIdx.x % 32, rows = threadIdx.x / 128 * 64, before = 0;
 #pragma unroll 1
     for (int step = 0; step * STEP < k; step++, ring.next()) {
         barrier_wait(&shared.full[ring.stage], ring.parity);
         const Stage& stage = shared.stages[ring.stage];
-        u64 x = descriptor(stage.x + rows * STEP, 128), w = descriptor(stage.w, 128);
-        hold(sums);
+        u64 x = matrix_descriptor(stage.x + rows * STEP, 128), w = matrix_descriptor(stage.w, 128);
+        hold(acc);
         mma_begin();
 #pragma unroll
-        for (int i = 0; i < 4; i++) mma(sums, x + 2 * i, w + 2 * i, step + i);
+        for (int i = 0; i < 4; i++) mma(acc, x + 2 * i, w + 2 * i, step + i);
         mma_commit();
-        hold(sums);
+        hold(acc);
         if (step) {
             mma_wait<1>();
             if (lane == 0) barrier_arrive(&shared.empty[before]);
@@ -219,19 +224,19 @@ __device__ __forceinline__ void transpose(u32 (&x)[4]) {
 }
 
 __device__ __forceinline__ void load_residual(
-    u32 (&rest)[8][2][4], const Rows& rows, int columns
+    u32 (&residual)[8][2][4], const Rows& rows, int columns
 ) {
 #pragma unroll
     for (int group = 0; group < 8; group++)
 #pragma unroll
         for (int half = 0; half < 2; half++)
             if (32 * group + threadIdx.x % 4 * 8 < columns)
-                *reinterpret_cast<uint4*>(rest[group][half]) =
+                *reinterpret_cast<uint4*>(residual[group][half]) =
                     *reinterpret_cast<const uint4*>(rows.residual[half] + 32 * group);
 }
 
 template <bool RESIDUAL> __device__ __forceinline__ void store(
-    const int (&sums)[128], u32 (&rest)[8][2][4], const Rows& rows, const float2* factors,
+    const int (&acc)[128], u32 (&residual)[8][2][4], const Rows& rows, const float2* factors,
     int columns
 ) {
     int pair = threadIdx.x % 4;
@@ -239,15 +244,15 @@ template <bool RESIDUAL> __device__ __forceinline__ void store(
     for (int group = 0; group < 8; group++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            u32 (&x)[4] = rest[group][half];
+            u32 (&x)[4] = residual[group][half];
             if (RESIDUAL) transpose(x);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const float2* from = factors + 32 * group + 8 * j + 2 * pair;
                 float4 c = *reinterpret_cast<const float4*>(from);
                 int i = 16 * group + 4 * j + 2 * half;
-                float2 y = {fmaf(sums[i] * rows.scale[half], c.x, c.y),
-                            fmaf(sums[i + 1] * rows.scale[half], c.z, c.w)};
+                float2 y = {fmaf(acc[i] * rows.scale[half], c.x, c.y),
+                            fmaf(acc[i + 1] * rows.scale[half], c.z, c.w)};
                 if (RESIDUAL) {
                     float2 add = pair_of(x[j], BF16);
                     y.x += add.x, y.y += add.y;
@@ -269,31 +274,26 @@ __device__ __forceinline__ void multiply_tiles(Shared& shared, const Operands& o
     for (int index = blockIdx.x; index < tiles(o); index += gridDim.x, factors.next()) {
         Tile tile = tile_of(index, o);
         Rows rows = rows_of(tile, o);
-        int sums[128], columns = o.n - tile.column;
-        u32 rest[8][2][4];
-        multiply(shared, sums, ring, o.k);
-        if (RESIDUAL) load_residual(rest, rows, columns);
+        int acc[128];           // [64, TILE_N] of a warpgroup
+        u32 residual[8][2][4];  // the same tile, pairs of 16 bits
+        int columns = o.n - tile.column;
+        multiply(shared, acc, ring, o.k);
+        if (RESIDUAL) load_residual(residual, rows, columns);
         mma_wait<0>();
-        hold(sums);
+        hold(acc);
         if (lane == 0) barrier_arrive(&shared.empty[(ring.stage + STAGES - 1) % STAGES]);
         barrier_wait(&shared.known[factors.stage], factors.parity);
-        store<RESIDUAL>(sums, rest, rows, shared.columns[factors.stage], columns);
+        store<RESIDUAL>(acc, residual, rows, shared.columns[factors.stage], columns);
         __syncwarp();
         if (lane == 0) barrier_arrive(&shared.used[factors.stage]);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) int8_linear(
-    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
-    const float* x_scale, const float* w_scale, const u16* bias, const float* gate,
-    const u16* residual, u16* out, int batch, int length, int n, int k,
-    int gate_b, int residual_b, int residual_l, int out_b, int out_l
+extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_linear(
+    const __grid_constant__ Operands o
 ) {
     extern __shared__ char memory[];
-    Shared& shared = *reinterpret_cast<Shared*>(
-        memory + (1024 - shared_address(memory) % 1024) % 1024);  // as the swizzle wants it
-    Operands o = {x_scale, w_scale, bias, gate, residual, out, batch, length, n, k,
-                  gate_b, residual_b, residual_l, out_b, out_l};
+    Shared& shared = *static_cast<Shared*>(aligned_for_swizzle(memory));
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&shared.full[i], 1);
@@ -310,11 +310,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) int8_linear(
     // All registers of the program: 256 threads with 232 and 128 with 40.
     if (warp >= CONSUMER_WARPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == 32 * CONSUMER_WARPS) copy_stages(shared, x_map, w_map, o);
+        if (threadIdx.x == 32 * CONSUMER_WARPS) copy_stages(shared, o);
         if (warp == CONSUMER_WARPS + 1) prepare_columns(shared, o);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        if (residual)
+        if (o.residual)
             multiply_tiles<true>(shared, o);
         else
             multiply_tiles<false>(shared, o);

@@ -16,6 +16,11 @@ THREADS = 384
 STAGE_BYTES = (TILE_L + TILE_N) * 128
 # Alignment and hopper.cu's Shared.
 SHARED_BYTES = 1024 + 4 * (STAGE_BYTES + 16) + 2 * (TILE_N * 8 + 16)
+Operands = nvrtc.operands(
+    maps="x_map w_map",
+    pointers="x_scale w_scale bias gate residual out",
+    integers="batch length n k gate_b residual_b residual_l out_b out_l",
+)
 
 
 def unfit(
@@ -64,15 +69,17 @@ def linear(
     batch, length, k = x_q.shape
     n = w_q.shape[0]
     tiles = batch * -(-length // TILE_L) * -(-n // TILE_N)
+    x_scale = x_scale.contiguous()
+    operands = Operands(
+        nvrtc.tensor_map(x_q, TILE_L), nvrtc.tensor_map(w_q, TILE_N),
+        *map(nvrtc.address, (x_scale, w_scale, bias, gate, residual, out)),
+        batch, length, n, k, 0 if gate is None else gate.stride(0),
+        *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
+    )  # fmt: skip
     with launching_on(x_q):
-        nvrtc.load(
-            SOURCE, "int8_linear", TARGET, SHARED_BYTES, x_q.get_device(),
+        kernel = nvrtc.load(
+            SOURCE, "int8_linear", TARGET, SHARED_BYTES, Operands, x_q.get_device(),
             BF16=int(out.dtype == torch.bfloat16),
-        ).launch(
-            min(tiles, multiprocessors(x_q.device)), THREADS,
-            nvrtc.TensorMap(x_q, TILE_L), nvrtc.TensorMap(w_q, TILE_N),
-            x_scale.contiguous(), w_scale, bias, gate, residual, out, batch, length, n, k,
-            0 if gate is None else gate.stride(0),
-            *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
         )  # fmt: skip
+        kernel.launch(min(tiles, multiprocessors(x_q.device)), THREADS, operands)
     return out

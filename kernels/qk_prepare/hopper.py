@@ -1,4 +1,4 @@
-"""What prepares q and k on Hopper, in CUDA C++: see prepare.cu."""
+"""What prepares q and k on Hopper, in CUDA C++: see hopper.cu."""
 
 import functools
 from pathlib import Path
@@ -12,14 +12,18 @@ from ..linear_attention import LinearBranch
 from ..linear_attention.triton import project_state
 from .triton import block_outputs, contiguous_pairs, row_norms
 
-SOURCE = Path(__file__).with_name("prepare.cu")
+SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90"
 HEAD_DIM = 128
 ROWS = 128  # of a program
 HEADS = 8  # of a program at most, which reads its cosines from memory once
 THREADS = 256
-SHARED_BYTES = 128 * 132 * 4 + 128 * 4 + 8 * 128 * 4 + 8 * 4  # prepare.cu's Shared
+SHARED_BYTES = 128 * 132 * 4 + 128 * 4 + 8 * 128 * 4 + 8 * 4  # hopper.cu's Shared
 LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
+Operands = nvrtc.operands(
+    pointers="x norms weight cos sin out means integers scales mix normalizer bias",
+    integers="x_b x_l x_h cos_b cos_l sin_b sin_l length heads blocks heads_each",
+)
 
 
 def unfit(
@@ -75,28 +79,28 @@ def prepare(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """`prepare` of the Triton file, of what is not `unfit`."""
     batch, length, heads, _ = x.shape
-    norms = row_norms(x, eps)
+    norms, weight = row_norms(x, eps), aligned_copy(weight)
     means, integers, scales = block_outputs(x, block, quantize)
-    branch = norms, norms, norms  # stand-ins, never read
+    branch = None, None, None
     if linear is not None:
         mix = project_state(linear.state, linear.normalizer, linear.proj_weight, x.dtype)
         mix = mix.mT[..., places(x.device)].contiguous()
         branch = mix, aligned_copy(linear.normalizer), aligned_copy(linear.proj_bias)
     cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
     groups = -(-heads // HEADS)
+    tensors = x, norms, weight, cos, sin, out, means, integers, scales, *branch
+    operands = Operands(
+        *map(nvrtc.address, tensors), *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
+        length, heads, means.shape[2], -(-heads // groups),
+    )  # fmt: skip
     with launching_on(x):
-        _kernel(x, block, quantize, linear is not None).launch(
-            groups * -(-length // ROWS) * batch, THREADS,
-            x, norms, aligned_copy(weight), cos, sin, out, means,
-            integers if quantize else norms, scales if quantize else norms, *branch,
-            *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
-            length, heads, means.shape[2], -(-heads // groups),
-        )  # fmt: skip
+        kernel = _kernel(x, block, quantize, linear is not None)
+        kernel.launch(groups * -(-length // ROWS) * batch, THREADS, operands)
     return means, integers, scales
 
 
 def _kernel(x: torch.Tensor, block: int, quantize: bool, linear: bool) -> nvrtc.Kernel:
-    flags = {"QUANTIZE": int(quantize), "LINEAR": int(linear)}
+    flags = {"BLOCK": block, "QUANTIZE": int(quantize), "LINEAR": int(linear)}
     flags["BF16"] = int(x.dtype == torch.bfloat16)
     shared = SHARED_BYTES + linear * LINEAR_BYTES
-    return nvrtc.load(SOURCE, "prepare", TARGET, shared, x.device.index, BLOCK=block, **flags)
+    return nvrtc.load(SOURCE, "prepare", TARGET, shared, Operands, x.device.index, **flags)

@@ -14,6 +14,10 @@ TARGET = "sm_90a"
 THREADS = 384
 SHARED_BYTES = 1024 + 7 * (2 * 64 * 128 + 24) + 128 * 128 * 5 + 8  # alignment, hopper.cu's Shared
 SHAPE = 128, 128, 64  # head dim, rows in a query and a key block
+Operands = nvrtc.operands(
+    pointers="q q_scale k k_scale v v_scale block_map out",
+    integers="length count q_blocks k_blocks heads tiles add",
+)
 
 
 def unfit(head_dim: int, block_q: int, block_k: int, pv: str) -> str | None:
@@ -50,15 +54,16 @@ def sage_attention(
     """`sage_attention` of the Triton file, on operands of `quantize` above."""
     batch, length, heads, _ = out.shape
     q_blocks, count = block_map.shape[2:]
-    k_blocks = operands.k_scale.shape[2]
-    works = batch * heads * q_blocks
-    programs = multiprocessors(out.device)
+    tiles = batch * heads * q_blocks
+    block_map = block_map.contiguous()
+    arguments = Operands(
+        *map(nvrtc.address, (*operands, block_map, out)),
+        length, count, q_blocks, operands.k_scale.shape[2], heads, tiles, add,
+    )  # fmt: skip
     with launching_on(out):
-        kernel = nvrtc.load(SOURCE, "sage_attention", TARGET, SHARED_BYTES, out.device.index)
-        kernel.launch(
-            min(works, programs), THREADS,
-            operands.q, operands.q_scale, operands.k, operands.k_scale, operands.v,
-            operands.v_scale, block_map.contiguous(), out, length, count, q_blocks, k_blocks,
-            heads, works, int(out.dtype == torch.bfloat16), int(add),
+        kernel = nvrtc.load(
+            SOURCE, "sage_attention", TARGET, SHARED_BYTES, Operands, out.device.index,
+            BF16=int(out.dtype == torch.bfloat16),
         )  # fmt: skip
+        kernel.launch(min(tiles, multiprocessors(out.device)), THREADS, arguments)
     return out

@@ -1,52 +1,43 @@
-"""Every Triton kernel compiles for every card, fits its shared memory and spills nothing."""
+"""Every Triton kernel that is launched compiles for every card, fits it and spills nothing."""
 
 import ast
 
 import ahead_of_time
 import pytest
+from ahead_of_time import CARDS, HOPPER, SHARED_LIMIT, Compiled
 
-JOBS = {job.name: job for job in ahead_of_time.jobs()}
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    return ahead_of_time.compile_all()
-
-
-def test_names_tell_the_jobs_apart(compiled):
-    assert len(JOBS) == len(ahead_of_time.jobs()) == len(compiled)
+# Bytes: products and sums of a block fill 256 registers at 4 warps. At 8 warps nothing spills, and
+# an H100 takes 1.1 to 1.4 times as long.
+LINEAR_SPILLS = 128
+INT8_PRODUCTS = ".s8.s8", "kind::i8"
 
 
-def _kernels_in(path) -> set[str]:
-    """Names of the file's functions called `*_kernel` that Triton compiles."""
-    functions = [f for f in ast.walk(ast.parse(path.read_text())) if isinstance(f, ast.FunctionDef)]
+@pytest.mark.parametrize("card", CARDS, ids="sm_{0[0]}{0[1]}".format)
+def test_what_is_launched_fits_the_card(card):
+    compiled = ahead_of_time.compile_for(card)
+    assert {c.kernel for c in compiled} == _written()
+    assert [c for c in compiled if c.shared > SHARED_LIMIT[card]] == []
+    assert [c for c in compiled if c.spilled > _spills_measured(c, card)] == []
+    assert [c for c in compiled if c.kernel == "linear_kernel" and not _multiplies_int8(c)] == []
+
+
+def _written() -> set[str]:
+    """Names of all functions called `*_kernel` that Triton compiles."""
+    files = (ahead_of_time.ROOT / "kernels").rglob("*.py")
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8")))]
     return {
-        f.name
-        for f in functions
-        if f.name.endswith("_kernel")
-        and any(ast.unparse(d).startswith("triton.jit") for d in f.decorator_list)
+        node.name
+        for node in nodes
+        if isinstance(node, ast.FunctionDef)
+        and node.name.endswith("_kernel")
+        and any(ast.unparse(d).startswith("triton.jit") for d in node.decorator_list)
     }
 
 
-def test_every_kernel_is_compiled():
-    files = (ahead_of_time.ROOT / "kernels").rglob("*.py")
-    written = set().union(*map(_kernels_in, files))
-    assert written
-    assert written == {job.variant.kernel.__name__ for job in JOBS.values()}
+def _spills_measured(compiled: Compiled, card) -> int:
+    by_blocks = compiled.kernel == "linear_kernel" and compiled.run == "blocks"
+    return LINEAR_SPILLS if by_blocks and card == HOPPER else 0
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_fits_shared_memory(name, compiled):
-    limit = ahead_of_time.SHARED_LIMIT[JOBS[name].capability]
-    assert compiled[name]["shared"] <= limit
-
-
-@pytest.mark.parametrize("name", JOBS)
-def test_spills_nothing_unmeasured(name, compiled):
-    assert compiled[name]["stack"] + compiled[name]["local"] <= JOBS[name].variant.spills
-
-
-@pytest.mark.parametrize("name", [name for name in JOBS if name.startswith("linear_")])
-def test_int8_products_run_on_tensor_cores(name, compiled):
-    int8 = (".s8.s8", "kind::i8")
-    assert any(kind in instruction for instruction in compiled[name]["matrix"] for kind in int8)
+def _multiplies_int8(compiled: Compiled) -> bool:
+    return any(kind in product for kind in INT8_PRODUCTS for product in compiled.matrix)

@@ -3,6 +3,7 @@
 import compilations
 import pytest
 import torch
+from wan_kernels import run_block
 
 FIRST = 32760, 0.1  # tokens and top-k
 LATER = [(75600, 0.1), (32760, 0.15), (1001, 0.05), (131072, 1.0)]
@@ -29,10 +30,10 @@ def test_one_kernel_more_selects_from_over_2048_key_blocks():
 @pytest.mark.gpu
 @pytest.mark.parametrize("granularity", ["rows", "blocks"])
 def test_a_gpu_compiles_nothing_for_a_new_length_or_topk(granularity):
-    compilations.run_block(1560, 0.1, granularity, "cuda")
+    run_block(1560, 0.1, granularity, "cuda")
     with compilations.counted() as again:
         for length, topk in [(3600, 0.1), (1560, 0.5), (1001, 0.1)]:
-            compilations.run_block(length, topk, granularity, "cuda")
+            run_block(length, topk, granularity, "cuda")
     torch.cuda.synchronize()
     assert again == []
 

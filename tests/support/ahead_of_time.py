@@ -1,21 +1,24 @@
-"""Compiles the pack's Triton kernels for every supported card, without a GPU.
+"""Compiles the pack's kernels for a card as the host code launches them, without a GPU.
 
-The test process runs Triton's interpreter, so the work happens in worker processes of its own;
-they print one JSON line per compiled kernel.
+The test process runs Triton's interpreter, so the work happens in a process of its own, which
+pretends the card; it prints one JSON line per compiled kernel.
 """
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from unittest import mock
 
 SUPPORT = Path(__file__).resolve().parent
 ROOT = SUPPORT.parent.parent
-WORKERS = 2
 
 # Shared memory one block may use, in bytes (CUDA programming guide, technical specifications).
 SHARED_LIMIT = {
@@ -27,145 +30,123 @@ SHARED_LIMIT = {
     (12, 0): 101376,
 }
 CARDS = tuple(SHARED_LIMIT)
+ADA, HOPPER = (8, 9), (9, 0)
+GRANULARITIES = "rows", "blocks"
+
+# Runtime sizes compile nothing (test_compilations.py), so any length does; this one is cheap.
+LENGTH = 2048
+# Head dim, rows of query and key blocks: the default, and others where memory is tightest and on
+# Hopper.
+TILE = 128, 128, 64
+TILES = ((64, 128, 64), (128, 64, 64), (128, 64, 128))
+TILE_CARDS = HOPPER, (12, 0)
 
 MATRIX_INSTRUCTION = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*")
 
 
-class Variant(NamedTuple):
-    """One specialisation of a kernel, as a launch would make it.
+class Compiled(NamedTuple):
+    """One specialization of a kernel.
 
-    `signature` maps every parameter that is not a constexpr to its Triton type; a ":16" behind
-    the type says that the pointer or the integer is divisible by 16. `label` tells variants of
-    one kernel apart. `spills` is how many bytes a thread may spill, 0 but for a measured reason.
-    `registers` is the most a thread gets, None for what the compiler takes.
+    `run` is the first of `runs` that launched it; `shared` counts bytes of a block, `registers` and
+    `spilled` (bytes) are a thread's; `matrix` are the tensor core instructions in the PTX.
     """
 
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    capabilities: tuple[tuple[int, int], ...] = CARDS
-    label: str = ""
-    spills: int = 0
-    registers: int | None = None
+    kernel: str
+    run: str
+    shared: int
+    registers: int
+    spilled: int
+    matrix: list[str]
 
 
-class Job(NamedTuple):
-    """One variant on one card."""
+def compile_for(card: tuple[int, int]) -> list[Compiled]:
+    """Every kernel that the host code launches on `card`.
 
-    variant: Variant
-    capability: tuple[int, int]
-
-    @property
-    def name(self) -> str:
-        major, minor = self.capability
-        label = f"-{self.variant.label}" if self.variant.label else ""
-        return f"{self.variant.kernel.__name__}{label}-sm_{major}{minor}"
-
-
-def variants_of(kernel, signature, constexprs, config, label="", capabilities=CARDS):
-    """`kernel` with the launch configuration, `config(capability)`, that ships for each card."""
-    variants = []
-    for capability in capabilities:
-        launch = dict(config(capability))
-        warps, stages = launch.pop("num_warps"), launch.pop("num_stages")
-        registers = launch.pop("maxnreg", None)
-        constants = {**constexprs, **launch}
-        variant = Variant(kernel, signature, constants, warps, stages, (capability,), label)
-        variants.append(variant._replace(registers=registers))
-    return variants
-
-
-def jobs() -> list[Job]:
-    """Everything there is to compile."""
-    from ahead_of_time_variants import OPS
-
-    every = [v for op in OPS for v in op()]
-    return [Job(v, capability) for v in every for capability in v.capabilities]
-
-
-def compile_all() -> dict[str, dict]:
-    """Compile every job in worker processes.
-
-    Returns:
-        By job name: `shared` (bytes), `registers`, `stack` and `local` (bytes a thread spills),
-        `matrix` (the tensor core instructions in the PTX).
+    Raises:
+        RuntimeError: one does not compile.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", "import ahead_of_time as a; a.work()"]
-    workers = [
-        subprocess.Popen(
-            [*command, str(index)],
-            cwd=SUPPORT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(WORKERS)
-    ]
-    results = {}
-    for worker in workers:
-        out, error = worker.communicate()
-        if worker.returncode:
-            raise RuntimeError(f"a kernel does not compile:\n{error[-8000:]}")
-        results.update((r["name"], r) for r in map(json.loads, out.splitlines()))
-    return results
+    worker = subprocess.run(
+        [sys.executable, "-c", "import ahead_of_time as a; a.work()", *map(str, card)],
+        cwd=SUPPORT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if worker.returncode:
+        raise RuntimeError(f"a kernel does not compile:\n{worker.stderr[-8000:]}")
+    return [Compiled(**json.loads(line)) for line in worker.stdout.splitlines()]
 
 
 def work():
-    """Body of a worker: compile every WORKERS-th job and write the results to stdout."""
-    import pack  # noqa: F401
-
-    for job in jobs()[int(sys.argv[1]) :: WORKERS]:
-        sys.stderr.write(f"{job.name}\n")
-        sys.stdout.write(json.dumps(build(job)) + "\n")
-
-
-def build(job: Job) -> dict:
-    """Compile one job and read its resources."""
+    """Body of the worker: makes all `runs` and writes what Triton compiled for them to stdout."""
+    card = int(sys.argv[1]), int(sys.argv[2])
+    import torch
     import triton
-    from triton.backends.compiler import GPUTarget
+    from pretended_card import pretended
 
-    major, minor = job.capability
-    compiled = triton.compile(
-        source(job.variant),
-        target=GPUTarget("cuda", 10 * major + minor, 32),
-        options={
-            "num_warps": job.variant.num_warps,
-            "num_stages": job.variant.num_stages,
-            "maxnreg": job.variant.registers,
-        },
-    )
-    return {
-        "name": job.name,
-        "shared": compiled.metadata.shared,
-        "matrix": sorted(set(MATRIX_INSTRUCTION.findall(compiled.asm["ptx"]))),
-        **resources(compiled.asm["cubin"]),
-    }
+    torch.set_num_threads(1)
+    triton.knobs.compilation.disable_line_info = True  # sooner done, the same machine code
+    found = {}
+    for name, has_nvrtc, run in runs(card):
+        sys.stderr.write(f"{name}\n")
+        with pretended(card, has_nvrtc), compiled_only() as kernels:
+            run()
+        for kernel in kernels:
+            found.setdefault(kernel.hash, (name, kernel))
+    for run, kernel in found.values():
+        sys.stdout.write(json.dumps(measure(run, kernel)._asdict()) + "\n")
 
 
-def source(variant: Variant):
-    """The variant as Triton's compiler takes it, its arguments in the kernel's order."""
-    from triton.compiler import ASTSource
+def runs(card: tuple[int, int]) -> Iterator[tuple[str, bool, Callable[[], None]]]:
+    """What is launched on a card: a name, whether NVRTC works there, and what to call."""
+    import wan_kernels as wan
 
-    types_ = {**variant.signature, **dict.fromkeys(variant.constexprs, "constexpr")}
-    names = variant.kernel.arg_names
-    if sorted(names) != sorted(types_):
-        wrong = sorted(set(names) ^ set(types_))
-        raise ValueError(f"{variant.kernel.__name__}: the variant gets parameters wrong: {wrong}")
-    aligned = [i for i, name in enumerate(names) if types_[name].endswith(":16")]
-    return ASTSource(
-        fn=variant.kernel,
-        signature={name: types_[name].removesuffix(":16") for name in names},
-        constexprs=variant.constexprs,
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    for has_nvrtc in (False, True) if card == HOPPER else (False,):
+        for low_bit in (True, False):
+            for granularity in GRANULARITIES:
+                for model in (wan.SMALL, wan.LARGE):
+                    block = partial(wan.run_block, LENGTH, 0.1, granularity, "cpu", low_bit, model)
+                    yield granularity, has_nvrtc, block
+    for granularity in GRANULARITIES:
+        for model in (wan.SMALL, wan.LARGE):
+            yield granularity, False, partial(wan.run_apart, LENGTH, granularity, model)
+    for values in ("bf16", "fp16", "fp8") if card >= ADA else ("bf16", "fp16"):
+        yield "attention", False, partial(wan.run_attention, LENGTH, values, *TILE, False)
+        for tile in (TILE, *TILES) if card in TILE_CARDS else (TILE,):
+            yield "attention", False, partial(wan.run_attention, LENGTH, values, *tile)
+    yield "selection", False, partial(wan.run_selection, 2049)
+
+
+@contextlib.contextmanager
+def compiled_only() -> Iterator[list]:
+    """Triton kernels that are launched get compiled only, into the list."""
+    from triton.runtime.jit import JITFunction
+
+    run, kernels = JITFunction.run, []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    with mock.patch.object(JITFunction, "run", compile_only):
+        yield kernels
+
+
+def measure(run: str, kernel) -> Compiled:
+    """The resources of a kernel that Triton compiled."""
+    used = resources(kernel.asm["cubin"])
+    return Compiled(
+        kernel=kernel.metadata.name,
+        run=run,
+        shared=kernel.metadata.shared,
+        registers=used["registers"],
+        spilled=used["stack"] + used["local"],
+        matrix=sorted(set(MATRIX_INSTRUCTION.findall(kernel.asm["ptx"]))),
     )
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and spilled bytes per thread, as the cubin declares them."""
+    """Registers, bytes of stack and of local memory of a thread, as the cubin declares them."""
     import triton
 
     with tempfile.TemporaryDirectory() as folder:

@@ -5,18 +5,15 @@
 // 32 m + 8 (lane % 4) + {0 .. 7}, m = 0 .. 3. Products of 16 channels take them four by four, so
 // the other factor's rows come in the matching order, see `places` in hopper.py.
 
-#ifndef BLOCK
-#define BLOCK 128   // rows of a block
-#define QUANTIZE 1  // whether to make int8 blocks
-#define LINEAR 1    // whether `out` gets the linear branch in place of the rows
-#define BF16 1      // bfloat16 rows, else float16
-#endif
+// Defined are BLOCK, rows of a block; QUANTIZE, whether to make int8 blocks; LINEAR, whether `out`
+// gets the linear branch in place of the rows; BF16, whether rows are bfloat16, else float16.
 
 #include "hopper.cuh"
 
 constexpr int HEAD_DIM = 128;
 constexpr int ROWS = 128;
 constexpr int WARPS = 8;
+constexpr int THREADS = 32 * WARPS;
 #if LINEAR
 constexpr int MIX_STRIDE = HEAD_DIM + 8;  // in 16 bits: keeps rows in different banks
 #endif
@@ -28,9 +25,29 @@ struct Shared {
     float normalizer[HEAD_DIM];
 #endif
     float norms[ROWS];
-    float sums[WARPS][HEAD_DIM];
-    float highest[WARPS];
+    float sums[WARPS][HEAD_DIM];      // of a warp's rows
+    float amax[WARPS];                // of a warp's rows
 };
+
+struct Operands {
+    const u16* x;             // [B, L, H, D], rows of 16 bits
+    const float* norms;       // [B, L], 1 / root mean square of each row over all heads
+    const float* weight;      // [H D]
+    const float* cos;         // [B, L, D / 2]
+    const float* sin;
+    u16* out;                 // [B, L, H, D]
+    float* means;             // [B, H, N, D]
+    i8* integers;             // [B, H, N BLOCK, D]
+    float* scales;            // [B, H, N]
+    const u16* mix;           // [B, H, D (out), D (places of in)]
+    const float* normalizer;  // [B, H, D]
+    const float* bias;        // [D]
+    int x_b, x_l, x_h, cos_b, cos_l, sin_b, sin_l;
+    int length, heads, blocks, heads_each;
+};
+
+static_assert(SHARED_BYTES == sizeof(Shared));
+static_assert(OPERANDS_BYTES == sizeof(Operands));
 
 __device__ __forceinline__ float2 unpack(u32 x) { return pair_of(x, BF16); }
 __device__ __forceinline__ u32 pack(float x, float y) { return packed_pair({x, y}, BF16); }
@@ -65,10 +82,10 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-__device__ __forceinline__ float warp_max(float x) {
+__device__ __forceinline__ float warp_amax(float x) {
 #pragma unroll
     for (int distance = 16; distance; distance /= 2)
-        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, distance));
+        x = max_or_nan(x, __shfl_xor_sync(0xffffffff, x, distance));
     return x;
 }
 
@@ -153,21 +170,22 @@ __device__ __forceinline__ void store_rows(
 __device__ __forceinline__ void add_up(
     Shared& shared, const u32 (&packed)[2][16], int warp, int lane
 ) {
-    float sums[32], high = 0;
+    float sums[32], amax = 0;
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         float2 a = unpack(packed[0][i]), b = unpack(packed[1][i]);
         sums[2 * i] = a.x + b.x;
         sums[2 * i + 1] = a.y + b.y;
-        high = fmaxf(high, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y))));
+        float of_a = max_or_nan(fabsf(a.x), fabsf(a.y)), of_b = max_or_nan(fabsf(b.x), fabsf(b.y));
+        amax = max_or_nan(amax, max_or_nan(of_a, of_b));
     }
     int first = add_rows(sums, lane);
     int channel = first / 8 * 32 + 8 * (lane % 4) + first % 8;
     *reinterpret_cast<float4*>(&shared.sums[warp][channel]) =
         make_float4(sums[0], sums[1], sums[2], sums[3]);
 #if QUANTIZE
-    high = warp_max(high);
-    if (lane == 0) shared.highest[warp] = high;
+    amax = warp_amax(amax);
+    if (lane == 0) shared.amax[warp] = amax;
 #endif
 }
 
@@ -264,7 +282,7 @@ __device__ __forceinline__ void load_mix(
     Shared& shared, const u16* mix, const float* normalizer, float unit
 ) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < HEAD_DIM * HEAD_DIM / 8; i += 32 * WARPS) {
+    for (int i = threadIdx.x; i < HEAD_DIM * HEAD_DIM / 8; i += THREADS) {
         u32 to = static_cast<u32>(
             __cvta_generic_to_shared(&shared.mix[i / 16 * MIX_STRIDE + i % 16 * 8]));
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(mix + 8 * i));
@@ -278,7 +296,7 @@ __device__ __forceinline__ void load_turns(
     Shared& shared, const float* norms, const float* cos, const float* sin,
     int cos_stride, int sin_stride, int inside
 ) {
-    for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 2; i += 32 * WARPS) {
+    for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 2; i += THREADS) {
         int row = i / (HEAD_DIM / 2), pair = i % (HEAD_DIM / 2);
         float2 turn = {0, 0};
         if (row < inside)
@@ -290,54 +308,43 @@ __device__ __forceinline__ void load_turns(
         shared.norms[threadIdx.x] = threadIdx.x < inside ? norms[threadIdx.x] : 0;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prepare(
-    const uint4* x,           // [B, L, H, D], rows of 16 bits
-    const float* norms,       // [B, L], 1 / root mean square of each row over all heads
-    const float* weight,      // [H D]
-    const float* cos,         // [B, L, D / 2]
-    const float* sin,
-    u16* out,                 // [B, L, H, D]
-    float* means,             // [B, H, N, D]
-    i8* integers,             // [B, H, N BLOCK, D]
-    float* scales,            // [B, H, N]
-    const u16* mix,           // [B, H, D (out), D (places of in)]
-    const float* normalizer,  // [B, H, D]
-    const float* bias,        // [D]
-    int x_b, int x_l, int x_h, int cos_b, int cos_l, int sin_b, int sin_l,
-    int length, int heads, int blocks, int heads_each
+extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
+    const __grid_constant__ Operands o
 ) {
+    // Read once: in the loop the compiler would read them again behind every barrier.
+    int length = o.length, heads = o.heads, blocks = o.blocks, x_l = o.x_l, x_h = o.x_h;
     extern __shared__ __align__(16) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % 4;
     int row = 16 * warp + lane / 4, tiles = (length + ROWS - 1) / ROWS;
-    int groups = (heads + heads_each - 1) / heads_each;
+    int groups = (heads + o.heads_each - 1) / o.heads_each;
     int group = blockIdx.x % groups, tile = blockIdx.x / groups % tiles;
     int sample = blockIdx.x / (groups * tiles);
     long long first = (long long)tile * ROWS;
     int inside = min(ROWS, (int)(length - first));
-    load_turns(shared, norms + sample * (long long)length + first,
-               cos + sample * (long long)cos_b + first * cos_l,
-               sin + sample * (long long)sin_b + first * sin_l, cos_l, sin_l, inside);
+    load_turns(shared, o.norms + sample * (long long)length + first,
+               o.cos + sample * (long long)o.cos_b + first * o.cos_l,
+               o.sin + sample * (long long)o.sin_b + first * o.sin_l, o.cos_l, o.sin_l, inside);
 #if LINEAR
     // Keeps the normalizers, sums over all keys, in the range of float16.
     float unit = 32768.0f / max(32768, length);
 #endif
     __syncthreads();
-    const u16* rows16 = reinterpret_cast<const u16*>(x) + sample * (long long)x_b + first * x_l;
-    u16* out_rows = out + (sample * (long long)length + first) * heads * HEAD_DIM;
-    int last = min(heads, (group + 1) * heads_each);
-    uint4 raw[2][4];
-    int head = group * heads_each;
-    const uint4* head_rows = reinterpret_cast<const uint4*>(rows16 + (long long)head * x_h);
+    const u16* rows = o.x + sample * (long long)o.x_b + first * x_l;
+    u16* out_rows = o.out + (sample * (long long)length + first) * heads * HEAD_DIM;
+    int last = min(heads, (group + 1) * o.heads_each);
+    uint4 raw[2][4];  // [ROWS, HEAD_DIM] as read, in 16 bits
+    int head = group * o.heads_each;
+    const uint4* head_rows = reinterpret_cast<const uint4*>(rows + (long long)head * x_h);
     load_rows(raw, head_rows, x_l / 8, row, pair, inside);
     for (; head < last; head++) {
-        u32 packed[2][16];
+        u32 packed[2][16];  // [ROWS, HEAD_DIM] normalized and rotated, in 16 bits
         long long whole_head = sample * (long long)heads + head;
 #if LINEAR
-        load_mix(shared, mix + whole_head * HEAD_DIM * HEAD_DIM, normalizer + whole_head * HEAD_DIM,
-                 unit);
+        load_mix(shared, o.mix + whole_head * HEAD_DIM * HEAD_DIM,
+                 o.normalizer + whole_head * HEAD_DIM, unit);
 #endif
-        rotate(packed, raw, shared, weight + head * HEAD_DIM, row, pair);
+        rotate(packed, raw, shared, o.weight + head * HEAD_DIM, row, pair);
         if (head + 1 < last)
             load_rows(raw, head_rows += x_h / 8, x_l / 8, row, pair, inside);
         add_up(shared, packed, warp, lane);
@@ -354,21 +361,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prepare(
 #pragma unroll
                 for (int i = 0; i < BLOCK / 16; i++)
                     sum += shared.sums[part * (BLOCK / 16) + i][threadIdx.x];
-                means[(whole_head * blocks + block) * HEAD_DIM + threadIdx.x] = sum / many;
+                o.means[(whole_head * blocks + block) * HEAD_DIM + threadIdx.x] = sum / many;
             }
         }
 #if QUANTIZE
         {
             int part = 16 * warp / BLOCK, block = tile * (ROWS / BLOCK) + part;
-            float high = 1e-8f;
+            float amax = 1e-8f;
 #pragma unroll
             for (int i = 0; i < BLOCK / 16; i++)
-                high = fmaxf(high, shared.highest[part * (BLOCK / 16) + i]);
+                amax = max_or_nan(amax, shared.amax[part * (BLOCK / 16) + i]);
             if (part * BLOCK < inside) {
                 long long at = whole_head * blocks + block;
-                store_integers(integers + at * BLOCK * HEAD_DIM - part * BLOCK * HEAD_DIM, packed,
-                               __fdiv_rn(127.0f, high), row, pair);
-                if (threadIdx.x % (2 * BLOCK) == 0) scales[at] = __fdiv_rn(high, 127.0f);
+                store_integers(o.integers + at * BLOCK * HEAD_DIM - part * BLOCK * HEAD_DIM, packed,
+                               __fdiv_rn(127.0f, amax), row, pair);
+                if (threadIdx.x % (2 * BLOCK) == 0) o.scales[at] = __fdiv_rn(amax, 127.0f);
             }
         }
 #endif
@@ -376,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prepare(
 #if LINEAR
         float factor[2] = {weigh(packed[0], shared.normalizer, unit, pair),
                            weigh(packed[1], shared.normalizer, unit, pair)};
-        store_mixed(shared, to, packed, factor, bias, (long long)heads * HEAD_DIM, row, lane,
+        store_mixed(shared, to, packed, factor, o.bias, (long long)heads * HEAD_DIM, row, lane,
                     inside);
 #else
         store_rows(to, packed, (long long)heads * HEAD_DIM, row, pair, inside);

@@ -1,0 +1,55 @@
+"""Lets kernels be launched without a GPU, as on any card: they are compiled at most, never run.
+
+For a process of its own that imports this before anything else of the pack's kernels: Triton's
+interpreter must be off, and what is pretended here stays.
+"""
+
+import contextlib
+import types
+from collections.abc import Iterator
+from unittest import mock
+
+import pack  # noqa: F401
+from turbodiffusion_pack.kernels import dispatch, nvrtc
+
+Card = tuple[int, int]
+
+_card: Card = 0, 0
+_has_nvrtc = False
+
+# Before the other modules take them from there.
+dispatch.capability = lambda device: _card
+dispatch.triton_unavailable = lambda device: None
+nvrtc.unavailable = lambda: None if _has_nvrtc else "nothing is compiled here"
+
+
+@contextlib.contextmanager
+def pretended(card: Card, has_nvrtc: bool = False) -> Iterator[None]:
+    """Tensors on the CPU are taken for tensors on a GPU of this compute capability, meanwhile.
+
+    With `has_nvrtc` the pack's CUDA kernels stand in for Triton's where they do on that card;
+    nothing compiles them here.
+    """
+    global _card, _has_nvrtc
+    _card, _has_nvrtc = card, has_nvrtc
+    _let_triton_compile_for(card)
+    with (
+        mock.patch.object(nvrtc, "load", lambda *_, **__: mock.Mock()),
+        mock.patch.object(nvrtc, "address", lambda x: 0),
+        mock.patch.object(nvrtc, "tensor_map", lambda x, box: nvrtc.TENSOR_MAP()),
+    ):
+        yield
+
+
+def _let_triton_compile_for(card: Card) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    number = 10 * card[0] + card[1]
+    triton.runtime.driver.set_active(
+        types.SimpleNamespace(
+            get_current_device=lambda: number,  # Triton keeps what is compiled by device
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", number, 32),
+        )
+    )
