@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 
 HEADER = Path(__file__).with_name("hopper.cuh")  # what the kernels include
-
-
 TENSOR_MAP = ctypes.c_uint64 * 16
 
 
@@ -42,7 +40,6 @@ def tensor_map(x: torch.Tensor, box: int) -> ctypes.Array:
         ValueError: x is not on a GPU.
         RuntimeError: the driver refuses.
     """
-
     pointer = address(x)
     sizes, steps = x.shape[::-1], x.stride()[-2::-1]
     rank, boxes = x.ndim, (128, box, 1)[: x.ndim]
