@@ -59,7 +59,7 @@ def _at_the_originals_maps(key: str):
 @pytest.mark.parametrize(("key", "granularity"), CASES)
 def test_velocity(key, granularity):
     with _at_the_originals_maps(key):
-        assert parity.forward_error(key, granularity) <= _bound(key)
+        assert parity.forward_error(parity.model_of(key, granularity), key) <= _bound(key)
 
 
 @on_cpu
@@ -67,7 +67,7 @@ def test_velocity(key, granularity):
 def test_selection(key):
     """Ours is the best one; the original's is too, save where its bf16 decided a near-tie."""
     with _at_the_originals_maps(key) as calls:
-        parity.forward_error(key)
+        parity.forward_error(parity.model_of(key), key)
     assert len(calls) == 2
     for call in calls:
         assert misplaced(call.own, call.scores) <= ROUNDING
@@ -147,7 +147,7 @@ SLA_MUTANTS = {
 @pytest.mark.parametrize("mutant", SLA_MUTANTS)
 def test_a_wrong_attention_misses_the_bound(mutant, key):
     with parity.attention_changed(SLA_MUTANTS[mutant]):
-        assert parity.forward_error(key) > _bound(key)
+        assert parity.forward_error(parity.model_of(key), key) > _bound(key)
 
 
 @contextlib.contextmanager
@@ -163,8 +163,9 @@ def _channels_last_patches(model):
 
 @pytest.mark.parametrize("key", [SLA_KEYS[-1], DENSE_KEYS[-1], *I2V_KEYS])
 def test_a_wrong_patch_order_misses_the_bound(key):
-    with _channels_last_patches(parity.model_of(key)):
-        assert parity.forward_error(key) > 1
+    model = parity.model_of(key)
+    with _channels_last_patches(model):
+        assert parity.forward_error(model, key) > 1
 
 
 IMAGE_MUTANTS = {
@@ -177,7 +178,8 @@ IMAGE_MUTANTS = {
 
 @pytest.mark.parametrize("mutant", IMAGE_MUTANTS)
 def test_a_wrong_image_misses_the_bound(mutant):
-    assert parity.forward_error(I2V_KEYS[0], edit_image=IMAGE_MUTANTS[mutant]) > 0.1
+    key = I2V_KEYS[0]
+    assert parity.forward_error(parity.model_of(key), key, IMAGE_MUTANTS[mutant]) > 0.1
 
 
 # 600 is a bf16 number: there rounding changes nothing.
@@ -189,4 +191,4 @@ def test_an_unrounded_timestep_misses_the_bound(monkeypatch, key):
     )
     monkeypatch.setattr(parity, "load", parity.load.__wrapped__)  # wrapped when it is loaded
     with _at_the_originals_maps(key):
-        assert parity.forward_error(key) > _bound(key)
+        assert parity.forward_error(parity.model_of(key), key) > _bound(key)

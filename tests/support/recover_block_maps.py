@@ -41,7 +41,7 @@ def comparisons() -> dict[str, Callable[[], float]]:
     forwards = parity.forward_keys("sla")
     runs = [run for model in models for run in parity.runs(model)]
     return {
-        **{key: functools.partial(parity.forward_error, key) for key in forwards},
+        **{k: functools.partial(parity.forward_error, parity.model_of(k), k) for k in forwards},
         **{str(run): functools.partial(parity.run_error, models[run.model], run) for run in runs},
     }
 
