@@ -31,8 +31,8 @@ LOW_BIT_BOUND = {"fp16": 2.8e-2, "fp8": 4.8e-2}
 def golden(name, dtype=torch.float32, heads=2):
     """q, k, v [B, L, H, D], weight, bias of one golden, on the test's device."""
     data = goldens.load("operators")
-    heads = (data[f"{name}.{x}"][:, :heads].to(DEVICE, dtype).transpose(1, 2) for x in "qkv")
-    return *heads, data[f"{name}.proj_w"].to(DEVICE), data[f"{name}.proj_b"].to(DEVICE)
+    qkv = (data[f"{name}.{x}"][:, :heads].to(DEVICE, dtype).transpose(1, 2) for x in "qkv")
+    return *qkv, data[f"{name}.proj_w"].to(DEVICE), data[f"{name}.proj_b"].to(DEVICE)
 
 
 def golden_output(name, feature_map, heads=2):
