@@ -1,7 +1,7 @@
 """Sets up .venv for the tests and the demo, then runs its Python with the arguments given here.
 
     python tests/prepare.py tests/demo.py
-    python tests/prepare.py -m pytest -c tests/pytest.ini tests
+    python tests/prepare.py -m pytest -c tests/pytest.ini -n auto --dist loadfile tests
 
 Needs Python >= 3.10 with pip. A torch that the running Python has is used, never replaced.
 """
