@@ -3,13 +3,14 @@
 #             CHECKPOINT=/path/model.pth from text,
 #             HIGH=/path/high.pth LOW=/path/low.pth IMAGE=/path/picture.png from a picture;
 #             the Wan VAE and the umT5 text encoder are then taken from the ComfyUI's models folder
-# make test   sets everything up and runs all tests; ARGS="-k name" selects some
+# make test   sets everything up and runs all tests, several at a time where there is no GPU;
+#             ARGS="-k name" selects some, ARGS=-n0 runs them in one process
 #
 # COMFYUI_DIR=/path/ComfyUI picks the ComfyUI to run in, COMFYUI_PACKAGES="comfy-kitchen==0.2.40"
 # other versions of its packages, DYNAMIC_VRAM=1 a newer one's dynamic VRAM (without a GPU a
 # simulated one), PYTHON=/path/python the Python whose torch is kept.
 # Without make: python tests/prepare.py tests/demo.py
-#               python tests/prepare.py -m pytest -c tests/pytest.ini tests
+#               python tests/prepare.py -m pytest -c tests/pytest.ini -n auto --dist loadfile tests
 
 PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
 
@@ -20,4 +21,5 @@ demo:
 		$(if $(HIGH),--high "$(HIGH)") $(if $(LOW),--low "$(LOW)") $(if $(IMAGE),--image "$(IMAGE)")
 
 test:
-	$(PYTHON) tests/prepare.py -m pytest -c tests/pytest.ini tests $(ARGS)
+	$(PYTHON) tests/prepare.py -m pytest -c tests/pytest.ini -n auto --dist loadfile \
+		--no-loadscope-reorder tests $(ARGS)

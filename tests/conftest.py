@@ -1,10 +1,20 @@
-"""Makes the pack importable, and skips what needs a GPU where there is none."""
+"""Makes the pack importable, shares the cores out, and skips what needs a GPU where there is none."""
 
 import os
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent / "support"))
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Workers of pytest-xdist, and what they start, share the cores. Set before torch is imported.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = max(1, usable_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 import dynamic_vram
 import interpreter
@@ -23,9 +33,29 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU of sm_80 or newer")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+# A worker has ComfyUI and torch in about 1 GB of memory.
+MOST_WORKERS = 4
+# A worker takes one file after the other. These take longest, so they come first, and the workers
+# are done at about the same time.
+SLOWEST = (
+    "test_ahead_of_time.py",
+    "test_server.py",
+    "test_example_workflows.py",
+    "test_experts.py",
+    "test_loader_memory.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """What `-n auto` means: one process per core, and one in all where there is a GPU to test."""
+    return 0 if torch.cuda.is_available() else min(usable_cores(), MOST_WORKERS)

@@ -1,7 +1,7 @@
 """Sets up .venv for the tests and the demo, then runs its Python with the arguments given here.
 
     python tests/prepare.py tests/demo.py
-    python tests/prepare.py -m pytest -c tests/pytest.ini tests
+    python tests/prepare.py -m pytest -c tests/pytest.ini -n auto --dist loadfile tests
 
 COMFYUI_PACKAGES="comfy-kitchen==0.2.40 comfy-aimdo==0.6.0" takes these in place of the versions
 that ComfyUI asks for: newer ones beside the ComfyUI at hand.

@@ -51,13 +51,13 @@ def small_file(request, tmp_path):
 @pytest.fixture
 def big_file(tmp_path):
     path = tmp_path / "big.pth"
-    torch.save(official_zeros(num_layers=30), path)
+    torch.save(official_zeros(num_layers=12), path)
     yield path
     path.unlink()
 
 
-def test_a_checkpoint_of_2_gb_is_not_read_into_memory(big_file):
-    assert big_file.stat().st_size > 2e9
+def test_a_big_checkpoint_is_not_read_into_memory(big_file):
+    assert big_file.stat().st_size > 12 * 64 * MIB
     peak = peak_of("checkpoint = read_checkpoint(path)", big_file)
     assert peak < 64 * MIB, f"memory-mapped, it takes less than one block; got {peak} bytes"
 

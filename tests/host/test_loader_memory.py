@@ -111,7 +111,7 @@ def _copied(told: dict) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("quantized", "num_layers", "size"), [(True, 30, 2e9), (False, 8, 1e9)], ids=["int8", "bf16"]
+    ("quantized", "num_layers", "size"), [(True, 8, 5e8), (False, 4, 5e8)], ids=["int8", "bf16"]
 )
 def test_a_checkpoint_is_loaded_without_a_copy(write, quantized, num_layers, size):
     tensors = official_zeros(num_layers, quantized)

@@ -3,7 +3,7 @@
 import goldens
 import pytest
 import torch
-from attention import BLOCK_SHAPES, random_qkv
+from attention import BLOCK_SHAPES, exact_means, exact_scores, misplaced, random_qkv
 from devices import BATCHES, DEVICE, LENGTHS, TRITON_DTYPES
 from turbodiffusion_pack.kernels.block_map import (
     block_map,
@@ -18,29 +18,6 @@ BACKENDS = ("reference", "triton")
 GOLDEN_MAPS = [("sla0", shape) for shape in BLOCK_SHAPES]
 GOLDEN_MAPS += [("sla1", shape) for shape in BLOCK_SHAPES if shape != (64, 128)]
 FP32 = {"atol": 3e-6, "rtol": 1e-5}  # a few roundings of sums in another order
-
-
-def exact_means(x, block, center=0):
-    """Float64 means [B, H, N, D] of every block's own rows."""
-    x = x.double().transpose(1, 2) - center
-    starts = range(0, x.shape[2], block)
-    return torch.stack([x[:, :, s : s + block].mean(2) for s in starts], 2)
-
-
-def exact_scores(q, k, block_q, block_k):
-    mean = k.double().mean(1)[:, :, None]
-    return exact_means(q, block_q) @ exact_means(k, block_k, mean).mT
-
-
-def misplaced(chosen, scores):
-    """How far a selection lies from the count-th best score, in units of the row's std.
-
-    chosen [..., count]; 0 where the selection is the best one.
-    """
-    count = chosen.shape[-1]
-    bound = scores.topk(count, -1).values[..., -1:]
-    gap = (bound - scores.gather(-1, chosen.long())).clamp_min(0).amax(-1)
-    return (gap / scores.std(-1).clamp_min(1e-12)).max().item()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

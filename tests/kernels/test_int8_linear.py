@@ -18,6 +18,7 @@ GRANULARITIES = {
     "rows": (quantize_rows, dequantize_rows),
 }
 BACKENDS = ("reference", "triton")
+GOLDEN_BOUND = 1e-3
 # A gate per sample or per token, and whether there is a residual.
 EPILOGUES = (
     (None, True),
@@ -71,7 +72,25 @@ def test_equals_the_original(case, backend):
         operands[0][None], operands[1][None], *operands[2:], None, torch.float32, backend=backend
     )
     # The golden is bf16, whose rounding alone is larger than the bound.
-    assert goldens.relative_error(y[0].bfloat16(), data[f"{case}.y"]) <= 1e-3
+    assert goldens.relative_error(y[0].bfloat16(), data[f"{case}.y"]) <= GOLDEN_BOUND
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    (
+        lambda x, w: (x, w.roll(1, 0)),
+        lambda x, w: (x, w.roll(1, 1)),
+        lambda x, w: (x * 128 / 127, w),
+    ),
+    ids=("scales of other rows", "scales of other columns", "127 for 128"),
+)
+@pytest.mark.parametrize("case", ("linear0", "linear1", "linear2"))
+def test_wrong_scales_miss_the_original(case, wrong):
+    data = {k: v.to(DEVICE) for k, v in goldens.load("operators").items() if k.startswith(case)}
+    x_q, x_s, w_q, w_s = (data[f"{case}.{name}"] for name in ("x_q", "x_s", "w_q", "w_s"))
+    x_s, w_s = wrong(x_s, w_s)
+    y = int8_linear(x_q[None], x_s[None], w_q, w_s, backend="reference")
+    assert goldens.relative_error(y[0], data[f"{case}.y"]) > GOLDEN_BOUND
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

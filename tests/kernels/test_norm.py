@@ -44,6 +44,12 @@ def test_rms_norm_equals_the_original(backend):
     data = goldens.load("operators")
     x, weight = data["norm.x"].float().to(DEVICE), data["norm.w"].to(DEVICE)
     assert goldens.relative_error(rms_norm(x, weight, EPS, backend), data["norm.rms"]) <= 1e-6
+    for wrong in (
+        rms_norm(x, weight, 10 * EPS, backend),
+        rms_norm(x - x.mean(-1, keepdim=True), weight, EPS, backend),
+        rms_norm(x, torch.ones_like(weight), EPS, backend),
+    ):
+        assert goldens.relative_error(wrong, data["norm.rms"]) > 3e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -64,3 +64,27 @@ def linear_branch(q, k, v, weight, bias, feature_map):
 def exact_linear(q, k, v, weight, bias, feature_map):
     """The linear branch in float64."""
     return linear_branch(q.double(), k.double(), v.double(), weight, bias, feature_map)
+
+
+def exact_means(x, block, center=0):
+    """Float64 means [B, H, N, D] of every block's own rows."""
+    x = x.double().transpose(1, 2) - center
+    starts = range(0, x.shape[2], block)
+    return torch.stack([x[:, :, s : s + block].mean(2) for s in starts], 2)
+
+
+def exact_scores(q, k, block_q=128, block_k=64):
+    """What blocks are selected by: products of means, K centered, [B, H, NQ, NK] in float64."""
+    mean = k.double().mean(1)[:, :, None]
+    return exact_means(q, block_q) @ exact_means(k, block_k, mean).mT
+
+
+def misplaced(chosen, scores):
+    """How far a selection lies from the count-th best score, in units of the row's std.
+
+    chosen [..., count]; 0 where the selection is the best one.
+    """
+    count = chosen.shape[-1]
+    bound = scores.topk(count, -1).values[..., -1:]
+    gap = (bound - scores.gather(-1, chosen.long())).clamp_min(0).amax(-1)
+    return (gap / scores.std(-1).clamp_min(1e-12)).max().item()

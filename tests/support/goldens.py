@@ -3,6 +3,7 @@
 import functools
 import lzma
 import tarfile
+import tempfile
 from pathlib import Path
 
 import torch
@@ -22,6 +23,17 @@ def unpack_checkpoint(name: str, folder: Path) -> Path:
     """Write the golden checkpoint `name` (such as "t2v-quant.pth") into `folder`."""
     folder.joinpath(name).write_bytes(_checkpoint(name))
     return folder / name
+
+
+@functools.cache
+def checkpoint_file(name: str) -> Path:
+    """The golden checkpoint `name` as a file that is there until this process ends."""
+    return unpack_checkpoint(name, Path(_folder().name))
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 
 
 @functools.cache
