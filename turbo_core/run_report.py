@@ -5,8 +5,6 @@ import contextlib
 import contextvars
 import logging
 
-import torch
-
 from ..kernels import dispatch
 
 log = logging.getLogger(__name__)

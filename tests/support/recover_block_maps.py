@@ -11,7 +11,7 @@ else about the maps is fitted.
 import functools
 from collections.abc import Callable, Iterator
 
-import pack  # noqa: F401, I001 - before what imports the pack
+import pack  # noqa: F401 - before what imports the pack
 import parity
 import torch
 from goldens import DATA
