@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .nodes import NODES
-from .turbo_core.comfy_scheduler import register_scheduler
+from .turbo_core.host.scheduler import register_scheduler
 
 WEB_DIRECTORY = "./web"
 

@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..kernels.dispatch import BACKENDS
-from ..turbo_core.comfy_attention import patch_attention, wan_model
-from ..turbo_core.comfy_projections import attach_projections
+from ..turbo_core.host.patch import patch_attention, wan_model
+from ..turbo_core.host.projections import attach_projections
 from ..turbo_core.sla_settings import ATTENTIONS, SLASettings, parse_blocks
 from .model_files import FileInput, file_path, listed_or_why_not
 from .schema import schema

@@ -4,7 +4,7 @@ import time
 
 from comfy_api.latest import io, ui
 
-from ..turbo_core.comfy_doctor import doctor_report
+from ..turbo_core.host.doctor import doctor_report
 from .schema import schema
 
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..turbo_core.comfy_experts import switch_experts
+from ..turbo_core.host.experts import switch_experts
 from .schema import schema
 
 

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..turbo_core.comfy_loader import GRANULARITIES
-from ..turbo_core.comfy_quantize import quantize_model
+from ..turbo_core.host.load import GRANULARITIES
+from ..turbo_core.host.quantize_model import quantize_model
 from .schema import schema
 
 

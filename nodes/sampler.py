@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..turbo_core.comfy_sampler import MODES, rcm_sampler
+from ..turbo_core.host.sampler import MODES, rcm_sampler
 from ..turbo_core.rcm import rcm_sigmas
 from .schema import schema
 

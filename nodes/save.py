@@ -6,7 +6,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..turbo_core.comfy_save import save_turbo_model, workflow_metadata
+from ..turbo_core.host.save import save_turbo_model, workflow_metadata
 from .schema import schema
 
 

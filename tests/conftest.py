@@ -1,4 +1,4 @@
-"""Makes the pack importable, shares the cores out, and skips what needs a GPU where there is none."""
+"""Makes the pack importable, shares the cores out, skips what needs a GPU where there is none."""
 
 import os
 import sys
@@ -16,15 +16,15 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     threads = max(1, usable_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
-import dynamic_vram
-import interpreter
-import pack  # noqa: F401
+import dynamic_vram  # noqa: E402
+import interpreter  # noqa: E402
+import pack  # noqa: E402, F401
 
 if dynamic_vram.wanted():
     dynamic_vram.prepare()
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # Without a GPU the Triton kernels run in Triton's interpreter; set before Triton is imported.
 if not torch.cuda.is_available():

@@ -27,10 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "support"))
 import pack  # noqa: F401
 import torch
 from mutations import KINDS, Sources
-from turbodiffusion_pack.turbo_core.checkpoint import (
-    CheckpointError,
-    read_checkpoint,
-)
+from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
 
 SECONDS = 5.0
 MB = 1_000_000

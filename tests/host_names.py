@@ -29,7 +29,7 @@ VARIABLES = {
     "guider": "comfy.samplers.CFGGuider",
 }
 # Files whose variables of these names are something else.
-OTHERWISE = {"comfy_sampler.py": {"model"}, "comfy_projections.py": {"wan"}}
+OTHERWISE = {"sampler.py": {"model"}, "projections.py": {"wan"}}
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Uses(ast.NodeVisitor):
 
 def pack_files() -> list[Path]:
     """The files of the pack that touch the host."""
-    files = (*(ROOT / "nodes").glob("*.py"), *(ROOT / "turbo_core").glob("comfy_*.py"))
+    files = (*(ROOT / "nodes").glob("*.py"), *(ROOT / "turbo_core" / "host").glob("*.py"))
     return sorted((ROOT / "__init__.py", *files))
 
 

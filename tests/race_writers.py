@@ -23,11 +23,8 @@ sys.path.append(str(Path(__file__).resolve().parent / "support"))
 
 import pack  # noqa: F401
 import torch
-from turbodiffusion_pack.turbo_core.checkpoint_file import read_tensors
-from turbodiffusion_pack.turbo_core.checkpoint_write import (
-    write_pth,
-    write_safetensors,
-)
+from turbodiffusion_pack.turbo_core.checkpoint.file import read_tensors
+from turbodiffusion_pack.turbo_core.checkpoint.write import write_pth, write_safetensors
 
 TENSORS, SIZE = 24, 2**14
 LONGEST_HEAD_START = 0.002  # seconds

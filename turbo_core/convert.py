@@ -17,8 +17,8 @@ if not __package__:  # run by its path
     __package__ = "turbo_core"
 
 from .checkpoint import NAMES, file_tensors, read_checkpoint
-from .checkpoint_shards import SHARD
-from .checkpoint_write import write_pth, write_safetensors
+from .checkpoint.shards import SHARD
+from .checkpoint.write import write_pth, write_safetensors
 
 # The names that a file of this kind has unless others are asked for.
 DEFAULT_NAMES = {".safetensors": "comfy", ".pth": "official", ".pt": "official"}

@@ -4,13 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..checks import (
-    check_block_size,
-    check_heads,
-    check_shape,
-    float32_on_gpu,
-    not_contiguous,
-)
+from ..checks import check_block_size, check_heads, check_shape, float32_on_gpu, not_contiguous
 from ..dispatch import choose, has_triton
 from ..linear_attention import LinearBranch, check_branch
 from ..sparse_attention import Int8Blocks

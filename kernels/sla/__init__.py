@@ -4,13 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..block_map import (
-    block_means,
-    center_means,
-    check_topk,
-    select_blocks,
-    selected_count,
-)
+from ..block_map import block_means, center_means, check_topk, select_blocks, selected_count
 from ..checks import check_block_shape, check_heads, check_shape
 from ..linear_attention import (
     LinearBranch,

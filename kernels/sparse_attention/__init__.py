@@ -3,13 +3,7 @@
 import torch
 
 from ..block_map import centered_means
-from ..checks import (
-    check_block_shape,
-    check_heads,
-    check_shape,
-    float32_on_gpu,
-    not_contiguous,
-)
+from ..checks import check_block_shape, check_heads, check_shape, float32_on_gpu, not_contiguous
 from ..dispatch import HOPPER, capability, choose, cuda_unavailable, has_fp8, has_triton
 from . import reference
 from .reference import Int8Blocks

@@ -36,9 +36,12 @@ from gpu_timing import (  # noqa: E402
     measure_ceilings,
     median_ms,
 )
-from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler  # noqa: E402
+from in_comfyui import comfy  # noqa: E402
 from turbodiffusion_pack.kernels.block_map import selected_count  # noqa: E402
 from turbodiffusion_pack.turbo_core.checkpoint import Checkpoint  # noqa: E402
+from turbodiffusion_pack.turbo_core.host.load import build_turbo_model  # noqa: E402
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention  # noqa: E402
+from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler  # noqa: E402
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas  # noqa: E402
 from turbodiffusion_pack.turbo_core.sla_settings import ATTENTIONS, SLASettings  # noqa: E402
 
@@ -154,13 +157,13 @@ def kernel_operations(kernel: str, shape: Shape, settings: SLASettings) -> float
 
 def load(shape: Shape, settings: SLASettings):
     """A MODEL of random weights on the GPU, built as TurboLoader and SLAAttentionPatch build it."""
-    model = comfy_loader.build_turbo_model(random_checkpoint(shape))
+    model = build_turbo_model(random_checkpoint(shape))
     return patched(model, settings)
 
 
 def patched(model, settings: SLASettings):
     """`model` with other attention, loaded."""
-    model = comfy_attention.patch_attention(model, settings)
+    model = patch_attention(model, settings)
     comfy.model_management.load_models_gpu([model])
     return model
 
@@ -189,7 +192,7 @@ def make_diffusion(model, shape: Shape, steps: int) -> Callable:
     guider.inner_set_conds({"positive": [[torch.randn(1, TEXT_LENGTH, 4096) * 0.1, conditions]]})
     guider.set_cfg(1.0)
     noise, latent = torch.randn(1, 16, *shape.latent), torch.zeros(1, 16, *shape.latent)
-    sampler, sigmas = comfy_sampler.rcm_sampler("sde"), rcm_sigmas(steps, 80.0)
+    sampler, sigmas = rcm_sampler("sde"), rcm_sigmas(steps, 80.0)
     return lambda: guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=0)
 
 

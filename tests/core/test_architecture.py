@@ -28,7 +28,7 @@ def floor(path: Path) -> int:
 
 def is_host_side(path: Path) -> bool:
     """Whether this file may touch ComfyUI."""
-    return floor(path) >= FLOORS.index("nodes") or path.name.startswith("comfy_")
+    return floor(path) >= FLOORS.index("nodes") or path.parts[:2] == ("turbo_core", "host")
 
 
 def imports(path: Path, tree: ast.AST) -> Iterator[tuple[str, ...]]:
@@ -54,7 +54,7 @@ def wrong_imports(path: Path, source: str) -> list[str]:
     for first, *rest in imports(path, ast.parse(source)):
         if first == "pack":
             up = rest[0] in FLOORS and FLOORS.index(rest[0]) > floor(path)
-            to_host = any(part.startswith("comfy_") for part in rest) and not is_host_side(path)
+            to_host = rest[:2] == ["turbo_core", "host"] and not is_host_side(path)
             if up or to_host:
                 wrong.append(".".join(rest))
         elif first not in allowed:
@@ -137,8 +137,8 @@ def test_public_functions_have_docstrings():
         ("kernels/dispatch.py", "import safetensors", ["safetensors"]),
         ("turbo_core/rcm.py", "from ..nodes.loader import x", ["nodes.loader.x"]),
         ("turbo_core/rcm.py", "from comfy.utils import x", ["comfy"]),
-        ("turbo_core/rcm.py", "from . import comfy_quant", ["turbo_core.comfy_quant"]),
-        ("turbo_core/comfy_quant.py", "from .. import NODES, nodes", ["nodes"]),
+        ("turbo_core/rcm.py", "from .host import load", ["turbo_core.host.load"]),
+        ("turbo_core/host/load.py", "from ... import NODES, nodes", ["nodes"]),
         ("nodes/loader.py", "import einops", ["einops"]),
         ("__init__.py", "def f():\n    import subprocess", ["subprocess"]),
     ],

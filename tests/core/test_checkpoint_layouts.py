@@ -7,7 +7,7 @@ import torch
 from goldens import unpack_checkpoint
 from layouts import LAYOUTS, as_official, assert_holds, mapped_file, save_shards, sglang_shards
 from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
-from turbodiffusion_pack.turbo_core.checkpoint_shards import read_files
+from turbodiffusion_pack.turbo_core.checkpoint.shards import read_files
 
 MODELS = ("t2v.pth", "t2v-quant.pth", "i2v")
 

@@ -16,7 +16,7 @@ from mutations import KINDS, complete_model, in_itself, odd_tensors, small_model
 from peak_memory import can_measure
 from safetensors.torch import save
 from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
-from turbodiffusion_pack.turbo_core.checkpoint_file import read_tensors
+from turbodiffusion_pack.turbo_core.checkpoint.file import read_tensors
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 

@@ -20,9 +20,8 @@ from layouts import LAYOUTS, assert_same, conv
 from peak_memory import can_measure
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from turbodiffusion_pack.turbo_core import checkpoint_write
-from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
-from turbodiffusion_pack.turbo_core.checkpoint_write import write_safetensors
+from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint, write
+from turbodiffusion_pack.turbo_core.checkpoint.write import write_safetensors
 from turbodiffusion_pack.turbo_core.convert import convert
 from zero_checkpoint import official_zeros
 
@@ -423,7 +422,7 @@ def test_a_dtype_that_checkpoints_do_not_hold(tmp_path):
         write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(1, dtype=torch.complex64)})
 
 
-@pytest.mark.parametrize("dtype", checkpoint_write.DTYPES)
+@pytest.mark.parametrize("dtype", write.DTYPES)
 def test_every_dtype_is_read_back_by_safetensors(tmp_path, dtype):
     tensors = {"a": torch.arange(6).view(2, 3).to(dtype).T, "b": torch.tensor(3).to(dtype)}
     write_safetensors(tmp_path / "a.safetensors", tensors)
@@ -478,15 +477,15 @@ def test_the_command_tells_what_is_wrong(quant, tmp_path):
 # The command with a signal in the middle: at the first tensor, when the part is there already.
 SIGNALLED = """
 import os, signal, sys
-from turbo_core import checkpoint_write, convert
+from turbo_core import write, convert
 number = signal.Signals[sys.argv.pop()]
-bytes_of = checkpoint_write._bytes
+bytes_of = write._bytes
 
 def interrupted(tensor):
     os.kill(os.getpid(), number)
     return bytes_of(tensor)
 
-checkpoint_write._bytes = interrupted
+write._bytes = interrupted
 convert.main()
 """
 

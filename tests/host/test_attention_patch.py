@@ -10,13 +10,16 @@ import goldens
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler
+from in_comfyui import comfy
 from turbodiffusion_pack.turbo_core import run_report
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.patch import KEY, patch_attention
+from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 SELF_ATTN = "diffusion_model.blocks.0.self_attn.forward"
-KEY = comfy_attention.KEY
+KEY = KEY
 # A GPU computes in bf16, the CPU in fp32.
 EXACT = 1e-2 if torch.cuda.is_available() else 1e-5
 TOKENS = 192  # of the latents below: three key blocks, not a multiple of 128 rows
@@ -31,17 +34,17 @@ def info_log(caplog):
 
 @pytest.fixture(scope="module")
 def loaded(paths):
-    return comfy_loader.load_turbo_model(paths[0])
+    return load_turbo_model(paths[0])
 
 
 @pytest.fixture(scope="module")
 def float_model(paths):
     """Its output moves little where its input does; INT8 weights turn 1e-7 into 1e-4."""
-    return comfy_loader.load_turbo_model(paths[1])
+    return load_turbo_model(paths[1])
 
 
 def _patch(model, attention="sla", topk=0.34, **settings):
-    return comfy_attention.patch_attention(model, SLASettings(attention, topk, **settings))
+    return patch_attention(model, SLASettings(attention, topk, **settings))
 
 
 def _noise(batch=1, frames=3, seed=0):
@@ -61,7 +64,7 @@ def _run(model, steps=1, noise=None, cfg=1.0, positive="positive", callback=None
     conds = {"positive": [[_context(positive), {}]], "negative": [[_context("negative"), {}]]}
     guider.inner_set_conds(conds)
     guider.set_cfg(cfg)
-    sampler, sigmas = comfy_sampler.rcm_sampler("ode"), rcm_sigmas(steps, 80)
+    sampler, sigmas = rcm_sampler("ode"), rcm_sigmas(steps, 80)
     latent = torch.zeros_like(noise)
     return guider.sample(noise, latent, sampler, sigmas, callback=callback, disable_pbar=True)
 
@@ -217,7 +220,7 @@ class MergedAttention(comfy.ldm.wan.model.WanSelfAttention):
 
 @pytest.mark.parametrize("attention", ["self_attn", "cross_attn"])
 def test_merged_projections_step_aside(paths, line, attention):
-    model = comfy_loader.load_turbo_model(paths[0])
+    model = load_turbo_model(paths[0])
     block = model.model.diffusion_model.blocks[0]
     if attention == "self_attn":
         block.self_attn = MergedAttention(block.self_attn)
@@ -304,7 +307,7 @@ def test_a_clone_keeps_its_settings_when_the_other_changes(loaded, line):
     reason="this ComfyUI clones no weights",
 )
 def test_a_clone_with_its_own_weights_uses_them(paths, line):
-    model = _patch(comfy_loader.load_turbo_model(paths[0]), dense_blocks=(1,))
+    model = _patch(load_turbo_model(paths[0]), dense_blocks=(1,))
     expected = _run(model)
     told = line()
     clone = model.clone(force_deepcopy=True)
@@ -354,7 +357,7 @@ def test_a_batch_of_latents_equals_its_single_runs(float_model, attention):
 
 def test_int8_blocks_start_anew_at_every_sample(paths):
     """192 rows a sample: a block across samples would share a scale with rows 100 times larger."""
-    model = comfy_loader.load_turbo_model(paths[0])
+    model = load_turbo_model(paths[0])
     comfy.model_management.load_models_gpu([model])
     x = _noise(batch=2).reshape(2, TOKENS, -1).repeat(1, 1, 4).to(in_comfyui.DEVICE)
     x[1] *= 100

@@ -10,7 +10,9 @@ import goldens
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy_attention, comfy_loader, comfy_sampler
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model, round_to_bf16
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
+from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
@@ -39,7 +41,7 @@ def compiled_anew():
 
 @pytest.fixture(scope="module")
 def wan(paths):
-    return comfy_loader.load_turbo_model(paths[0], "exact")
+    return load_turbo_model(paths[0], "exact")
 
 
 def _compiled(model, backend="eager"):
@@ -56,7 +58,7 @@ def _velocity(model):
 def _sample(model, steps=2):
     noise = torch.randn(1, 16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     context = goldens.load("rcm")["t2v.context"]
-    sampler, sigmas = comfy_sampler.rcm_sampler("ode"), rcm_sigmas(steps, 80)
+    sampler, sigmas = rcm_sampler("ode"), rcm_sigmas(steps, 80)
     return in_comfyui.sample(model, sampler, sigmas, noise, context)
 
 
@@ -77,17 +79,15 @@ def _numbers(dtype):
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.bfloat16])
 def test_timesteps_are_rounded_as_by_a_cast(dtype):
     x = _numbers(dtype)
-    torch.testing.assert_close(
-        comfy_loader.round_to_bf16(x), _as_cast(x), rtol=0, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(round_to_bf16(x), _as_cast(x), rtol=0, atol=0, equal_nan=True)
     one = torch.tensor([987.65], dtype=dtype).expand(3)
-    assert comfy_loader.round_to_bf16(one).tolist() == [988.0] * 3
+    assert round_to_bf16(one).tolist() == [988.0] * 3
 
 
 def test_gradients_pass_the_rounding_as_they_pass_a_cast():
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.tensor([987.65, 0.0, 1e-3], requires_grad=True)
-        rounded = comfy_loader.round_to_bf16(x)
+        rounded = round_to_bf16(x)
         rounded.sum().backward()
     assert torch.equal(rounded, _as_cast(x))
     assert x.grad.tolist() == [1.0] * 3
@@ -99,7 +99,7 @@ def test_the_rounding_survives_inductor():
 
     @torch.compile(dynamic=False)
     def rounded(*tensors):
-        return [comfy_loader.round_to_bf16(x) for x in tensors], [_as_cast(x) for x in tensors]
+        return [round_to_bf16(x) for x in tensors], [_as_cast(x) for x in tensors]
 
     inputs = [_numbers(dtype).to(in_comfyui.DEVICE) for dtype in FLOATS]
     ours, casts = rounded(*inputs)
@@ -110,7 +110,7 @@ def test_the_rounding_survives_inductor():
 
 @inductor
 def test_the_golden_forward_pass_through_inductor(wan):
-    model = comfy_attention.patch_attention(wan, SLASettings("dense"))
+    model = patch_attention(wan, SLASettings("dense"))
     out = _velocity(_compiled(model, "inductor"))
     golden = goldens.load("forward")["t2v.even.out.original.int8.topk0.1.t988"]
     assert goldens.relative_error(out, golden) <= GOLDEN_BOUND
@@ -125,8 +125,8 @@ def test_the_golden_forward_pass_through_inductor(wan):
 def test_inductor_on_a_gpu(paths, attention, weights, granularity):
     """The embeddings and, of a float model, all but the attention are Inductor's. bf16's rounding
     is what remains: top-k 1 leaves no near-tie of the block selection to decide."""
-    model = comfy_loader.load_turbo_model(paths[weights], granularity)
-    model = comfy_attention.patch_attention(model, SLASettings(attention, 1.0))
+    model = load_turbo_model(paths[weights], granularity)
+    model = patch_attention(model, SLASettings(attention, 1.0))
     out = _velocity(_compiled(model, "inductor"))
     assert goldens.relative_error(out, _velocity(model)) <= 1e-2
 
@@ -141,10 +141,10 @@ SETTINGS = {
 
 def test_settings_changed_after_compilation_hold(paths):
     """Newer hosts drop the guards on transformer_options, where the settings are."""
-    model = comfy_loader.load_turbo_model(paths[1])
+    model = load_turbo_model(paths[1])
     outputs = []
     for name, settings in SETTINGS.items():
-        patched = comfy_attention.patch_attention(model, settings)
+        patched = patch_attention(model, settings)
         outputs.append(_sample(patched))
         assert torch.equal(_sample(_compiled(patched)), outputs[-1]), name
     assert not any(map(torch.equal, outputs, outputs[1:]))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from in_comfyui import DEVICE, DYNAMIC, comfy
 from turbodiffusion_pack.nodes.doctor import TurboDoctor
-from turbodiffusion_pack.turbo_core import comfy_doctor, diagnosis
+from turbodiffusion_pack.turbo_core import diagnosis
+from turbodiffusion_pack.turbo_core.host import doctor
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def test_the_node_shows_what_it_returns(no_trials):
 
 
 def test_it_names_the_running_comfyui(no_trials):
-    (line,) = (x for x in comfy_doctor.doctor_report().splitlines() if x.startswith("ComfyUI"))
+    (line,) = (x for x in doctor.doctor_report().splitlines() if x.startswith("ComfyUI"))
     versions = comfyui_install.find().joinpath("comfyui_version.py").read_text(encoding="utf-8")
     (version,) = re.findall('__version__ = "(.+)"', versions)
     assert line.startswith(f"ComfyUI {version}, ")
@@ -39,9 +40,9 @@ def test_it_names_the_running_comfyui(no_trials):
 def test_dynamic_vram_is_told(monkeypatch):
     memory = pytest.importorskip("comfy.memory_management", reason="newer hosts have it")
     monkeypatch.setattr(memory, "aimdo_enabled", True)
-    assert ", dynamic VRAM, " in comfy_doctor.comfyui_line()
+    assert ", dynamic VRAM, " in doctor.comfyui_line()
     monkeypatch.setattr(memory, "aimdo_enabled", False)
-    assert ", VRAM state " in comfy_doctor.comfyui_line()
+    assert ", VRAM state " in doctor.comfyui_line()
 
 
 def test_it_examines_anew_in_every_run():
@@ -50,5 +51,5 @@ def test_it_examines_anew_in_every_run():
 
 def test_it_leaves_models_where_they_are(no_trials):
     before = list(comfy.model_management.current_loaded_models)
-    comfy_doctor.doctor_report()
+    doctor.doctor_report()
     assert comfy.model_management.current_loaded_models == before

@@ -11,9 +11,12 @@ import in_comfyui
 import pytest
 import tiny_models
 import torch
-from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler
+from in_comfyui import comfy
 from turbodiffusion_pack.nodes.experts import Wan22ExpertSwitch
 from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
+from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
@@ -34,8 +37,8 @@ def files(tmp_path_factory):
 
 
 def _load(path, attention="sla"):
-    model = comfy_loader.load_turbo_model(path)
-    return comfy_attention.patch_attention(model, SLASettings(attention, 0.34))
+    model = load_turbo_model(path)
+    return patch_attention(model, SLASettings(attention, 0.34))
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +83,14 @@ def _run(model, sigmas=SIGMAS, noise=None, latent=None, callback=None, sampler=N
     """A run through ComfyUI's guider, without step noise if no `sampler` is given."""
     noise = _noise() if noise is None else noise
     latent = torch.zeros_like(noise) if latent is None else latent
-    sampler = sampler or comfy_sampler.rcm_sampler("ode")
+    sampler = sampler or rcm_sampler("ode")
     guider = _guider(model, **options)
     return guider.sample(noise, latent, sampler, sigmas, callback=callback, disable_pbar=True)
 
 
 def _in_two_runs(high, low, **options):
     """The same without the switch: `high` for the first half of SIGMAS, `low` from there."""
-    sampler, states = comfy_sampler.rcm_sampler("ode"), []
+    sampler, states = rcm_sampler("ode"), []
     sample = sampler.sampler_function
 
     def from_there(model, x, sigmas, **options):
@@ -237,7 +240,7 @@ def test_sampler_custom_advanced(high, low, mode, steps):
     guider = nodes.BasicGuider.execute(model, _cond(model)).args[0]
     noise = nodes.RandomNoise.execute(7).args[0]
     sigmas, latent = rcm_sigmas(steps, 200), {"samples": torch.zeros(1, 16, 3, 4, 4)}
-    sampler = comfy_sampler.rcm_sampler(mode)
+    sampler = rcm_sampler(mode)
     out, denoised = nodes.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).args
     assert ran == [int(sigma < 0.9) for sigma in sigmas[:-1]]
     assert out["samples"].shape == denoised["samples"].shape == latent["samples"].shape
@@ -386,7 +389,7 @@ def _with_halved_blocks(model):
 
 
 def _with_dense_attention(model):
-    return comfy_attention.patch_attention(model, SLASettings("dense"))
+    return patch_attention(model, SLASettings("dense"))
 
 
 def _with_scaled_output(model):
@@ -487,7 +490,7 @@ def test_guidance_by_two_prompts(high, low, cfg):
 
 def test_first_steps_are_each_experts_own(high, low, report):
     settings = SLASettings("sla", 0.34, dense_steps=1)
-    experts = [comfy_attention.patch_attention(model, settings) for model in (high, low)]
+    experts = [patch_attention(model, settings) for model in (high, low)]
     out = _run(_switch(*experts))
     told = report()
     for part in told.split(" | "):
@@ -672,7 +675,7 @@ def test_cancel_leaves_everything_clean(high, low, monkeypatch, moment):
     experts = high.clone(), low.clone()
     callback = MOMENTS[moment](*experts, monkeypatch)
     model = _switch(*experts)
-    guider, sampler, noise = _guider(model), comfy_sampler.rcm_sampler("ode"), _noise()
+    guider, sampler, noise = _guider(model), rcm_sampler("ode"), _noise()
     kept = [_state(patcher) for patcher in (model, *experts)]
     with pytest.raises(management.InterruptProcessingException):
         guider.sample(noise, 0 * noise, sampler, SIGMAS, callback=callback, disable_pbar=True)
@@ -697,7 +700,7 @@ def _other(diffusion_model):
 
 def _tiny(tmp_path, **sizes):
     torch.save(tiny_models.i2v_checkpoint(seed=5, **sizes), tmp_path / "tiny.pth")
-    return comfy_loader.load_turbo_model(str(tmp_path / "tiny.pth"))
+    return load_turbo_model(str(tmp_path / "tiny.pth"))
 
 
 @pytest.mark.parametrize("missing", ["model_high", "model_low"])

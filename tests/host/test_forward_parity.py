@@ -13,10 +13,11 @@ import parity
 import pytest
 import torch
 from attention import misplaced
-from in_comfyui import comfy_attention, comfy_loader, comfy_sla
 from turbodiffusion_pack.kernels.block_map import selected_count
-from turbodiffusion_pack.turbo_core import comfy_block
-from turbodiffusion_pack.turbo_core.comfy_loader import GRANULARITIES
+from turbodiffusion_pack.turbo_core.host import block, load, self_attention
+from turbodiffusion_pack.turbo_core.host.load import GRANULARITIES
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
+from turbodiffusion_pack.turbo_core.host.self_attention import MADE, once
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 # The CPU computes in fp32, a GPU in bf16.
@@ -84,8 +85,8 @@ def test_blocks_share_the_text_and_the_rotation(monkeypatch, attention, granular
     data = goldens.load("forward")
     x, context = data["t2v.even.x"], data["t2v.even.context"]
     model = parity.load("t2v-quant.pth", granularity)
-    model = comfy_attention.patch_attention(model, SLASettings(attention))
-    made, once = [], comfy_sla.once
+    model = patch_attention(model, SLASettings(attention))
+    made, once = [], self_attention.once
 
     def counted(options, name, tensor, make):
         return once(options, name, tensor, lambda x: made.append(name) or make(x))
@@ -95,8 +96,8 @@ def test_blocks_share_the_text_and_the_rotation(monkeypatch, attention, granular
 
     outputs = {}
     for share in (counted, each_for_itself):
-        monkeypatch.setattr(comfy_sla, "once", share)
-        monkeypatch.setattr(comfy_block, "once", share)
+        monkeypatch.setattr(self_attention, "once", share)
+        monkeypatch.setattr(block, "once", share)
         outputs[share] = [in_comfyui.velocity(model, x, c, 987.5) for c in (context, 2 * context)]
     assert all(map(torch.equal, *outputs.values()))
     assert not torch.equal(*outputs[counted])
@@ -106,8 +107,8 @@ def test_blocks_share_the_text_and_the_rotation(monkeypatch, attention, granular
 def test_what_is_shared_is_that_of_the_tensor_at_hand():
     """A node may give one block another text; without a forward pass around it nothing is kept."""
     one, other = torch.zeros(1), torch.ones(1)
-    for options in ({}, {comfy_sla.MADE: {}}):
-        made = [comfy_sla.once(options, "text", x, lambda x: x + 1) for x in (one, other, one)]
+    for options in ({}, {MADE: {}}):
+        made = [once(options, "text", x, lambda x: x + 1) for x in (one, other, one)]
         assert made == [1, 2, 1]
 
 
@@ -187,9 +188,7 @@ def test_a_wrong_image_misses_the_bound(mutant):
 @on_cpu
 @pytest.mark.parametrize("key", [key for key in KEYS if key.endswith(".t988")])
 def test_an_unrounded_timestep_misses_the_bound(monkeypatch, key):
-    monkeypatch.setattr(
-        comfy_loader, "_round_timestep", lambda executor, *a, **k: executor(*a, **k)
-    )
+    monkeypatch.setattr(load, "_round_timestep", lambda executor, *a, **k: executor(*a, **k))
     monkeypatch.setattr(parity, "load", parity.load.__wrapped__)  # wrapped when it is loaded
     with _at_the_originals_maps(key):
         assert parity.forward_error(parity.model_of(key), key) > _bound(key)

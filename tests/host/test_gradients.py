@@ -7,9 +7,13 @@ import goldens
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sla
+from in_comfyui import comfy
 from turbodiffusion_pack.kernels.block_map import block_map
 from turbodiffusion_pack.turbo_core import run_report
+from turbodiffusion_pack.turbo_core.host import self_attention
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.patch import KEY, patch_attention
+from turbodiffusion_pack.turbo_core.host.self_attention import sla
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="differences need the CPU's float32")
@@ -46,7 +50,7 @@ def float_wan(paths):
 
 def _untrained(path):
     with torch.inference_mode(False):
-        model = comfy_loader.load_turbo_model(path)
+        model = load_turbo_model(path)
     model.model.requires_grad_(False)
     return model
 
@@ -105,7 +109,7 @@ def _by_differences(run, tensor, direction, step=3e-3):
 def _fix_block_maps(monkeypatch):
     """Give every SLA call the key blocks that its block selected at first: a gradient knows no
     other selection."""
-    whole, maps, calls = comfy_sla.sla, [], itertools.count()
+    whole, maps, calls = sla, [], itertools.count()
 
     def fixed(q, k, v, proj, topk, **options):
         index = next(calls) % 2
@@ -113,7 +117,7 @@ def _fix_block_maps(monkeypatch):
             maps.append(block_map(q.detach(), k.detach(), topk, backend="reference"))
         return whole(q, k, v, proj, topk=topk, block_map=maps[index], **options)
 
-    monkeypatch.setattr(comfy_sla, "sla", fixed)
+    monkeypatch.setattr(self_attention, "sla", fixed)
 
 
 @pytest.fixture
@@ -126,7 +130,7 @@ def x():
 def test_float_weights_and_loras_get_their_gradients(float_wan, x, monkeypatch):
     """Off by at most 1e-2; a gradient of nothing is 1 off."""
     _fix_block_maps(monkeypatch)
-    sparse = comfy_attention.patch_attention(float_wan, SLASettings("sagesla", 0.34))
+    sparse = patch_attention(float_wan, SLASettings("sagesla", 0.34))
     model, tensors = _gradients(sparse, x)
 
     def run():
@@ -147,7 +151,7 @@ def test_int8_weights_pass_the_gradients_of_the_float_ones(float_wan, int8_wan, 
     for wan in (float_wan, int8_wan):
         x.grad = None
         # All blocks: near-ties of the selection fall otherwise in INT8.
-        patched = comfy_attention.patch_attention(wan, SLASettings(attention, 1.0))
+        patched = patch_attention(wan, SLASettings(attention, 1.0))
         tensors = _gradients(patched, x)[1]
         gradients.append({name: tensor.grad.clone() for name, tensor in tensors.items()})
     for name, expected in gradients[0].items():
@@ -210,7 +214,7 @@ def test_without_gradients_all_is_as_ever(int8_wan, x):
 
 def test_triton_by_name_has_no_gradients(float_wan, x):
     model = float_wan.clone()
-    model.model_options["transformer_options"][comfy_attention.KEY]["backend"] = "triton"
+    model.model_options["transformer_options"][KEY]["backend"] = "triton"
     with pytest.raises(RuntimeError, match=r"Triton was asked for, but gradients.*Use 'auto'"):
         _velocity(model, x)
 
@@ -219,7 +223,7 @@ def test_triton_by_name_has_no_gradients(float_wan, x):
 def test_a_model_as_the_train_node_has_it(paths, x):
     """Loaded in inference mode, as by any node, with something added to every weight and bias."""
     with torch.inference_mode():
-        model = comfy_loader.load_turbo_model(paths[0])
+        model = load_turbo_model(paths[0])
     ops = (n for n, m in model.model.named_modules() if hasattr(m, "weight_function"))
     names = [f"{op}.{part}" for op in ops for part in ("weight", "bias")]
     parameters = {name for name, _ in model.model.named_parameters()}
@@ -239,7 +243,7 @@ def test_gradients_on_a_gpu_are_those_of_the_reference(float_wan, x, attention):
     for backend in ("auto", "reference"):
         x.grad = None
         settings = SLASettings(attention, 0.34, backend=backend)
-        patched = comfy_attention.patch_attention(float_wan, settings)
+        patched = patch_attention(float_wan, settings)
         tensors = _gradients(patched, x)[1]
         gradients.append([tensor.grad.clone() for tensor in tensors.values()])
     for gradient, expected in zip(*gradients, strict=True):

@@ -74,7 +74,7 @@ def test_a_name_that_it_has_or_need_not_have(tree, source):
 
 
 def test_the_command(capsys, monkeypatch):
-    files = [host_names.ROOT / "turbo_core" / "comfy_save.py"]
+    files = [host_names.ROOT / "turbo_core" / "host" / "save.py"]
     monkeypatch.setattr(host_names, "pack_files", lambda: files)
     monkeypatch.setattr(sys, "argv", ["host_names.py", str(FOLDER)])
     assert host_names.main() == 0

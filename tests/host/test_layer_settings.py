@@ -7,18 +7,25 @@ import goldens
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler, comfy_sla
+from in_comfyui import comfy
 from safetensors.torch import load_file, save_file
-from turbodiffusion_pack.turbo_core import comfy_layer_settings, comfy_quantize
 from turbodiffusion_pack.turbo_core.checkpoint import file_tensors, read_checkpoint
-from turbodiffusion_pack.turbo_core.comfy_experts import switch_experts
-from turbodiffusion_pack.turbo_core.comfy_quantize import quantize_model
-from turbodiffusion_pack.turbo_core.comfy_save import save_turbo_model
+from turbodiffusion_pack.turbo_core.host import (
+    layer_settings,
+    self_attention,
+)
+from turbodiffusion_pack.turbo_core.host.experts import switch_experts
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
+from turbodiffusion_pack.turbo_core.host.quantize_model import _check_patches, quantize_model
+from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
+from turbodiffusion_pack.turbo_core.host.save import save_turbo_model
+from turbodiffusion_pack.turbo_core.host.self_attention import optimized_attention
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 SELF0, CROSS1 = "blocks.0.self_attn", "blocks.1.cross_attn"
-MODULE = "comfy_attention"
+MODULE = "patch"
 SETTING = {"attention": "comfy_kitchen_int8"}
 
 
@@ -59,7 +66,7 @@ def _decoded(tensor):
 def newer_host(monkeypatch):
     """The host with a ComfyAttention in every attention, and an attention function that asks it."""
     attention = comfy.ldm.wan.model.WanSelfAttention
-    init, function = attention.__init__, comfy_sla.optimized_attention
+    init, function = attention.__init__, optimized_attention
 
     def with_module(self, *args, **kwargs):
         init(self, *args, **kwargs)
@@ -71,7 +78,7 @@ def newer_host(monkeypatch):
         return function(q, k, v, heads, **options)
 
     monkeypatch.setattr(attention, "__init__", with_module)
-    monkeypatch.setattr(comfy_sla, "optimized_attention", asking)
+    monkeypatch.setattr(self_attention, "optimized_attention", asking)
     monkeypatch.setattr(ComfyAttention, "calls", [])
 
 
@@ -105,7 +112,7 @@ def _forward(model):
 def _settings(model):
     return {
         name: _decoded(setting)
-        for name, setting in comfy_layer_settings.layer_settings(
+        for name, setting in layer_settings.layer_settings(
             model.model.diffusion_model, model.model.diffusion_model.get_submodule
         ).items()
     }
@@ -117,7 +124,7 @@ EXPECTED = {f"{layer}.{MODULE}.config": SETTING for layer in (SELF0, CROSS1)}
 @pytest.mark.parametrize("index", [0, 1], ids=["INT8", "float"])
 def test_a_file_with_settings_loads_and_keeps_them(files, host, caplog, tmp_path, index):
     caplog.set_level(logging.INFO)
-    model = comfy_loader.load_turbo_model(files[index])
+    model = load_turbo_model(files[index])
     assert _settings(model) == EXPECTED
     (told,) = [line for line in caplog.messages if "ask for an attention backend" in line]
     assert told.startswith("TurboDiffusion: 2 layers")
@@ -126,7 +133,7 @@ def test_a_file_with_settings_loads_and_keeps_them(files, host, caplog, tmp_path
     save_turbo_model(model, tmp_path / "saved.safetensors")
     saved = load_file(tmp_path / "saved.safetensors")
     assert {name: _decoded(saved[name]) for name in EXPECTED} == EXPECTED
-    assert _settings(comfy_loader.load_turbo_model(tmp_path / "saved.safetensors")) == EXPECTED
+    assert _settings(load_turbo_model(tmp_path / "saved.safetensors")) == EXPECTED
 
 
 def test_a_setting_of_a_layer_that_is_not_there(files, caplog, tmp_path):
@@ -134,16 +141,16 @@ def test_a_setting_of_a_layer_that_is_not_there(files, caplog, tmp_path):
     tensors = {name: t for name, t in load_file(files[1]).items() if name not in EXPECTED}
     tensors[f"blocks.9.self_attn.{MODULE}.config"] = _encoded(SETTING)
     save_file(tensors, tmp_path / "some.safetensors")
-    assert _settings(comfy_loader.load_turbo_model(str(tmp_path / "some.safetensors"))) == {}
+    assert _settings(load_turbo_model(str(tmp_path / "some.safetensors"))) == {}
     assert any("1 layers ask" in line and "left out" in line for line in caplog.messages)
 
 
 def test_w8a8_carries_settings(files, host):
-    model = comfy_loader.load_turbo_model(files[1])
+    model = load_turbo_model(files[1])
     quantized, _ = quantize_model(model)
     assert _settings(quantized) == EXPECTED
     if host == "newer host":
-        _forward(comfy_attention.patch_attention(quantized, SLASettings("dense")))
+        _forward(patch_attention(quantized, SLASettings("dense")))
         assert [name for name, _ in ComfyAttention.calls] == ["comfy_kitchen_int8"] * 2
 
 
@@ -151,24 +158,24 @@ def test_w8a8_carries_settings(files, host):
 @pytest.mark.parametrize("index", [0, 1], ids=["INT8", "float"])
 def test_the_hosts_attention_is_told(files, newer_host, monkeypatch, attention, index):
     """Where SLA runs it takes the place of any backend; elsewhere the layer gets its own."""
-    model = comfy_loader.load_turbo_model(files[index])
-    _forward(comfy_attention.patch_attention(model, SLASettings(attention, 0.34)))
+    model = load_turbo_model(files[index])
+    _forward(patch_attention(model, SLASettings(attention, 0.34)))
     tokens = {length for _, (_, length, _) in ComfyAttention.calls}
     ours = index == 0  # float blocks run as this host has them, and it asks nobody
     assert tokens == (({224, 512} if attention == "dense" else {512}) if ours else set())
 
 
 def test_an_older_host_is_told_nothing(paths, monkeypatch):
-    asked, function = [], comfy_sla.optimized_attention
+    asked, function = [], optimized_attention
 
     def watched(*args, **options):
         asked.append(set(options))
         return function(*args, **options)
 
-    monkeypatch.setattr(comfy_sla, "optimized_attention", watched)
-    model = comfy_loader.load_turbo_model(paths[0])
+    monkeypatch.setattr(self_attention, "optimized_attention", watched)
+    model = load_turbo_model(paths[0])
     has_modules = hasattr(model.model.diffusion_model.blocks[0].self_attn, MODULE)
-    _forward(comfy_attention.patch_attention(model, SLASettings("dense")))
+    _forward(patch_attention(model, SLASettings("dense")))
     assert len(asked) == 4
     assert all(("preferred_attention" in names) == has_modules for names in asked)
 
@@ -177,8 +184,8 @@ def test_an_older_host_is_told_nothing(paths, monkeypatch):
 
 
 def _with_lora(path, setting):
-    model = comfy_loader.load_turbo_model(path)
-    model = comfy_attention.patch_attention(model, SLASettings("dense"))
+    model = load_turbo_model(path)
+    model = patch_attention(model, SLASettings("dense"))
     patch = ComfyAttention(setting)
     model.add_object_patch(f"diffusion_model.{SELF0}.{MODULE}", patch)
     return model
@@ -191,11 +198,11 @@ def test_w8a8_takes_a_lora_with_settings(paths, newer_host):
 
 
 def test_w8a8_refuses_a_module_with_weights(paths):
-    model = comfy_loader.load_turbo_model(paths[1])
+    model = load_turbo_model(paths[1])
     for patch in (torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2, affine=False)):
         model.add_object_patch(f"diffusion_model.{SELF0}.{MODULE}", patch)
         with pytest.raises(ValueError, match="tied to its float weights"):
-            comfy_quantize._check_patches(model)
+            _check_patches(model)
 
 
 def test_the_switch_takes_a_lora_with_settings(paths, newer_host):
@@ -204,7 +211,7 @@ def test_the_switch_takes_a_lora_with_settings(paths, newer_host):
     low, _ = quantize_model(low)
     data = goldens.load("rcm")
     model = switch_experts(high, low, 0.9)
-    sampler = comfy_sampler.rcm_sampler("ode")
+    sampler = rcm_sampler("ode")
     noise = torch.randn(1, 16, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     in_comfyui.sample(model, sampler, rcm_sigmas(4, 200), noise, data["t2v.context"])
     assert [name for name, _ in ComfyAttention.calls] == ["a", "a", "b", "b"]
@@ -212,7 +219,7 @@ def test_the_switch_takes_a_lora_with_settings(paths, newer_host):
 
 def test_the_save_node_takes_a_lora_with_settings(files, newer_host, tmp_path):
     """The file is of the MODEL given, whatever a clone of it has loaded now."""
-    plain = comfy_loader.load_turbo_model(files[0])
+    plain = load_turbo_model(files[0])
     patched = plain.clone()
     theirs = ComfyAttention({"attention": "a"})
     patched.add_object_patch(f"diffusion_model.{SELF0}.{MODULE}", theirs)

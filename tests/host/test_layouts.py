@@ -4,8 +4,8 @@ import goldens
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy_loader
 from layouts import LAYOUTS
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 
 KEY = "t2v.ragged"
 MODELS = ("t2v.pth", "t2v-quant.pth")
@@ -14,7 +14,7 @@ MODELS = ("t2v.pth", "t2v-quant.pth")
 def _forward(path):
     data = goldens.load("forward")
     x = data[f"{KEY}.x"][..., :1, :, :]  # 224 tokens
-    model = comfy_loader.load_turbo_model(str(path))
+    model = load_turbo_model(str(path))
     return in_comfyui.velocity(model, x, data[f"{KEY}.context"], 987.5)
 
 
@@ -39,4 +39,3 @@ def test_a_training_file_in_bf16_throughout(official, tmp_path):
     tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     out = _forward(LAYOUTS["training"](tensors, tmp_path))
     assert 0 < goldens.relative_error(out, expected) < 5e-3
-

@@ -6,16 +6,18 @@ import goldens
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy, comfy_attention, comfy_loader
-from turbodiffusion_pack.turbo_core import (
-    comfy_block,
-    comfy_epilogue,
-    comfy_memory_graph,
-    comfy_operations,
-    comfy_quant,
-    comfy_sla,
+from in_comfyui import comfy
+from turbodiffusion_pack.turbo_core.host import (
+    block,
+    epilogue,
+    int8_tensor,
+    memory_graph,
+    operations,
+    self_attention,
 )
-from turbodiffusion_pack.turbo_core.comfy_operations import Linear
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.operations import Linear
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 DEVICE = in_comfyui.DEVICE
@@ -41,7 +43,7 @@ def _linear(granularity=None, dtype=torch.float32):
 
 
 def _quantized(weight, granularity, bias):
-    q, scale = comfy_quant.quantize_weight(weight, granularity)
+    q, scale = int8_tensor.quantize_weight(weight, granularity)
     return q, bias, scale
 
 
@@ -65,7 +67,7 @@ ACTIVATIONS = (None, "gelu_tanh", "silu", "swiglu", "rms_norm")
 def products(monkeypatch):
     """What int8_linear was called with: its tensors' dtypes, and which of its epilogue."""
     calls = []
-    for module in (comfy_operations, comfy_quant):
+    for module in (operations, int8_tensor):
         original = module.int8_linear
 
         def noting(*args, original=original, **epilogue):
@@ -92,13 +94,13 @@ def test_an_activation_before_the_product(granularity, name, products):
 
 def test_gelu_goes_into_the_quantizer(monkeypatch):
     activations, linear = [], _linear("rows")
-    quantize_rows = comfy_epilogue.quantize_rows
+    quantize_rows = epilogue.quantize_rows
 
     def noting(x, activation=None):
         activations.append(activation)
         return quantize_rows(x, activation=activation)
 
-    monkeypatch.setattr(comfy_epilogue, "quantize_rows", noting)
+    monkeypatch.setattr(epilogue, "quantize_rows", noting)
     linear(_random(1, 130, 256), input_act="gelu_tanh")
     linear(_random(1, 130, 256), input_act="silu")
     assert activations == ["gelu_tanh", None]
@@ -189,7 +191,7 @@ def test_the_hosts_product_in_another_dtype_is_its_own(products):
 
 
 @pytest.mark.skipif(
-    not hasattr(comfy_quant.HostTensor, "linear_input_act"),
+    not hasattr(int8_tensor.HostTensor, "linear_input_act"),
     reason="this host's tensors have no linear_input_act",
 )
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -202,7 +204,7 @@ def test_the_hook_of_comfy_kitchen(granularity, products):
         assert torch.equal(y, linear(x, name, weight, 1e-5, residual, scale))
         named = {"input_act_weight": weight, "input_act_eps": 1e-5, "residual": residual}
         named |= {"input_act": name, "residual_scale": scale}
-        hook = comfy_quant.TurboInt8Layout.linear_input_act
+        hook = int8_tensor.TurboInt8Layout.linear_input_act
         assert torch.equal(hook(linear.weight, x, linear.bias, **named), y)
     assert linear.weight.linear_input_act(x.double(), linear.bias) is NotImplemented
 
@@ -216,7 +218,7 @@ UNFUSED = 2e-2 if torch.cuda.is_available() else 5e-3
 
 @pytest.fixture(scope="module")
 def models(paths):
-    return [comfy_loader.load_turbo_model(path, "exact") for path in paths]
+    return [load_turbo_model(path, "exact") for path in paths]
 
 
 def _forward(model):
@@ -237,10 +239,10 @@ def test_a_block_as_a_newer_host_calls_it(models, index, products):
     """ComfyUI 0.39 hands the activation to the Linear; such a block runs as the host has it."""
     model = models[index].clone()
     before = _forward(model)
-    for block in range(2):
-        ffn = model.get_model_object(f"diffusion_model.blocks.{block}.ffn")
+    for number in range(2):
+        ffn = model.get_model_object(f"diffusion_model.blocks.{number}.ffn")
         forward = _newer_feed_forward(ffn[0], ffn[2])
-        model.add_object_patch(f"diffusion_model.blocks.{block}.ffn.forward", forward)
+        model.add_object_patch(f"diffusion_model.blocks.{number}.ffn.forward", forward)
     products.clear()
     assert goldens.relative_error(_forward(model), before) < UNFUSED
     assert len(products) == (0 if index else 2 * 10)
@@ -250,15 +252,15 @@ def test_a_model_that_the_host_multiplies_stays_int8(models, monkeypatch, produc
     before = _forward(models[0])
 
     def core(linear, x):
-        with comfy_operations.fetched(linear, x.dtype, x.device) as (weight, bias):
+        with operations.fetched(linear, x.dtype, x.device) as (weight, bias):
             return F.linear(x, weight, bias)
 
     def never(*_, **__):
         raise AssertionError("an INT8 weight was dequantized")
 
     monkeypatch.setattr(Linear, "forward", core)
-    monkeypatch.setattr(comfy_block, "why_not_fused", lambda *_: "the host multiplies")
-    monkeypatch.setattr(comfy_quant.TurboInt8Layout, "dequantize", never)
+    monkeypatch.setattr(block, "why_not_fused", lambda *_: "the host multiplies")
+    monkeypatch.setattr(int8_tensor.TurboInt8Layout, "dequantize", never)
     products.clear()
     assert goldens.relative_error(_forward(models[0]), before) < UNFUSED
     assert len(products) == 2 * 10
@@ -289,19 +291,19 @@ def _pinned(model):
 
 
 def _products_fail(monkeypatch):
-    monkeypatch.setattr(comfy_operations, "int8_linear", _out_of_memory)
+    monkeypatch.setattr(operations, "int8_linear", _out_of_memory)
 
 
 def _requantizing_fails(monkeypatch):
-    monkeypatch.setattr(comfy_operations, "_weight_operands", _out_of_memory)
+    monkeypatch.setattr(operations, "_weight_operands", _out_of_memory)
 
 
 def _norms_fail(monkeypatch):
-    monkeypatch.setattr(comfy_sla, "kept", _out_of_memory)
+    monkeypatch.setattr(self_attention, "kept", _out_of_memory)
 
 
 def _float_products_fail(monkeypatch):
-    monkeypatch.setattr(comfy_operations.torch.nn.functional, "linear", _out_of_memory)
+    monkeypatch.setattr(operations.torch.nn.functional, "linear", _out_of_memory)
 
 
 def _out_of_memory(*_, **__):
@@ -332,7 +334,7 @@ def test_the_host_has_pins_for_all_that_it_streams(models):
     assert all(hasattr(module, "_pin_state") for module in streamed)
 
 
-# ComfyUI's compiler, see comfy_memory_graph.py
+# ComfyUI's compiler, see memory_graph.py
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -357,18 +359,18 @@ def test_what_outlives_a_block_is_not_recorded(models, monkeypatch, fused):
 
         monkeypatch.setattr(module, name, watched)
 
-    monkeypatch.setattr(comfy_memory_graph, "pause_malloc_graph", pause)
+    monkeypatch.setattr(memory_graph, "pause_malloc_graph", pause)
     for module, name in (
-        *((comfy_operations, "int8_linear"), (comfy_block, "layer_norm_quant")),
-        *((comfy_sla, "sla"), (comfy_sla, "sla_from_projections")),
+        *((operations, "int8_linear"), (block, "layer_norm_quant")),
+        *((self_attention, "sla"), (self_attention, "sla_from_projections")),
     ):
         watch(module, name)
     if not fused:
-        monkeypatch.setattr(comfy_block, "why_not_fused", lambda *_: "this is a test")
-    _forward(comfy_attention.patch_attention(models[0], SLASettings("sla", 0.34)))
+        monkeypatch.setattr(block, "why_not_fused", lambda *_: "this is a test")
+    _forward(patch_attention(models[0], SLASettings("sla", 0.34)))
     expected = ("layer_norm_quant", "sla_from_projections") if fused else ("sla",)
     assert {name for name, _ in inside} == {"int8_linear", *expected}
     assert all(paused for _, paused in inside)
-    with pytest.raises(RuntimeError), comfy_memory_graph.unrecorded():
+    with pytest.raises(RuntimeError), memory_graph.unrecorded():
         raise RuntimeError
     assert depth == [0]

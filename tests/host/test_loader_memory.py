@@ -11,7 +11,7 @@ import pytest
 import torch
 from peak_memory import can_measure
 from safetensors.torch import save_file
-from turbodiffusion_pack.turbo_core.checkpoint_layout import BLOCK_LINEARS, PROJ_L
+from turbodiffusion_pack.turbo_core.checkpoint.sizes import BLOCK_LINEARS, PROJ_L
 from zero_checkpoint import official_zeros
 
 pytestmark = [
@@ -33,8 +33,9 @@ import conftest
 import json, logging, pathlib
 import torch
 import in_comfyui
-from in_comfyui import comfy, comfy_loader
+from in_comfyui import comfy
 from peak_memory import peak_anonymous
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 
 def mapped(path):
     lines = pathlib.Path("/proc/self/maps").read_text().splitlines()
@@ -68,7 +69,7 @@ told = {{
 }}
 sys.stdout.write(json.dumps(told))
 """
-TURBO = "comfy_loader.load_turbo_model(path)"
+TURBO = "load_turbo_model(path)"
 STOCK = "comfy.sd.load_diffusion_model(path)"
 
 

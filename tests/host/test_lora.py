@@ -6,11 +6,13 @@ import goldens
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy, comfy_attention, comfy_loader
+from in_comfyui import comfy
 from safetensors.torch import save_file
 from turbodiffusion_pack.nodes.quantize import W8A8Quantize
-from turbodiffusion_pack.turbo_core.comfy_operations import Linear
-from turbodiffusion_pack.turbo_core.comfy_quant import is_int8, unpack
+from turbodiffusion_pack.turbo_core.host.int8_tensor import is_int8, unpack
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.operations import Linear
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 BOUND = 1e-2
@@ -42,11 +44,11 @@ def model(request, paths):
     """An INT8 MODEL with dense attention, whose output moves smoothly with its weights."""
     source, _, granularity = request.param.partition(" ")
     if source == "TurboLoader":
-        loaded = comfy_loader.load_turbo_model(paths[0], granularity)
+        loaded = load_turbo_model(paths[0], granularity)
     else:
-        loaded = comfy_loader.load_turbo_model(paths[1])
+        loaded = load_turbo_model(paths[1])
         loaded = W8A8Quantize.execute(loaded, "fast", False).args[0]
-    return comfy_attention.patch_attention(loaded, SLASettings("dense"))
+    return patch_attention(loaded, SLASettings("dense"))
 
 
 def _linears(model):
@@ -91,8 +93,8 @@ def predicted(paths):
 
     def run(model, lora, strength=1.0):
         comfy.model_management.unload_all_models()  # takes LoRAs out of the weights
-        twin = comfy_loader.load_turbo_model(paths[0])
-        twin = comfy_attention.patch_attention(twin, SLASettings("dense"))
+        twin = load_turbo_model(paths[0])
+        twin = patch_attention(twin, SLASettings("dense"))
         into = _linears(twin)
         for name, linear in _linears(model).items():
             weight, key = linear.weight.dequantize().float().cpu(), f"diffusion_model.{name}"

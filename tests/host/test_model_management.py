@@ -8,10 +8,13 @@ import goldens
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler
-from turbodiffusion_pack.turbo_core import comfy_block, comfy_operations
-from turbodiffusion_pack.turbo_core.comfy_operations import Linear
-from turbodiffusion_pack.turbo_core.comfy_quant import requantize, unpack
+from in_comfyui import comfy
+from turbodiffusion_pack.turbo_core.host import block, operations, patch
+from turbodiffusion_pack.turbo_core.host.int8_tensor import requantize, unpack
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.operations import Linear
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
+from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
@@ -29,7 +32,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture
 def int8_model(paths):
-    return comfy_loader.load_turbo_model(paths["t2v-quant.pth"])
+    return load_turbo_model(paths["t2v-quant.pth"])
 
 
 def _forward(model):
@@ -39,7 +42,7 @@ def _forward(model):
 
 def _sample(model, mode="sde", steps=3, seed=0, callback=None):
     data = goldens.load("rcm")
-    sampler = comfy_sampler.rcm_sampler(mode)
+    sampler = rcm_sampler(mode)
     sigmas = rcm_sigmas(steps, 80)
     noise = data["t2v.noise0"]
     return in_comfyui.sample(model, sampler, sigmas, noise, data["t2v.context"], seed, callback)
@@ -78,7 +81,7 @@ def test_what_dynamic_vram_patched_comes_in_the_dtype_asked_for(monkeypatch):
     op = Linear(4, 4, dtype=torch.float32)
     op.assign(torch.randn(4, 4), torch.randn(4))
     monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *_: None)
-    with comfy_operations.fetched(op, torch.float32, torch.device("cpu")) as (weight, bias):
+    with operations.fetched(op, torch.float32, torch.device("cpu")) as (weight, bias):
         assert weight.dtype == bias.dtype == torch.float32
 
 
@@ -91,23 +94,24 @@ def test_the_host_counts_int8_weights_once(paths, int8_model):
 
 def test_the_input_of_a_patch_is_untouched(int8_model):
     before = _forward(int8_model)
-    options = dict(int8_model.model_options["transformer_options"][comfy_attention.KEY])
-    dense = comfy_attention.patch_attention(int8_model, SLASettings("dense"))
+    options = dict(int8_model.model_options["transformer_options"][patch.KEY])
+    dense = patch_attention(int8_model, SLASettings("dense"))
     assert goldens.relative_error(_forward(dense), before) > 1e-2
-    assert int8_model.model_options["transformer_options"][comfy_attention.KEY] == options
+    assert int8_model.model_options["transformer_options"][patch.KEY] == options
     assert torch.equal(_forward(int8_model), before)
 
 
 def test_a_removed_patch_leaves_the_stock_model(paths):
-    model = comfy_loader.load_turbo_model(paths["t2v.pth"])
+    model = load_turbo_model(paths["t2v.pth"])
     _forward(model)
     model.unpatch_model()
-    for block in model.model.diffusion_model.blocks:
-        assert block.self_attn.forward.__func__ is type(block.self_attn).forward
+    for wan_block in model.model.diffusion_model.blocks:
+        attn = wan_block.self_attn
+        assert attn.forward.__func__ is type(attn).forward
 
 
 def test_two_models_side_by_side(paths, int8_model):
-    bf16_model = comfy_loader.load_turbo_model(paths["t2v.pth"])
+    bf16_model = load_turbo_model(paths["t2v.pth"])
     alone = [_forward(int8_model), _forward(bf16_model)]
     assert goldens.relative_error(*alone) > 1e-3
     for _ in range(2):
@@ -240,19 +244,19 @@ def test_a_streamed_weight_outlives_no_buffer(int8_model, monkeypatch):
 @pytest.mark.parametrize("granularity", ["fast", "exact"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_feed_forward_in_chunks_equals_the_whole(paths, monkeypatch, granularity, batch):
-    model = comfy_loader.load_turbo_model(paths["t2v-quant.pth"], granularity)
+    model = load_turbo_model(paths["t2v-quant.pth"], granularity)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(batch, 16, 3, 16, 30, generator=generator)  # 360 tokens: 256 and 104
     context = goldens.load("forward")[f"{KEY}.context"].repeat(batch, 1, 1)
-    outputs, calls, linear = [], [], comfy_block.int8_linear
+    outputs, calls, linear = [], [], block.int8_linear
 
     def counted(*args, **epilogue):
         calls.append(args)
         return linear(*args, **epilogue)
 
-    monkeypatch.setattr(comfy_block, "int8_linear", counted)
-    for tokens in (comfy_block.FFN_TOKENS, 256):
-        monkeypatch.setattr(comfy_block, "FFN_TOKENS", tokens)
+    monkeypatch.setattr(block, "int8_linear", counted)
+    for tokens in (block.FFN_TOKENS, 256):
+        monkeypatch.setattr(block, "FFN_TOKENS", tokens)
         outputs.append(in_comfyui.velocity(model, x, context, 987.5))
     assert len(calls) == 2 * 2 + 2 * 2 * 2  # up and down in two blocks, once whole and once in two
     assert goldens.relative_error(outputs[1], outputs[0]) <= 1e-6

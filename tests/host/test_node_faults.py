@@ -13,7 +13,7 @@ import goldens
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler
+from in_comfyui import comfy
 from turbodiffusion_pack.nodes import NODES
 from turbodiffusion_pack.nodes.attention import SLAAttentionPatch
 from turbodiffusion_pack.nodes.experts import Wan22ExpertSwitch
@@ -23,7 +23,10 @@ from turbodiffusion_pack.nodes.quantize import W8A8Quantize
 from turbodiffusion_pack.nodes.resolution import WanAdaptiveResolution
 from turbodiffusion_pack.nodes.sampler import RCMSampler
 from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
-from turbodiffusion_pack.turbo_core.comfy_save import save_turbo_model
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.patch import KEY
+from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
+from turbodiffusion_pack.turbo_core.host.save import save_turbo_model
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 
 Q0 = "blocks.0.self_attn.q"
@@ -67,7 +70,7 @@ def report(caplog):
 def _sample(model, steps=2, callback=None):
     noise = torch.randn(1, 16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     context = goldens.load("rcm")["t2v.context"]
-    sampler, sigmas = comfy_sampler.rcm_sampler("ode"), rcm_sigmas(steps, 80)
+    sampler, sigmas = rcm_sampler("ode"), rcm_sigmas(steps, 80)
     return in_comfyui.sample(model, sampler, sigmas, noise, context, callback=callback)
 
 
@@ -385,7 +388,7 @@ def test_rcm_refuses_a_model_that_is_no_flow_model():
         guider.sample(
             noise,
             noise,
-            comfy_sampler.rcm_sampler("sde"),
+            rcm_sampler("sde"),
             rcm_sigmas(2, 80),
             callback=lambda *_: steps.append(1),
             disable_pbar=True,
@@ -525,7 +528,7 @@ def without_projections(folder):
     tensors = torch.load(folder / "t2v.pth")
     plain = {name: tensor for name, tensor in tensors.items() if "proj_l" not in name}
     torch.save(plain, folder / "plain.pth")
-    model = comfy_loader.load_turbo_model(str(folder / "plain.pth"))
+    model = load_turbo_model(str(folder / "plain.pth"))
     # Rounded timesteps are for TurboDiffusion's checkpoints, other loaders' models have none.
     model.remove_wrappers_with_key("diffusion_model", "turbodiffusion.timestep")
     return _sample(SLAAttentionPatch.execute(model, **SLA).args[0])
@@ -555,4 +558,4 @@ def test_a_model_of_another_loader_is_itself_again_without_the_patch(folder, kin
     assert torch.equal(_sample(dense), before)
     whole = SLAAttentionPatch.execute(stock, **{**SLA, "topk": 1.0}).args[0]
     assert goldens.relative_error(_sample(whole), before) < EXACT
-    assert comfy_attention.KEY not in stock.model_options.get("transformer_options", {})
+    assert KEY not in stock.model_options.get("transformer_options", {})

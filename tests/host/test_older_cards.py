@@ -5,7 +5,7 @@ import in_comfyui
 import older_cards
 import pytest
 import torch
-from in_comfyui import comfy_loader
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 
 BOUND = 3e-2  # to the same pass on the real card, whose attention may run in fp8
 
@@ -13,7 +13,7 @@ BOUND = 3e-2  # to the same pass on the real card, whose attention may run in fp
 def forward(path: str, granularity: str) -> torch.Tensor:
     data = goldens.load("forward")
     key = min(key for key in data if key.endswith(".x") and key.startswith("t2v"))
-    model = comfy_loader.load_turbo_model(path, granularity)
+    model = load_turbo_model(path, granularity)
     return in_comfyui.velocity(model, data[key], data[f"{key.removesuffix('.x')}.context"], 600.0)
 
 

@@ -3,8 +3,9 @@
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy, comfy_attention
+from in_comfyui import comfy
 from turbodiffusion_pack.turbo_core import run_report
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 wan = comfy.ldm.wan.model
@@ -71,7 +72,7 @@ def test_blocks_run_unfused_and_the_report_says_why(name, attention):
     kind, options, shapes, reason = MODELS[name]
     device = in_comfyui.DEVICE
     patcher = comfy.model_patcher.ModelPatcher(Holder(_tiny(kind, options)), device, device)
-    model = comfy_attention.patch_attention(patcher, SLASettings(attention, 0.34))
+    model = patch_attention(patcher, SLASettings(attention, 0.34))
     model.patch_model()
     x, context = torch.randn(1, 16, 3, 16, 16), torch.randn(1, 20, 4096)
     further = {name: torch.randn(shape).to(device) for name, shape in shapes.items()}

@@ -7,13 +7,14 @@ import goldens
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy, comfy_loader
+from in_comfyui import comfy
 from turbodiffusion_pack.nodes.attention import SLAAttentionPatch
 from turbodiffusion_pack.nodes.quantize import W8A8Quantize
 from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
-from turbodiffusion_pack.turbo_core.checkpoint_names import PROJ_L
-from turbodiffusion_pack.turbo_core.comfy_projections import attach_projections
-from turbodiffusion_pack.turbo_core.comfy_save import save_turbo_model
+from turbodiffusion_pack.turbo_core.checkpoint.names import PROJ_L
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.projections import attach_projections
+from turbodiffusion_pack.turbo_core.host.save import save_turbo_model
 
 FOLDER = "diffusion_models"
 FILE = "t2v.pth"
@@ -84,7 +85,7 @@ def expected(folder):
     """The same model from our own loader, by the file its projections come from."""
 
     def run(name):
-        model = comfy_loader.load_turbo_model(str(folder / name))
+        model = load_turbo_model(str(folder / name))
         # Rounded timesteps are for TurboDiffusion's checkpoints, other loaders' models have none.
         model.remove_wrappers_with_key("diffusion_model", "turbodiffusion.timestep")
         return _run(_patch(model))
@@ -135,7 +136,7 @@ def test_the_host_sees_them_while_the_model_is_loaded(stock):
 def test_the_host_saves_them(stock, tmp_path, expected):
     path = str(tmp_path / "saved.safetensors")
     comfy.sd.save_checkpoint(path, _patch(stock, FILE))
-    model = comfy_loader.load_turbo_model(path)
+    model = load_turbo_model(path)
     model.remove_wrappers_with_key("diffusion_model", "turbodiffusion.timestep")
     assert goldens.relative_error(_run(_patch(model)), expected[FILE]) < EXACT
 
@@ -220,9 +221,7 @@ ORDERS = ("projections first", "quantized first")
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_beside_quantized_weights(stock, folder, line, order):
-    reference = W8A8Quantize.execute(
-        comfy_loader.load_turbo_model(str(folder / FILE)), "exact", False
-    ).args[0]
+    reference = W8A8Quantize.execute(load_turbo_model(str(folder / FILE)), "exact", False).args[0]
     reference.remove_wrappers_with_key("diffusion_model", "turbodiffusion.timestep")
     out = _run(_quantized(stock, order))
     assert "SLA in 2 of 2 blocks; sla top-k 0.34 (16 bit) in blocks 0-1; fused in" in line()
@@ -243,7 +242,7 @@ def test_a_quantized_model_is_saved_with_them(stock, folder, tmp_path, order, lo
     saved = (tensor for pair in checkpoint.proj_l for tensor in pair)
     assert all(torch.equal(*pair) for pair in zip(saved, originals, strict=True))
     assert checkpoint.quantized
-    again = comfy_loader.load_turbo_model(str(path), "exact")
+    again = load_turbo_model(str(path), "exact")
     again.remove_wrappers_with_key("diffusion_model", "turbodiffusion.timestep")
     assert goldens.relative_error(_run(_patch(again)), expected) < EXACT
 
@@ -275,7 +274,7 @@ def test_a_file_without_projections_is_refused(stock):
 
 
 def test_a_model_with_its_own_is_refused(folder):
-    model = comfy_loader.load_turbo_model(str(folder / FILE))
+    model = load_turbo_model(str(folder / FILE))
     with pytest.raises(ValueError, match=r"from its own file already.*Set projections to none"):
         _patch(model, "others.pth")
 

@@ -16,19 +16,17 @@ import in_comfyui
 import parity
 import pytest
 import torch
-from in_comfyui import comfy, comfy_attention, comfy_loader
+from in_comfyui import comfy
 from peak_memory import can_measure
 from safetensors.torch import save_file
 from turbodiffusion_pack.nodes.quantize import W8A8Quantize
-from turbodiffusion_pack.turbo_core import (
-    comfy_experts,
-    comfy_quantize,
-    comfy_scheduler,
-    run_report,
-)
+from turbodiffusion_pack.turbo_core import run_report
 from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
-from turbodiffusion_pack.turbo_core.comfy_quant import dequantize_weight, is_int8, unpack
-from turbodiffusion_pack.turbo_core.comfy_save import save_turbo_model
+from turbodiffusion_pack.turbo_core.host import experts, quantize_model, scheduler
+from turbodiffusion_pack.turbo_core.host.int8_tensor import dequantize_weight, is_int8, unpack
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
+from turbodiffusion_pack.turbo_core.host.save import save_turbo_model
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 from zero_checkpoint import official_zeros
@@ -63,7 +61,7 @@ def _quantize(model, granularity="exact", report=False):
 
 @pytest.fixture(scope="module")
 def float_model(paths):
-    return comfy_loader.load_turbo_model(paths[1])
+    return load_turbo_model(paths[1])
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +140,9 @@ MUTANTS = {
 @pytest.mark.parametrize("key", [GOLDENS[0], GOLDENS[-1]])
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_wrong_weights_miss_the_bound(float_model, monkeypatch, key, mutant):
-    quantize_weight = comfy_quantize.quantize_weight
+    quantize_weight = quantize_model.quantize_weight
     wrong = lambda *weight: MUTANTS[mutant](*quantize_weight(*weight))  # noqa: E731
-    monkeypatch.setattr(comfy_quantize, "quantize_weight", wrong)
+    monkeypatch.setattr(quantize_model, "quantize_weight", wrong)
     assert _golden_error(_quantize(float_model), key) > BOUND
 
 
@@ -193,7 +191,7 @@ def test_any_stock_wan_model(stock_tensors, caplog, kind, granularity):
     quantized = _quantize(model, granularity)
     assert len(_int8(quantized)) == 20
     for name, (q, scale) in _int8(quantized).items():
-        weight = comfy_quantize._float_weight(
+        weight = quantize_model._float_weight(
             model.model.diffusion_model.get_submodule(name), q.device
         )
         assert goldens.relative_error(dequantize_weight(q, scale, torch.float32), weight) < 1.1e-2
@@ -214,7 +212,7 @@ def test_blocks_run_fused_in_a_stock_model(stock_tensors, caplog):
 def test_scaled_fp8_can_be_saved_once_it_is_int8(stock_tensors, tmp_path):
     quantized = _quantize(_stock(_scaled_fp8(stock_tensors)), "fast")
     save_turbo_model(quantized, tmp_path / "a.safetensors")
-    again = comfy_loader.load_turbo_model(str(tmp_path / "a.safetensors"))
+    again = load_turbo_model(str(tmp_path / "a.safetensors"))
     for name, pair in _int8(quantized).items():
         assert all(map(torch.equal, _int8(again)[name], pair))
     again.remove_wrappers_with_key("diffusion_model", "turbodiffusion.timestep")
@@ -290,7 +288,7 @@ def test_a_saved_model_with_an_image_branch_loads_again(tmp_path, granularity):
     model, channels = _variant("2.1 i2v")
     quantized = _quantize(model, granularity)
     save_turbo_model(quantized, tmp_path / "i2v.safetensors")
-    again = comfy_loader.load_turbo_model(str(tmp_path / "i2v.safetensors"), granularity)
+    again = load_turbo_model(str(tmp_path / "i2v.safetensors"), granularity)
     assert type(again.model.diffusion_model.blocks[0].cross_attn) is wan.WanI2VCrossAttention
     assert len(_int8(again)) == count
     for name, pair in _int8(quantized).items():
@@ -318,7 +316,7 @@ def _state(model):
 
 
 def test_the_input_is_untouched(paths):
-    model = comfy_loader.load_turbo_model(paths[1])
+    model = load_turbo_model(paths[1])
     base, modules = model.model, [id(m) for m in model.model.modules()]
     parameters, carried = _state(model)
     before = _forward(model)
@@ -378,19 +376,19 @@ def test_patches_are_carried_over(stock_tensors):
 
 def test_attention_settings_are_carried_over(float_model):
     settings = SLASettings("sla", 0.34, (1,))
-    before = comfy_attention.patch_attention(float_model, settings)
+    before = patch_attention(float_model, settings)
     quantized = _quantize(before)
     assert torch.equal(
         _forward(quantized),
-        _forward(comfy_attention.patch_attention(_quantize(float_model), settings)),
+        _forward(patch_attention(_quantize(float_model), settings)),
     )
 
 
 def test_where_the_scheduler_starts_is_carried_over(paths):
-    model = comfy_loader.load_turbo_model(paths[1])
-    comfy_scheduler.carry_sigma_max(model, 200)
+    model = load_turbo_model(paths[1])
+    scheduler.carry_sigma_max(model, 200)
     quantized = _quantize(model)
-    sigmas = comfy_scheduler.rcm_schedule(quantized.get_model_object("model_sampling"), 4)
+    sigmas = scheduler.rcm_schedule(quantized.get_model_object("model_sampling"), 4)
     assert torch.equal(sigmas, rcm_sigmas(4, 200))
 
 
@@ -422,7 +420,7 @@ def test_a_lora_before_equals_one_behind(float_model, exact):
     reason="this ComfyUI loads no model twice",
 )
 def test_hosts_can_load_it_again(paths):
-    quantized = _quantize(comfy_loader.load_turbo_model(paths[1]))
+    quantized = _quantize(load_turbo_model(paths[1]))
     again = quantized.clone(force_deepcopy=True)
     assert again.model is not quantized.model
     for name, tensors in _int8(quantized).items():
@@ -459,7 +457,7 @@ def test_a_cancel_leaves_the_input_as_it_was(float_model, monkeypatch):
         if len(layers) == 3:
             raise comfy.model_management.InterruptProcessingException
 
-    management = comfy_quantize.comfy.model_management
+    management = quantize_model.comfy.model_management
     monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", cancel)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         _quantize(float_model)
@@ -475,14 +473,14 @@ import conftest
 import gc, json
 import torch
 import in_comfyui
-from in_comfyui import comfy_loader
+from in_comfyui import load
 from peak_memory import peak_anonymous
-from turbodiffusion_pack.turbo_core.comfy_quantize import quantize_model
+from turbodiffusion_pack.turbo_core.host.quantize_model import quantize_model
 
 torch.set_num_threads(1)
 told = []
 with torch.inference_mode():
-    model = comfy_loader.load_turbo_model(path)
+    model = load_turbo_model(path)
     for report in (False, True):
         with peak_anonymous() as peak:
             quantized, _ = quantize_model(model, report=report)
@@ -539,7 +537,7 @@ def _compiled(tensors):
 def _two_experts(tensors):
     head = tensors["head.head.bias"]
     other = _stock({**tensors, "head.head.bias": head + 1})
-    return comfy_experts.switch_experts(_stock(tensors), other, 0.9)
+    return experts.switch_experts(_stock(tensors), other, 0.9)
 
 
 def _injected(tensors):
@@ -607,13 +605,13 @@ def test_a_model_that_cannot_be_quantized_is_refused(stock_tensors, fault):
 
 
 def test_int8_already_is_refused(paths, exact):
-    for model in (exact, comfy_loader.load_turbo_model(paths[0])):
+    for model in (exact, load_turbo_model(paths[0])):
         with pytest.raises(ValueError, match=r"all 20 linears .* INT8 already.*Leave W8A8Quantize"):
             _quantize(model)
 
 
 def test_int8_weights_beside_float_ones_are_kept(paths):
-    model = comfy_loader.load_turbo_model(paths[0])
+    model = load_turbo_model(paths[0])
     linear = model.model.diffusion_model.blocks[1].ffn[2]
     linear.assign(linear.weight.dequantize())
     kept = _int8(model)
@@ -638,7 +636,7 @@ def test_a_model_that_is_not_wan_is_refused(float_model):
 
 
 def test_the_old_model_can_go(paths):
-    model = comfy_loader.load_turbo_model(paths[1])
+    model = load_turbo_model(paths[1])
     quantized = _quantize(model)
     before, base = _forward(quantized), weakref.ref(model.model)
     del model

@@ -9,9 +9,9 @@ import parity
 import pytest
 import torch
 from attention import misplaced
-from in_comfyui import comfy_sampler
 from parity import run_error
-from turbodiffusion_pack.turbo_core.comfy_experts import switch_experts
+from turbodiffusion_pack.turbo_core.host.experts import switch_experts
+from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 
 BOUND = 5e-3
@@ -102,10 +102,12 @@ def test_experts_of_every_step(run):
 
         marked.append(expert.clone())
         marked[-1].add_wrapper_with_key("diffusion_model", "test", note)
-    model, sampler = switch_experts(*marked, BOUNDARY), comfy_sampler.rcm_sampler(run.mode)
+    model, sampler = switch_experts(*marked, BOUNDARY), rcm_sampler(run.mode)
     data = goldens.load("rcm")
     noise = data["i2v.noise0"][..., :1, :4, :4]  # which expert runs does not depend on the size
-    in_comfyui.sample(model, sampler, rcm_sigmas(run.steps, run.sigma_max), noise, data["i2v.context"])
+    in_comfyui.sample(
+        model, sampler, rcm_sigmas(run.steps, run.sigma_max), noise, data["i2v.context"]
+    )
     assert ran == data[f"{run._replace(model='i2v')}.expert"].tolist()
 
 

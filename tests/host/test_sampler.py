@@ -6,7 +6,16 @@ import goldens
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy, comfy_attention, comfy_loader, comfy_sampler
+from in_comfyui import comfy
+from turbodiffusion_pack.turbo_core.host import sampler
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
+from turbodiffusion_pack.turbo_core.host.sampler import (
+    STEP_NOISE_SEED,
+    rcm_sampler,
+    sde_step,
+    step_noise_sampler,
+)
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
@@ -14,19 +23,19 @@ from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 EXACT = 1e-2 if torch.cuda.is_available() else 1e-5
 SEEDS = (0, 1, 123456789, 2**64 - 1)
 # Newer hosts add 1 to a seed on the CPU, and 2**64 - 1 is the largest that torch takes.
-LAST_STEP_SEED = 2**64 - 1 - comfy_sampler.STEP_NOISE_SEED
+LAST_STEP_SEED = 2**64 - 1 - STEP_NOISE_SEED
 
 
 @pytest.fixture(scope="module")
 def model(paths):
-    return comfy_loader.load_turbo_model(paths[0])
+    return load_turbo_model(paths[0])
 
 
 @pytest.fixture(scope="module")
 def dense_model(paths):
     """Float weights, dense attention: small differences in x stay small in the output."""
-    model = comfy_loader.load_turbo_model(paths[1])
-    return comfy_attention.patch_attention(model, SLASettings("dense"))
+    model = load_turbo_model(paths[1])
+    return patch_attention(model, SLASettings("dense"))
 
 
 def _latent(batch=1, frames=3, size=16):
@@ -51,13 +60,13 @@ def _run(model, sampler, sigmas=None, latent=None, seed=0, noise=None, **options
 def _record_noise(monkeypatch):
     """The noises of all SDE steps from here on."""
     noises = []
-    step = comfy_sampler.sde_step
+    step = sde_step
 
     def recording(denoised, noise, sigma_next):
         noises.append(noise)
         return step(denoised, noise, sigma_next)
 
-    monkeypatch.setattr(comfy_sampler, "sde_step", recording)
+    monkeypatch.setattr(sampler, "sde_step", recording)
     return noises
 
 
@@ -68,7 +77,7 @@ def _alike(a, b):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_step_noise_never_repeats_the_initial_noise(model, monkeypatch, seed):
     noises = _record_noise(monkeypatch)
-    _run(model, comfy_sampler.rcm_sampler("sde"), rcm_sigmas(4, 80), seed=seed)
+    _run(model, rcm_sampler("sde"), rcm_sigmas(4, 80), seed=seed)
     assert len(noises) == 3
     neighbours = [s for s in (seed - 1, seed, seed + 1, seed + 2) if 0 <= s < 2**64]
     initial = [comfy.sample.prepare_noise(_latent(), s) for s in neighbours]
@@ -88,20 +97,20 @@ def test_step_noise_of_comfyui_itself_would_repeat_a_seed():
 def test_every_seed_works():
     latent = _latent(size=2)
     for seed in (*SEEDS, LAST_STEP_SEED, LAST_STEP_SEED - 1, LAST_STEP_SEED + 1):
-        noise = comfy_sampler.step_noise_sampler(latent, seed)(None, None)
+        noise = step_noise_sampler(latent, seed)(None, None)
         assert noise.shape == latent.shape
 
 
 def test_a_run_repeats_with_its_seed_and_changes_with_another(model):
     noise = comfy.sample.prepare_noise(_latent(), 5)
-    sde = comfy_sampler.rcm_sampler("sde")
+    sde = rcm_sampler("sde")
     first = _run(model, sde, seed=5, noise=noise)
     assert torch.equal(_run(model, sde, seed=5, noise=noise), first)
     assert goldens.relative_error(_run(model, sde, seed=6, noise=noise), first) > 0.1
 
 
 def test_ode_draws_no_noise(model):
-    ode = comfy_sampler.rcm_sampler("ode")
+    ode = rcm_sampler("ode")
     ode.extra_options["noise_sampler"] = lambda *_: pytest.fail("ODE asked for noise")
     noise = comfy.sample.prepare_noise(_latent(), 5)
     assert torch.equal(_run(model, ode, seed=5, noise=noise), _run(model, ode, seed=6, noise=noise))
@@ -111,7 +120,7 @@ def test_ode_draws_no_noise(model):
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_callback_comes_once_a_step_with_the_whole_state(dense_model, monkeypatch, mode, steps):
     states, seen, inputs = [], [], []
-    sampler = comfy_sampler.rcm_sampler(mode)
+    sampler = rcm_sampler(mode)
     inner = sampler.sampler_function
 
     def watched(model, x, sigmas, callback=None, **options):
@@ -142,7 +151,7 @@ def test_callback_comes_once_a_step_with_the_whole_state(dense_model, monkeypatc
 
 def test_cancel_stops_the_run_and_leaves_a_clean_model(model, caplog):
     caplog.set_level(logging.INFO)
-    sde = comfy_sampler.rcm_sampler("sde")
+    sde = rcm_sampler("sde")
     undisturbed = _run(model, sde)
     caplog.clear()
     steps = []
@@ -174,7 +183,7 @@ def test_a_batch_equals_its_single_runs(dense_model, mode):
     steps = [comfy.sample.prepare_noise(_latent(batch=2), seed) for seed in (20, 21)]
 
     def run(part):
-        sampler, left = comfy_sampler.rcm_sampler(mode), iter(steps)
+        sampler, left = rcm_sampler(mode), iter(steps)
         sampler.extra_options["noise_sampler"] = lambda *_: next(left)[part].to(in_comfyui.DEVICE)
         return _run(dense_model, sampler, sigmas, torch.zeros_like(noise[part]), noise=noise[part])
 
@@ -189,7 +198,7 @@ def test_a_masked_region_keeps_its_latent(dense_model, mode):
     latent = torch.randn(_latent().shape, generator=torch.Generator().manual_seed(1))
     mask = torch.zeros(1, 1, 3, 16, 16)
     mask[..., 8:] = 1
-    sampler = comfy_sampler.rcm_sampler(mode)
+    sampler = rcm_sampler(mode)
     out = _run(dense_model, sampler, latent=latent, denoise_mask=mask)
     assert goldens.relative_error(out[..., :8], latent[..., :8]) < EXACT
     assert goldens.relative_error(out[..., 8:], latent[..., 8:]) > 0.1
@@ -209,7 +218,7 @@ def _stock(mode):
 @pytest.mark.parametrize("steps", [1, 2, 4, 7])
 @pytest.mark.parametrize("mode", ["sde", "ode"])
 def test_equals_the_stock_sampler_of_the_same_rule(dense_model, mode, steps):
-    ours = comfy_sampler.rcm_sampler(mode)
+    ours = rcm_sampler(mode)
     stock = _stock(mode)
     ours.extra_options |= _stock(mode).extra_options
     sigmas = rcm_sigmas(steps, 80)
@@ -218,13 +227,13 @@ def test_equals_the_stock_sampler_of_the_same_rule(dense_model, mode, steps):
 
 
 def test_the_other_rule_is_far_from_the_stock_sampler(dense_model):
-    out = _run(dense_model, comfy_sampler.rcm_sampler("sde"))
+    out = _run(dense_model, rcm_sampler("sde"))
     assert goldens.relative_error(out, _run(dense_model, _stock("ode"))) > 0.1
 
 
 def test_split_sigmas_continue_a_run(dense_model):
     """Two samplers in a row on halves of the sigmas, the second without new noise."""
-    ode, sigmas = comfy_sampler.rcm_sampler("ode"), rcm_sigmas(4, 80)
+    ode, sigmas = rcm_sampler("ode"), rcm_sigmas(4, 80)
     whole = _run(dense_model, ode, sigmas)
     half = _run(dense_model, ode, sigmas[:3])
     rest = _run(dense_model, ode, sigmas[2:], latent=half, noise=torch.zeros_like(half))
@@ -236,7 +245,7 @@ def test_the_longest_schedule_runs(dense_model, mode):
     seen = []
     out = _run(
         dense_model,
-        comfy_sampler.rcm_sampler(mode),
+        rcm_sampler(mode),
         rcm_sigmas(100, 80),
         _latent(frames=1, size=4),
         callback=lambda step, *_: seen.append(step),

@@ -14,18 +14,20 @@ import goldens
 import in_comfyui
 import pytest
 import torch
-from in_comfyui import comfy, comfy_attention, comfy_loader
+from in_comfyui import comfy
 from layouts import assert_same, conv
 from peak_memory import can_measure
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from turbodiffusion_pack.nodes.loader import TurboLoader
 from turbodiffusion_pack.nodes.save import TurboSaveCheckpoint, folder_paths
-from turbodiffusion_pack.turbo_core import comfy_quant
 from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
-from turbodiffusion_pack.turbo_core.comfy_experts import switch_experts
-from turbodiffusion_pack.turbo_core.comfy_quantize import quantize_model
-from turbodiffusion_pack.turbo_core.comfy_save import save_turbo_model
+from turbodiffusion_pack.turbo_core.host import int8_tensor
+from turbodiffusion_pack.turbo_core.host.experts import switch_experts
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
+from turbodiffusion_pack.turbo_core.host.quantize_model import quantize_model
+from turbodiffusion_pack.turbo_core.host.save import save_turbo_model
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 from zero_checkpoint import official_zeros
 
@@ -80,18 +82,18 @@ def _with_lora(model, strength=0.7):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_was_loaded_is_saved_bit_for_bit(files, official, tmp_path, name):
-    model = comfy_loader.load_turbo_model(files[name])
+    model = load_turbo_model(files[name])
     before = _forward(model)
     saved = _save(model, tmp_path)
     assert_same(load_file(saved), official[name])
-    again = comfy_loader.load_turbo_model(str(saved))
+    again = load_turbo_model(str(saved))
     assert torch.equal(_forward(again), before)
     assert_same(load_file(_save(again, tmp_path, "again.safetensors")), official[name])
 
 
 def test_attention_patches_change_nothing(files, official, tmp_path):
-    model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
-    dense = comfy_attention.patch_attention(model, SLASettings("dense"))
+    model = load_turbo_model(files["t2v-quant.pth"])
+    dense = patch_attention(model, SLASettings("dense"))
     _forward(dense)
     assert_same(load_file(_save(dense, tmp_path)), official["t2v-quant.pth"])
 
@@ -110,7 +112,7 @@ def test_a_model_of_comfyuis_own_loader(official, tmp_path, dtype):
             assert saved[name].dtype == kept, name
         assert torch.equal(saved[name], tensor.to(saved[name].dtype)), name
     assert read_checkpoint(tmp_path / "saved.safetensors").has_sla is False
-    loaded = comfy_loader.load_turbo_model(str(tmp_path / "saved.safetensors"))
+    loaded = load_turbo_model(str(tmp_path / "saved.safetensors"))
     # What is cast to fp8 at use only is saved as it was: fp8 itself is 3e-2 away from that.
     bound = 4e-2 if in_comfyui.DYNAMIC and dtype.itemsize == 1 else 2e-2
     assert goldens.relative_error(_forward(loaded), _forward(stock)) < bound
@@ -118,25 +120,25 @@ def test_a_model_of_comfyuis_own_loader(official, tmp_path, dtype):
 
 @pytest.mark.parametrize(("granularity", "scales"), [("fast", (256,)), ("exact", (2, 2))])
 def test_what_w8a8_quantize_made(files, tmp_path, granularity, scales):
-    model, _ = quantize_model(comfy_loader.load_turbo_model(files["t2v.pth"]), granularity)
+    model, _ = quantize_model(load_turbo_model(files["t2v.pth"]), granularity)
     before = _forward(model)
     saved = _save(model, tmp_path)
     assert load_file(saved)[f"{Q0}.scale"].shape == scales
-    again = comfy_loader.load_turbo_model(str(saved), granularity)
+    again = load_turbo_model(str(saved), granularity)
     assert torch.equal(_forward(again), before)
     assert_same(load_file(_save(again, tmp_path, "again.safetensors")), load_file(saved))
 
 
 def test_a_scale_per_channel_is_multiplied_with_whatever_is_asked_for(files, tmp_path):
-    model, _ = quantize_model(comfy_loader.load_turbo_model(files["t2v.pth"]), "fast")
-    exact = comfy_loader.load_turbo_model(str(_save(model, tmp_path)), "exact")
+    model, _ = quantize_model(load_turbo_model(files["t2v.pth"]), "fast")
+    exact = load_turbo_model(str(_save(model, tmp_path)), "exact")
     assert torch.equal(_forward(exact), _forward(model)), "these weights have no blocks"
 
 
 def test_comfyuis_own_loader_takes_the_float_file_and_refuses_the_int8_one(files, tmp_path):
     """Under ComfyUI's names it would take the integers for values without a word."""
     for name, usable in {"t2v.pth": True, "t2v-quant.pth": False}.items():
-        saved = str(_save(comfy_loader.load_turbo_model(files[name]), tmp_path, f"{name}.sft"))
+        saved = str(_save(load_turbo_model(files[name]), tmp_path, f"{name}.sft"))
         if usable:
             assert type(comfy.sd.load_diffusion_model(saved).model).__name__ == "WAN21"
         else:
@@ -148,12 +150,12 @@ def test_comfyuis_own_loader_takes_the_float_file_and_refuses_the_int8_one(files
 
 
 def test_a_lora_is_baked_into_int8_weights(files, official, tmp_path):
-    model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
+    model = load_turbo_model(files["t2v-quant.pth"])
     before = _forward(model)
     patched = _with_lora(model, 4.0)
     expected = _forward(patched)
     saved = _save(patched, tmp_path)
-    out = _forward(comfy_loader.load_turbo_model(str(saved)))
+    out = _forward(load_turbo_model(str(saved)))
     # ComfyUI adds a LoRA in float32 on the CPU and in fp16 on a GPU, which computes in bf16 too;
     # with dynamic VRAM to a weight in bf16.
     bound = 1e-2 if torch.cuda.is_available() or in_comfyui.DYNAMIC else 2e-3
@@ -164,7 +166,7 @@ def test_a_lora_is_baked_into_int8_weights(files, official, tmp_path):
 
 
 def test_baked_int8_weights_are_dequantized_added_and_quantized(files, official, tmp_path):
-    patched = _with_lora(comfy_loader.load_turbo_model(files["t2v-quant.pth"]))
+    patched = _with_lora(load_turbo_model(files["t2v-quant.pth"]))
     tensors, lora, plain = load_file(_save(patched, tmp_path)), _lora(), official["t2v-quant.pth"]
     changed = {n for n in plain if not torch.equal(tensors[n], plain[n])}
     targets = {n.split(".lora")[0].removeprefix("diffusion_model.") for n in lora}
@@ -174,7 +176,7 @@ def test_baked_int8_weights_are_dequantized_added_and_quantized(files, official,
         key = f"diffusion_model.{target}"
         delta = lora[f"{key}.lora_B.weight"] @ lora[f"{key}.lora_A.weight"]
         weight = plain[f"{target}.int8_weight"] * scale + 0.7 * delta
-        q, scale = comfy_quant.quantize_weight(weight, "blocks")
+        q, scale = int8_tensor.quantize_weight(weight, "blocks")
         torch.testing.assert_close(tensors[f"{target}.scale"], scale, rtol=1e-6, atol=0)
         off = (tensors[f"{target}.int8_weight"].int() - q.int()).abs()
         assert off.max() <= 1
@@ -182,7 +184,7 @@ def test_baked_int8_weights_are_dequantized_added_and_quantized(files, official,
 
 
 def test_a_lora_is_baked_into_float_weights(files, official, tmp_path):
-    patched = _with_lora(comfy_loader.load_turbo_model(files["t2v.pth"]))
+    patched = _with_lora(load_turbo_model(files["t2v.pth"]))
     tensors, lora = load_file(_save(patched, tmp_path)), _lora()
     key = f"diffusion_model.{Q0}"
     delta = lora[f"{key}.lora_B.weight"] @ lora[f"{key}.lora_A.weight"]
@@ -195,7 +197,7 @@ def test_a_lora_is_baked_into_float_weights(files, official, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_file_is_the_same_wherever_the_weights_are(files, official, tmp_path, name):
     """Loaded with the LoRA in them, streamed, or not loaded at all; this MODEL or a clone."""
-    model = comfy_loader.load_turbo_model(files[name])
+    model = load_turbo_model(files[name])
     patched = _with_lora(model)
     first = _save(patched, tmp_path, "never_loaded.safetensors").read_bytes()
     _forward(patched)
@@ -215,13 +217,13 @@ import conftest
 import pathlib
 import torch
 import in_comfyui
-from in_comfyui import comfy, comfy_loader
+from in_comfyui import comfy, load
 from peak_memory import peak_anonymous
-from turbodiffusion_pack.turbo_core.comfy_save import save_turbo_model
+from turbodiffusion_pack.turbo_core.host.save import save_turbo_model
 
 torch.set_num_threads(1)
 with torch.inference_mode():
-    model = comfy_loader.load_turbo_model(source)
+    model = load_turbo_model(source)
     key = "diffusion_model.blocks.0.ffn.2"
     lora = {f"{key}.lora_A.weight": torch.ones(1, 8192)}
     lora[f"{key}.lora_B.weight"] = torch.ones(2048, 1)
@@ -269,7 +271,7 @@ def _default_prefix():
 
 
 def test_the_node_saves_where_loaders_look(files, official, output):
-    model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
+    model = load_turbo_model(files["t2v-quant.pth"])
     shown = TurboSaveCheckpoint.execute(model, _default_prefix()).ui.as_dict()
     TurboSaveCheckpoint.execute(model, _default_prefix())
     names = [f"TurboDiffusion_{number:05}_.safetensors" for number in (1, 2)]
@@ -285,14 +287,14 @@ def test_the_node_saves_where_loaders_look(files, official, output):
 
 def test_the_workflow_is_left_out_on_request(files, output, monkeypatch):
     monkeypatch.setattr(comfy.cli_args.args, "disable_metadata", True)
-    model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
+    model = load_turbo_model(files["t2v-quant.pth"])
     TurboSaveCheckpoint.execute(model, "diffusion_models/a")
     with safe_open(output / "a_00001_.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 
 def test_a_place_outside_the_output_folder(files, output):
-    model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
+    model = load_turbo_model(files["t2v-quant.pth"])
     for prefix in ("../../elsewhere/a", "../a", str(output.parents[1] / "a"), ".."):
         with pytest.raises(ValueError, match="is outside the output folder, where") as caught:
             TurboSaveCheckpoint.execute(model, prefix)
@@ -311,7 +313,7 @@ def _fp8_layout():
 
 
 def test_a_foreign_quantization_is_refused_by_name(files, tmp_path):
-    model = comfy_loader.load_turbo_model(files["t2v.pth"])
+    model = load_turbo_model(files["t2v.pth"])
     linear = model.model.diffusion_model.blocks[0].self_attn.q
     weight = comfy.quant_ops.QuantizedTensor.from_float(linear.weight.detach(), _fp8_layout())
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -323,7 +325,7 @@ def test_a_foreign_quantization_is_refused_by_name(files, tmp_path):
 
 def test_scaled_fp8_is_refused_by_name(files, tmp_path):
     """As ComfyUI 0.3.75 holds it: a plain FP8 parameter with its scale beside it."""
-    model = comfy_loader.load_turbo_model(files["t2v.pth"])
+    model = load_turbo_model(files["t2v.pth"])
     linear = model.model.diffusion_model.blocks[0].self_attn.q
     linear.weight = torch.nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
     norm = model.model.diffusion_model.blocks[0].self_attn.norm_q
@@ -334,7 +336,7 @@ def test_scaled_fp8_is_refused_by_name(files, tmp_path):
 
 
 def test_what_turbo_loader_could_not_load_is_refused(files, tmp_path):
-    model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
+    model = load_turbo_model(files["t2v-quant.pth"])
     norm = model.model.diffusion_model.blocks[1].self_attn.norm_q
     norm.weight = torch.nn.Parameter(torch.full((256,), float("nan")), requires_grad=False)
     match = r"makes no checkpoint for TurboLoader \(blocks.1.self_attn.norm_q.weight has 256 of 256"
@@ -344,7 +346,7 @@ def test_what_turbo_loader_could_not_load_is_refused(files, tmp_path):
 
 
 def test_two_experts_are_refused(files, tmp_path):
-    high, low = (comfy_loader.load_turbo_model(files[name]) for name in MODELS)
+    high, low = (load_turbo_model(files[name]) for name in MODELS)
     both = switch_experts(high, low, 0.9)
     with pytest.raises(ValueError, match=r"two experts, got one from Wan22ExpertSwitch.*by itself"):
         _save(both, tmp_path)
@@ -352,7 +354,7 @@ def test_two_experts_are_refused(files, tmp_path):
 
 
 def test_modules_beside_the_models_own_are_refused(files, tmp_path):
-    model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
+    model = load_turbo_model(files["t2v-quant.pth"])
     model.set_injections("bypass_lora", [])
     with pytest.raises(ValueError, match=r"not its own, got bypass_lora.*from before the node"):
         _save(model, tmp_path)
@@ -368,7 +370,7 @@ def test_a_model_that_is_not_wan(tmp_path):
 
 
 def test_an_older_file_and_a_full_disk(files, tmp_path, monkeypatch):
-    model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
+    model = load_turbo_model(files["t2v-quant.pth"])
     (tmp_path / "old.safetensors").write_text("old")
     with pytest.raises(FileExistsError, match=r"^old.safetensors exists already: choose another"):
         _save(model, tmp_path, "old.safetensors")
@@ -382,7 +384,7 @@ def test_an_older_file_and_a_full_disk(files, tmp_path, monkeypatch):
 
 def test_two_servers_that_save_under_one_name(files, tmp_path, monkeypatch):
     """Both found the number free; who is second is told so, and no file is lost."""
-    model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
+    model = load_turbo_model(files["t2v-quant.pth"])
     fsync = os.fsync
 
     def be_second(file):
@@ -400,7 +402,7 @@ def test_a_drive_that_fails_is_not_called_full(files, tmp_path, monkeypatch):
     def refuse(_):
         raise OSError(errno.EIO, "Input/output error", str(tmp_path))
 
-    model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
+    model = load_turbo_model(files["t2v-quant.pth"])
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match=r"^saved.safetensors .*\(Input/output error\)") as caught:
         _save(model, tmp_path)
@@ -409,7 +411,7 @@ def test_a_drive_that_fails_is_not_called_full(files, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_save_leaves_nothing(files, tmp_path):
-    model = comfy_loader.load_turbo_model(files["t2v-quant.pth"])
+    model = load_turbo_model(files["t2v-quant.pth"])
     comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         _save(model, tmp_path)

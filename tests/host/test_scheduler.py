@@ -11,10 +11,12 @@ import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import BasicScheduler
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
-from in_comfyui import comfy, comfy_attention, comfy_loader
-from turbodiffusion_pack.turbo_core import comfy_scheduler
-from turbodiffusion_pack.turbo_core.comfy_experts import switch_experts
-from turbodiffusion_pack.turbo_core.comfy_quantize import quantize_model
+from in_comfyui import comfy
+from turbodiffusion_pack.turbo_core.host import scheduler
+from turbodiffusion_pack.turbo_core.host.experts import switch_experts
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
+from turbodiffusion_pack.turbo_core.host.quantize_model import quantize_model
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
@@ -28,12 +30,12 @@ samplers = comfy.samplers
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    comfy_scheduler.register_scheduler()
+    scheduler.register_scheduler()
 
 
 @pytest.fixture(scope="module")
 def text_model(paths):
-    return comfy_loader.load_turbo_model(paths[0], "exact")
+    return load_turbo_model(paths[0], "exact")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def experts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("i2v")
     names = ("i2v_high-quant.pth", "i2v_low-quant.pth")
     files = [goldens.unpack_checkpoint(name, folder) for name in names]
-    return [comfy_loader.load_turbo_model(str(file)) for file in files]
+    return [load_turbo_model(str(file)) for file in files]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,8 @@ def image_model(experts):
 @pytest.fixture(scope="module")
 def dense_model(paths):
     """Float weights, dense attention: small differences in x stay small in the output."""
-    model = comfy_loader.load_turbo_model(paths[1])
-    return comfy_attention.patch_attention(model, SLASettings("dense"))
+    model = load_turbo_model(paths[1])
+    return patch_attention(model, SLASettings("dense"))
 
 
 def _sigmas(model, steps=4, denoise=1.0):
@@ -77,7 +79,7 @@ def _with_lora(model):
 
 
 def _in_sla(model):
-    return comfy_attention.patch_attention(model, SLASettings("sla", 0.3))
+    return patch_attention(model, SLASettings("sla", 0.3))
 
 
 def _ksampler(model, mode, noise, latent=None, steps=4, scheduler="rcm", denoise=1.0):
@@ -116,9 +118,9 @@ def _offered() -> list[list[str]]:
 
 
 def _loaded_again():
-    """comfy_scheduler as a second load of the pack has it: a module of its own."""
+    """host/scheduler.py as a second load of the pack has it: a module of its own."""
     name = "turbodiffusion_pack.turbo_core.comfy_scheduler_again"
-    spec = importlib.util.spec_from_file_location(name, comfy_scheduler.__file__)
+    spec = importlib.util.spec_from_file_location(name, scheduler.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -137,13 +139,13 @@ def test_loading_the_pack_again_replaces_it_and_offers_it_once():
         assert samplers.SCHEDULER_HANDLERS["rcm"].handler is again.rcm_schedule
         assert all(offered.count("rcm") == 1 for offered in _offered())
     finally:
-        comfy_scheduler.register_scheduler()
-    assert samplers.SCHEDULER_HANDLERS["rcm"].handler is comfy_scheduler.rcm_schedule
+        scheduler.register_scheduler()
+    assert samplers.SCHEDULER_HANDLERS["rcm"].handler is scheduler.rcm_schedule
 
 
 def test_a_list_that_another_pack_has_replaced_gets_it_too(monkeypatch):
     monkeypatch.setattr(samplers.KSampler, "SCHEDULERS", ["simple", "theirs"])
-    comfy_scheduler.register_scheduler()
+    scheduler.register_scheduler()
     assert samplers.KSampler.SCHEDULERS == ["simple", "theirs", "rcm"]
     assert samplers.SCHEDULER_NAMES.count("rcm") == 1
 
@@ -151,7 +153,7 @@ def test_a_list_that_another_pack_has_replaced_gets_it_too(monkeypatch):
 def test_the_rcm_of_another_pack_stays(monkeypatch, caplog):
     theirs = samplers.SchedulerHandler(lambda model_sampling, steps: torch.zeros(steps + 1))
     monkeypatch.setitem(samplers.SCHEDULER_HANDLERS, "rcm", theirs)
-    comfy_scheduler.register_scheduler()
+    scheduler.register_scheduler()
     assert samplers.SCHEDULER_HANDLERS["rcm"] is theirs
     assert "another node pack has a scheduler named rcm" in caplog.text
     assert "rCMSampler" in caplog.text
@@ -191,7 +193,7 @@ def test_sigma_max_survives_every_patch(image_model, chain):
         patched = patch(patched)
     assert torch.equal(_sigmas(patched), rcm_sigmas(4, 200))
     assert torch.equal(_sigmas(image_model), rcm_sigmas(4, 200))
-    assert comfy_scheduler.carried_sigma_max(patched) == 200
+    assert scheduler.carried_sigma_max(patched) == 200
 
 
 def test_two_experts_start_where_the_first_does(experts):
@@ -201,8 +203,8 @@ def test_two_experts_start_where_the_first_does(experts):
 
 
 def test_a_quantized_model_keeps_it(paths):
-    model = comfy_loader.load_turbo_model(paths[1])
-    comfy_scheduler.carry_sigma_max(model, 200)
+    model = load_turbo_model(paths[1])
+    scheduler.carry_sigma_max(model, 200)
     quantized, _ = quantize_model(_shifted(model))
     assert torch.equal(_sigmas(quantized), rcm_sigmas(4, 200))
     assert torch.equal(_sigmas(_shifted(quantized)), rcm_sigmas(4, 200))
@@ -226,12 +228,12 @@ def test_a_model_of_another_loader_starts_from_80(image_model):
     """Even with 36 input channels: how it was distilled is not known."""
     stock = comfy.model_patcher.ModelPatcher(image_model.model, "cpu", "cpu")
     stock = _shifted(stock)
-    assert comfy_scheduler.carried_sigma_max(stock) == 80
+    assert scheduler.carried_sigma_max(stock) == 80
     assert torch.equal(_sigmas(stock), rcm_sigmas(4, 80))
 
 
 def test_models_are_not_kept_alive(paths):
-    model = comfy_loader.load_turbo_model(paths[1])
+    model = load_turbo_model(paths[1])
     clone = weakref.ref(model.clone())
     gc.collect()
     assert clone() is None

@@ -29,14 +29,8 @@ import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.utils  # noqa: E402
-from turbodiffusion_pack.turbo_core import (  # noqa: E402
-    comfy_attention,
-    comfy_loader,
-    comfy_sampler,
-    comfy_sla,
-)
 
-__all__ = ["comfy", "comfy_attention", "comfy_loader", "comfy_sampler", "comfy_sla"]
+__all__ = ["comfy"]
 
 DEVICE = comfy.model_management.get_torch_device()
 # Dynamic VRAM: the host keeps weights in RAM as the file has them, and casts and patches a copy of

@@ -9,7 +9,7 @@ import zipfile
 
 import torch
 from safetensors.torch import save
-from turbodiffusion_pack.turbo_core.checkpoint_layout import Sizes, wan_shapes
+from turbodiffusion_pack.turbo_core.checkpoint.sizes import Sizes, wan_shapes
 
 KINDS = ("zip", "old", "safetensors", "index")
 SHARDS = ("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors")

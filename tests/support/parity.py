@@ -16,10 +16,14 @@ import goldens
 import in_comfyui
 import torch
 from attention import exact_scores
-from in_comfyui import comfy_attention, comfy_loader, comfy_sampler, comfy_sla
 from turbodiffusion_pack.kernels.block_map import block_map
 from turbodiffusion_pack.kernels.norm import rms_norm
 from turbodiffusion_pack.kernels.rope import apply_rope
+from turbodiffusion_pack.turbo_core.host import self_attention
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
+from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
+from turbodiffusion_pack.turbo_core.host.self_attention import sla, sla_from_projections
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
@@ -45,7 +49,7 @@ def forward_keys(attention: str) -> list[str]:
 @functools.cache
 def load(checkpoint: str, granularity: str = "exact"):
     """The MODEL of a golden checkpoint; `load.cache_clear()` where no more are needed."""
-    return comfy_loader.load_turbo_model(str(goldens.checkpoint_file(checkpoint)), granularity)
+    return load_turbo_model(str(goldens.checkpoint_file(checkpoint)), granularity)
 
 
 def model_of(key: str, granularity: str = "exact"):
@@ -61,7 +65,7 @@ def forward_error(model, key: str, edit_image=None) -> float:
     timestep = {"988": 987.5, "600": 600.0}[parts["timestep"]]
     attention = {"original": "dense"}.get(parts["attention"], parts["attention"])
     settings = SLASettings(attention, float(parts["topk"]))
-    model = comfy_attention.patch_attention(model, settings)
+    model = patch_attention(model, settings)
     data, inputs = goldens.load("forward"), parts["inputs"]
     image = data.get(f"{inputs}.y")
     image = edit_image(image) if edit_image else image
@@ -74,7 +78,7 @@ def forward_error(model, key: str, edit_image=None) -> float:
 def in_sla(checkpoint: str, granularity: str = "exact"):
     """The MODEL of a golden checkpoint as the original's recorded runs have it."""
     model = load(checkpoint, granularity)
-    return comfy_attention.patch_attention(model, SLASettings("sla", RUN_TOPK))
+    return patch_attention(model, SLASettings("sla", RUN_TOPK))
 
 
 class Run(NamedTuple):
@@ -104,7 +108,7 @@ def run_error(model, run: Run, *, mode=None, sigma_max=None, noises=(1, 2, 3)) -
     """Relative error of the last state of `model`; the keywords make one thing differ."""
     data = goldens.load("rcm")
     noise = iter([data[f"{run.model}.noise{i}"] for i in noises])
-    sampler = comfy_sampler.rcm_sampler(mode or run.mode)
+    sampler = rcm_sampler(mode or run.mode)
     sampler.extra_options["noise_sampler"] = lambda sigma, sigma_next: next(noise)
     sigmas = rcm_sigmas(run.steps, sigma_max or run.sigma_max)
     first, context, image = (data.get(f"{run.model}.{n}") for n in ("noise0", "context", "y"))
@@ -118,7 +122,7 @@ def attention_changed(change: Callable) -> Iterator[None]:
 
     `q` and `k` are normed and rotated; run(proj, **options) is the call itself.
     """
-    whole, from_projections = comfy_sla.sla, comfy_sla.sla_from_projections
+    whole, from_projections = sla, sla_from_projections
 
     def changed_whole(q, k, v, proj, **options):
         run = functools.partial(whole, q, k, v)
@@ -132,8 +136,8 @@ def attention_changed(change: Callable) -> Iterator[None]:
         return change(run, *rotated, proj, **options)
 
     with (
-        mock.patch.object(comfy_sla, "sla", changed_whole),
-        mock.patch.object(comfy_sla, "sla_from_projections", changed_from_projections),
+        mock.patch.object(self_attention, "sla", changed_whole),
+        mock.patch.object(self_attention, "sla_from_projections", changed_from_projections),
     ):
         yield
 

@@ -9,6 +9,7 @@ else about the maps is fitted.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 
 import pack  # noqa: F401 - before what imports the pack
@@ -16,7 +17,7 @@ import parity
 import torch
 from goldens import DATA
 from safetensors.torch import save_file
-from turbodiffusion_pack.turbo_core.comfy_experts import switch_experts
+from turbodiffusion_pack.turbo_core.host.experts import switch_experts
 
 FILE = DATA / "block_maps.safetensors"
 # Scores this near to each other, in units of their row's std, may fall either way.
@@ -49,15 +50,15 @@ def comparisons() -> dict[str, Callable[[], float]]:
 def recovered(key: str, error: Callable[[], float]) -> torch.Tensor:
     """The block maps of all SLA calls in order, int32 [calls, B, H, NQ, count]."""
     best, selections = error_at([], error)
-    print(f"{key}: {best:.2e}", end="", flush=True)
+    sys.stdout.write(f"{key}: {best:.2e}")
     while True:
         trials = [error_at(maps, error) for maps in swaps(selections)]
         trial, swapped = min(trials, key=lambda trial: trial[0], default=(best, selections))
         if trial > (1 - GAIN) * best:
-            print()
+            sys.stdout.write("\n")
             return torch.stack([call.given for call in selections])
         best, selections = trial, swapped
-        print(f" -> {best:.2e}", end="", flush=True)
+        sys.stdout.write(f" -> {best:.2e}")
 
 
 def error_at(

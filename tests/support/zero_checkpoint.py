@@ -1,7 +1,7 @@
 """Large checkpoints of zeros in the official format, for the tests that measure memory."""
 
 import torch
-from turbodiffusion_pack.turbo_core.checkpoint_layout import (
+from turbodiffusion_pack.turbo_core.checkpoint.sizes import (
     BLOCK_LINEARS,
     PROJ_L,
     Sizes,

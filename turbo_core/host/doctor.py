@@ -7,7 +7,7 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
-from .diagnosis import GIB, comfyui_version, report
+from ..diagnosis import GIB, comfyui_version, report
 
 
 def doctor_report() -> str:

@@ -14,8 +14,8 @@ import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
-from . import run_report
-from .comfy_attention import BOUNDARY, require_model
+from .. import run_report
+from .patch import BOUNDARY, require_model
 
 KEY = "turbodiffusion.experts"
 HIGH, LOW = "high-noise expert", "low-noise expert"

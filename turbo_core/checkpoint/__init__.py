@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint_layout as layout
-from .checkpoint_checks import check_dtypes, check_shapes, check_values
-from .checkpoint_error import CheckpointError
-from .checkpoint_names import PROJ_L, wan_names
-from .checkpoint_shards import read_files
+from . import sizes as layout
+from .checks import check_dtypes, check_shapes, check_values
+from .error import CheckpointError
+from .names import PROJ_L, wan_names
+from .shards import read_files
 
 NAMES = ("official", "comfy")
 

@@ -10,16 +10,16 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .checkpoint_layout import BLOCK_LINEARS, IMAGE_LINEARS
-from .comfy_attention import KEY, patch_attention, wan_model
-from .comfy_block import is_ours
-from .comfy_experts import KEY as EXPERTS
-from .comfy_layer_settings import layer_settings, set_layer_settings
-from .comfy_loader import GRANULARITIES
-from .comfy_operations import Linear, TurboOperations
-from .comfy_projections import INJECTION, own_projection, projection
-from .comfy_quant import HostTensor, dequantize_weight, is_int8, quantize_weight, unpack
-from .sla_settings import SLASettings
+from ..checkpoint.sizes import BLOCK_LINEARS, IMAGE_LINEARS
+from ..sla_settings import SLASettings
+from .block import is_ours
+from .experts import KEY as EXPERTS
+from .int8_tensor import HostTensor, dequantize_weight, is_int8, quantize_weight, unpack
+from .layer_settings import layer_settings, set_layer_settings
+from .load import GRANULARITIES
+from .operations import Linear, TurboOperations
+from .patch import KEY, patch_attention, wan_model
+from .projections import INJECTION, own_projection, projection
 
 QUANTIZED = (*BLOCK_LINEARS, *IMAGE_LINEARS)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,7 +7,7 @@ import comfy.model_sampling
 import comfy.samplers
 from comfy.patcher_extension import CallbacksMP
 
-from .rcm import TEXT_TO_VIDEO, rcm_sigmas
+from ..rcm import TEXT_TO_VIDEO, rcm_sigmas
 
 NAME = "rcm"
 KEY = "turbodiffusion.sigma_max"

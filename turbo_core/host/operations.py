@@ -9,13 +9,13 @@ import comfy.float
 import comfy.ops
 import torch
 
-from ..kernels.int8_linear import int8_linear
-from ..kernels.requantize import requantize_rows
-from . import run_report
-from .comfy_epilogue import Operands, activated, added, int8_linear_with, quantize
-from .comfy_gradients import records_graph
-from .comfy_memory_graph import unrecorded
-from .comfy_quant import is_int8, pack, requantize, unpack
+from ...kernels.int8_linear import int8_linear
+from ...kernels.requantize import requantize_rows
+from .. import run_report
+from .epilogue import Operands, activated, added, int8_linear_with, quantize
+from .gradients import records_graph
+from .int8_tensor import is_int8, pack, requantize, unpack
+from .memory_graph import unrecorded
 
 # Newer hosts requantize a weight after patching it, if asked to.
 _parameters = inspect.signature(comfy.ops.cast_bias_weight).parameters
@@ -163,7 +163,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     ) -> torch.Tensor:
         """residual + residual_scale * (act(x) @ weight.T + bias), x [..., C] in x's dtype.
 
-        The signature is ComfyUI's own (0.39 and newer); for the activations see comfy_epilogue.py.
+        The signature is ComfyUI's own (0.39 and newer); for the activations see epilogue.py.
         """
         recorded = records_graph(self, x)
         if is_int8(self.weight) and not recorded:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .checkpoint_checks import check_shapes, describe
-from .checkpoint_error import CheckpointError
-from .checkpoint_names import BLOCK_NAME, PROJ_L, renamed
+from .checks import check_shapes, describe
+from .error import CheckpointError
+from .names import BLOCK_NAME, PROJ_L, renamed
 
 Tensors = dict[str, torch.Tensor]
 Pairs = tuple[tuple[torch.Tensor, torch.Tensor], ...]

@@ -9,15 +9,15 @@ import dataclasses
 import comfy.quant_ops
 import torch
 
-from ..kernels.checks import DTYPES
-from ..kernels.int8_linear import int8_linear
-from ..kernels.int8_quant import (
+from ...kernels.checks import DTYPES
+from ...kernels.int8_linear import int8_linear
+from ...kernels.int8_quant import (
     dequantize_blocks,
     dequantize_rows,
     quantize_blocks,
     quantize_rows,
 )
-from .comfy_epilogue import int8_linear_with
+from .epilogue import int8_linear_with
 
 LAYOUT = "TurboInt8Layout"
 HostTensor = comfy.quant_ops.QuantizedTensor

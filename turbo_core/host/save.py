@@ -10,15 +10,15 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .checkpoint import CheckpointError, check_tensors, file_tensors
-from .checkpoint_layout import LAYER_SETTING
-from .checkpoint_names import PROJ_L
-from .checkpoint_write import write_safetensors
-from .comfy_attention import require_model, wan_model
-from .comfy_experts import KEY as EXPERTS
-from .comfy_layer_settings import layer_settings
-from .comfy_projections import INJECTION, attached_projections, own_projection
-from .comfy_quant import is_int8, pack, requantize, unpack
+from ..checkpoint import CheckpointError, check_tensors, file_tensors
+from ..checkpoint.names import PROJ_L
+from ..checkpoint.sizes import LAYER_SETTING
+from ..checkpoint.write import write_safetensors
+from .experts import KEY as EXPERTS
+from .int8_tensor import is_int8, pack, requantize, unpack
+from .layer_settings import layer_settings
+from .patch import require_model, wan_model
+from .projections import INJECTION, attached_projections, own_projection
 
 PREFIX = "diffusion_model."
 

@@ -4,7 +4,7 @@ import comfy.k_diffusion.sampling
 import comfy.model_sampling
 import comfy.samplers
 
-from .rcm import ode_step, sde_step
+from ..rcm import ode_step, sde_step
 
 MODES = ("sde", "ode")
 # Odd and far from any small number: seeds that users count up never meet their own step noise.

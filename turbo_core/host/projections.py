@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection
 
-from .checkpoint import Checkpoint, read_checkpoint
-from .comfy_attention import wan_model
-from .comfy_operations import Linear
+from ..checkpoint import Checkpoint, read_checkpoint
+from .operations import Linear
+from .patch import wan_model
 
 INJECTION = "turbodiffusion.projections"
 

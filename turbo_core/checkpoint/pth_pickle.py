@@ -13,7 +13,7 @@ from types import FunctionType
 
 import torch
 
-from .checkpoint_error import CheckpointError, damaged, shown
+from .error import CheckpointError, damaged, shown
 
 # A training file of a 14B model with its optimizer has 2e5 opcodes; each may cost 100 bytes.
 MOST_OPCODES = 2**19

@@ -11,8 +11,8 @@ import comfy.ops
 import comfy.rmsnorm
 import torch
 
-from ..kernels.int8_quant import ACTIVATIONS as QUANTIZER_ACTIVATIONS
-from ..kernels.int8_quant import quantize_blocks, quantize_rows
+from ...kernels.int8_quant import ACTIVATIONS as QUANTIZER_ACTIVATIONS
+from ...kernels.int8_quant import quantize_blocks, quantize_rows
 
 Operands = tuple[torch.Tensor, torch.Tensor]  # int8 and its float32 scales
 

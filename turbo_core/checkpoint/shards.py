@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint_error import CheckpointError, shown
-from .checkpoint_file import read_tensors
+from .error import CheckpointError, shown
+from .file import read_tensors
 
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"(.+)-\d{5}-of-(?!00001)\d{5}\.safetensors")

@@ -7,7 +7,7 @@ directory is read here within limits of its own: Python's zipfile has none, nor 
 
 import struct
 
-from .checkpoint_error import CheckpointError, damaged, shown
+from .error import CheckpointError, damaged, shown
 
 END = struct.Struct("<4s4H2LH")  # of the archive
 END_64 = struct.Struct("<4sQ2H2L4Q")

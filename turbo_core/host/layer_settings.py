@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from .checkpoint_layout import LAYER_SETTING
+from ..checkpoint.sizes import LAYER_SETTING
 
 MODULE = "comfy_attention"
 KEPT = "turbodiffusion_layer_setting"  # the attribute that holds it where there is no such module

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint_error import CheckpointError, damaged, shown
-from .checkpoint_pickle import ListedTensor, Other
-from .checkpoint_pth import Locate, list_old, list_zip
+from .error import CheckpointError, damaged, shown
+from .pth import Locate, list_old, list_zip
+from .pth_pickle import ListedTensor, Other
 
 Tensors = dict[str, torch.Tensor]
 

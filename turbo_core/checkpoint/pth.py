@@ -7,9 +7,9 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from .checkpoint_error import CheckpointError, damaged, shown
-from .checkpoint_pickle import Storage, Unpickler
-from .checkpoint_zip import stored_records
+from .error import CheckpointError, damaged, shown
+from .pth_pickle import Storage, Unpickler
+from .pth_zip import stored_records
 
 # What the old format's first two pickles say.
 MAGIC = 0x1950A86A20F9469CFC6C

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from .checkpoint_error import CheckpointError
+from .error import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
 

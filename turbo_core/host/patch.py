@@ -9,12 +9,12 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..kernels.checks import float32_on_gpu
-from ..kernels.dispatch import why_reference
-from . import run_report
-from .comfy_block import block_forward, is_ours
-from .comfy_sla import KEY, MADE, self_attention
-from .sla_settings import SLASettings
+from ...kernels.checks import float32_on_gpu
+from ...kernels.dispatch import why_reference
+from .. import run_report
+from ..sla_settings import SLASettings
+from .block import block_forward, is_ours
+from .self_attention import KEY, MADE, self_attention
 
 # In the options of an expert that begins below a sigma: that sigma. Its own steps count from there.
 BOUNDARY = "turbodiffusion.boundary"
@@ -122,7 +122,7 @@ def _around_run(executor, *args, **kwargs):
         return executor(*args, **kwargs)
 
 
-@torch.compiler.disable(recursive=False)  # as comfy_block.block_forward
+@torch.compiler.disable(recursive=False)  # as block.block_forward
 def _around_forward(
     executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **kwargs
 ):

@@ -8,16 +8,16 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .checkpoint import Checkpoint, read_checkpoint
-from .comfy_attention import patch_attention, wan_model
-from .comfy_layer_settings import set_layer_settings
-from .comfy_operations import Linear, TurboOperations
-from .comfy_projections import projection
-from .comfy_quant import granularity as weight_granularity
-from .comfy_quant import is_int8
-from .comfy_scheduler import carry_sigma_max
-from .rcm import default_sigma_max
-from .sla_settings import SLASettings
+from ..checkpoint import Checkpoint, read_checkpoint
+from ..rcm import default_sigma_max
+from ..sla_settings import SLASettings
+from .int8_tensor import granularity as weight_granularity
+from .int8_tensor import is_int8
+from .layer_settings import set_layer_settings
+from .operations import Linear, TurboOperations
+from .patch import patch_attention, wan_model
+from .projections import projection
+from .scheduler import carry_sigma_max
 
 # What INT8 linears multiply in: the checkpoint's own 128x128 blocks of scales, or a scale per token
 # and output channel, which is faster; both stay within the same bounds of the original's outputs.

@@ -7,15 +7,15 @@ import comfy.ops
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
-from ..kernels.norm import rms_norm
-from ..kernels.rope import apply_rope
-from ..kernels.sla import sla, sla_from_projections
-from ..kernels.sparse_attention import default_pv
-from . import run_report
-from .comfy_gradients import records_graph
-from .comfy_memory_graph import unrecorded
-from .comfy_operations import fetched, kept
-from .sla_settings import SLASettings
+from ...kernels.norm import rms_norm
+from ...kernels.rope import apply_rope
+from ...kernels.sla import sla, sla_from_projections
+from ...kernels.sparse_attention import default_pv
+from .. import run_report
+from ..sla_settings import SLASettings
+from .gradients import records_graph
+from .memory_graph import unrecorded
+from .operations import fetched, kept
 
 KEY = "turbodiffusion"
 # In the options of one forward pass: what `once` has made for its blocks.
@@ -24,7 +24,7 @@ MADE = "turbodiffusion.made"
 PARTS = {*"qkvo", "norm_q", "norm_k"}
 
 
-@torch.compiler.disable(recursive=False)  # as comfy_block.block_forward
+@torch.compiler.disable(recursive=False)  # as block.block_forward
 def self_attention(
     attn, index: int, x: torch.Tensor, freqs: torch.Tensor, transformer_options: dict | None = None
 ) -> torch.Tensor:
@@ -103,7 +103,7 @@ def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:
     """ComfyUI's own attention of q, k, v [B, L, C], as `attn` would call it."""
     options = {"heads": attn.num_heads, "transformer_options": transformer_options}
     preferred = getattr(attn, "comfy_attention", None)
-    if preferred is not None:  # a host with these modules takes them, see comfy_layer_settings.py
+    if preferred is not None:  # a host with these modules takes them, see layer_settings.py
         options["preferred_attention"] = preferred
     return optimized_attention(q, k, v, **options)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from .checkpoint_error import CheckpointError
+from .error import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -12,7 +12,7 @@ CHUNK = 2**20  # values that are looked at together
 
 
 def describe(tensor: torch.Tensor) -> str:
-    """"int8 [256, 256]" and the like, for messages."""
+    """ "int8 [256, 256]" and the like, for messages."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import torch
 
-from . import checkpoint_file
+from . import file
 
 try:
     import fcntl
@@ -24,7 +24,7 @@ except ImportError:  # Windows, where a file that is open cannot be removed
 
 Tensors = dict[str, torch.Tensor]
 
-DTYPES = {dtype: name for name, dtype in checkpoint_file.DTYPES.items()}
+DTYPES = {dtype: name for name, dtype in file.DTYPES.items()}
 ALIGNMENT = 64  # bytes that the tensors' start is a multiple of
 
 PART = "turbodiffusion-{}.part"  # what a file is called until it is complete

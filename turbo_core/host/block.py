@@ -8,17 +8,17 @@ import comfy.ldm.wan.model
 import comfy.model_management
 import torch
 
-from ..kernels.int8_linear import int8_linear
-from ..kernels.int8_quant import BLOCK
-from ..kernels.norm import rms_norm
-from ..kernels.norm_quant import layer_norm_quant
-from . import run_report
-from .comfy_epilogue import Operands, quantize
-from .comfy_gradients import GRADIENTS, records_graph
-from .comfy_memory_graph import unrecorded
-from .comfy_operations import Linear, int8_product, int8_weights
-from .comfy_quant import is_int8
-from .comfy_sla import attend, float32_weights, host_attention, is_stock, missing_parts, once
+from ...kernels.int8_linear import int8_linear
+from ...kernels.int8_quant import BLOCK
+from ...kernels.norm import rms_norm
+from ...kernels.norm_quant import layer_norm_quant
+from .. import run_report
+from .epilogue import Operands, quantize
+from .gradients import GRADIENTS, records_graph
+from .int8_tensor import is_int8
+from .memory_graph import unrecorded
+from .operations import Linear, int8_product, int8_weights
+from .self_attention import attend, float32_weights, host_attention, is_stock, missing_parts, once
 
 # Tokens that go through the feed-forward layers at once: bounds its memory, fills the GPU still.
 FFN_TOKENS = 32768
