@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOORS = ("kernels", "turbo_core", "nodes", "__init__")  # from the ground up
-SHIPPED = sorted(
-    path.relative_to(ROOT)
-    for path in (ROOT / "__init__.py", *(p for f in FLOORS for p in (ROOT / f).rglob("*.py")))
-)
+sys.path.append(str(ROOT / "tests"))
+import code_figures  # noqa: E402
+from code_figures import FLOORS, LONGEST, LONGEST_KERNEL, MOST_PARAMETERS  # noqa: E402
+
+SHIPPED = [p for p in code_figures.in_checkout() if code_figures.ships(p) and p.suffix == ".py"]
 
 EVERYWHERE = sys.stdlib_module_names | {"torch"}
 COMFYUI = {"comfy", "comfy_api", "comfy_kitchen", "folder_paths"}
 NO_MODULES = {"ctypes", "ftplib", "http", "requests", "socket", "subprocess", "urllib"}
 NO_CALLS = {"print", "eval", "exec", "breakpoint", "__import__"}
 NO_OS = {"environ", "getenv", "putenv", "system", "popen"}
-LONGEST, LONGEST_KERNEL = 80, 120
 
 
 def floor(path: Path) -> int:
@@ -75,18 +74,14 @@ def wrong_uses(source: str) -> list[str]:
     return wrong
 
 
-def functions(source: str) -> list[ast.FunctionDef]:
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
-
-
-def too_long(source: str) -> list[str]:
+def too_much(source: str) -> list[str]:
+    """Functions that are longer, or take more parameters, than a reader can hold."""
     wrong = []
-    for function in functions(source):
-        lines = function.end_lineno - function.lineno + 1
-        is_kernel = any("jit" in ast.unparse(d) for d in function.decorator_list)
-        if lines > (LONGEST_KERNEL if is_kernel else LONGEST):
-            wrong.append(f"{function.name}: {lines} lines")
+    for function in code_figures.functions(source):
+        if function.lines > (LONGEST_KERNEL if function.is_kernel else LONGEST):
+            wrong.append(f"{function.name}: {function.lines} lines")
+        if function.parameters > MOST_PARAMETERS and not function.is_kernel:
+            wrong.append(f"{function.name}: {function.parameters} parameters")
     return wrong
 
 
@@ -120,7 +115,8 @@ def test_no_print_no_eval_no_environment():
 
 
 def test_functions_stay_short():
-    assert faults(too_long) == {}
+    """`python tests/code_figures.py` prints where they are."""
+    assert faults(too_much) == {}
 
 
 def test_public_functions_have_docstrings():
@@ -157,6 +153,17 @@ def test_a_wrong_use_is_found(source):
 
 def test_a_long_function_is_found():
     body = "    x = 0\n" * LONGEST
-    assert too_long(f"def f():\n{body}")
-    assert not too_long(f"@triton.jit\ndef f():\n{body}")
+    assert too_much(f"def f():\n{body}") == [f"f: {LONGEST + 1} lines"]
+    assert not too_much(f"@triton.jit\ndef f():\n{body}")
+    assert too_much(f"@triton.jit\ndef f():\n{body + body}")
+
+
+def test_a_function_of_many_parameters_is_found():
+    many = ", ".join(f"p{i}" for i in range(MOST_PARAMETERS - 1))
+    assert too_much(f"def f({many}, *, a, **b): pass") == [f"f: {MOST_PARAMETERS + 1} parameters"]
+    assert not too_much(f"def f({many}, *, a): pass")
+    assert not too_much(f"@triton.jit\ndef f({many}, a, b): pass")
+
+
+def test_a_function_without_a_docstring_is_found():
     assert undocumented("def f():\n    return 1") == ["f"]
