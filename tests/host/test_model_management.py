@@ -9,10 +9,11 @@ import in_comfyui
 import pytest
 import torch
 from in_comfyui import comfy
-from turbodiffusion_pack.turbo_core.host import block, operations, patch
+from turbodiffusion_pack.turbo_core.host import block, operations
 from turbodiffusion_pack.turbo_core.host.int8_tensor import requantize, unpack
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.operations import Linear
+from turbodiffusion_pack.turbo_core.host.options import ATTENTION
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
@@ -94,10 +95,10 @@ def test_the_host_counts_int8_weights_once(paths, int8_model):
 
 def test_the_input_of_a_patch_is_untouched(int8_model):
     before = _forward(int8_model)
-    options = dict(int8_model.model_options["transformer_options"][patch.KEY])
+    options = dict(int8_model.model_options["transformer_options"][ATTENTION])
     dense = patch_attention(int8_model, SLASettings("dense"))
     assert goldens.relative_error(_forward(dense), before) > 1e-2
-    assert int8_model.model_options["transformer_options"][patch.KEY] == options
+    assert int8_model.model_options["transformer_options"][ATTENTION] == options
     assert torch.equal(_forward(int8_model), before)
 
 
