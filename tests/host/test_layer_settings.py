@@ -25,7 +25,7 @@ from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 SELF0, CROSS1 = "blocks.0.self_attn", "blocks.1.cross_attn"
-MODULE = "patch"
+MODULE = "comfy_attention"
 SETTING = {"attention": "comfy_kitchen_int8"}
 
 
