@@ -16,10 +16,7 @@ import comfy.quant_ops
 import comfy.sd
 import torch
 
-# 0.3.75 keeps the parameters of a quantized tensor in a dict; 0.4 and newer have comfy-kitchen,
-# which has a class for them. A class of 0.3.75 that does the same:
-_PARAMS_ARE_DICTS = hasattr(comfy.quant_ops, "LAYOUTS")
-if _PARAMS_ARE_DICTS:
+if hasattr(comfy.quant_ops, "LAYOUTS"):  # 0.3.75: a quantized tensor's parameters are a dict
 
     @dataclasses.dataclass(frozen=True)
     class LayoutParams:
@@ -29,61 +26,65 @@ if _PARAMS_ARE_DICTS:
         orig_dtype: torch.dtype
         orig_shape: tuple[int, ...]
 
-else:
-    from comfy_kitchen.tensor.base import BaseLayoutParams as LayoutParams  # noqa: F401
+    def register_layout(name, layout):
+        class WithDicts(layout):
+            @classmethod
+            def quantize(cls, tensor, **options):
+                q, params = layout.quantize(tensor, **options)
+                return q, _as_dict(params)
 
+            @staticmethod
+            def dequantize(qdata, scale, orig_dtype):
+                params = layout.Params(scale, orig_dtype, tuple(qdata.shape))
+                return layout.dequantize(qdata, params)
 
-def register_layout(name: str, layout: type) -> object:
-    """Tell the host of a layout of quantized tensors, written as comfy-kitchen has them.
-
-    Returns:
-        What register_layout_op files an operation on such tensors under.
-    """
-    if _PARAMS_ARE_DICTS:  # 0.3.75, which has a name for it
-        comfy.quant_ops.LAYOUTS[name] = _with_dicts(layout)
+        comfy.quant_ops.LAYOUTS[name] = WithDicts
         return name
-    comfy.quant_ops.register_layout_class(name, layout)
-    return layout
 
+    def _as_dict(params):
+        return {"scale": params.scale, "orig_dtype": params.orig_dtype}
 
-def _with_dicts(layout: type) -> type:
-    """`layout` as 0.3.75 calls it: with the fields of its parameters by name."""
+    def quantized_tensor(kind, q, layout, params):
+        return kind(q, layout, _as_dict(params))
 
-    class WithDicts(layout):
-        @classmethod
-        def quantize(cls, tensor, **options):
-            q, params = layout.quantize(tensor, **options)
-            return q, _as_dict(params)
+    def layout_of(weight):
+        return weight._layout_type
 
-        @staticmethod
-        def dequantize(qdata, scale, orig_dtype):
-            return layout.dequantize(qdata, layout.Params(scale, orig_dtype, tuple(qdata.shape)))
+    def scale_of(weight):
+        return weight._layout_params["scale"]
 
-    return WithDicts
+    def float_dtype_of(weight):
+        return weight._layout_params["orig_dtype"]
 
+else:  # an object of comfy-kitchen's
+    from comfy_kitchen.tensor.base import BaseLayoutParams as LayoutParams
 
-def _as_dict(params: object) -> dict:
-    return {"scale": params.scale, "orig_dtype": params.orig_dtype}
+    def register_layout(name: str, layout: type) -> object:
+        """Tell the host of a layout of quantized tensors, written as comfy-kitchen has them.
 
+        Returns:
+            What register_layout_op files an operation on such tensors under.
+        """
+        comfy.quant_ops.register_layout_class(name, layout)
+        return layout
 
-def quantized_tensor(kind: type, q: torch.Tensor, layout: str, params: object) -> torch.Tensor:
-    """A `kind` of the host's QuantizedTensor around the integers `q`; no copy."""
-    return kind(q, layout, _as_dict(params) if _PARAMS_ARE_DICTS else params)
+    def quantized_tensor(
+        kind: type, q: torch.Tensor, layout: str, params: LayoutParams
+    ) -> torch.Tensor:
+        """A `kind` of the host's QuantizedTensor around the integers `q`; no copy."""
+        return kind(q, layout, params)
 
+    def layout_of(weight: torch.Tensor) -> str:
+        """The name of a quantized tensor's layout."""
+        return weight._layout_cls
 
-def layout_of(weight: torch.Tensor) -> str:
-    """The name of a quantized tensor's layout."""
-    return weight._layout_type if _PARAMS_ARE_DICTS else weight._layout_cls
+    def scale_of(weight: torch.Tensor) -> torch.Tensor:
+        """The scales of a quantized tensor."""
+        return weight._params.scale
 
-
-def scale_of(weight: torch.Tensor) -> torch.Tensor:
-    """The scales of a quantized tensor."""
-    return weight._layout_params["scale"] if _PARAMS_ARE_DICTS else weight._params.scale
-
-
-def float_dtype_of(weight: torch.Tensor) -> torch.dtype:
-    """What a quantized tensor dequantizes to."""
-    return weight._layout_params["orig_dtype"] if _PARAMS_ARE_DICTS else weight._params.orig_dtype
+    def float_dtype_of(weight: torch.Tensor) -> torch.dtype:
+        """What a quantized tensor dequantizes to."""
+        return weight._params.orig_dtype
 
 
 # What cast_bias_weight is asked for so that an INT8 weight is INT8 again once a LoRA is added to
