@@ -15,9 +15,10 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from .. import run_report
-from .patch import BOUNDARY, require_model
+from .options import EXPERT_BOUNDARY, EXPERT_SWITCH
+from .patch import require_model
+from .versions import share_latent_shapes, with_hooks
 
-KEY = "turbodiffusion.experts"
 HIGH, LOW = "high-noise expert", "low-noise expert"
 
 # What both experts of one model have in common, by its name in ComfyUI's Wan model.
@@ -56,7 +57,7 @@ def switch_experts(high: ModelPatcher, low: ModelPatcher, boundary: float) -> Mo
             return run.sample(*args, **kwargs)
 
     model = high.clone()
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, around_run)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, EXPERT_SWITCH, around_run)
     return model
 
 
@@ -82,7 +83,7 @@ def _wan_model(name: str, model: ModelPatcher) -> comfy.ldm.wan.model.WanModel:
             f"{name} must be a Wan MODEL, got {type(diffusion_model).__name__}. Connect an expert "
             "of Wan 2.2, from TurboLoader or any other loader."
         )
-    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, EXPERT_SWITCH):
         raise ValueError(
             f"{name} must be one expert, got the MODEL of another Wan22ExpertSwitch. Connect what "
             "a loader gives."
@@ -169,7 +170,7 @@ class ExpertRun:
         options = create_model_options_clone(options)
         wrappers = options["transformer_options"]["wrappers"]
         others = wrappers.get(WrappersMP.PREDICT_NOISE, {})
-        wrappers[WrappersMP.PREDICT_NOISE] = {KEY: [self._predict_noise], **others}
+        wrappers[WrappersMP.PREDICT_NOISE] = {EXPERT_SWITCH: [self._predict_noise], **others}
         return options
 
     def _predict_noise(self, executor, x, timestep, model_options, seed):
@@ -180,8 +181,7 @@ class ExpertRun:
         run_report.note_expert(LOW)
         guider, options = self.guider, self._options_of_low(model_options)
         self._load(self.low, x.shape, options)
-        if hasattr(self.high.model, "latent_shapes"):  # newer hosts tell it to the model of a run
-            self.low.model.latent_shapes = self.high.model.latent_shapes
+        share_latent_shapes(self.high.model, self.low.model)
         wrappers = get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True)
         with _instead(guider, inner_model=self.low.model):
             predict = WrapperExecutor.new_class_executor(guider.predict_noise, guider, wrappers)
@@ -208,7 +208,7 @@ class ExpertRun:
         """What `low` brought, and of `run_options` what goes for the whole run."""
         options = create_model_options_clone(self.low_options)
         own, run = options["transformer_options"], run_options["transformer_options"]
-        own[BOUNDARY] = self.boundary
+        own[EXPERT_BOUNDARY] = self.boundary
         if "sample_sigmas" in run:
             own["sample_sigmas"] = run["sample_sigmas"]
         for kind in RUN_WRAPPERS:
@@ -232,11 +232,9 @@ class ExpertRun:
 
 
 def _hookable(model: ModelPatcher, conds: dict) -> ModelPatcher:
-    """`model` as a patcher that takes the hooks of `conds`: with dynamic VRAM that is another."""
+    """`model` as a patcher that takes the hooks of `conds`, if they have any."""
     hooked = any(cond.get("hooks") for group in conds.values() for cond in group)
-    if hooked and hasattr(model, "get_non_dynamic_delegate"):
-        return model.get_non_dynamic_delegate()
-    return model
+    return with_hooks(model) if hooked else model
 
 
 @contextlib.contextmanager

@@ -12,9 +12,8 @@ from comfy.patcher_extension import CallbacksMP, PatcherInjection
 
 from ..checkpoint import Checkpoint, read_checkpoint
 from .operations import Linear
+from .options import PROJECTIONS
 from .patch import wan_model
-
-INJECTION = "turbodiffusion.projections"
 
 
 def attach_projections(model, path: str | PathLike):
@@ -38,16 +37,16 @@ def attach_projections(model, path: str | PathLike):
     # Copies, as the tensors are views of the whole file.
     projections = [projection(weight.clone(), bias.clone()) for weight, bias in checkpoint.proj_l]
     patched = model.clone()
-    patched.set_injections(INJECTION, [_injection(projections)])
-    if not patched.callbacks.get(CallbacksMP.ON_CLONE, {}).get(INJECTION):
-        patched.add_callback_with_key(CallbacksMP.ON_CLONE, INJECTION, _nothing_injected)
+    patched.set_injections(PROJECTIONS, [_injection(projections)])
+    if not patched.callbacks.get(CallbacksMP.ON_CLONE, {}).get(PROJECTIONS):
+        patched.add_callback_with_key(CallbacksMP.ON_CLONE, PROJECTIONS, _nothing_injected)
     patched.is_injected = False
     return patched
 
 
 def attached_projections(model) -> list[Linear]:
     """The proj_l that `attach_projections` gave each block of `model`; empty where it did not."""
-    return [proj_l for part in model.injections.get(INJECTION, ()) for proj_l in part.projections]
+    return [proj_l for part in model.injections.get(PROJECTIONS, ()) for proj_l in part.projections]
 
 
 def projection(weight: torch.Tensor, bias: torch.Tensor) -> Linear:

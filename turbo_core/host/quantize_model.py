@@ -11,15 +11,15 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..checkpoint.sizes import BLOCK_LINEARS, IMAGE_LINEARS
+from ..granularity import scales_of
 from ..sla_settings import SLASettings
-from .block import is_ours
-from .experts import KEY as EXPERTS
 from .int8_tensor import HostTensor, dequantize_weight, is_int8, quantize_weight, unpack
 from .layer_settings import layer_settings, set_layer_settings
-from .load import GRANULARITIES
 from .operations import Linear, TurboOperations
-from .patch import KEY, patch_attention, wan_model
-from .projections import INJECTION, own_projection, projection
+from .options import ATTENTION, EXPERT_SWITCH, PROJECTIONS
+from .patch import patch_attention, wan_model
+from .patch_owner import is_ours
+from .projections import own_projection, projection
 
 QUANTIZED = (*BLOCK_LINEARS, *IMAGE_LINEARS)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,18 +54,15 @@ def quantize_model(model, granularity: str = "fast", report: bool = False):
             weights in a format unknown here or values that are not finite, or carries a patch that
             is tied to its float weights.
     """
-    if granularity not in GRANULARITIES:
-        raise ValueError(
-            f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}"
-        )
+    scales = scales_of(granularity)
     wan_model(model)
     _unload(model)
     _check_patches(model)
     linears = _block_linears(model.model.diffusion_model)
     _check_weights(linears)
     errors = {} if report else None
-    tensors = _quantized_tensors(model, linears, GRANULARITIES[granularity], errors)
-    base = _build(model.model, tensors, GRANULARITIES[granularity])
+    tensors = _quantized_tensors(model, linears, scales, errors)
+    base = _build(model.model, tensors, scales)
     quantized = _carry_over(model, base)
     if getattr(model, "cached_patcher_init", None) is not None:
         quantized.cached_patcher_init = (_again, (model.cached_patcher_init, granularity))
@@ -118,7 +115,7 @@ def _is_readable(linear: torch.nn.Module) -> bool:
 
 def _check_patches(model) -> None:
     """Refuse what holds on to the modules of `model`, and so to its float weights."""
-    if EXPERTS in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
+    if EXPERT_SWITCH in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
         raise ValueError(
             "this MODEL is two experts, got one from Wan22ExpertSwitch. Quantize each expert by "
             "itself, before Wan22ExpertSwitch"
@@ -128,7 +125,7 @@ def _check_patches(model) -> None:
     if model.additional_models.get("multigpu"):
         raise _tied("copies for more GPUs")
     for key in model.injections:
-        if key != INJECTION:
+        if key != PROJECTIONS:
             raise _tied(f"{key} (a LoRA in bypass mode, say)")
     modules = set(map(id, model.model.modules()))
     for name, patch in model.object_patches.items():
@@ -297,7 +294,7 @@ def _carry_over(model, base: torch.nn.Module):
         if id(_owner(patch)) in names:
             twin = base.get_submodule(names[id(_owner(patch))])
             quantized.object_patches[name] = types.MethodType(patch.__func__, twin)
-    settings = quantized.model_options["transformer_options"].get(KEY, {"attention": "dense"})
+    settings = quantized.model_options["transformer_options"].get(ATTENTION, {"attention": "dense"})
     return patch_attention(quantized, SLASettings(**settings))
 
 

@@ -14,11 +14,11 @@ from ..checkpoint import CheckpointError, check_tensors, file_tensors
 from ..checkpoint.names import PROJ_L
 from ..checkpoint.sizes import LAYER_SETTING
 from ..checkpoint.write import write_safetensors
-from .experts import KEY as EXPERTS
 from .int8_tensor import is_int8, pack, requantize, unpack
 from .layer_settings import layer_settings
+from .options import EXPERT_SWITCH, PROJECTIONS
 from .patch import require_model, wan_model
-from .projections import INJECTION, attached_projections, own_projection
+from .projections import attached_projections, own_projection
 
 PREFIX = "diffusion_model."
 
@@ -64,13 +64,13 @@ def workflow_metadata(prompt: dict | None, extra_pnginfo: dict | None) -> dict[s
 
 def _check_patches(model) -> None:
     """Refuse what a user would miss in the file."""
-    if EXPERTS in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
+    if EXPERT_SWITCH in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
         raise ValueError(
             "this MODEL is two experts, got one from Wan22ExpertSwitch, and a file holds one. "
             "Save each expert by itself, before Wan22ExpertSwitch"
         )
     for key in model.injections:
-        if key != INJECTION:
+        if key != PROJECTIONS:
             raise ValueError(
                 f"this MODEL carries modules that are not its own, got {key}, and a file would be "
                 "without them. Save the MODEL from before the node that adds them (a LoRA in "
