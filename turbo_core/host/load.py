@@ -59,6 +59,7 @@ def build_turbo_model(
     `host_options` go to ComfyUI's load_diffusion_model_state_dict.
     """
     model = _build(checkpoint, host_options or {})
+    _let_autograd_use(wan_model(model))
     model.add_wrapper_with_key(
         WrappersMP.DIFFUSION_MODEL, "turbodiffusion.timestep", _round_timestep
     )
@@ -83,6 +84,19 @@ def _build(checkpoint: Checkpoint, host_options: dict):
     return comfy.sd.load_diffusion_model_state_dict(
         state_dict, model_options=options, **host_options
     )
+
+
+def _let_autograd_use(wan: torch.nn.Module):
+    """Make those parameters anew outside of inference mode, which nodes run in, that are no op's.
+
+    The host's train node moves the model to the GPU outside of it. Autograd refuses a tensor made
+    inside and moved so; what is added to an op's weight at each use makes another of it.
+    """
+    with torch.inference_mode(False):
+        for module in wan.modules():
+            if not hasattr(module, "weight_function"):
+                for name, parameter in module.named_parameters(recurse=False):
+                    setattr(module, name, torch.nn.Parameter(parameter.clone()))
 
 
 def _round_timestep(executor, x, timestep, *args, **kwargs):
