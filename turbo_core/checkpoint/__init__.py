@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 import torch
+from einops import rearrange
 
 from . import sizes as layout
 from .checks import check_dtypes, check_shapes, check_values
@@ -154,5 +155,6 @@ def file_tensors(checkpoint: Checkpoint, names: str) -> dict[str, torch.Tensor]:
         tensors[f"blocks.{index}.{PROJ_L}.weight"] = weight
         tensors[f"blocks.{index}.{PROJ_L}.bias"] = bias
     if names == "official":
-        tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"].flatten(1)
+        weight = tensors["patch_embedding.weight"]
+        tensors["patch_embedding.weight"] = rearrange(weight, "dim c kt kh kw -> dim (c kt kh kw)")
     return tensors

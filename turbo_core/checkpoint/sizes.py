@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 
 from .checks import check_shapes, describe
 from .error import CheckpointError
@@ -195,7 +196,9 @@ def conv_patch_embedding(tensors: Tensors) -> Tensors:
     weight = tensors.get("patch_embedding.weight")
     if weight is None or weight.ndim != 2 or weight.shape[1] % PATCH_SIZE:
         return tensors
-    return {**tensors, "patch_embedding.weight": weight.unflatten(1, (-1, *PATCH))}
+    kt, kh, kw = PATCH
+    weight = rearrange(weight, "dim (c kt kh kw) -> dim c kt kh kw", kt=kt, kh=kh, kw=kw)
+    return {**tensors, "patch_embedding.weight": weight}
 
 
 def split_proj_l(tensors: Tensors, num_layers: int) -> tuple[Tensors, Pairs]:
