@@ -33,7 +33,7 @@ def attach_projections(model, path: str | PathLike):
             "Set projections to none"
         )
     checkpoint = read_checkpoint(path)
-    _check_fit(path, checkpoint, wan)
+    _require_projections_of(path, checkpoint, wan)
     # Copies, as the tensors are views of the whole file.
     projections = [projection(weight.clone(), bias.clone()) for weight, bias in checkpoint.proj_l]
     patched = model.clone()
@@ -62,7 +62,9 @@ def own_projection(attn: torch.nn.Module) -> Linear | None:
     return None if getattr(proj_l, "attached", False) else proj_l
 
 
-def _check_fit(path: str | PathLike, checkpoint: Checkpoint, wan: torch.nn.Module) -> None:
+def _require_projections_of(
+    path: str | PathLike, checkpoint: Checkpoint, wan: torch.nn.Module
+) -> None:
     file = Path(path).name  # not where it is: the message may reach a client of the server
     if not checkpoint.has_sla:
         raise ValueError(
