@@ -9,7 +9,7 @@ import in_comfyui
 import pytest
 import torch
 from in_comfyui import comfy
-from turbodiffusion_pack.turbo_core.host import block, operations
+from turbodiffusion_pack.turbo_core.host import block, weights
 from turbodiffusion_pack.turbo_core.host.int8_tensor import requantize, unpack
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.operations import Linear
@@ -82,7 +82,7 @@ def test_what_dynamic_vram_patched_comes_in_the_dtype_asked_for(monkeypatch):
     op = Linear(4, 4, dtype=torch.float32)
     op.assign(torch.randn(4, 4), torch.randn(4))
     monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *_: None)
-    with operations.fetched(op, torch.float32, torch.device("cpu")) as (weight, bias):
+    with weights.fetched(op, torch.float32, torch.device("cpu")) as (weight, bias):
         assert weight.dtype == bias.dtype == torch.float32
 
 

@@ -473,8 +473,8 @@ import conftest
 import gc, json
 import torch
 import in_comfyui
-from in_comfyui import load
 from peak_memory import peak_anonymous
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.quantize_model import quantize_model
 
 torch.set_num_threads(1)

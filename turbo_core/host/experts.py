@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from .. import run_report
 from .options import EXPERT_BOUNDARY, EXPERT_SWITCH
 from .patch import require_model
+from .versions import share_latent_shapes, with_hooks
 
 HIGH, LOW = "high-noise expert", "low-noise expert"
 
@@ -180,8 +181,7 @@ class ExpertRun:
         run_report.note_expert(LOW)
         guider, options = self.guider, self._options_of_low(model_options)
         self._load(self.low, x.shape, options)
-        if hasattr(self.high.model, "latent_shapes"):  # newer hosts tell it to the model of a run
-            self.low.model.latent_shapes = self.high.model.latent_shapes
+        share_latent_shapes(self.high.model, self.low.model)
         wrappers = get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True)
         with _instead(guider, inner_model=self.low.model):
             predict = WrapperExecutor.new_class_executor(guider.predict_noise, guider, wrappers)
@@ -232,11 +232,9 @@ class ExpertRun:
 
 
 def _hookable(model: ModelPatcher, conds: dict) -> ModelPatcher:
-    """`model` as a patcher that takes the hooks of `conds`: with dynamic VRAM that is another."""
+    """`model` as a patcher that takes the hooks of `conds`, if they have any."""
     hooked = any(cond.get("hooks") for group in conds.values() for cond in group)
-    if hooked and hasattr(model, "get_non_dynamic_delegate"):
-        return model.get_non_dynamic_delegate()
-    return model
+    return with_hooks(model) if hooked else model
 
 
 @contextlib.contextmanager

@@ -52,6 +52,12 @@ def layer_settings(wan: torch.nn.Module, module_of: Callable[[str], torch.nn.Mod
     return settings
 
 
+def preferred_attention(attn: torch.nn.Module) -> dict:
+    """What the host's attention function is called with, so that it asks `attn` for its setting."""
+    module = getattr(attn, MODULE, None)
+    return {} if module is None else {"preferred_attention": module}
+
+
 def _set(layer: torch.nn.Module | None, setting: torch.Tensor) -> str:
     """Give `layer` its setting, and tell what becomes of it."""
     if layer is None:

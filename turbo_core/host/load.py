@@ -3,7 +3,6 @@
 import logging
 import os
 
-import comfy.sd
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -20,6 +19,7 @@ from .options import TIMESTEP
 from .patch import patch_attention, wan_model
 from .projections import projection
 from .scheduler import carry_sigma_max
+from .versions import load_diffusion_model
 
 log = logging.getLogger(__name__)
 
@@ -40,21 +40,20 @@ def load_turbo_model(path: str, granularity: str = "fast", disable_dynamic: bool
     bar = comfy.utils.ProgressBar(1)
     checkpoint = read_checkpoint(path, progress=bar.update_absolute)
     log.info("TurboDiffusion: loading %s, %s", os.path.basename(path), _describe(checkpoint))
-    host_options = {"disable_dynamic": True} if disable_dynamic else {}
-    model = build_turbo_model(checkpoint, scales, host_options)
+    model = build_turbo_model(checkpoint, scales, disable_dynamic)
     model.cached_patcher_init = (load_turbo_model, (path, granularity))
     return model
 
 
 def build_turbo_model(
-    checkpoint: Checkpoint, granularity: str = "rows", host_options: dict | None = None
+    checkpoint: Checkpoint, granularity: str = "rows", disable_dynamic: bool = False
 ):
     """A MODEL around the tensors of `checkpoint`, with SLA on where it has the projections.
 
-    `granularity` is what INT8 linears multiply in, "rows" or "blocks"; `host_options` go to
-    ComfyUI's load_diffusion_model_state_dict.
+    `granularity` is what INT8 linears multiply in, "rows" or "blocks"; `disable_dynamic` is for
+    newer hosts, see load_turbo_model.
     """
-    model = _build(checkpoint, host_options or {})
+    model = _build(checkpoint, disable_dynamic)
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, TIMESTEP, _round_timestep)
     carry_sigma_max(model, default_sigma_max(checkpoint.in_channels))
     set_layer_settings(wan_model(model), checkpoint.layer_settings)
@@ -68,15 +67,13 @@ def build_turbo_model(
     return patch_attention(model, SLASettings("sagesla" if checkpoint.has_sla else "dense"))
 
 
-def _build(checkpoint: Checkpoint, host_options: dict):
+def _build(checkpoint: Checkpoint, disable_dynamic: bool):
     """ComfyUI's Wan model around the checkpoint's tensors."""
     state_dict = dict(checkpoint.tensors)
     for name, scale in checkpoint.scales.items():
         state_dict[f"{name}.weight_scale"] = scale
     options = {"dtype": torch.bfloat16, "custom_operations": TurboOperations}
-    return comfy.sd.load_diffusion_model_state_dict(
-        state_dict, model_options=options, **host_options
-    )
+    return load_diffusion_model(state_dict, options, disable_dynamic)
 
 
 def _round_timestep(executor, x, timestep, *args, **kwargs):

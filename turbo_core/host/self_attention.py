@@ -13,6 +13,7 @@ from ...kernels.sparse_attention import default_pv
 from .. import run_report
 from ..sla_settings import SLASettings
 from .gradients import records_graph
+from .layer_settings import preferred_attention
 from .once import once
 from .options import ATTENTION
 from .patch_owner import is_stock
@@ -100,11 +101,8 @@ def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tens
 
 def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:
     """ComfyUI's own attention of q, k, v [B, L, C], as `attn` would call it."""
-    options = {"heads": attn.num_heads, "transformer_options": transformer_options}
-    preferred = getattr(attn, "comfy_attention", None)
-    if preferred is not None:  # a host with these modules takes them, see layer_settings.py
-        options["preferred_attention"] = preferred
-    return optimized_attention(q, k, v, **options)
+    options = {"transformer_options": transformer_options, **preferred_attention(attn)}
+    return optimized_attention(q, k, v, heads=attn.num_heads, **options)
 
 
 def missing_parts(attn) -> str | None:
