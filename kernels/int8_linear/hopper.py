@@ -35,9 +35,9 @@ def unfit(
 ) -> str | None:
     """Why the kernel cannot compute this linear, with a scale per row; None where it can."""
     optional = [x for x in (bias, residual, gate) if x is not None]
-    device, dtype = x_q.get_device(), out.dtype
+    device, dtype = x_q.device, out.dtype
     for x in (x_scale, w_q, w_scale, *optional):
-        if x.get_device() != device:
+        if x.device != device:
             return "tensors are on different devices"
     if dtype == torch.float32:
         return "the output is float32"
