@@ -22,7 +22,7 @@ def attach_projections(model, path: str | PathLike):
     Nothing else of the file is used. A second file takes the place of the first.
 
     Raises:
-        CheckpointError: the file is not a usable checkpoint, see checkpoint.py.
+        CheckpointError: the file is not a usable checkpoint, see read_checkpoint.
         ValueError: the MODEL is not Wan or has projections from its own file, or the file has none
             or is of a model of another size.
     """
