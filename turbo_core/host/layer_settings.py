@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..checkpoint.sizes import LAYER_SETTING
+from ..checkpoint.extras import LAYER_SETTING
 
 MODULE = "comfy_attention"
 KEPT = "turbodiffusion_layer_setting"  # the attribute that holds it where there is no such module

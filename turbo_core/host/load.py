@@ -33,7 +33,7 @@ def load_turbo_model(path: str, granularity: str = "fast", disable_dynamic: bool
     a node needs that.
 
     Raises:
-        CheckpointError: the file is not a usable TurboDiffusion checkpoint, see checkpoint.py.
+        CheckpointError: the file is not a usable TurboDiffusion checkpoint, see read_checkpoint.
         ValueError: the granularity is unknown.
     """
     scales = scales_of(granularity)

@@ -22,7 +22,7 @@ def attach_projections(model, path: str | PathLike):
     Nothing else of the file is used. A second file takes the place of the first.
 
     Raises:
-        CheckpointError: the file is not a usable checkpoint, see checkpoint.py.
+        CheckpointError: the file is not a usable checkpoint, see read_checkpoint.
         ValueError: the MODEL is not Wan or has projections from its own file, or the file has none
             or is of a model of another size.
     """
@@ -33,7 +33,7 @@ def attach_projections(model, path: str | PathLike):
             "Set projections to none"
         )
     checkpoint = read_checkpoint(path)
-    _check_fit(path, checkpoint, wan)
+    _require_projections_of(path, checkpoint, wan)
     # Copies, as the tensors are views of the whole file.
     projections = [projection(weight.clone(), bias.clone()) for weight, bias in checkpoint.proj_l]
     patched = model.clone()
@@ -62,7 +62,9 @@ def own_projection(attn: torch.nn.Module) -> Linear | None:
     return None if getattr(proj_l, "attached", False) else proj_l
 
 
-def _check_fit(path: str | PathLike, checkpoint: Checkpoint, wan: torch.nn.Module) -> None:
+def _require_projections_of(
+    path: str | PathLike, checkpoint: Checkpoint, wan: torch.nn.Module
+) -> None:
     file = Path(path).name  # not where it is: the message may reach a client of the server
     if not checkpoint.has_sla:
         raise ValueError(

@@ -11,8 +11,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..checkpoint import CheckpointError, check_tensors, file_tensors
+from ..checkpoint.extras import LAYER_SETTING
 from ..checkpoint.names import PROJ_L
-from ..checkpoint.sizes import LAYER_SETTING
 from ..checkpoint.write import write_safetensors
 from .int8_tensor import is_int8, pack, requantize, unpack
 from .layer_settings import layer_settings
@@ -40,9 +40,9 @@ def save_turbo_model(model, path: Path, metadata: dict[str, str] | None = None) 
         FileExistsError, OSError: see write_safetensors.
     """
     require_model(model)
-    _check_patches(model)
+    _require_all_fits_a_file(model)
     weights = _weights(model)
-    tensors = _checked({n: t for name, (w, _) in weights.items() for n, t in _parts(name, w)})
+    tensors = _loadable({n: t for name, (w, _) in weights.items() for n, t in _parts(name, w)})
     bar = comfy.utils.ProgressBar(len(tensors))
 
     def progress(done: int, total: int) -> None:
@@ -62,7 +62,7 @@ def workflow_metadata(prompt: dict | None, extra_pnginfo: dict | None) -> dict[s
     return {name: json.dumps(part) for name, part in parts.items() if part is not None}
 
 
-def _check_patches(model) -> None:
+def _require_all_fits_a_file(model) -> None:
     """Refuse what a user would miss in the file."""
     if EXPERT_SWITCH in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
         raise ValueError(
@@ -113,7 +113,7 @@ def _parts(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     return [(f"{module}.int8_weight", q), (f"{module}.scale", scale)]
 
 
-def _checked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _loadable(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors as they are, once TurboLoader would take them."""
     try:
         return file_tensors(check_tensors(tensors), "comfy")

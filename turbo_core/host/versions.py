@@ -1,9 +1,8 @@
 """All that differs between versions of ComfyUI: the newest, and older ones down to 0.3.75.
 
-The rest of the pack is written for the newest host and asks this file where an older one is
-otherwise. To drop an old host, delete its part of each function here, and the functions that then
-say nothing. One setting of single layers (ComfyUI 0.40) needs more of a stand-in on older hosts:
-layer_settings.py has it.
+The rest of the pack is written for the newest host; what an older one does otherwise is told and
+made up for here, so that dropping an old host is deleting what says its number. Only the attention
+backend that a single layer may ask for (0.40) has its stand-in elsewhere, in layer_settings.py.
 """
 
 import contextlib
