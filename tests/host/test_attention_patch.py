@@ -381,3 +381,11 @@ def test_context_windows(loaded, line, sla_calls, order):
     report = line()
     assert f"{2 * windows} forward passes; SLA in 2 of 2 blocks" in report
     assert "dense in blocks 0-1: chosen for the first 1 steps" in report
+
+
+def test_settings_are_checked_once_a_forward_pass(loaded, monkeypatch):
+    model, checked = _patch(loaded), []
+    check = SLASettings.__post_init__
+    monkeypatch.setattr(SLASettings, "__post_init__", lambda self: checked.append(check(self)))
+    in_comfyui.velocity(model, _noise(), _context(), 500.0)
+    assert len(checked) == 1

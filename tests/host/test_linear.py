@@ -375,3 +375,27 @@ def test_what_outlives_a_block_is_not_recorded(models, monkeypatch, fused):
     with pytest.raises(RuntimeError), versions.unrecorded():
         raise RuntimeError
     assert depth == [0]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_weight_that_moves_is_trained_as_before(trained):
+    linear = _linear()
+    linear.weight.requires_grad_(trained)
+    linear.double()
+    assert linear.weight.dtype == torch.float64
+    assert linear.weight.requires_grad is trained
+    assert not linear.bias.requires_grad
+
+
+def test_the_host_has_its_weight_back_after_a_cast_that_fails(monkeypatch):
+    class OutOfMemory(torch.Tensor):
+        def to(self, *_):
+            raise torch.OutOfMemoryError
+
+    linear, given, back = _linear(), torch.zeros(1).as_subclass(OutOfMemory), []
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda *_, **__: (given, None, "stream"))
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *what: back.append(what))
+    with pytest.raises(torch.OutOfMemoryError), weights.fetched(linear, torch.float16, DEVICE):
+        pass
+    assert len(back) == 1
+    assert back[0][0] is linear and back[0][1] is given and back[0][2:] == (None, "stream")

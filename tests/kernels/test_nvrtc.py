@@ -187,6 +187,28 @@ def test_a_tensor_elsewhere_is_refused():
     assert nvrtc.address(None) == 0
 
 
+def test_a_tensor_map_is_made_once_for_each_place_and_shape(monkeypatch):
+    made = []
+
+    def encode(result, *what):
+        made.append(what)
+        result[0] = len(made)
+        return 0
+
+    driver = types.SimpleNamespace(cuTensorMapEncodeTiled=encode)
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(nvrtc, "address", torch.Tensor.data_ptr)
+    nvrtc._encoded.cache_clear()
+    x = torch.zeros(3, 256, 256, dtype=torch.int8)
+    others = x[1:], x[:, :128], x[..., :128], x[:, ::2], x[0]
+    maps = [nvrtc.tensor_map(x, 128)[0], *(nvrtc.tensor_map(other, 128)[0] for other in others)]
+    assert maps == [1, 2, 3, 4, 5, 6]
+    assert nvrtc.tensor_map(x, 64)[0] == 7
+    assert nvrtc.tensor_map(x.clone(), 128)[0] == 8
+    assert nvrtc.tensor_map(x, 128)[0] == 1
+    nvrtc._encoded.cache_clear()
+
+
 @needs_nvrtc
 def test_constants_are_defined():
     source = 'static_assert(SIZE == 7); extern "C" __global__ void f() {}'

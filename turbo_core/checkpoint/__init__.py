@@ -24,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "check_tensors",
     "file_tensors",
+    "int8_in_file",
     "read_checkpoint",
 ]
 
@@ -121,6 +122,13 @@ def check_tensors(
     return Checkpoint(tensors, scales, proj_l, **vars(sizes), layer_settings=settings)
 
 
+def int8_in_file(
+    module: str, weight: torch.Tensor, weight_scale: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """An INT8 weight, in memory `module`.weight and .weight_scale, as a file names its tensors."""
+    return {f"{module}.int8_weight": weight, f"{module}.scale": weight_scale}
+
+
 def file_tensors(checkpoint: Checkpoint, names: str) -> dict[str, torch.Tensor]:
     """The tensors of `checkpoint` as a file holds them; nothing is copied.
 
@@ -144,15 +152,15 @@ def file_tensors(checkpoint: Checkpoint, names: str) -> dict[str, torch.Tensor]:
         )
     tensors = dict(checkpoint.layer_settings)
     for name, tensor in checkpoint.tensors.items():
-        module = name.removesuffix(".weight")
-        tensors[f"{module}.int8_weight" if module in checkpoint.scales else name] = tensor
+        if name.removesuffix(".weight") not in checkpoint.scales:
+            tensors[name] = tensor
     for module, scale in checkpoint.scales.items():
         if names == "official" and scale.ndim != 2:
             raise CheckpointError(
                 f"{module}.scale is one per output channel, which the official files have no place "
                 f"for, got shape {list(scale.shape)}: choose the names comfy"
             )
-        tensors[f"{module}.scale"] = scale
+        tensors |= int8_in_file(module, checkpoint.tensors[f"{module}.weight"], scale)
     for index, (weight, bias) in enumerate(checkpoint.proj_l):
         tensors[f"blocks.{index}.{PROJ_L}.weight"] = weight
         tensors[f"blocks.{index}.{PROJ_L}.bias"] = bias

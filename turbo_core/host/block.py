@@ -126,11 +126,11 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
     for attn in attentions:
         if reason := missing_parts(attn):
             return reason
-    # By `_modules`: as attributes modules take ten times as long to find, and this is every block.
+    # Not as attributes: those of a module take ten times as long to find, and this is every block.
     ffn = block.ffn._modules
     linears = [attn._modules[name] for attn in attentions for name in "qkvo"]
     for linear in (*linears, ffn["0"], ffn["2"]):
-        if not isinstance(linear, Linear) or not is_int8(linear.weight):
+        if not isinstance(linear, Linear) or not is_int8(linear._parameters["weight"]):
             return "its weights are not INT8"
     norms = [attn._modules[name] for attn in attentions for name in ("norm_q", "norm_k")]
     parts = block.cross_attn, block.ffn, *linears, *norms, block.norm1, block.norm2, block.norm3

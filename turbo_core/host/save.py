@@ -10,7 +10,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..checkpoint import CheckpointError, check_tensors, file_tensors
+from ..checkpoint import CheckpointError, check_tensors, file_tensors, int8_in_file
 from ..checkpoint.extras import LAYER_SETTING
 from ..checkpoint.names import PROJ_L
 from ..checkpoint.write import write_safetensors
@@ -108,9 +108,7 @@ def _parts(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """A weight's tensors as a file names them; INT8 ones have two."""
     if not is_int8(weight):
         return [(name, weight.detach())]
-    q, scale = unpack(weight)
-    module = name.removesuffix(".weight")
-    return [(f"{module}.int8_weight", q), (f"{module}.scale", scale)]
+    return list(int8_in_file(name.removesuffix(".weight"), *unpack(weight)).items())
 
 
 def _loadable(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
