@@ -1,1 +1,1 @@
-"""What TurboDiffusion is: checkpoints, SLA, INT8 layers, rCM. Files named comfy_* touch ComfyUI."""
+"""What TurboDiffusion is: checkpoints, SLA, INT8 layers, rCM. Only host/ touches ComfyUI."""

@@ -76,6 +76,20 @@ def wrong_uses(source: str) -> list[str]:
     return wrong
 
 
+def version_probes(source: str) -> list[str]:
+    """What asks whether this ComfyUI has a module, a name in one, or an argument of a function."""
+    probes = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler) and node.type:
+            probes += {"ImportError", "ModuleNotFoundError"} & {ast.unparse(node.type)}
+        elif isinstance(node, ast.Call) and node.args:
+            asks, first = ast.unparse(node.func).split(".")[-1], ast.unparse(node.args[0])
+            of_host = first.split(".")[0] in {*COMFYUI, "io"}
+            if asks == "signature" or (asks in ("hasattr", "getattr") and of_host):
+                probes.append(ast.unparse(node))
+    return probes
+
+
 def too_much(source: str) -> list[str]:
     """Functions that are longer, or take more parameters, than a reader can hold."""
     wrong = []
@@ -116,6 +130,11 @@ def test_no_print_no_eval_no_environment():
     assert faults(wrong_uses) == {}
 
 
+def test_only_one_file_asks_which_comfyui_this_is():
+    host_side = [path for path in SHIPPED if is_host_side(path)]
+    assert faults(version_probes, host_side).keys() == {"turbo_core/host/versions.py"}
+
+
 def test_functions_stay_short():
     """`python tests/code_figures.py` prints where they are."""
     assert faults(too_much) == {}
@@ -152,6 +171,19 @@ def test_a_wrong_import_is_found(path, source, wrong):
 )
 def test_a_wrong_use_is_found(source):
     assert wrong_uses(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "try:\n    import comfy.gone\nexcept ImportError:\n    pass",
+        "hasattr(comfy.ops, 'gone')",
+        "getattr(comfy, 'gone', None)",
+        "inspect.signature(io.Schema)",
+    ],
+)
+def test_a_version_probe_is_found(source):
+    assert version_probes(source)
 
 
 def test_a_long_function_is_found():

@@ -1,0 +1,1 @@
+"""All that touches ComfyUI: TurboDiffusion in its Wan model, samplers, schedulers and options."""

@@ -16,9 +16,12 @@ from .. import run_report
 from .epilogue import Operands, quantize
 from .gradients import GRADIENTS, records_graph
 from .int8_tensor import is_int8
-from .memory_graph import unrecorded
+from .once import once
 from .operations import Linear, int8_product, int8_weights
-from .self_attention import attend, float32_weights, host_attention, is_stock, missing_parts, once
+from .patch_owner import is_ours, is_stock
+from .self_attention import attend, host_attention, missing_parts
+from .versions import unrecorded
+from .weights import float32_weights
 
 # Tokens that go through the feed-forward layers at once: bounds its memory, fills the GPU still.
 FFN_TOKENS = 32768
@@ -130,8 +133,3 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
     if not all(map(is_stock, parts)):
         return "a node patches a part of it"
     return None
-
-
-def is_ours(forward) -> bool:
-    """Whether a module's forward is one that this pack put there."""
-    return getattr(forward, "turbodiffusion", False)

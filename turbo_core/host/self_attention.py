@@ -1,7 +1,6 @@
 """Wan's self-attention as SLA: from the host's module and options to kernels/."""
 
 import dataclasses
-from collections.abc import Callable
 
 import comfy.ops
 import torch
@@ -14,12 +13,13 @@ from ...kernels.sparse_attention import default_pv
 from .. import run_report
 from ..sla_settings import SLASettings
 from .gradients import records_graph
-from .memory_graph import unrecorded
-from .operations import fetched, kept
+from .layer_settings import preferred_attention
+from .once import once
+from .options import ATTENTION
+from .patch_owner import is_stock
+from .versions import unrecorded
+from .weights import float32_weights
 
-KEY = "turbodiffusion"
-# In the options of one forward pass: what `once` has made for its blocks.
-MADE = "turbodiffusion.made"
 # What an attention is made of; a host may merge q, k and v into one Linear.
 PARTS = {*"qkvo", "norm_q", "norm_k"}
 
@@ -101,11 +101,8 @@ def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tens
 
 def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:
     """ComfyUI's own attention of q, k, v [B, L, C], as `attn` would call it."""
-    options = {"heads": attn.num_heads, "transformer_options": transformer_options}
-    preferred = getattr(attn, "comfy_attention", None)
-    if preferred is not None:  # a host with these modules takes them, see layer_settings.py
-        options["preferred_attention"] = preferred
-    return optimized_attention(q, k, v, **options)
+    options = {"transformer_options": transformer_options, **preferred_attention(attn)}
+    return optimized_attention(q, k, v, heads=attn.num_heads, **options)
 
 
 def missing_parts(attn) -> str | None:
@@ -116,9 +113,9 @@ def missing_parts(attn) -> str | None:
 
 def _choose(attn, index: int, transformer_options: dict) -> tuple[SLASettings, str | None]:
     """The settings, and why this block stays dense in this step if it does."""
-    if KEY not in transformer_options:
+    if ATTENTION not in transformer_options:
         return SLASettings("dense"), "the host passes this block no options"
-    options = dict(transformer_options[KEY])
+    options = dict(transformer_options[ATTENTION])
     step = options.pop("step", -1)
     settings = SLASettings(**options)
     return settings, _dense_reason(settings, attn, index, step)
@@ -139,14 +136,6 @@ def _contiguous_rotation(freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return cos.contiguous(), sin.contiguous()
 
 
-def once(transformer_options: dict, name: str, x: torch.Tensor, make: Callable):
-    """make(x), once for all blocks of a forward pass that get the same x, which nobody changes."""
-    made = transformer_options.get(MADE, {})
-    if name not in made or made[name][0] is not x:
-        made[name] = x, make(x)
-    return made[name][1]
-
-
 def _dense_reason(settings: SLASettings, attn, index: int, step: int) -> str | None:
     if settings.attention == "dense" or index in settings.dense_blocks:
         return "dense attention chosen"
@@ -162,12 +151,6 @@ def _sla_options(settings: SLASettings, backend: str) -> dict:
     return {"topk": settings.topk, "low_bit": low_bit, "backend": backend}
 
 
-def float32_weights(op, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of a small comfy op in float32 on `device`, wherever the host keeps them."""
-    with fetched(op, torch.float32, device) as (weight, bias):
-        return kept(weight, op.weight), None if bias is None else kept(bias, op.bias)
-
-
 def _projection(attn, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Weight and bias of proj_l, None where the checkpoint had none."""
     return float32_weights(attn.proj_l, device) if hasattr(attn, "proj_l") else None
@@ -178,14 +161,6 @@ def _norm(norm: torch.nn.Module, x: torch.Tensor, backend: str) -> torch.Tensor:
     if not isinstance(norm, comfy.ops.CastWeightBiasOp) or not is_stock(norm):
         return norm(x)
     return rms_norm(x, float32_weights(norm, x.device)[0], norm.eps, backend)
-
-
-def is_stock(module: torch.nn.Module) -> bool:
-    """Whether nobody patched or hooked the module's forward."""
-    # An unpatched module keeps its own bound method as an attribute.
-    forward = vars(module).get("forward")
-    stock = forward is None or getattr(forward, "__func__", None) is type(module).forward
-    return stock and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _note_sla(attn, index: int, settings: SLASettings, x: torch.Tensor) -> None:
