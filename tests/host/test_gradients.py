@@ -1,5 +1,6 @@
 """Gradients through a MODEL: right, or refused with a reason; held against central differences."""
 
+import contextlib
 import itertools
 import logging
 
@@ -17,7 +18,6 @@ from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.host.self_attention import sla
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
-cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="differences need the CPU's float32")
 wrapped = pytest.mark.skipif(
     in_comfyui.DYNAMIC, reason="dynamic VRAM leaves out what is added to small weights"
 )
@@ -127,11 +127,12 @@ def x():
 
 
 @wrapped
-@cpu
 def test_float_weights_and_loras_get_their_gradients(float_wan, x, monkeypatch):
     """Off by at most 1e-2; a gradient of nothing is 1 off."""
     _fix_block_maps(monkeypatch)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     sparse = patch_attention(float_wan, SLASettings("sagesla", 0.34))
+    sparse.set_model_compute_dtype(torch.float32)  # on a GPU too; differences vanish in bf16
     model, tensors = _gradients(sparse, x)
 
     def run():
@@ -159,33 +160,43 @@ def test_int8_weights_pass_the_gradients_of_the_float_ones(float_wan, int8_wan, 
         assert goldens.relative_error(gradients[1][name], expected) < 0.1, name
 
 
-def test_trained_weights_get_gradients(float_wan, x):
-    """Not only what is added to them."""
-    block = float_wan.model.diffusion_model.blocks[1]
-    weights = block.self_attn.q.weight, block.self_attn.proj_l.weight, block.ffn[2].weight
-    for weight in weights:
-        weight.requires_grad_(True)
+@contextlib.contextmanager
+def _training(model, *names):
+    """While this lasts the weights `names` of blocks.1 ask for gradients, before the host loads
+    them; gives what returns them: on a GPU the host puts others in their place."""
+
+    def weights():
+        return [comfy.utils.get_attr(model.model, f"diffusion_model.blocks.1.{n}") for n in names]
+
     try:
+        for weight in weights():
+            weight.requires_grad_(True)
+        yield weights
+    finally:
+        for weight in weights():
+            weight.requires_grad_(False).grad = None
+
+
+def test_trained_weights_get_gradients(float_wan):
+    """Not only what is added to them."""
+    names = "self_attn.q.weight", "self_attn.proj_l.weight", "ffn.2.weight"
+    with _training(float_wan, *names) as weights:
         if in_comfyui.DYNAMIC:
             with pytest.raises(ValueError, match=r"streams from RAM.*--disable-dynamic-vram"):
                 _velocity(float_wan)
             return
         _velocity(float_wan).sum().backward()
-        assert [weight.grad.abs().sum() > 0 for weight in weights] == [True] * 3
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False).grad = None
+        assert [weight.grad.abs().sum() > 0 for weight in weights()] == [True] * 3
 
 
 def test_an_int8_weight_cannot_be_trained(int8_wan):
-    weight = int8_wan.model.diffusion_model.blocks[1].ffn[0].weight
+    # torch itself refuses ComfyUI 0.3.75's tensors.
     refused = r"only Tensors of floating point|an INT8 weight is asked.*Train a LoRA on it"
-    try:
-        with pytest.raises((RuntimeError, ValueError), match=refused):
-            weight.requires_grad_(True)  # refused by torch itself with ComfyUI 0.3.75's tensors
-            _velocity(int8_wan)
-    finally:
-        weight.requires_grad_(False)
+    with (
+        pytest.raises((RuntimeError, ValueError), match=refused),
+        _training(int8_wan, "ffn.0.weight"),
+    ):
+        _velocity(int8_wan)
 
 
 def test_the_report_says_why(int8_wan, x, caplog):
@@ -225,10 +236,12 @@ def test_a_model_as_the_train_node_has_it(paths, x):
     """Loaded in inference mode, as by any node, with something added to every weight and bias."""
     with torch.inference_mode():
         model = load_turbo_model(paths[0])
+    model.model._apply(torch.Tensor.clone)  # as on a GPU, where the node moves it outside of it
     ops = (n for n, m in model.model.named_modules() if hasattr(m, "weight_function"))
     names = [f"{op}.{part}" for op in ops for part in ("weight", "bias")]
     parameters = {name for name, _ in model.model.named_parameters()}
     model, added = _with_added(model, [name for name in names if name in parameters])
+    model.set_model_compute_dtype(torch.bfloat16)
     model.model.requires_grad_(False)
     _velocity(model).square().sum().backward()
     assert len(added) > 50

@@ -54,6 +54,7 @@ def build_turbo_model(
     newer hosts, see load_turbo_model.
     """
     model = _build(checkpoint, disable_dynamic)
+    _let_autograd_use(wan_model(model))
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, TIMESTEP, _round_timestep)
     carry_sigma_max(model, default_sigma_max(checkpoint.in_channels))
     set_layer_settings(wan_model(model), checkpoint.layer_settings)
@@ -74,6 +75,19 @@ def _build(checkpoint: Checkpoint, disable_dynamic: bool):
         state_dict[f"{name}.weight_scale"] = scale
     options = {"dtype": torch.bfloat16, "custom_operations": TurboOperations}
     return load_diffusion_model(state_dict, options, disable_dynamic)
+
+
+def _let_autograd_use(wan: torch.nn.Module):
+    """Make those parameters anew outside of inference mode, which nodes run in, that are no op's.
+
+    The host's train node moves the model to the GPU outside of it. Autograd refuses a tensor made
+    inside and moved so; what is added to an op's weight at each use makes another of it.
+    """
+    with torch.inference_mode(False):
+        for module in wan.modules():
+            if not hasattr(module, "weight_function"):
+                for name, parameter in module.named_parameters(recurse=False):
+                    setattr(module, name, torch.nn.Parameter(parameter.clone()))
 
 
 def _round_timestep(executor, x, timestep, *args, **kwargs):

@@ -177,7 +177,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         for name, parameter in self._parameters.items():
             moved = None if parameter is None else fn(parameter)
             if moved is not parameter:
-                self._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)
+                self._parameters[name] = torch.nn.Parameter(moved, parameter.requires_grad)
         return self
 
 

@@ -3,9 +3,13 @@
 All of them start with "turbodiffusion", so that no other node pack's can be meant.
 """
 
-# In a MODEL's transformer_options: the fields of its SLASettings as a dict, plain values only.
-# During a forward pass the "step" is among them, see patch.py. Its wrappers go by the same key.
+# In a MODEL's transformer_options: the fields of its SLASettings as a dict, plain values only. Its
+# wrappers go by the same key.
 ATTENTION = "turbodiffusion"
+
+# In the transformer_options of one forward pass: those SLASettings, and the step's index, see
+# patch.py.
+THIS_PASS = "turbodiffusion.pass"
 
 # In the transformer_options of one forward pass: what its blocks share, see once.py.
 MADE_ONCE = "turbodiffusion.made"

@@ -14,7 +14,7 @@ from ...kernels.dispatch import why_reference
 from .. import run_report
 from ..sla_settings import SLASettings
 from .block import block_forward
-from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE
+from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, THIS_PASS
 from .patch_owner import is_ours, mark_as_ours, owner_of
 from .self_attention import self_attention
 
@@ -124,10 +124,10 @@ def _around_run(executor, *args, **kwargs):
 def _around_forward(
     executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **kwargs
 ):
-    """Tell the blocks which step this is, and the report which blocks will not reach us."""
+    """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     _report_forward(executor.class_obj.blocks)
-    options = {**transformer_options[ATTENTION], "step": _step(transformer_options)}
-    transformer_options = {**transformer_options, ATTENTION: options, MADE_ONCE: {}}
+    ours = {THIS_PASS: _this_pass(transformer_options), MADE_ONCE: {}}
+    transformer_options = {**transformer_options, **ours}
     return executor(x, timestep, context, clip_fea, concat, transformer_options, **kwargs)
 
 
@@ -143,10 +143,16 @@ def _report_forward(blocks: torch.nn.ModuleList) -> None:
 
 
 @torch.compiler.disable
+def _this_pass(transformer_options: dict) -> tuple[SLASettings, int]:
+    """The settings, and the step if some steps are kept dense."""
+    settings = SLASettings(**transformer_options[ATTENTION])
+    return settings, _step(transformer_options) if settings.dense_steps else -1
+
+
 def _step(transformer_options: dict) -> int:
-    """Index of the step among this model's; -1 outside a sampler or where no step is kept dense."""
+    """Index of the step among this model's; -1 outside a sampler."""
     sigmas = transformer_options.get("sample_sigmas")
-    if sigmas is None or transformer_options[ATTENTION]["dense_steps"] == 0:
+    if sigmas is None:
         return -1
     now = transformer_options["sigmas"].max().to(sigmas)
     own = sigmas < transformer_options.get(EXPERT_BOUNDARY, math.inf)

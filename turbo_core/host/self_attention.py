@@ -15,7 +15,7 @@ from ..sla_settings import SLASettings
 from .gradients import records_graph
 from .layer_settings import preferred_attention
 from .once import once
-from .options import ATTENTION
+from .options import THIS_PASS
 from .patch_owner import is_stock
 from .versions import unrecorded
 from .weights import float32_weights
@@ -33,22 +33,22 @@ def self_attention(
     `freqs` is the host's rotation [1, L, 1, D/2, 2, 2].
     """
     transformer_options = transformer_options or {}
-    settings = _choose_sparse(attn, index, transformer_options)
-    if settings is None:
-        return type(attn).forward(attn, x, freqs, transformer_options=transformer_options)
-    return _sparse(attn, index, settings, x, freqs, transformer_options)
+    y = _unless_dense(attn, index, x, freqs, transformer_options)
+    if y is not None:
+        return y
+    return type(attn).forward(attn, x, freqs, transformer_options=transformer_options)
 
 
 @torch.compiler.disable
-def _choose_sparse(attn, index: int, transformer_options: dict) -> SLASettings | None:
-    """The settings where the block attends sparsely, else None, which the report is told."""
+def _unless_dense(attn, index: int, x, freqs, transformer_options: dict) -> torch.Tensor | None:
+    """SLA where the block attends sparsely, else None, which the report is told."""
     settings, why_dense = _choose(attn, index, transformer_options)
     if why_dense:
         run_report.note_dense(index, why_dense)
-    return None if why_dense else settings
+        return None
+    return _sparse(attn, index, settings, x, freqs, transformer_options)
 
 
-@torch.compiler.disable
 def _sparse(attn, index: int, settings: SLASettings, x, freqs, transformer_options) -> torch.Tensor:
     """SLA on modulated x [B, L, C], from the projections to `o`."""
     recorded = records_graph(attn, x, freqs)
@@ -113,11 +113,9 @@ def missing_parts(attn) -> str | None:
 
 def _choose(attn, index: int, transformer_options: dict) -> tuple[SLASettings, str | None]:
     """The settings, and why this block stays dense in this step if it does."""
-    if ATTENTION not in transformer_options:
+    if THIS_PASS not in transformer_options:
         return SLASettings("dense"), "the host passes this block no options"
-    options = dict(transformer_options[ATTENTION])
-    step = options.pop("step", -1)
-    settings = SLASettings(**options)
+    settings, step = transformer_options[THIS_PASS]
     return settings, _dense_reason(settings, attn, index, step)
 
 
