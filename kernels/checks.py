@@ -68,12 +68,11 @@ def in_steps_of_16_bytes(x: torch.Tensor) -> bool:
 
     The copy engine (TMA) asks for that, and loads of 16 bytes. Columns must be side by side.
     """
+    steps, size = x.stride()[:-1], x.itemsize
     together = x.data_ptr()  # the bits of all steps: they end in four zeros where each does
-    for stride in x.stride()[:-1]:
-        if stride <= 0:
-            return False
-        together |= stride * x.itemsize
-    return together % 16 == 0
+    for stride in steps:
+        together |= stride * size
+    return together % 16 == 0 and min(steps, default=1) > 0
 
 
 def not_contiguous(*tensors: torch.Tensor) -> str | None:

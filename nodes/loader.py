@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..turbo_core.host.load import GRANULARITIES, load_turbo_model
+from ..turbo_core.granularity import GRANULARITIES
+from ..turbo_core.host.load import load_turbo_model
 from .model_files import FileInput, file_path, listed_or_why_not
 from .schema import schema
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..turbo_core.host.load import GRANULARITIES
+from ..turbo_core.granularity import GRANULARITIES
 from ..turbo_core.host.quantize_model import quantize_model
 from .schema import schema
 

@@ -29,7 +29,7 @@ VARIABLES = {
     "guider": "comfy.samplers.CFGGuider",
 }
 # Files whose variables of these names are something else.
-OTHERWISE = {"sampler.py": {"model"}, "projections.py": {"wan"}}
+OTHERWISE = {"host/sampler.py": {"model"}, "host/projections.py": {"wan"}}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Uses(ast.NodeVisitor):
         self.names = {}  # of this file -> of the host
         self.found = []
         self.optional = False
-        self.variables = VARIABLES.keys() - OTHERWISE.get(path.name, set())
+        place = "/".join(path.parts[-2:])
+        self.variables = VARIABLES.keys() - OTHERWISE.get(place, set())
 
     def add(self, name: str, node: ast.AST, call: ast.Call | None = None) -> None:
         place = f"{self.path.relative_to(ROOT).as_posix()}:{node.lineno}"

@@ -34,23 +34,30 @@ def unfit(
     out: Tensor,
 ) -> str | None:
     """Why the kernel cannot compute this linear, with a scale per row; None where it can."""
-    if any(x is not None and x.device != x_q.device for x in (x_scale, w_q, w_scale, bias, gate)):
-        return "tensors are on different devices"
-    if out.dtype == torch.float32:
+    optional = [x for x in (bias, residual, gate) if x is not None]
+    device, dtype = x_q.device, out.dtype
+    for x in (x_scale, w_q, w_scale, *optional):
+        if x.device != device:
+            return "tensors are on different devices"
+    if dtype == torch.float32:
         return "the output is float32"
-    if any(x is not None and x.dtype != out.dtype for x in (bias, residual)):
-        return "bias or residual are of another dtype than the output"
-    if gate is not None and (gate.dtype != torch.float32 or gate.shape[1] != 1):
-        return "the gate is not one float32 vector a sample"
-    if gate is not None and (gate.stride(2) != 1 or gate.stride(0) % 2):
-        return "the gate is not contiguous"
-    wide = [x for x in (x_q, w_q, out, residual) if x is not None]
-    if not all(map(in_steps_of_16_bytes, wide)):
-        return "rows do not begin at multiples of 16 bytes"
-    if any(max(x.stride()) >= 2**31 for x in wide):
-        return "strides exceed int32"
-    pairs = w_scale.data_ptr() % 8, 0 if gate is None else gate.data_ptr() % 8
-    if any(pairs) or (bias is not None and bias.data_ptr() % 4) or out.shape[2] % 8:
+    for x in (bias, residual):
+        if x is not None and x.dtype != dtype:
+            return "bias or residual are of another dtype than the output"
+    together = w_scale.data_ptr()  # the bits of all addresses that must be multiples of 8
+    if gate is not None:
+        sample, _, channel = gate.stride()
+        if gate.dtype != torch.float32 or gate.shape[1] != 1:
+            return "the gate is not one float32 vector a sample"
+        if channel != 1 or sample % 2:
+            return "the gate is not contiguous"
+        together |= gate.data_ptr()
+    for x in (x_q, w_q, out) if residual is None else (x_q, w_q, out, residual):
+        if not in_steps_of_16_bytes(x):
+            return "rows do not begin at multiples of 16 bytes"
+        if max(x.stride()) >= 2**31:
+            return "strides exceed int32"
+    if together % 8 or (bias is not None and bias.data_ptr() % 4) or out.shape[2] % 8:
         return "columns do not come in aligned eights"
     return None
 

@@ -1,6 +1,7 @@
 """INT8 quantization in plain torch: the definition, and the CPU path."""
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..checks import BLOCK
@@ -44,8 +45,9 @@ def _to_tiles(x: Tensor) -> Tensor:
     """[..., R, C] -> [..., ceil(R/128), 128, ceil(C/128), 128], padded with zeros."""
     rows, columns = x.shape[-2:]
     x = torch.nn.functional.pad(x, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    return x.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    return rearrange(x, "... (m r) (n c) -> ... m r n c", r=BLOCK, c=BLOCK)
 
 
 def _from_tiles(tiles: Tensor, rows: int, columns: int) -> Tensor:
-    return tiles.flatten(-2).flatten(-3, -2)[..., :rows, :columns].contiguous()
+    padded = rearrange(tiles, "... m r n c -> ... (m r) (n c)")
+    return padded[..., :rows, :columns].contiguous()

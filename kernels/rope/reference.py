@@ -1,10 +1,12 @@
 """Rotary position embedding in plain torch: the definition, and the CPU path."""
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, L, H, D/2] each
+    a, b = rearrange(x.float(), "b l h (d pair) -> pair b l h d", pair=2)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+    rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    return rearrange(rotated, "b l h d pair -> b l h (d pair)").to(x.dtype)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 
 LOG2_E = math.log2(math.e)
 SCORES = 2**25  # scores at a time, 128 MB
@@ -105,21 +106,21 @@ def attend(
         chunk = slice(first, first + step)
         index = block_map[chunk].long()  # [N, count]
         key = (index[:, :, None] * block_k + offset)[:, None]  # [N, 1, count, block_k]
-        scores = (q[chunk] @ k[index].flatten(1, 2).mT).unflatten(-1, key.shape[-2:])
+        scores = q[chunk] @ rearrange(k[index], "n count key d -> n d (count key)")
+        scores = rearrange(scores, "n query (count key) -> n query count key", key=block_k)
         scores.masked_fill_(key >= length, -torch.inf)  # [N, block_q, count, block_k]
         highest = scores.amax(-1, keepdim=True).cummax(2).values
         weights, rescale = (scores - highest).exp2(), (highest - highest[:, :, -1:]).exp2()
         total = (weights * rescale).sum((-2, -1))[..., None]  # [N, block_q, 1]
         rounded = (round_weights(weights) * rescale).flatten(-2)
-        out[chunk] = rounded @ v[index].flatten(1, 2) / total
+        out[chunk] = rounded @ rearrange(v[index], "n count key d -> n (count key) d") / total
     return out.flatten(0, 1)[:length]
 
 
 def into_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     """[L, D] as float32 [ceil(L / block), block, D], filled up with zeros."""
-    return torch.nn.functional.pad(x.float(), (0, 0, 0, -x.shape[0] % block)).unflatten(
-        0, (-1, block)
-    )
+    padded = torch.nn.functional.pad(x.float(), (0, 0, 0, -x.shape[0] % block))
+    return rearrange(padded, "(n row) d -> n row d", row=block)
 
 
 def quantize(
@@ -142,7 +143,8 @@ def quantize(
 def quantize_heads(x: torch.Tensor, block: int) -> Int8Blocks:
     """x [B, L, H, D] in int8, in blocks of rows of one head."""
     rows = x.float().transpose(1, 2)
-    blocks = torch.nn.functional.pad(rows, (0, 0, 0, -x.shape[1] % block)).unflatten(2, (-1, block))
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -x.shape[1] % block))
+    blocks = rearrange(padded, "b h (n row) d -> b h n row d", row=block)
     amax = blocks.abs().amax((-2, -1)).clamp_min(1e-8)
     # Not 127 / amax: torch computes that as 127 times the reciprocal, rounded twice.
     factor = torch.full_like(amax, 127) / amax
@@ -157,5 +159,6 @@ def quantize_values(
     amax = v.float().abs().amax(1) if v_max is None else v_max  # [B, H, D]
     amax = amax.clamp_min(1e-8)
     scaled = (v.float() * (VALUE_LIMIT / amax)[:, None]).clamp(-VALUE_LIMIT, VALUE_LIMIT)
-    rows = torch.nn.functional.pad(scaled.transpose(1, 2), (0, 0, 0, -v.shape[1] % block))
-    return rows.unflatten(2, (-1, block)).mT.contiguous().to(dtype), amax / VALUE_LIMIT
+    padded = torch.nn.functional.pad(scaled, (0, 0, 0, 0, 0, -v.shape[1] % block))
+    columns = rearrange(padded, "b (n row) h d -> b h n d row", row=block)
+    return columns.contiguous().to(dtype), amax / VALUE_LIMIT

@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOORS = ("kernels", "turbo_core", "nodes", "__init__")  # from the ground up
-SHIPPED = sorted(
-    path.relative_to(ROOT)
-    for path in (ROOT / "__init__.py", *(p for f in FLOORS for p in (ROOT / f).rglob("*.py")))
-)
+sys.path.append(str(ROOT / "tests"))
+import code_figures  # noqa: E402
+from code_figures import FLOORS, LONGEST, LONGEST_KERNEL, MOST_PARAMETERS  # noqa: E402
+
+SHIPPED = [p for p in code_figures.in_checkout() if code_figures.ships(p) and p.suffix == ".py"]
 
 EVERYWHERE = sys.stdlib_module_names | {"torch"}
 COMFYUI = {"comfy", "comfy_api", "comfy_kitchen", "folder_paths"}
 NO_MODULES = {"ctypes", "ftplib", "http", "requests", "socket", "subprocess", "urllib"}
 NO_CALLS = {"print", "eval", "exec", "breakpoint", "__import__"}
 NO_OS = {"environ", "getenv", "putenv", "system", "popen"}
-LONGEST, LONGEST_KERNEL = 80, 120
 
 
 def floor(path: Path) -> int:
@@ -48,6 +47,8 @@ def wrong_imports(path: Path, source: str) -> list[str]:
     """Imports that go up, or that this file's place does not allow."""
     allowed = EVERYWHERE | ({"triton"} if floor(path) == 0 else {"safetensors"})
     allowed = (allowed | COMFYUI if is_host_side(path) else allowed) - NO_MODULES
+    if path.name == "reference.py" or path.parts[0] == "turbo_core":
+        allowed |= {"einops"}  # comes with ComfyUI; not in kernels that launch or compile
     if path.as_posix().endswith("kernels/nvrtc.py"):
         allowed |= {"ctypes"}  # NVRTC and the CUDA driver have no other face
     wrong = []
@@ -75,18 +76,28 @@ def wrong_uses(source: str) -> list[str]:
     return wrong
 
 
-def functions(source: str) -> list[ast.FunctionDef]:
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+def version_probes(source: str) -> list[str]:
+    """What asks whether this ComfyUI has a module, a name in one, or an argument of a function."""
+    probes = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler) and node.type:
+            probes += {"ImportError", "ModuleNotFoundError"} & {ast.unparse(node.type)}
+        elif isinstance(node, ast.Call) and node.args:
+            asks, first = ast.unparse(node.func).split(".")[-1], ast.unparse(node.args[0])
+            of_host = first.split(".")[0] in {*COMFYUI, "io"}
+            if asks == "signature" or (asks in ("hasattr", "getattr") and of_host):
+                probes.append(ast.unparse(node))
+    return probes
 
 
-def too_long(source: str) -> list[str]:
+def too_much(source: str) -> list[str]:
+    """Functions that are longer, or take more parameters, than a reader can hold."""
     wrong = []
-    for function in functions(source):
-        lines = function.end_lineno - function.lineno + 1
-        is_kernel = any("jit" in ast.unparse(d) for d in function.decorator_list)
-        if lines > (LONGEST_KERNEL if is_kernel else LONGEST):
-            wrong.append(f"{function.name}: {lines} lines")
+    for function in code_figures.functions(source):
+        if function.lines > (LONGEST_KERNEL if function.is_kernel else LONGEST):
+            wrong.append(f"{function.name}: {function.lines} lines")
+        if function.parameters > MOST_PARAMETERS and not function.is_kernel:
+            wrong.append(f"{function.name}: {function.parameters} parameters")
     return wrong
 
 
@@ -119,8 +130,14 @@ def test_no_print_no_eval_no_environment():
     assert faults(wrong_uses) == {}
 
 
+def test_only_one_file_asks_which_comfyui_this_is():
+    host_side = [path for path in SHIPPED if is_host_side(path)]
+    assert faults(version_probes, host_side).keys() == {"turbo_core/host/versions.py"}
+
+
 def test_functions_stay_short():
-    assert faults(too_long) == {}
+    """`python tests/code_figures.py` prints where they are."""
+    assert faults(too_much) == {}
 
 
 def test_public_functions_have_docstrings():
@@ -140,6 +157,7 @@ def test_public_functions_have_docstrings():
         ("turbo_core/rcm.py", "from .host import load", ["turbo_core.host.load"]),
         ("turbo_core/host/load.py", "from ... import NODES, nodes", ["nodes"]),
         ("nodes/loader.py", "import einops", ["einops"]),
+        ("kernels/sla/__init__.py", "from einops import rearrange", ["einops"]),
         ("__init__.py", "def f():\n    import subprocess", ["subprocess"]),
     ],
 )
@@ -155,8 +173,32 @@ def test_a_wrong_use_is_found(source):
     assert wrong_uses(source)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "try:\n    import comfy.gone\nexcept ImportError:\n    pass",
+        "hasattr(comfy.ops, 'gone')",
+        "getattr(comfy, 'gone', None)",
+        "inspect.signature(io.Schema)",
+    ],
+)
+def test_a_version_probe_is_found(source):
+    assert version_probes(source)
+
+
 def test_a_long_function_is_found():
     body = "    x = 0\n" * LONGEST
-    assert too_long(f"def f():\n{body}")
-    assert not too_long(f"@triton.jit\ndef f():\n{body}")
+    assert too_much(f"def f():\n{body}") == [f"f: {LONGEST + 1} lines"]
+    assert not too_much(f"@triton.jit\ndef f():\n{body}")
+    assert too_much(f"@triton.jit\ndef f():\n{body + body}")
+
+
+def test_a_function_of_many_parameters_is_found():
+    many = ", ".join(f"p{i}" for i in range(MOST_PARAMETERS - 1))
+    assert too_much(f"def f({many}, *, a, **b): pass") == [f"f: {MOST_PARAMETERS + 1} parameters"]
+    assert not too_much(f"def f({many}, *, a): pass")
+    assert not too_much(f"@triton.jit\ndef f({many}, a, b): pass")
+
+
+def test_a_function_without_a_docstring_is_found():
     assert undocumented("def f():\n    return 1") == ["f"]

@@ -477,7 +477,8 @@ def test_the_command_tells_what_is_wrong(quant, tmp_path):
 # The command with a signal in the middle: at the first tensor, when the part is there already.
 SIGNALLED = """
 import os, signal, sys
-from turbo_core import write, convert
+from turbo_core import convert
+from turbo_core.checkpoint import write
 number = signal.Signals[sys.argv.pop()]
 bytes_of = write._bytes
 

@@ -150,13 +150,17 @@ def test_compiled_cards_are_those_that_the_tests_compile_for():
     assert diagnosis.COMPILED == ahead_of_time.CARDS
 
 
-def test_a_gpu_is_told_with_its_memory(gpu):
+@pytest.mark.parametrize(
+    ("device", "told"),
+    # The latter: ComfyUI started with --cpu, on a machine that has a GPU.
+    [(GPU, "Models run on: cuda:0, 60.0 GiB free"), (CPU, "Models run on: cpu")],
+)
+def test_a_gpu_is_told_with_its_memory(gpu, monkeypatch, device, told):
     gpu("NVIDIA GeForce RTX 4090", (8, 9))
-    first, device = diagnosis._device_lines(GPU)
-    assert first.startswith("GPU 0: NVIDIA GeForce RTX 4090, sm_89, 80.0 GiB, untested: ")
-    assert device == "Models run on: cuda:0, 60.0 GiB free"
-    # ComfyUI started with --cpu, on a machine that has a GPU.
-    assert diagnosis._device_lines(CPU) == [first, "Models run on: cpu"]
+    monkeypatch.setattr(diagnosis, "trials", lambda device: {})  # there is none to try
+    lines = diagnosis.report(device).splitlines()
+    at = lines.index(told)
+    assert lines[at - 1].startswith("GPU 0: NVIDIA GeForce RTX 4090, sm_89, 80.0 GiB, untested: ")
 
 
 def test_ops_stand_by_what_they_run_in():

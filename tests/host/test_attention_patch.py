@@ -13,13 +13,13 @@ import torch
 from in_comfyui import comfy
 from turbodiffusion_pack.turbo_core import run_report
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
-from turbodiffusion_pack.turbo_core.host.patch import KEY, patch_attention
+from turbodiffusion_pack.turbo_core.host.options import ATTENTION
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 SELF_ATTN = "diffusion_model.blocks.0.self_attn.forward"
-KEY = KEY
 # A GPU computes in bf16, the CPU in fp32.
 EXACT = 1e-2 if torch.cuda.is_available() else 1e-5
 TOKENS = 192  # of the latents below: three key blocks, not a multiple of 128 rows
@@ -243,7 +243,7 @@ def test_attn1_patch_is_applied(loaded):
 
     def halve(values):
         seen.append({name: tuple(values[name].shape) for name in "xqk"})
-        assert KEY in values["transformer_options"]
+        assert ATTENTION in values["transformer_options"]
         return values["x"] / 2
 
     model = _patch(loaded)
@@ -324,16 +324,16 @@ def test_a_second_patch_takes_the_place_of_the_first(loaded, line, sla_calls):
     twice = _patch(_patch(loaded, "dense", dense_steps=3), topk=0.67)
     for model in (once, twice):
         for kind in ("outer_sample", "diffusion_model"):
-            assert len(model.wrappers[kind][KEY]) == 1
-        assert len(model.callbacks["on_clone"][KEY]) == 1
+            assert len(model.wrappers[kind][ATTENTION]) == 1
+        assert len(model.callbacks["on_clone"][ATTENTION]) == 1
     assert torch.equal(_run(twice), _run(once))
     assert sla_calls == [0, 1] * 2
 
 
 def test_model_options_hold_plain_values(loaded):
     options = _patch(loaded, dense_blocks=(0,)).model_options
-    copied = copy.deepcopy(options)["transformer_options"][KEY]
-    assert copied == options["transformer_options"][KEY]
+    copied = copy.deepcopy(options)["transformer_options"][ATTENTION]
+    assert copied == options["transformer_options"][ATTENTION]
     json.dumps(copied)
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from attention import misplaced
 from turbodiffusion_pack.kernels.block_map import selected_count
+from turbodiffusion_pack.turbo_core.granularity import GRANULARITIES
 from turbodiffusion_pack.turbo_core.host import block, load, self_attention
-from turbodiffusion_pack.turbo_core.host.load import GRANULARITIES
+from turbodiffusion_pack.turbo_core.host.once import once
+from turbodiffusion_pack.turbo_core.host.options import MADE_ONCE
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
-from turbodiffusion_pack.turbo_core.host.self_attention import MADE, once
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 # The CPU computes in fp32, a GPU in bf16.
@@ -103,7 +104,7 @@ def test_blocks_share_the_text_and_the_rotation(monkeypatch, attention, granular
 def test_what_is_shared_is_that_of_the_tensor_at_hand():
     """A node may give one block another text; without a forward pass around it nothing is kept."""
     one, other = torch.zeros(1), torch.ones(1)
-    for options in ({}, {MADE: {}}):
+    for options in ({}, {MADE_ONCE: {}}):
         made = [once(options, "text", x, lambda x: x + 1) for x in (one, other, one)]
         assert made == [1, 2, 1]
 
@@ -183,7 +184,6 @@ def test_a_wrong_image_misses_the_bound(mutant):
 @on_cpu
 @pytest.mark.parametrize("key", [key for key in KEYS if key.endswith(".t988")])
 def test_an_unrounded_timestep_misses_the_bound(monkeypatch, key):
-    monkeypatch.setattr(load, "_round_timestep", lambda executor, *a, **k: executor(*a, **k))
-    monkeypatch.setattr(parity, "load", parity.load.__wrapped__)  # wrapped when it is loaded
+    monkeypatch.setattr(load, "round_to_bf16", lambda timestep: timestep)
     with _at_the_originals_maps(key):
         assert parity.forward_error(parity.model_of(key), key) > _bound(key)

@@ -13,7 +13,8 @@ from turbodiffusion_pack.kernels.block_map import block_map
 from turbodiffusion_pack.turbo_core import run_report
 from turbodiffusion_pack.turbo_core.host import self_attention
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
-from turbodiffusion_pack.turbo_core.host.patch import KEY, patch_attention
+from turbodiffusion_pack.turbo_core.host.options import ATTENTION
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.host.self_attention import sla
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
@@ -225,7 +226,7 @@ def test_without_gradients_all_is_as_ever(int8_wan, x):
 
 def test_triton_by_name_has_no_gradients(float_wan, x):
     model = float_wan.clone()
-    model.model_options["transformer_options"][KEY]["backend"] = "triton"
+    model.model_options["transformer_options"][ATTENTION]["backend"] = "triton"
     with pytest.raises(RuntimeError, match=r"Triton was asked for, but gradients.*Use 'auto'"):
         _velocity(model, x)
 

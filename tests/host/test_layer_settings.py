@@ -17,7 +17,7 @@ from turbodiffusion_pack.turbo_core.host import (
 from turbodiffusion_pack.turbo_core.host.experts import switch_experts
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
-from turbodiffusion_pack.turbo_core.host.quantize_model import _check_patches, quantize_model
+from turbodiffusion_pack.turbo_core.host.quantize_model import quantize_model
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
 from turbodiffusion_pack.turbo_core.host.save import save_turbo_model
 from turbodiffusion_pack.turbo_core.host.self_attention import optimized_attention
@@ -25,7 +25,7 @@ from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 SELF0, CROSS1 = "blocks.0.self_attn", "blocks.1.cross_attn"
-MODULE = "patch"
+MODULE = "comfy_attention"
 SETTING = {"attention": "comfy_kitchen_int8"}
 
 
@@ -202,7 +202,7 @@ def test_w8a8_refuses_a_module_with_weights(paths):
     for patch in (torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2, affine=False)):
         model.add_object_patch(f"diffusion_model.{SELF0}.{MODULE}", patch)
         with pytest.raises(ValueError, match="tied to its float weights"):
-            _check_patches(model)
+            quantize_model(model)
 
 
 def test_the_switch_takes_a_lora_with_settings(paths, newer_host):

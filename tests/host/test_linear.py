@@ -11,9 +11,10 @@ from turbodiffusion_pack.turbo_core.host import (
     block,
     epilogue,
     int8_tensor,
-    memory_graph,
     operations,
     self_attention,
+    versions,
+    weights,
 )
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.operations import Linear
@@ -299,7 +300,7 @@ def _requantizing_fails(monkeypatch):
 
 
 def _norms_fail(monkeypatch):
-    monkeypatch.setattr(self_attention, "kept", _out_of_memory)
+    monkeypatch.setattr(weights, "kept", _out_of_memory)
 
 
 def _float_products_fail(monkeypatch):
@@ -334,7 +335,7 @@ def test_the_host_has_pins_for_all_that_it_streams(models):
     assert all(hasattr(module, "_pin_state") for module in streamed)
 
 
-# ComfyUI's compiler, see memory_graph.py
+# ComfyUI's compiler, see versions.py
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -359,7 +360,7 @@ def test_what_outlives_a_block_is_not_recorded(models, monkeypatch, fused):
 
         monkeypatch.setattr(module, name, watched)
 
-    monkeypatch.setattr(memory_graph, "pause_malloc_graph", pause)
+    monkeypatch.setattr(versions, "pause_malloc_graph", pause)
     for module, name in (
         *((operations, "int8_linear"), (block, "layer_norm_quant")),
         *((self_attention, "sla"), (self_attention, "sla_from_projections")),
@@ -371,6 +372,6 @@ def test_what_outlives_a_block_is_not_recorded(models, monkeypatch, fused):
     expected = ("layer_norm_quant", "sla_from_projections") if fused else ("sla",)
     assert {name for name, _ in inside} == {"int8_linear", *expected}
     assert all(paused for _, paused in inside)
-    with pytest.raises(RuntimeError), memory_graph.unrecorded():
+    with pytest.raises(RuntimeError), versions.unrecorded():
         raise RuntimeError
     assert depth == [0]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from peak_memory import can_measure
 from safetensors.torch import save_file
-from turbodiffusion_pack.turbo_core.checkpoint.sizes import BLOCK_LINEARS, PROJ_L
+from turbodiffusion_pack.turbo_core.checkpoint.names import PROJ_L
+from turbodiffusion_pack.turbo_core.checkpoint.sizes import BLOCK_LINEARS
 from zero_checkpoint import official_zeros
 
 pytestmark = [

@@ -9,10 +9,11 @@ import in_comfyui
 import pytest
 import torch
 from in_comfyui import comfy
-from turbodiffusion_pack.turbo_core.host import block, operations, patch
+from turbodiffusion_pack.turbo_core.host import block, weights
 from turbodiffusion_pack.turbo_core.host.int8_tensor import requantize, unpack
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.operations import Linear
+from turbodiffusion_pack.turbo_core.host.options import ATTENTION
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
@@ -81,7 +82,7 @@ def test_what_dynamic_vram_patched_comes_in_the_dtype_asked_for(monkeypatch):
     op = Linear(4, 4, dtype=torch.float32)
     op.assign(torch.randn(4, 4), torch.randn(4))
     monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *_: None)
-    with operations.fetched(op, torch.float32, torch.device("cpu")) as (weight, bias):
+    with weights.fetched(op, torch.float32, torch.device("cpu")) as (weight, bias):
         assert weight.dtype == bias.dtype == torch.float32
 
 
@@ -94,10 +95,10 @@ def test_the_host_counts_int8_weights_once(paths, int8_model):
 
 def test_the_input_of_a_patch_is_untouched(int8_model):
     before = _forward(int8_model)
-    options = dict(int8_model.model_options["transformer_options"][patch.KEY])
+    options = dict(int8_model.model_options["transformer_options"][ATTENTION])
     dense = patch_attention(int8_model, SLASettings("dense"))
     assert goldens.relative_error(_forward(dense), before) > 1e-2
-    assert int8_model.model_options["transformer_options"][patch.KEY] == options
+    assert int8_model.model_options["transformer_options"][ATTENTION] == options
     assert torch.equal(_forward(int8_model), before)
 
 

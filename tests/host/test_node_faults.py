@@ -24,7 +24,7 @@ from turbodiffusion_pack.nodes.resolution import WanAdaptiveResolution
 from turbodiffusion_pack.nodes.sampler import RCMSampler
 from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
-from turbodiffusion_pack.turbo_core.host.patch import KEY
+from turbodiffusion_pack.turbo_core.host.options import ATTENTION
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
 from turbodiffusion_pack.turbo_core.host.save import save_turbo_model
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
@@ -558,4 +558,4 @@ def test_a_model_of_another_loader_is_itself_again_without_the_patch(folder, kin
     assert torch.equal(_sample(dense), before)
     whole = SLAAttentionPatch.execute(stock, **{**SLA, "topk": 1.0}).args[0]
     assert goldens.relative_error(_sample(whole), before) < EXACT
-    assert KEY not in stock.model_options.get("transformer_options", {})
+    assert ATTENTION not in stock.model_options.get("transformer_options", {})

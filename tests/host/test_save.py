@@ -217,8 +217,9 @@ import conftest
 import pathlib
 import torch
 import in_comfyui
-from in_comfyui import comfy, load
+from in_comfyui import comfy
 from peak_memory import peak_anonymous
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.save import save_turbo_model
 
 torch.set_num_threads(1)

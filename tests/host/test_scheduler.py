@@ -119,7 +119,7 @@ def _offered() -> list[list[str]]:
 
 def _loaded_again():
     """host/scheduler.py as a second load of the pack has it: a module of its own."""
-    name = "turbodiffusion_pack.turbo_core.comfy_scheduler_again"
+    name = "turbodiffusion_pack.turbo_core.host.scheduler_again"
     spec = importlib.util.spec_from_file_location(name, scheduler.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -39,8 +39,9 @@ def addressing(request, monkeypatch):
     elif torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no tensor maps")
     monkeypatch.setattr(nvrtc, "unavailable", lambda: "it is switched off")
-    made, make = [], triton_kernels._tensor_maps
-    monkeypatch.setattr(triton_kernels, "_tensor_maps", lambda *a: made.append(a) or make(*a))
+    maps = triton_kernels.TensorDescriptor
+    made, make = [], maps.from_tensor
+    monkeypatch.setattr(maps, "from_tensor", lambda *a: made.append(a) or make(*a))
     yield request.param
     assert bool(made) == (request.param == "tensor maps")
 
@@ -227,7 +228,7 @@ def test_triton_writes_nothing_beside_a_strided_out(addressing):
 @pytest.mark.parametrize(("k", "n"), ((200, 24), (208, 23)))
 def test_rows_that_tensor_maps_cannot_address(k, n, monkeypatch):
     """8-byte rows of x and w, or 4-byte rows of the output, go through pointers on every card."""
-    monkeypatch.setattr(triton_kernels, "_tensor_maps", None)
+    monkeypatch.setattr(triton_kernels.TensorDescriptor, "from_tensor", None)
     if DEVICE == "cpu":
         monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
     operands = random_operands(2, 65, k, n, "rows")

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter fast enough for the kernels' own reductions."""
+"""Makes Triton's interpreter fast enough for the kernels' own functions and reductions."""
 
 import importlib.util
 
@@ -6,14 +6,20 @@ import numpy as np
 
 
 def speed_up() -> None:
-    """Let numpy take the maximum that the kernels take with `largest`.
-
-    The interpreter knows Triton's own reductions; through any other it goes element by element.
-    """
+    """Take the ways that the interpreter has for what Triton itself calls, for our kernels too."""
     if importlib.util.find_spec("triton") is None:
         return
     from triton.runtime import interpreter
 
+    _reduce_by_numpy(interpreter)
+    _patch_once_a_launch(interpreter)
+
+
+def _reduce_by_numpy(interpreter) -> None:
+    """Let numpy take the maximum that the kernels take with `largest`.
+
+    The interpreter knows Triton's own reductions; through any other it goes element by element.
+    """
     apply_impl = interpreter.ReduceOps.apply_impl
 
     def apply(self, inputs):
@@ -22,3 +28,24 @@ def speed_up() -> None:
         return apply_impl(self, inputs)
 
     interpreter.ReduceOps.apply_impl = apply
+
+
+def _patch_once_a_launch(interpreter) -> None:
+    """Patch triton.language once a launch for each module that functions of it are in.
+
+    The interpreter does so at every call of every function, a third of its time.
+    """
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_lang(fn):
+        if id(fn.__globals__) in patched:
+            return None  # to a function that is called within a kernel, which ignores it
+        patched.add(id(fn.__globals__))
+        return patch(fn)
+
+    def launch_anew(self, *args, **kwargs):
+        patched.clear()  # the launch before took its patches back
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang = patch_lang
+    interpreter.GridExecutor.__call__ = launch_anew

@@ -5,8 +5,8 @@
 What is measured are the tests themselves: all comparisons of an error by goldens.relative_error or
 attention.misplaced with a bound. They run again as on a CPU without AVX, with AVX2 and with AVX-512
 (as far as this one has it), in 1, 2 and 4 threads each, then with golden inputs moved by 1e-7,
-20 times. Printed is the worst of all runs; -k and files narrow down what is run. Exit status 1 where
-a test failed or a bound leaves less room than 1.3.
+20 times. Printed is the worst of all runs; -k and files narrow down what is run. Exit status 1
+where a test failed or a bound leaves less room than 1.3.
 """
 
 import argparse

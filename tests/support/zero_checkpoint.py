@@ -1,12 +1,8 @@
 """Large checkpoints of zeros in the official format, for the tests that measure memory."""
 
 import torch
-from turbodiffusion_pack.turbo_core.checkpoint.sizes import (
-    BLOCK_LINEARS,
-    PROJ_L,
-    Sizes,
-    wan_shapes,
-)
+from turbodiffusion_pack.turbo_core.checkpoint.names import PROJ_L
+from turbodiffusion_pack.turbo_core.checkpoint.sizes import BLOCK_LINEARS, Sizes, wan_shapes
 
 
 def official_zeros(num_layers: int, quantized: bool = True) -> dict[str, torch.Tensor]:

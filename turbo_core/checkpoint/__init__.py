@@ -6,12 +6,15 @@ from os import PathLike
 from pathlib import Path
 
 import torch
+from einops import rearrange
 
-from . import sizes as layout
-from .checks import check_dtypes, check_shapes, check_values
+from .checks import check_dtypes, check_shapes, check_values, small_tensors
 from .error import CheckpointError
+from .extras import split_layer_settings, split_proj_l
 from .names import PROJ_L, wan_names
+from .scales import split_scales
 from .shards import read_files
+from .sizes import HEAD_DIM, conv_patch_embedding, read_sizes, wan_shapes
 
 NAMES = ("official", "comfy")
 
@@ -56,7 +59,7 @@ class Checkpoint:
 
     @property
     def head_dim(self) -> int:
-        return layout.HEAD_DIM
+        return HEAD_DIM
 
     @property
     def has_sla(self) -> bool:
@@ -107,14 +110,14 @@ def check_tensors(
     Raises:
         CheckpointError: they make up none; the message says what was found and what to do.
     """
-    tensors, settings = layout.split_settings(tensors)
-    tensors, scales = layout.split_scales(tensors)
+    tensors, settings = split_layer_settings(tensors)
+    tensors, scales = split_scales(tensors)
     check_dtypes(tensors, scales)
-    tensors = layout.conv_patch_embedding(tensors)
-    sizes = layout.read_sizes(tensors)
-    tensors, proj_l = layout.split_proj_l(tensors, sizes.num_layers)
-    check_shapes(tensors, layout.wan_shapes(sizes))
-    check_values(layout.small_tensors(tensors, scales, proj_l), progress)
+    tensors = conv_patch_embedding(tensors)
+    sizes = read_sizes(tensors)
+    tensors, proj_l = split_proj_l(tensors, sizes.num_layers)
+    check_shapes(tensors, wan_shapes(sizes))
+    check_values(small_tensors(tensors, scales, proj_l), progress)
     return Checkpoint(tensors, scales, proj_l, **vars(sizes), layer_settings=settings)
 
 
@@ -154,5 +157,6 @@ def file_tensors(checkpoint: Checkpoint, names: str) -> dict[str, torch.Tensor]:
         tensors[f"blocks.{index}.{PROJ_L}.weight"] = weight
         tensors[f"blocks.{index}.{PROJ_L}.bias"] = bias
     if names == "official":
-        tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"].flatten(1)
+        weight = tensors["patch_embedding.weight"]
+        tensors["patch_embedding.weight"] = rearrange(weight, "dim c kt kh kw -> dim (c kt kh kw)")
     return tensors

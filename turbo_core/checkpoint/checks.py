@@ -5,8 +5,10 @@ from collections.abc import Callable
 import torch
 
 from .error import CheckpointError
+from .names import PROJ_L
 
 Tensors = dict[str, torch.Tensor]
+Pairs = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 CHUNK = 2**20  # values that are looked at together
 
@@ -39,6 +41,16 @@ def check_dtypes(tensors: Tensors, int8_modules: Tensors) -> None:
                 f"{name} must be floating point, or int8_weight with a scale, got "
                 f"{describe(tensor)}: take TurboDiffusion's plain or -quant file"
             )
+
+
+def small_tensors(tensors: Tensors, scales: Tensors, proj_l: Pairs) -> Tensors:
+    """The tensors that are cheap to look through: all but the big, memory-mapped weights."""
+    small = {n: t for n, t in tensors.items() if t.ndim == 1 or n.endswith("modulation")}
+    small.update({f"{module}.scale": scale for module, scale in scales.items()})
+    for index, (weight, bias) in enumerate(proj_l):
+        small[f"blocks.{index}.{PROJ_L}.weight"] = weight
+        small[f"blocks.{index}.{PROJ_L}.bias"] = bias
+    return small
 
 
 def check_values(small: Tensors, progress: Callable[[int, int], None] | None = None) -> None:

@@ -105,7 +105,7 @@ def _read_safetensors(path: Path) -> Tensors:
             for name in names:
                 part = file.get_slice(name)
                 dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
-                _check_tensor(name, dtype, part.get_shape())
+                _check_listed(name, dtype, part.get_shape())
             return {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise damaged(error) from error
@@ -120,8 +120,8 @@ def _mapped_tensors(path: Path, content: object, locate: Locate) -> Tensors:
     tensors, storages, held = {}, {}, 0
     for name, tensor in listed.items():
         place = locate(tensor.storage)
-        _check_tensor(name, tensor.dtype, tensor.shape)
-        _check_inside(name, tensor, len(place))
+        _check_listed(name, tensor.dtype, tensor.shape)
+        _check_extent(name, tensor, len(place))
         held += math.prod(tensor.shape) * tensor.dtype.itemsize
         held += 0 if place in storages else len(place)
         if held > MOST_SHARED * size:
@@ -182,7 +182,7 @@ def _check_count(tensors: int) -> None:
         )
 
 
-def _check_tensor(name: str, dtype: torch.dtype | str, shape: tuple) -> None:
+def _check_listed(name: str, dtype: torch.dtype | str, shape: tuple) -> None:
     """Refuse a name that cannot be one, and what is not a plain tensor of a known dtype."""
     if len(name) > LONGEST_NAME or not name.isprintable():
         raise CheckpointError(
@@ -204,7 +204,7 @@ def _is_count(number: object) -> bool:
     return type(number) is int and 0 <= number <= LARGEST  # a bool is none, torch refuses it
 
 
-def _check_inside(name: str, tensor: ListedTensor, room: int) -> None:
+def _check_extent(name: str, tensor: ListedTensor, room: int) -> None:
     """Refuse a tensor that reaches beyond its storage of `room` bytes, or is made larger than it
     by strides, as an expanded one is."""
     shape, stride, offset = tensor.shape, tensor.stride, tensor.offset

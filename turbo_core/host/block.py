@@ -16,9 +16,12 @@ from .. import run_report
 from .epilogue import Operands, quantize
 from .gradients import GRADIENTS, records_graph
 from .int8_tensor import is_int8
-from .memory_graph import unrecorded
+from .once import once
 from .operations import Linear, int8_product, int8_weights
-from .self_attention import attend, float32_weights, host_attention, is_stock, missing_parts, once
+from .patch_owner import is_ours, is_stock
+from .self_attention import attend, host_attention, missing_parts
+from .versions import unrecorded
+from .weights import float32_weights
 
 # Tokens that go through the feed-forward layers at once: bounds its memory, fills the GPU still.
 FFN_TOKENS = 32768
@@ -34,26 +37,28 @@ def block_forward(block, index, x, e, freqs, context, transformer_options=None, 
     `others` are what only the host's own forward takes.
     """
     transformer_options = transformer_options or {}
-    if _choose_fused(block, index, x, e, context, transformer_options):
-        with unrecorded():
-            return _fused(block, index, x, e, freqs, context, transformer_options)
+    y = _unless_it_steps_aside(block, index, x, e, freqs, context, transformer_options)
+    if y is not None:
+        return y
     others["transformer_options"] = transformer_options
     return type(block).forward(block, x, e=e, freqs=freqs, context=context, **others)
 
 
 @torch.compiler.disable
-def _choose_fused(block, index, x, e, context, transformer_options) -> bool:
-    """Whether the block runs fused, told to the report."""
+def _unless_it_steps_aside(
+    block, index, x, e, freqs, context, transformer_options
+) -> torch.Tensor | None:
+    """The block run fused, or None where the host's forward has to; either way told the report."""
     recorded = records_graph(block, x, e, context)
     reason = GRADIENTS if recorded else why_not_fused(block, e, transformer_options)
-    if reason is None:
-        run_report.note_fused(index)
-    else:
+    if reason is not None:
         run_report.note_unfused(index, reason)
-    return reason is None
+        return None
+    run_report.note_fused(index)
+    with unrecorded():
+        return _fused(block, index, x, e, freqs, context, transformer_options)
 
 
-@torch.compiler.disable
 def _fused(block, index, x, e, freqs, context, transformer_options):
     shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(block, e, x.device)
     granularity, eps, dtype = block.ffn[0].granularity, block.eps, x.dtype
@@ -121,17 +126,14 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
     for attn in attentions:
         if reason := missing_parts(attn):
             return reason
-    linears = [getattr(attn, name) for attn in attentions for name in "qkvo"]
-    for linear in (*linears, block.ffn[0], block.ffn[2]):
+    # By `_modules`: as attributes modules take ten times as long to find, and this is every block.
+    ffn = block.ffn._modules
+    linears = [attn._modules[name] for attn in attentions for name in "qkvo"]
+    for linear in (*linears, ffn["0"], ffn["2"]):
         if not isinstance(linear, Linear) or not is_int8(linear.weight):
             return "its weights are not INT8"
-    norms = [getattr(attn, name) for attn in attentions for name in ("norm_q", "norm_k")]
+    norms = [attn._modules[name] for attn in attentions for name in ("norm_q", "norm_k")]
     parts = block.cross_attn, block.ffn, *linears, *norms, block.norm1, block.norm2, block.norm3
     if not all(map(is_stock, parts)):
         return "a node patches a part of it"
     return None
-
-
-def is_ours(forward) -> bool:
-    """Whether a module's forward is one that this pack put there."""
-    return getattr(forward, "turbodiffusion", False)

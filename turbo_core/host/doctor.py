@@ -8,6 +8,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from ..diagnosis import GIB, comfyui_version, report
+from .versions import has_dynamic_vram
 
 
 def doctor_report() -> str:
@@ -18,10 +19,8 @@ def doctor_report() -> str:
 def comfyui_line() -> str:
     """The running ComfyUI: version, how it manages memory, its attention."""
     version = comfyui_version(Path(comfy.samplers.__file__).parents[1])
-    memory = f"VRAM state {comfy.model_management.vram_state.name}"
-    # Newer hosts manage VRAM dynamically where they can.
-    if getattr(getattr(comfy, "memory_management", None), "aimdo_enabled", False):
-        memory = "dynamic VRAM"
+    state = comfy.model_management.vram_state.name
+    memory = "dynamic VRAM" if has_dynamic_vram() else f"VRAM state {state}"
     ram = comfy.model_management.get_total_memory(torch.device("cpu")) / GIB
     attention = optimized_attention.__name__.removeprefix("attention_")
     return f"ComfyUI {version}, {memory}, {attention} attention, {ram:.1f} GiB RAM"

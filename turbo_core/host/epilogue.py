@@ -7,12 +7,12 @@ product, and the rest as ComfyUI does for float ones.
 
 from collections.abc import Callable
 
-import comfy.ops
 import comfy.rmsnorm
 import torch
 
 from ...kernels.int8_quant import ACTIVATIONS as QUANTIZER_ACTIVATIONS
 from ...kernels.int8_quant import quantize_blocks, quantize_rows
+from .versions import INPUT_ACTIVATIONS
 
 Operands = tuple[torch.Tensor, torch.Tensor]  # int8 and its float32 scales
 
@@ -22,9 +22,9 @@ def _swiglu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-# By the names that ComfyUI gives them, with those that only a newer host knows.
+# By the names that ComfyUI gives them: the host's own, and those that this pack knows besides.
 ACTIVATIONS = {
-    **getattr(comfy.ops, "INPUT_ACT_EAGER", {}),
+    **INPUT_ACTIVATIONS,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "silu": torch.nn.functional.silu,
     "swiglu": _swiglu,

@@ -2,7 +2,17 @@
 
 The MODEL is a clone of the high-noise expert. Below the boundary the guider that samples it holds
 the low-noise expert in its place, with the options and the wrappers that expert came with. ComfyUI
-loads each expert when its turn comes, so neither has to leave room for the other.
+loads each expert when its turn comes, so neither has to leave room for the other. A run, from the
+outside in, and which expert the guider holds there:
+
+    high  OUTER_SAMPLE wrapper of the switch: around_run, ExpertRun.sample
+    low       OUTER_SAMPLE wrappers that `low` came with
+    high          the rest of `high`'s outer_sample: its wrappers, the sampler, for every step
+    high              PREDICT_NOISE wrapper of the switch: ExpertRun._predict_noise
+    high                  sigma >= boundary: the rest of `high`'s predict_noise
+    low                   sigma < boundary: `low`'s PREDICT_NOISE wrappers, predict_noise, its model
+
+A run that begins below the boundary is one of `low` from its OUTER_SAMPLE wrappers on.
 """
 
 import contextlib
@@ -15,13 +25,15 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from .. import run_report
-from .patch import BOUNDARY, require_model
+from .expert_options import options_of_low, with_switch
+from .options import EXPERT_SWITCH
+from .patch import require_model
+from .versions import share_latent_shapes, with_hooks
 
-KEY = "turbodiffusion.experts"
 HIGH, LOW = "high-noise expert", "low-noise expert"
 
 # What both experts of one model have in common, by its name in ComfyUI's Wan model.
-SHAPE = {
+ARCHITECTURE = {
     "in_dim": "input channels",
     "dim": "channels",
     "ffn_dim": "feed-forward channels",
@@ -30,12 +42,6 @@ SHAPE = {
     "out_dim": "output channels",
     "model_type": "model type",
 }
-
-# Options and wrappers of a sampler run rather than of a model: they go for both experts.
-RUN_OPTIONS = ("context_handler", "disable_cfg1_optimization")
-RUN_WRAPPERS = (WrappersMP.PREPARE_SAMPLING, WrappersMP.SAMPLER_SAMPLE)
-GUIDANCE = ("sampler_cfg_function", "sampler_calc_cond_batch_function")
-GUIDANCE_LISTS = ("sampler_pre_cfg_function", "sampler_post_cfg_function")
 
 
 def switch_experts(high: ModelPatcher, low: ModelPatcher, boundary: float) -> ModelPatcher:
@@ -47,26 +53,26 @@ def switch_experts(high: ModelPatcher, low: ModelPatcher, boundary: float) -> Mo
     Raises:
         ValueError: not two experts of one Wan model, or a boundary outside of 0 to 1.
     """
-    _check(high, low, boundary)
-    guidance = dict(high.model_options)  # what `high` comes with is not for `low`
+    _require_two_experts(high, low, boundary)
+    came_with = dict(high.model_options)
 
     def around_run(executor, *args, **kwargs):
-        run = ExpertRun(executor, low, boundary, guidance)
+        run = ExpertRun(executor, low, boundary, came_with)
         with run_report.run():
             return run.sample(*args, **kwargs)
 
     model = high.clone()
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, around_run)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, EXPERT_SWITCH, around_run)
     return model
 
 
-def _check(high: ModelPatcher, low: ModelPatcher, boundary: float) -> None:
+def _require_two_experts(high: ModelPatcher, low: ModelPatcher, boundary: float) -> None:
     if not isinstance(boundary, (int, float)) or not 0 <= boundary <= 1:
         raise ValueError(
             f"boundary is a sigma from 0 to 1, got {boundary!r}: use 0.9 for image to video, 0.875 "
             "for text to video"
         )
-    _check_shapes(_wan_model("model_high", high), _wan_model("model_low", low))
+    _require_one_architecture(_expert("model_high", high), _expert("model_low", low))
     if high.is_clone(low) or _same_weights(high, low):
         raise ValueError(
             "model_high and model_low must be two experts, got the same model twice. Load the "
@@ -74,7 +80,7 @@ def _check(high: ModelPatcher, low: ModelPatcher, boundary: float) -> None:
         )
 
 
-def _wan_model(name: str, model: ModelPatcher) -> comfy.ldm.wan.model.WanModel:
+def _expert(name: str, model: ModelPatcher) -> comfy.ldm.wan.model.WanModel:
     require_model(model, name)
     diffusion_model = model.get_model_object("diffusion_model")
     if not isinstance(diffusion_model, comfy.ldm.wan.model.WanModel):
@@ -82,7 +88,7 @@ def _wan_model(name: str, model: ModelPatcher) -> comfy.ldm.wan.model.WanModel:
             f"{name} must be a Wan MODEL, got {type(diffusion_model).__name__}. Connect an expert "
             "of Wan 2.2, from TurboLoader or any other loader."
         )
-    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, EXPERT_SWITCH):
         raise ValueError(
             f"{name} must be one expert, got the MODEL of another Wan22ExpertSwitch. Connect what "
             "a loader gives."
@@ -90,10 +96,10 @@ def _wan_model(name: str, model: ModelPatcher) -> comfy.ldm.wan.model.WanModel:
     return diffusion_model
 
 
-def _check_shapes(high: torch.nn.Module, low: torch.nn.Module) -> None:
+def _require_one_architecture(high: torch.nn.Module, low: torch.nn.Module) -> None:
     differ = [
         f"{ours} and {theirs} {label}"
-        for name, label in SHAPE.items()
+        for name, label in ARCHITECTURE.items()
         if (ours := getattr(high, name)) != (theirs := getattr(low, name))
     ]
     if type(high) is not type(low):
@@ -121,14 +127,14 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 class ExpertRun:
     """One sampler run: which expert is loaded now, and what the low-noise one runs with."""
 
-    def __init__(self, executor, low: ModelPatcher, boundary: float, guidance: dict):
+    def __init__(self, executor, low: ModelPatcher, boundary: float, came_with: dict):
         self.executor = executor
         self.guider = executor.class_obj
         self.high, self.high_options = self.guider.model_patcher, self.guider.model_options
         self.low = _hookable(low, self.guider.conds)
         self.low_options = create_model_options_clone(self.low.model_options)
         self.boundary = boundary
-        self.guidance = guidance
+        self.came_with = came_with  # the options of `high` when the switch was made
         self.loaded = self.high  # by the host, before the first step
         self.other_models = []
 
@@ -155,22 +161,14 @@ class ExpertRun:
         args = (noise, latent, sampler, sigmas, *args)
         if sigmas.max() < self.boundary:
             run_report.note_expert(LOW)
-            with _instead(self.guider, model_options=self._options_of_low(self.high_options)):
+            with _instead(self.guider, model_options=self._merged(self.high_options)):
                 return self.guider.outer_sample(*args, **kwargs)
-        options = self._switching(self.high_options)
+        options = with_switch(self.high_options, self._predict_noise)
         try:
             with _instead(self.guider, model_patcher=self.high, model_options=options):
                 return self.executor(*args, **kwargs)
         finally:
             self._clean_up()
-
-    def _switching(self, options: dict) -> dict:
-        """`options` with our switch around everything else that wraps a prediction."""
-        options = create_model_options_clone(options)
-        wrappers = options["transformer_options"]["wrappers"]
-        others = wrappers.get(WrappersMP.PREDICT_NOISE, {})
-        wrappers[WrappersMP.PREDICT_NOISE] = {KEY: [self._predict_noise], **others}
-        return options
 
     def _predict_noise(self, executor, x, timestep, model_options, seed):
         if timestep.max() >= self.boundary:
@@ -178,14 +176,16 @@ class ExpertRun:
             self._load(self.high, x.shape, model_options)
             return executor(x, timestep, model_options, seed)
         run_report.note_expert(LOW)
-        guider, options = self.guider, self._options_of_low(model_options)
+        guider, options = self.guider, self._merged(model_options)
         self._load(self.low, x.shape, options)
-        if hasattr(self.high.model, "latent_shapes"):  # newer hosts tell it to the model of a run
-            self.low.model.latent_shapes = self.high.model.latent_shapes
+        share_latent_shapes(self.high.model, self.low.model)
         wrappers = get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True)
         with _instead(guider, inner_model=self.low.model):
             predict = WrapperExecutor.new_class_executor(guider.predict_noise, guider, wrappers)
             return predict.execute(x, timestep, options, seed)
+
+    def _merged(self, run_options: dict) -> dict:
+        return options_of_low(self.low_options, run_options, self.came_with, self.boundary)
 
     def _load(self, expert: ModelPatcher, shape: torch.Size, options: dict) -> None:
         """Let the host load `expert`, in the place of the other one where memory is short."""
@@ -204,39 +204,11 @@ class ExpertRun:
             self.low.cleanup()
         comfy.sampler_helpers.cleanup_additional_models(self.other_models)
 
-    def _options_of_low(self, run_options: dict) -> dict:
-        """What `low` brought, and of `run_options` what goes for the whole run."""
-        options = create_model_options_clone(self.low_options)
-        own, run = options["transformer_options"], run_options["transformer_options"]
-        own[BOUNDARY] = self.boundary
-        if "sample_sigmas" in run:
-            own["sample_sigmas"] = run["sample_sigmas"]
-        for kind in RUN_WRAPPERS:
-            others = run["wrappers"].get(kind, {})
-            own["wrappers"][kind] = {**others, **own["wrappers"].get(kind, {})}
-        for key in RUN_OPTIONS:
-            if key in run_options:
-                options.setdefault(key, run_options[key])
-        self._add_guidance(options, run_options)
-        return options
-
-    def _add_guidance(self, options: dict, run_options: dict) -> None:
-        """Add the functions that came after the switch: from nodes behind it, from the sampler."""
-        for key in GUIDANCE:
-            if key in run_options and run_options[key] is not self.guidance.get(key):
-                options[key] = run_options[key]
-        for key in GUIDANCE_LISTS:
-            known = self.guidance.get(key, ())
-            added = [function for function in run_options.get(key, ()) if function not in known]
-            options[key] = [*options.get(key, ()), *added]
-
 
 def _hookable(model: ModelPatcher, conds: dict) -> ModelPatcher:
-    """`model` as a patcher that takes the hooks of `conds`: with dynamic VRAM that is another."""
+    """`model` as a patcher that takes the hooks of `conds`, if they have any."""
     hooked = any(cond.get("hooks") for group in conds.values() for cond in group)
-    if hooked and hasattr(model, "get_non_dynamic_delegate"):
-        return model.get_non_dynamic_delegate()
-    return model
+    return with_hooks(model) if hooked else model
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """INT8 weights as the host's QuantizedTensor, so that ComfyUI can offload, patch and clone them.
 
-Two generations of the host's interface exist: plain dicts of layout parameters (ComfyUI 0.3.75),
-and comfy-kitchen's typed parameters (0.4 and newer).
+The layout is written as comfy-kitchen has them; versions.py makes it one of ComfyUI 0.3.75.
 """
 
 import dataclasses
@@ -18,6 +17,14 @@ from ...kernels.int8_quant import (
     quantize_rows,
 )
 from .epilogue import int8_linear_with
+from .versions import (
+    LayoutParams,
+    float_dtype_of,
+    layout_of,
+    quantized_tensor,
+    register_layout,
+    scale_of,
+)
 
 LAYOUT = "TurboInt8Layout"
 HostTensor = comfy.quant_ops.QuantizedTensor
@@ -35,17 +42,17 @@ class QuantizedTensor(HostTensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
-            return pack(*unpack(args[0]), _float_dtype(args[0]))
+            return pack(*unpack(args[0]), float_dtype_of(args[0]))
         if func is torch.ops.aten.copy_.default and is_int8(args[0]):
             return _write(*args, **kwargs)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if out is args[0] and kwargs.get("copy"):  # the host makes none on the same device
             return out.clone()
         ours = isinstance(out, cls) or not is_int8(out)
-        return out if ours else pack(*unpack(out), _float_dtype(out))
+        return out if ours else pack(*unpack(out), float_dtype_of(out))
 
     def __deepcopy__(self, memo):
-        copied = pack(*(part.clone() for part in unpack(self)), _float_dtype(self))
+        copied = pack(*(part.clone() for part in unpack(self)), float_dtype_of(self))
         if isinstance(self, torch.nn.Parameter):
             copied = torch.nn.Parameter(copied, requires_grad=False)
         return memo.setdefault(id(self), copied)
@@ -53,7 +60,7 @@ class QuantizedTensor(HostTensor):
     @staticmethod
     def __tensor_unflatten__(inner_tensors, ctx, outer_size, outer_stride):
         weight = HostTensor.__tensor_unflatten__(inner_tensors, ctx, outer_size, outer_stride)
-        return pack(*unpack(weight), _float_dtype(weight))
+        return pack(*unpack(weight), float_dtype_of(weight))
 
 
 def quantize_weight(weight: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,93 +73,54 @@ def dequantize_weight(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) 
     return (dequantize_blocks if scale.ndim == 2 else dequantize_rows)(q, scale, dtype)
 
 
-if hasattr(comfy.quant_ops, "LAYOUTS"):
+class TurboInt8Layout(comfy.quant_ops.QuantizedLayout):
+    """int8 [out, in] with fp32 scales: one per 128x128 block, or one per output channel."""
 
-    class TurboInt8Layout(comfy.quant_ops.QuantizedLayout):
-        """int8 [out, in] with fp32 scales: one per 128x128 block, or one per output channel."""
+    @dataclasses.dataclass(frozen=True)
+    class Params(LayoutParams):
+        """Scales, and the dtype and shape the weight dequantizes to."""
 
-        @classmethod
-        def quantize(cls, tensor, granularity="blocks", **_):
-            q, scale = quantize_weight(tensor, granularity)
-            return q, {"scale": scale, "orig_dtype": tensor.dtype}
+    @classmethod
+    def quantize(cls, tensor, granularity="blocks", **_):
+        q, scale = quantize_weight(tensor, granularity)
+        return q, cls.Params(scale, tensor.dtype, tuple(tensor.shape))
 
-        @staticmethod
-        def dequantize(qdata, scale, orig_dtype, **_):
-            return dequantize_weight(qdata, scale, orig_dtype)
+    @classmethod
+    def dequantize(cls, qdata, params):
+        return dequantize_weight(qdata, params.scale, params.orig_dtype)
 
-        @classmethod
-        def get_plain_tensors(cls, qtensor):
-            return qtensor._qdata, qtensor._layout_params["scale"]
+    @classmethod
+    def get_plain_tensors(cls, qtensor):
+        return qtensor._qdata, scale_of(qtensor)
 
-    comfy.quant_ops.LAYOUTS[LAYOUT] = TurboInt8Layout
-    _REGISTERED = LAYOUT  # what the host files an operation on our tensors under
+    @classmethod
+    def state_dict_tensors(cls, qdata, params):
+        return {"": qdata, "_scale": params.scale}
 
-    def pack(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> QuantizedTensor:
-        """int8 [out, in] and its scales as one tensor that dequantizes to `dtype`; no copy."""
-        return QuantizedTensor(q, LAYOUT, {"scale": scale, "orig_dtype": dtype})
+    @classmethod
+    def requantize_kwargs(cls, qtensor):
+        return {"granularity": granularity(qtensor)}
 
-    def _layout_name(weight: HostTensor) -> str:
-        return weight._layout_type
+    @classmethod
+    def linear_input_act(cls, weight, x, bias=None, *asked, **named):
+        # comfy-kitchen 0.2.40; its arguments come in the order of ours.
+        if x.dtype not in DTYPES:
+            return NotImplemented
+        return linear(x, weight, bias, *asked, **_our_names(named))
 
-    def _float_dtype(weight: HostTensor) -> torch.dtype:
-        return weight._layout_params["orig_dtype"]
 
-else:
-    from comfy_kitchen.tensor.base import BaseLayoutParams
+_REGISTERED = register_layout(LAYOUT, TurboInt8Layout)
 
-    class TurboInt8Layout(comfy.quant_ops.QuantizedLayout):
-        """int8 [out, in] with fp32 scales: one per 128x128 block, or one per output channel."""
 
-        @dataclasses.dataclass(frozen=True)
-        class Params(BaseLayoutParams):
-            """Scales, and the dtype and shape the weight dequantizes to."""
-
-        @classmethod
-        def quantize(cls, tensor, granularity="blocks", **_):
-            q, scale = quantize_weight(tensor, granularity)
-            return q, cls.Params(scale, tensor.dtype, tuple(tensor.shape))
-
-        @classmethod
-        def dequantize(cls, qdata, params):
-            return dequantize_weight(qdata, params.scale, params.orig_dtype)
-
-        @classmethod
-        def get_plain_tensors(cls, qtensor):
-            return qtensor._qdata, qtensor._params.scale
-
-        @classmethod
-        def state_dict_tensors(cls, qdata, params):
-            return {"": qdata, "_scale": params.scale}
-
-        @classmethod
-        def requantize_kwargs(cls, qtensor):
-            return {"granularity": granularity(qtensor)}
-
-        @classmethod
-        def linear_input_act(cls, weight, x, bias=None, *asked, **named):
-            # comfy-kitchen 0.2.40; its arguments come in the order of ours.
-            if x.dtype not in DTYPES:
-                return NotImplemented
-            return linear(x, weight, bias, *asked, **_our_names(named))
-
-    comfy.quant_ops.register_layout_class(LAYOUT, TurboInt8Layout)
-    _REGISTERED = TurboInt8Layout
-
-    def pack(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> QuantizedTensor:
-        """int8 [out, in] and its scales as one tensor that dequantizes to `dtype`; no copy."""
-        params = TurboInt8Layout.Params(scale, dtype, tuple(q.shape))
-        return QuantizedTensor(q, LAYOUT, params)
-
-    def _layout_name(weight: HostTensor) -> str:
-        return weight._layout_cls
-
-    def _float_dtype(weight: HostTensor) -> torch.dtype:
-        return weight._params.orig_dtype
+def pack(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> QuantizedTensor:
+    """int8 [out, in] and its scales as one tensor that dequantizes to `dtype`; no copy."""
+    params = TurboInt8Layout.Params(scale, dtype, tuple(q.shape))
+    return quantized_tensor(QuantizedTensor, q, LAYOUT, params)
 
 
 def is_int8(weight: torch.Tensor | None) -> bool:
     """Whether `weight` is one of ours."""
-    return isinstance(weight, HostTensor) and _layout_name(weight) == LAYOUT
+    return isinstance(weight, HostTensor) and layout_of(weight) == LAYOUT
 
 
 def unpack(weight: HostTensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..checkpoint.sizes import LAYER_SETTING
+from ..checkpoint.extras import LAYER_SETTING
 
 MODULE = "comfy_attention"
 KEPT = "turbodiffusion_layer_setting"  # the attribute that holds it where there is no such module
@@ -50,6 +50,12 @@ def layer_settings(wan: torch.nn.Module, module_of: Callable[[str], torch.nn.Mod
         if setting is not None:
             settings[f"{path}.config"] = setting
     return settings
+
+
+def preferred_attention(attn: torch.nn.Module) -> dict:
+    """What the host's attention function is called with, so that it asks `attn` for its setting."""
+    module = getattr(attn, MODULE, None)
+    return {} if module is None else {"preferred_attention": module}
 
 
 def _set(layer: torch.nn.Module | None, setting: torch.Tensor) -> str:

@@ -3,25 +3,23 @@
 import logging
 import os
 
-import comfy.sd
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..checkpoint import Checkpoint, read_checkpoint
+from ..granularity import scales_of
 from ..rcm import default_sigma_max
 from ..sla_settings import SLASettings
 from .int8_tensor import granularity as weight_granularity
 from .int8_tensor import is_int8
 from .layer_settings import set_layer_settings
 from .operations import Linear, TurboOperations
+from .options import TIMESTEP
 from .patch import patch_attention, wan_model
 from .projections import projection
 from .scheduler import carry_sigma_max
-
-# What INT8 linears multiply in: the checkpoint's own 128x128 blocks of scales, or a scale per token
-# and output channel, which is faster; both stay within the same bounds of the original's outputs.
-GRANULARITIES = {"fast": "rows", "exact": "blocks"}
+from .versions import load_diffusion_model
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +27,7 @@ log = logging.getLogger(__name__)
 def load_turbo_model(path: str, granularity: str = "fast", disable_dynamic: bool = False):
     """Load the checkpoint at `path` as a MODEL with SLA on, INT8 weights kept INT8.
 
-    `granularity` is what INT8 linears multiply in, see GRANULARITIES. The file's tensors are
+    `granularity` is what INT8 linears multiply in, see granularity.py. The file's tensors are
     memory-mapped and become the model's weights without a copy. The model computes in bf16.
     `disable_dynamic` is for newer hosts, which load a model again without their dynamic VRAM when
     a node needs that.
@@ -38,31 +36,26 @@ def load_turbo_model(path: str, granularity: str = "fast", disable_dynamic: bool
         CheckpointError: the file is not a usable TurboDiffusion checkpoint, see checkpoint.py.
         ValueError: the granularity is unknown.
     """
-    if granularity not in GRANULARITIES:
-        raise ValueError(
-            f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}"
-        )
+    scales = scales_of(granularity)
     bar = comfy.utils.ProgressBar(1)
     checkpoint = read_checkpoint(path, progress=bar.update_absolute)
     log.info("TurboDiffusion: loading %s, %s", os.path.basename(path), _describe(checkpoint))
-    host_options = {"disable_dynamic": True} if disable_dynamic else {}
-    model = build_turbo_model(checkpoint, granularity, host_options)
+    model = build_turbo_model(checkpoint, scales, disable_dynamic)
     model.cached_patcher_init = (load_turbo_model, (path, granularity))
     return model
 
 
 def build_turbo_model(
-    checkpoint: Checkpoint, granularity: str = "fast", host_options: dict | None = None
+    checkpoint: Checkpoint, granularity: str = "rows", disable_dynamic: bool = False
 ):
     """A MODEL around the tensors of `checkpoint`, with SLA on where it has the projections.
 
-    `host_options` go to ComfyUI's load_diffusion_model_state_dict.
+    `granularity` is what INT8 linears multiply in, "rows" or "blocks"; `disable_dynamic` is for
+    newer hosts, see load_turbo_model.
     """
-    model = _build(checkpoint, host_options or {})
+    model = _build(checkpoint, disable_dynamic)
     _let_autograd_use(wan_model(model))
-    model.add_wrapper_with_key(
-        WrappersMP.DIFFUSION_MODEL, "turbodiffusion.timestep", _round_timestep
-    )
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, TIMESTEP, _round_timestep)
     carry_sigma_max(model, default_sigma_max(checkpoint.in_channels))
     set_layer_settings(wan_model(model), checkpoint.layer_settings)
     if checkpoint.has_sla:
@@ -71,19 +64,17 @@ def build_turbo_model(
     for module in wan_model(model).modules():
         if isinstance(module, Linear):
             per_row = is_int8(module.weight) and weight_granularity(module.weight) == "rows"
-            module.granularity = "rows" if per_row else GRANULARITIES[granularity]
+            module.granularity = "rows" if per_row else granularity
     return patch_attention(model, SLASettings("sagesla" if checkpoint.has_sla else "dense"))
 
 
-def _build(checkpoint: Checkpoint, host_options: dict):
+def _build(checkpoint: Checkpoint, disable_dynamic: bool):
     """ComfyUI's Wan model around the checkpoint's tensors."""
     state_dict = dict(checkpoint.tensors)
     for name, scale in checkpoint.scales.items():
         state_dict[f"{name}.weight_scale"] = scale
     options = {"dtype": torch.bfloat16, "custom_operations": TurboOperations}
-    return comfy.sd.load_diffusion_model_state_dict(
-        state_dict, model_options=options, **host_options
-    )
+    return load_diffusion_model(state_dict, options, disable_dynamic)
 
 
 def _let_autograd_use(wan: torch.nn.Module):

@@ -1,9 +1,6 @@
 """ComfyUI operations for TurboDiffusion models: a Linear that keeps INT8 weights INT8."""
 
-import contextlib
 import functools
-import inspect
-from collections.abc import Iterator
 
 import comfy.float
 import comfy.ops
@@ -15,37 +12,8 @@ from .. import run_report
 from .epilogue import Operands, activated, added, int8_linear_with, quantize
 from .gradients import records_graph
 from .int8_tensor import is_int8, pack, requantize, unpack
-from .memory_graph import unrecorded
-
-# Newer hosts requantize a weight after patching it, if asked to.
-_parameters = inspect.signature(comfy.ops.cast_bias_weight).parameters
-_REQUANTIZE = {"want_requant": True} if "want_requant" in _parameters else {}
-
-
-Fetched = tuple[torch.Tensor, torch.Tensor | None]  # a weight and its bias
-
-
-@contextlib.contextmanager
-def fetched(op: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[Fetched]:
-    """Weight and bias of a comfy op on `device`, for as long as the context lasts.
-
-    Floats come in `dtype`; INT8 weights stay INT8 unless a patch is added to them on the way. The
-    host has the weight back afterwards, whatever happens: one that it never gets back stays pinned
-    on the GPU.
-    """
-    patched = len(op.weight_function) > 0
-    int8 = is_int8(op.weight)
-    weight_dtype = op.weight.dtype if int8 and not patched else dtype
-    options = {"bias_dtype": dtype, "offloadable": True, **(_REQUANTIZE if int8 else {})}
-    weight, bias, stream = comfy.ops.cast_bias_weight(
-        op, dtype=weight_dtype, device=device, **options
-    )
-    try:
-        # What dynamic VRAM has just patched is in the dtype that it keeps.
-        cast = weight if is_int8(weight) else weight.to(weight_dtype)
-        yield cast, None if bias is None else bias.to(dtype)
-    finally:
-        comfy.ops.uncast_bias_weight(op, weight, bias, stream)
+from .versions import unrecorded
+from .weights import fetched, kept
 
 
 def int8_product(op: "Linear", x: Operands, dtype: torch.dtype, **epilogue) -> torch.Tensor:
@@ -68,15 +36,6 @@ def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
         kept_bias = None if bias is None else kept(bias, op.bias)
     run_report.note_int8(op.granularity, op)
     return *operands, kept_bias
-
-
-def kept(given: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """What the host gave for an op's `own` tensor, safe to keep: a copy where it is not itself.
-
-    The host reuses the buffer that it streams a weight into for the next ops.
-    """
-    same = given.device == own.device and given.data_ptr() == own.data_ptr()
-    return given if same else given.clone()
 
 
 def _weight_operands(weight: torch.Tensor, granularity: str) -> Operands:
@@ -218,7 +177,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         for name, parameter in self._parameters.items():
             moved = None if parameter is None else fn(parameter)
             if moved is not parameter:
-                self._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)
+                self._parameters[name] = torch.nn.Parameter(moved, parameter.requires_grad)
         return self
 
 

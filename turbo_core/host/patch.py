@@ -13,11 +13,10 @@ from ...kernels.checks import float32_on_gpu
 from ...kernels.dispatch import why_reference
 from .. import run_report
 from ..sla_settings import SLASettings
-from .block import block_forward, is_ours
-from .self_attention import KEY, MADE, self_attention
-
-# In the options of an expert that begins below a sigma: that sigma. Its own steps count from there.
-BOUNDARY = "turbodiffusion.boundary"
+from .block import block_forward
+from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, THIS_PASS
+from .patch_owner import is_ours, mark_as_ours, owner_of
+from .self_attention import self_attention
 
 PLAIN_BLOCKS = (
     comfy.ldm.wan.model.WanAttentionBlock,
@@ -76,16 +75,16 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
         sample = torch.empty(0, dtype=dtype, device=model.load_device)
         why_reference("SLA", settings.backend, sample, float32_on_gpu(sample))
     patched = model.clone()
-    patched.model_options["transformer_options"][KEY] = dataclasses.asdict(settings)
+    patched.model_options["transformer_options"][ATTENTION] = dataclasses.asdict(settings)
     _bind_blocks(patched)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, _around_run),
         (WrappersMP.DIFFUSION_MODEL, _around_forward),
     ):
-        patched.remove_wrappers_with_key(kind, KEY)
-        patched.add_wrapper_with_key(kind, KEY, wrapper)
-    if not patched.callbacks.get(CallbacksMP.ON_CLONE, {}).get(KEY):
-        patched.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _rebind_clone)
+        patched.remove_wrappers_with_key(kind, ATTENTION)
+        patched.add_wrapper_with_key(kind, ATTENTION, wrapper)
+    if not patched.callbacks.get(CallbacksMP.ON_CLONE, {}).get(ATTENTION):
+        patched.add_callback_with_key(CallbacksMP.ON_CLONE, ATTENTION, _rebind_clone)
     return patched
 
 
@@ -113,8 +112,7 @@ def _bind(function, module: torch.nn.Module, index: int):
     def forward(*args, **kwargs):
         return function(module, index, *args, **kwargs)
 
-    forward.turbodiffusion = True
-    return forward
+    return mark_as_ours(forward)
 
 
 def _around_run(executor, *args, **kwargs):
@@ -126,10 +124,10 @@ def _around_run(executor, *args, **kwargs):
 def _around_forward(
     executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **kwargs
 ):
-    """Tell the blocks which step this is, and the report which blocks will not reach us."""
+    """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     _report_forward(executor.class_obj.blocks)
-    options = {**transformer_options[KEY], "step": _step(transformer_options)}
-    transformer_options = {**transformer_options, KEY: options, MADE: {}}
+    ours = {THIS_PASS: _this_pass(transformer_options), MADE_ONCE: {}}
+    transformer_options = {**transformer_options, **ours}
     return executor(x, timestep, context, clip_fea, concat, transformer_options, **kwargs)
 
 
@@ -138,22 +136,24 @@ def _report_forward(blocks: torch.nn.ModuleList) -> None:
     run_report.note_forward(len(blocks))
     for index, block in enumerate(blocks):
         if not is_ours(block.forward):
-            run_report.note_unfused(index, f"it is patched by {_owner(block.forward)}")
+            run_report.note_unfused(index, f"it is patched by {owner_of(block.forward)}")
         if not is_ours(block.self_attn.forward):
-            owner = _owner(block.self_attn.forward)
+            owner = owner_of(block.self_attn.forward)
             run_report.note_dense(index, f"its self-attention is patched by {owner}")
 
 
-def _owner(forward) -> str:
-    return getattr(forward, "__module__", "another node")
-
-
 @torch.compiler.disable
+def _this_pass(transformer_options: dict) -> tuple[SLASettings, int]:
+    """The settings, and the step if some steps are kept dense."""
+    settings = SLASettings(**transformer_options[ATTENTION])
+    return settings, _step(transformer_options) if settings.dense_steps else -1
+
+
 def _step(transformer_options: dict) -> int:
-    """Index of the step among this model's; -1 outside a sampler or where no step is kept dense."""
+    """Index of the step among this model's; -1 outside a sampler."""
     sigmas = transformer_options.get("sample_sigmas")
-    if sigmas is None or transformer_options[KEY]["dense_steps"] == 0:
+    if sigmas is None:
         return -1
     now = transformer_options["sigmas"].max().to(sigmas)
-    own = sigmas < transformer_options.get(BOUNDARY, math.inf)
+    own = sigmas < transformer_options.get(EXPERT_BOUNDARY, math.inf)
     return int((own & (sigmas > now + 1e-6)).sum())

@@ -1,33 +1,25 @@
 """Any Wan MODEL as a new one with INT8 weights."""
 
 import logging
-import types
 from collections.abc import Iterator
 
 import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from ..checkpoint.sizes import BLOCK_LINEARS, IMAGE_LINEARS
-from ..sla_settings import SLASettings
-from .block import is_ours
-from .experts import KEY as EXPERTS
+from ..granularity import scales_of
 from .int8_tensor import HostTensor, dequantize_weight, is_int8, quantize_weight, unpack
-from .layer_settings import layer_settings, set_layer_settings
-from .load import GRANULARITIES
-from .operations import Linear, TurboOperations
-from .patch import KEY, patch_attention, wan_model
-from .projections import INJECTION, own_projection, projection
+from .patch import wan_model
+from .rebuild import FLOATS, float_dtype, rebuilt, require_nothing_tied
+from .versions import has_scaled_weight, loader_of
 
 QUANTIZED = (*BLOCK_LINEARS, *IMAGE_LINEARS)
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Rows of a weight that are quantized at once, in whole blocks of scales: bounds the memory.
 ROWS = 256
 # GPU memory for one weight, in bytes a value: itself, int8, and for the report thrice float32.
 WORKSPACE = 16
-COMPILED = "torch.compile"  # the key of ComfyUI's wrapper
 
 log = logging.getLogger(__name__)
 
@@ -54,21 +46,17 @@ def quantize_model(model, granularity: str = "fast", report: bool = False):
             weights in a format unknown here or values that are not finite, or carries a patch that
             is tied to its float weights.
     """
-    if granularity not in GRANULARITIES:
-        raise ValueError(
-            f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}"
-        )
+    scales = scales_of(granularity)
     wan_model(model)
     _unload(model)
-    _check_patches(model)
+    require_nothing_tied(model)
     linears = _block_linears(model.model.diffusion_model)
-    _check_weights(linears)
+    _require_readable_weights(linears)
     errors = {} if report else None
-    tensors = _quantized_tensors(model, linears, GRANULARITIES[granularity], errors)
-    base = _build(model.model, tensors, GRANULARITIES[granularity])
-    quantized = _carry_over(model, base)
-    if getattr(model, "cached_patcher_init", None) is not None:
-        quantized.cached_patcher_init = (_again, (model.cached_patcher_init, granularity))
+    tensors = _quantized_tensors(model, linears, scales, errors)
+    quantized = rebuilt(model, tensors, scales)
+    if (loader := loader_of(model)) is not None:
+        quantized.cached_patcher_init = (_again, (loader, granularity))
     log.info(
         "TurboDiffusion: quantized %d linears to INT8, %s; the model had %.2f GB, it has %.2f GB",
         *(len(linears), granularity, model.model_size() / 1e9, quantized.model_size() / 1e9),
@@ -90,7 +78,7 @@ def _block_linears(wan: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {name: modules[name] for name in names if name in modules}
 
 
-def _check_weights(linears: dict[str, torch.nn.Module]) -> None:
+def _require_readable_weights(linears: dict[str, torch.nn.Module]) -> None:
     if all(is_int8(linear.weight) for linear in linears.values()):
         raise ValueError(
             f"all {len(linears)} linears of this MODEL are INT8 already, there is nothing left to "
@@ -116,47 +104,6 @@ def _is_readable(linear: torch.nn.Module) -> bool:
     return plain or isinstance(weight, HostTensor)
 
 
-def _check_patches(model) -> None:
-    """Refuse what holds on to the modules of `model`, and so to its float weights."""
-    if EXPERTS in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
-        raise ValueError(
-            "this MODEL is two experts, got one from Wan22ExpertSwitch. Quantize each expert by "
-            "itself, before Wan22ExpertSwitch"
-        )
-    if model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get(COMPILED):
-        raise _tied("torch.compile")
-    if model.additional_models.get("multigpu"):
-        raise _tied("copies for more GPUs")
-    for key in model.injections:
-        if key != INJECTION:
-            raise _tied(f"{key} (a LoRA in bypass mode, say)")
-    modules = set(map(id, model.model.modules()))
-    for name, patch in model.object_patches.items():
-        inside = name.split(".")[0] == "diffusion_model"
-        if not inside or not callable(patch) or is_ours(patch) or _has_no_weights(patch):
-            continue
-        if id(_owner(patch)) not in modules:
-            raise _tied(f"{name} by {getattr(patch, '__module__', 'another node')}")
-
-
-def _has_no_weights(patch) -> bool:
-    """Whether `patch` is a module that holds settings only, as a LoRA brings for an attention."""
-    is_module = isinstance(patch, torch.nn.Module)
-    return is_module and not any(True for _ in (*patch.parameters(), *patch.buffers()))
-
-
-def _tied(what: str) -> ValueError:
-    return ValueError(
-        f"this MODEL has a patch that is tied to its float weights, got {what}. Put W8A8Quantize "
-        "before the node that adds it"
-    )
-
-
-def _owner(patch) -> object:
-    """What `patch` is a method of; None where it is a plain function, a module or a value."""
-    return patch.__self__ if isinstance(patch, types.MethodType) else None
-
-
 def _unload(model) -> None:
     """Take `model` and its clones off the GPU, and every patch out of the model they share."""
     others = [
@@ -174,22 +121,24 @@ def _quantized_tensors(model, linears: dict, granularity: str, errors: dict | No
         largest = max(linear.weight.numel() for linear in linears.values())
         comfy.model_management.free_memory(WORKSPACE * largest, device)
     bar = comfy.utils.ProgressBar(len(linears))
-    dtype, tensors = _dtype(model.model), {}
-    for name, module, parameter, tensor in _tensors(model.model.diffusion_model):
+    dtype, tensors = float_dtype(model.model), {}
+    for name, module, parameter, tensor in _own_tensors(model.model.diffusion_model):
         key = f"{name}.{parameter}" if name else parameter
         if name in linears and parameter == "weight":
             comfy.model_management.throw_exception_if_processing_interrupted()
             q, scale = _int8(module, granularity, device, name, errors)
             tensors[key], tensors[f"{key}_scale"] = q.to(offload_device), scale.to(offload_device)
             bar.update(1)
-        elif isinstance(tensor, HostTensor) or _is_scaled(module, parameter):
+        elif isinstance(tensor, HostTensor) or (
+            parameter == "weight" and has_scaled_weight(module)
+        ):
             tensors[key] = _float_weight(module, offload_device).to(dtype)
         else:
             tensors[key] = tensor.detach().to(offload_device, copy=True)
     return tensors
 
 
-def _tensors(wan: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, torch.Tensor]]:
+def _own_tensors(wan: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, torch.Tensor]]:
     """(module name, module, parameter or buffer, tensor) of all that makes up the model itself.
 
     Left out are the scales that a Linear keeps of its weight, and SLA's projections.
@@ -202,17 +151,6 @@ def _tensors(wan: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, 
             is_op = isinstance(module, comfy.ops.CastWeightBiasOp)
             if not is_op or parameter in ("weight", "bias"):
                 yield name, module, parameter, tensor
-
-
-def _is_scaled(module: torch.nn.Module, parameter: str) -> bool:
-    # How ComfyUI 0.3.75 holds scaled fp8 weights.
-    return parameter == "weight" and getattr(module, "scale_weight", None) is not None
-
-
-def _dtype(model: torch.nn.Module) -> torch.dtype:
-    """What the float weights are in, or are computed in where they are stored in 8 bits."""
-    dtype = model.get_dtype()
-    return dtype if dtype in FLOATS else model.manual_cast_dtype
 
 
 def _float_weight(module: torch.nn.Module, device: torch.device) -> torch.Tensor:
@@ -260,58 +198,3 @@ def _table(errors: dict[str, float]) -> str:
     text = "\n".join(["Relative L2 error of the INT8 weights", *lines])
     log.info("TurboDiffusion: %s", text)
     return text
-
-
-def _build(original: torch.nn.Module, tensors: Tensors, granularity: str) -> torch.nn.Module:
-    """The host's model of the kind of `original` around `tensors`."""
-    config = type(original.model_config)(original.model_config.unet_config)
-    config.set_inference_dtype(_dtype(original), original.manual_cast_dtype)
-    config.custom_operations = TurboOperations
-    built = config.get_model({}, "")
-    missing, unexpected = built.diffusion_model.load_state_dict(tensors, strict=False)
-    if missing or unexpected:
-        raise ValueError(
-            f"this MODEL is not built as ComfyUI's {type(built.diffusion_model).__name__}, got "
-            f"{len(unexpected)} tensors too many and {len(missing)} too few "
-            f"({(unexpected + missing)[0]}). Put W8A8Quantize before the node that changed it"
-        )
-    built.to(next(iter(tensors.values())).device)  # not before: with dynamic VRAM some is on meta
-    originals = original.diffusion_model.blocks
-    for block, old in zip(built.diffusion_model.blocks, originals, strict=True):
-        if (proj_l := own_projection(old.self_attn)) is not None:
-            copies = (t.detach().to(t.device, copy=True) for t in (proj_l.weight, proj_l.bias))
-            block.self_attn.proj_l = projection(*copies)
-    for module in built.diffusion_model.modules():
-        if isinstance(module, Linear):
-            module.granularity = granularity
-    wan = original.diffusion_model
-    set_layer_settings(built.diffusion_model, layer_settings(wan, wan.get_submodule))
-    return built
-
-
-def _carry_over(model, base: torch.nn.Module):
-    """A patcher around `base` with everything that `model` carries."""
-    quantized = _clone_around(model, base)
-    names = {id(module): name for name, module in model.model.named_modules()}
-    for name, patch in quantized.object_patches.items():
-        if id(_owner(patch)) in names:
-            twin = base.get_submodule(names[id(_owner(patch))])
-            quantized.object_patches[name] = types.MethodType(patch.__func__, twin)
-    settings = quantized.model_options["transformer_options"].get(KEY, {"attention": "dense"})
-    return patch_attention(quantized, SLASettings(**settings))
-
-
-def _clone_around(model, base: torch.nn.Module):
-    """A clone of `model` whose model is `base`."""
-    fresh = type(model)(base, model.load_device, model.offload_device)
-    if hasattr(fresh, "get_clone_model_override"):
-        clone = model.clone(model_override=fresh.get_clone_model_override())
-    else:  # ComfyUI 0.3.75
-        clone = model.clone()
-        for name in ("model", "backup", "object_patches_backup", "pinned"):
-            setattr(clone, name, getattr(fresh, name))
-    for name in ("hook_backup", "cached_hook_patches", "current_hooks", "clone_base_uuid"):
-        if hasattr(fresh, name):
-            setattr(clone, name, getattr(fresh, name))
-    clone.size, clone.parent, clone.is_injected = 0, None, False
-    return clone

@@ -11,14 +11,14 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..checkpoint import CheckpointError, check_tensors, file_tensors
+from ..checkpoint.extras import LAYER_SETTING
 from ..checkpoint.names import PROJ_L
-from ..checkpoint.sizes import LAYER_SETTING
 from ..checkpoint.write import write_safetensors
-from .experts import KEY as EXPERTS
 from .int8_tensor import is_int8, pack, requantize, unpack
 from .layer_settings import layer_settings
+from .options import EXPERT_SWITCH, PROJECTIONS
 from .patch import require_model, wan_model
-from .projections import INJECTION, attached_projections, own_projection
+from .projections import attached_projections, own_projection
 
 PREFIX = "diffusion_model."
 
@@ -40,9 +40,9 @@ def save_turbo_model(model, path: Path, metadata: dict[str, str] | None = None) 
         FileExistsError, OSError: see write_safetensors.
     """
     require_model(model)
-    _check_patches(model)
+    _require_all_fits_a_file(model)
     weights = _weights(model)
-    tensors = _checked({n: t for name, (w, _) in weights.items() for n, t in _parts(name, w)})
+    tensors = _loadable({n: t for name, (w, _) in weights.items() for n, t in _parts(name, w)})
     bar = comfy.utils.ProgressBar(len(tensors))
 
     def progress(done: int, total: int) -> None:
@@ -62,15 +62,15 @@ def workflow_metadata(prompt: dict | None, extra_pnginfo: dict | None) -> dict[s
     return {name: json.dumps(part) for name, part in parts.items() if part is not None}
 
 
-def _check_patches(model) -> None:
+def _require_all_fits_a_file(model) -> None:
     """Refuse what a user would miss in the file."""
-    if EXPERTS in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
+    if EXPERT_SWITCH in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
         raise ValueError(
             "this MODEL is two experts, got one from Wan22ExpertSwitch, and a file holds one. "
             "Save each expert by itself, before Wan22ExpertSwitch"
         )
     for key in model.injections:
-        if key != INJECTION:
+        if key != PROJECTIONS:
             raise ValueError(
                 f"this MODEL carries modules that are not its own, got {key}, and a file would be "
                 "without them. Save the MODEL from before the node that adds them (a LoRA in "
@@ -113,7 +113,7 @@ def _parts(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     return [(f"{module}.int8_weight", q), (f"{module}.scale", scale)]
 
 
-def _checked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _loadable(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors as they are, once TurboLoader would take them."""
     try:
         return file_tensors(check_tensors(tensors), "comfy")

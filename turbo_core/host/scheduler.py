@@ -8,9 +8,10 @@ import comfy.samplers
 from comfy.patcher_extension import CallbacksMP
 
 from ..rcm import TEXT_TO_VIDEO, rcm_sigmas
+from .options import SIGMA_MAX
+from .patch_owner import is_ours, mark_as_ours
 
 NAME = "rcm"
-KEY = "turbodiffusion.sigma_max"
 
 # A scheduler is not given the MODEL but its model_sampling, which ModelSamplingSD3 and others
 # replace without a trace: the MODELs are asked whose it is.
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 def register_scheduler() -> None:
     """Add `rcm` to ComfyUI's schedulers; once, however often the pack is loaded."""
     known = comfy.samplers.SCHEDULER_HANDLERS.get(NAME)
-    if known is not None and not getattr(known.handler, "turbodiffusion", False):
+    if known is not None and not is_ours(known.handler):
         log.warning(
             "TurboDiffusion: another node pack has a scheduler named %s, which stays as it is. "
             "For TurboDiffusion's use the rCMSampler node.",
@@ -36,6 +37,7 @@ def register_scheduler() -> None:
             names.append(NAME)
 
 
+@mark_as_ours
 def rcm_schedule(model_sampling, steps: int):
     """rCM's sigmas, float32 [steps + 1], from the sigma_max that the MODEL carries, else 80.
 
@@ -52,20 +54,17 @@ def rcm_schedule(model_sampling, steps: int):
     return rcm_sigmas(steps, _sigma_max_of(model_sampling))
 
 
-rcm_schedule.turbodiffusion = True
-
-
 def carry_sigma_max(model, sigma_max: float) -> None:
     """Let scheduler `rcm` start `model`, and every later clone of it, from `sigma_max`."""
-    model.model_options["transformer_options"][KEY] = float(sigma_max)
+    model.model_options["transformer_options"][SIGMA_MAX] = float(sigma_max)
     _carriers.add(model)
-    if not model.callbacks.get(CallbacksMP.ON_CLONE, {}).get(KEY):
-        model.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _note_clone)
+    if not model.callbacks.get(CallbacksMP.ON_CLONE, {}).get(SIGMA_MAX):
+        model.add_callback_with_key(CallbacksMP.ON_CLONE, SIGMA_MAX, _note_clone)
 
 
 def carried_sigma_max(model) -> float:
     """The sigma_max that `model` carries, 80 if none."""
-    return model.model_options["transformer_options"].get(KEY, TEXT_TO_VIDEO)
+    return model.model_options["transformer_options"].get(SIGMA_MAX, TEXT_TO_VIDEO)
 
 
 def _note_clone(original, clone) -> None:

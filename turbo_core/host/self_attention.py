@@ -1,7 +1,6 @@
 """Wan's self-attention as SLA: from the host's module and options to kernels/."""
 
 import dataclasses
-from collections.abc import Callable
 
 import comfy.ops
 import torch
@@ -14,12 +13,13 @@ from ...kernels.sparse_attention import default_pv
 from .. import run_report
 from ..sla_settings import SLASettings
 from .gradients import records_graph
-from .memory_graph import unrecorded
-from .operations import fetched, kept
+from .layer_settings import preferred_attention
+from .once import once
+from .options import THIS_PASS
+from .patch_owner import is_stock
+from .versions import unrecorded
+from .weights import float32_weights
 
-KEY = "turbodiffusion"
-# In the options of one forward pass: what `once` has made for its blocks.
-MADE = "turbodiffusion.made"
 # What an attention is made of; a host may merge q, k and v into one Linear.
 PARTS = {*"qkvo", "norm_q", "norm_k"}
 
@@ -33,22 +33,22 @@ def self_attention(
     `freqs` is the host's rotation [1, L, 1, D/2, 2, 2].
     """
     transformer_options = transformer_options or {}
-    settings = _choose_sparse(attn, index, transformer_options)
-    if settings is None:
-        return type(attn).forward(attn, x, freqs, transformer_options=transformer_options)
-    return _sparse(attn, index, settings, x, freqs, transformer_options)
+    y = _unless_dense(attn, index, x, freqs, transformer_options)
+    if y is not None:
+        return y
+    return type(attn).forward(attn, x, freqs, transformer_options=transformer_options)
 
 
 @torch.compiler.disable
-def _choose_sparse(attn, index: int, transformer_options: dict) -> SLASettings | None:
-    """The settings where the block attends sparsely, else None, which the report is told."""
+def _unless_dense(attn, index: int, x, freqs, transformer_options: dict) -> torch.Tensor | None:
+    """SLA where the block attends sparsely, else None, which the report is told."""
     settings, why_dense = _choose(attn, index, transformer_options)
     if why_dense:
         run_report.note_dense(index, why_dense)
-    return None if why_dense else settings
+        return None
+    return _sparse(attn, index, settings, x, freqs, transformer_options)
 
 
-@torch.compiler.disable
 def _sparse(attn, index: int, settings: SLASettings, x, freqs, transformer_options) -> torch.Tensor:
     """SLA on modulated x [B, L, C], from the projections to `o`."""
     recorded = records_graph(attn, x, freqs)
@@ -101,11 +101,8 @@ def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tens
 
 def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:
     """ComfyUI's own attention of q, k, v [B, L, C], as `attn` would call it."""
-    options = {"heads": attn.num_heads, "transformer_options": transformer_options}
-    preferred = getattr(attn, "comfy_attention", None)
-    if preferred is not None:  # a host with these modules takes them, see layer_settings.py
-        options["preferred_attention"] = preferred
-    return optimized_attention(q, k, v, **options)
+    options = {"transformer_options": transformer_options, **preferred_attention(attn)}
+    return optimized_attention(q, k, v, heads=attn.num_heads, **options)
 
 
 def missing_parts(attn) -> str | None:
@@ -116,11 +113,9 @@ def missing_parts(attn) -> str | None:
 
 def _choose(attn, index: int, transformer_options: dict) -> tuple[SLASettings, str | None]:
     """The settings, and why this block stays dense in this step if it does."""
-    if KEY not in transformer_options:
+    if THIS_PASS not in transformer_options:
         return SLASettings("dense"), "the host passes this block no options"
-    options = dict(transformer_options[KEY])
-    step = options.pop("step", -1)
-    settings = SLASettings(**options)
+    settings, step = transformer_options[THIS_PASS]
     return settings, _dense_reason(settings, attn, index, step)
 
 
@@ -139,14 +134,6 @@ def _contiguous_rotation(freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return cos.contiguous(), sin.contiguous()
 
 
-def once(transformer_options: dict, name: str, x: torch.Tensor, make: Callable):
-    """make(x), once for all blocks of a forward pass that get the same x, which nobody changes."""
-    made = transformer_options.get(MADE, {})
-    if name not in made or made[name][0] is not x:
-        made[name] = x, make(x)
-    return made[name][1]
-
-
 def _dense_reason(settings: SLASettings, attn, index: int, step: int) -> str | None:
     if settings.attention == "dense" or index in settings.dense_blocks:
         return "dense attention chosen"
@@ -162,12 +149,6 @@ def _sla_options(settings: SLASettings, backend: str) -> dict:
     return {"topk": settings.topk, "low_bit": low_bit, "backend": backend}
 
 
-def float32_weights(op, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of a small comfy op in float32 on `device`, wherever the host keeps them."""
-    with fetched(op, torch.float32, device) as (weight, bias):
-        return kept(weight, op.weight), None if bias is None else kept(bias, op.bias)
-
-
 def _projection(attn, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Weight and bias of proj_l, None where the checkpoint had none."""
     return float32_weights(attn.proj_l, device) if hasattr(attn, "proj_l") else None
@@ -178,14 +159,6 @@ def _norm(norm: torch.nn.Module, x: torch.Tensor, backend: str) -> torch.Tensor:
     if not isinstance(norm, comfy.ops.CastWeightBiasOp) or not is_stock(norm):
         return norm(x)
     return rms_norm(x, float32_weights(norm, x.device)[0], norm.eps, backend)
-
-
-def is_stock(module: torch.nn.Module) -> bool:
-    """Whether nobody patched or hooked the module's forward."""
-    # An unpatched module keeps its own bound method as an attribute.
-    forward = vars(module).get("forward")
-    stock = forward is None or getattr(forward, "__func__", None) is type(module).forward
-    return stock and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _note_sla(attn, index: int, settings: SLASettings, x: torch.Tensor) -> None:

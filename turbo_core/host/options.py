@@ -1,0 +1,31 @@
+"""Every key under which this pack puts something into ComfyUI's options, wrappers and injections.
+
+All of them start with "turbodiffusion", so that no other node pack's can be meant.
+"""
+
+# In a MODEL's transformer_options: the fields of its SLASettings as a dict, plain values only. Its
+# wrappers go by the same key.
+ATTENTION = "turbodiffusion"
+
+# In the transformer_options of one forward pass: those SLASettings, and the step's index, see
+# patch.py.
+THIS_PASS = "turbodiffusion.pass"
+
+# In the transformer_options of one forward pass: what its blocks share, see once.py.
+MADE_ONCE = "turbodiffusion.made"
+
+# In a MODEL's transformer_options: the sigma_max, a float, that the scheduler `rcm` starts from.
+SIGMA_MAX = "turbodiffusion.sigma_max"
+
+# In the transformer_options of an expert that begins below a sigma: that sigma, a float. Its own
+# steps count from there.
+EXPERT_BOUNDARY = "turbodiffusion.boundary"
+
+# The OUTER_SAMPLE and PREDICT_NOISE wrappers that switch experts, see experts.py.
+EXPERT_SWITCH = "turbodiffusion.experts"
+
+# The DIFFUSION_MODEL wrapper that rounds timesteps, see load.py.
+TIMESTEP = "turbodiffusion.timestep"
+
+# The injection that holds SLA's projections for a MODEL of another loader, see projections.py.
+PROJECTIONS = "turbodiffusion.projections"

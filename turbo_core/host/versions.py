@@ -1,0 +1,177 @@
+"""All that differs between versions of ComfyUI: the newest, and older ones down to 0.3.75.
+
+The rest of the pack is written for the newest host and asks this file where an older one is
+otherwise. To drop an old host, delete its part of each function here, and the functions that then
+say nothing. One setting of single layers (ComfyUI 0.40) needs more of a stand-in on older hosts:
+layer_settings.py has it.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable
+
+import comfy.ops
+import comfy.quant_ops
+import comfy.sd
+import torch
+
+if hasattr(comfy.quant_ops, "LAYOUTS"):  # 0.3.75: a quantized tensor's parameters are a dict
+
+    @dataclasses.dataclass(frozen=True)
+    class LayoutParams:
+        """The fields of comfy-kitchen's BaseLayoutParams."""
+
+        scale: torch.Tensor
+        orig_dtype: torch.dtype
+        orig_shape: tuple[int, ...]
+
+    def register_layout(name, layout):
+        class WithDicts(layout):
+            @classmethod
+            def quantize(cls, tensor, **options):
+                q, params = layout.quantize(tensor, **options)
+                return q, _as_dict(params)
+
+            @staticmethod
+            def dequantize(qdata, scale, orig_dtype):
+                params = layout.Params(scale, orig_dtype, tuple(qdata.shape))
+                return layout.dequantize(qdata, params)
+
+        comfy.quant_ops.LAYOUTS[name] = WithDicts
+        return name
+
+    def _as_dict(params):
+        return {"scale": params.scale, "orig_dtype": params.orig_dtype}
+
+    def quantized_tensor(kind, q, layout, params):
+        return kind(q, layout, _as_dict(params))
+
+    def layout_of(weight):
+        return weight._layout_type
+
+    def scale_of(weight):
+        return weight._layout_params["scale"]
+
+    def float_dtype_of(weight):
+        return weight._layout_params["orig_dtype"]
+
+else:  # an object of comfy-kitchen's
+    from comfy_kitchen.tensor.base import BaseLayoutParams as LayoutParams
+
+    def register_layout(name: str, layout: type) -> object:
+        """Tell the host of a layout of quantized tensors, written as comfy-kitchen has them.
+
+        Returns:
+            What register_layout_op files an operation on such tensors under.
+        """
+        comfy.quant_ops.register_layout_class(name, layout)
+        return layout
+
+    def quantized_tensor(
+        kind: type, q: torch.Tensor, layout: str, params: LayoutParams
+    ) -> torch.Tensor:
+        """A `kind` of the host's QuantizedTensor around the integers `q`; no copy."""
+        return kind(q, layout, params)
+
+    def layout_of(weight: torch.Tensor) -> str:
+        """The name of a quantized tensor's layout."""
+        return weight._layout_cls
+
+    def scale_of(weight: torch.Tensor) -> torch.Tensor:
+        """The scales of a quantized tensor."""
+        return weight._params.scale
+
+    def float_dtype_of(weight: torch.Tensor) -> torch.dtype:
+        """What a quantized tensor dequantizes to."""
+        return weight._params.orig_dtype
+
+
+# What cast_bias_weight is asked for so that an INT8 weight is INT8 again once a LoRA is added to
+# it. 0.3.75 has no such argument: it asks the op for that, in set_weight.
+_known = inspect.signature(comfy.ops.cast_bias_weight).parameters
+REQUANTIZED = {"want_requant": True} if "want_requant" in _known else {}
+
+# The activations that the host may ask a Linear for, by name; none in 0.3.75.
+INPUT_ACTIVATIONS: dict[str, Callable] = getattr(comfy.ops, "INPUT_ACT_EAGER", {})
+
+
+def has_scaled_weight(op: torch.nn.Module) -> bool:
+    """Whether the weight of a comfy op is fp8 with a scale beside it: only in 0.3.75.
+
+    Newer hosts have it in a quantized tensor.
+    """
+    return getattr(op, "scale_weight", None) is not None
+
+
+try:
+    from comfy.model_prefetch import pause_malloc_graph  # 0.35
+except ImportError:  # older hosts record nothing
+    pause_malloc_graph = contextlib.nullcontext
+
+
+def unrecorded() -> contextlib.AbstractContextManager:
+    """A context whose allocations ComfyUI's compiler (0.35) leaves out of its plan; no nesting.
+
+    It records what a model allocates in one forward pass and replays that plan in the next. Kernels
+    that are compiled and loaded at their first use, and what `once` keeps from one block to the
+    next, do not come again, and would break the plan.
+    """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return pause_malloc_graph()
+
+
+def load_diffusion_model(state_dict: dict, model_options: dict, disable_dynamic: bool):
+    """The MODEL that the host builds around `state_dict`; empties it.
+
+    Only a host with dynamic VRAM asks for a model without; 0.3.75 does not know the argument.
+    """
+    asked = {"disable_dynamic": True} if disable_dynamic else {}
+    return comfy.sd.load_diffusion_model_state_dict(
+        state_dict, model_options=model_options, **asked
+    )
+
+
+def loader_of(model) -> tuple | None:
+    """How the host loads a MODEL again, as (function, arguments, ...); never in 0.3.75."""
+    return getattr(model, "cached_patcher_init", None)
+
+
+def clone_into(model, fresh):
+    """A clone of `model` around the weights of `fresh`, a patcher that nobody has loaded yet."""
+    if hasattr(fresh, "get_clone_model_override"):
+        clone = model.clone(model_override=fresh.get_clone_model_override())
+    else:  # 0.3.75
+        clone = model.clone()
+        for name in ("model", "backup", "object_patches_backup", "pinned"):
+            setattr(clone, name, getattr(fresh, name))
+    if hasattr(fresh, "clone_base_uuid"):  # not in 0.3.75
+        clone.clone_base_uuid = fresh.clone_base_uuid
+    return clone
+
+
+def with_hooks(model):
+    """`model` as a patcher that takes hooks. With dynamic VRAM, not in 0.3.75, that is another."""
+    if hasattr(model, "get_non_dynamic_delegate"):
+        return model.get_non_dynamic_delegate()
+    return model
+
+
+def share_latent_shapes(running: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Tell `other` what the host tells the model of a sampler run; 0.3.75 tells neither."""
+    if hasattr(running, "latent_shapes"):
+        other.latent_shapes = running.latent_shapes
+
+
+def has_dynamic_vram() -> bool:
+    """Whether the host manages the GPU's memory page by page; 0.3.75 does not."""
+    memory = getattr(comfy, "memory_management", None)
+    return getattr(memory, "aimdo_enabled", False)
+
+
+def known_fields(schema: type, fields: dict) -> dict:
+    """The `fields` of a node's `schema` but for the search aliases, which 0.3.75 does not know."""
+    if "search_aliases" in inspect.signature(schema).parameters:
+        return fields
+    return {name: value for name, value in fields.items() if name != "search_aliases"}

@@ -1,0 +1,59 @@
+"""The weights of ComfyUI's ops, fetched from wherever the host keeps them: GPU, RAM or file."""
+
+import comfy.ops
+import torch
+
+from .int8_tensor import is_int8
+from .versions import REQUANTIZED
+
+Fetched = tuple[torch.Tensor, torch.Tensor | None]  # a weight and its bias
+
+
+class fetched:  # noqa: N801 - read as a function; a generator costs four times as much, 16 a block
+    """A context with the weight and bias of a comfy op on `device`, for as long as it lasts.
+
+    Floats come in `dtype`; INT8 weights stay INT8 unless a patch is added to them on the way. The
+    host has the weight back afterwards, whatever happens: one that it never gets back stays pinned
+    on the GPU.
+    """
+
+    __slots__ = ("device", "dtype", "given", "op")
+
+    def __init__(self, op: torch.nn.Module, dtype: torch.dtype, device: torch.device):
+        self.op, self.dtype, self.device = op, dtype, device
+
+    def __enter__(self) -> Fetched:
+        own, dtype = self.op.weight, self.dtype
+        int8 = is_int8(own)
+        weight_dtype = own.dtype if int8 and not self.op.weight_function else dtype
+        options = REQUANTIZED if int8 else {}
+        self.given = comfy.ops.cast_bias_weight(
+            self.op, dtype=weight_dtype, device=self.device, bias_dtype=dtype, offloadable=True,
+            **options,
+        )  # fmt: skip
+        try:
+            weight, bias, _ = self.given
+            # What dynamic VRAM has just patched is in the dtype that it keeps.
+            weight = weight if is_int8(weight) else weight.to(weight_dtype)
+            return weight, None if bias is None else bias.to(dtype)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_) -> None:
+        comfy.ops.uncast_bias_weight(self.op, *self.given)
+
+
+def kept(given: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """What the host gave for an op's `own` tensor, safe to keep: a copy where it is not itself.
+
+    The host reuses the buffer that it streams a weight into for the next ops.
+    """
+    same = given.device == own.device and given.data_ptr() == own.data_ptr()
+    return given if same else given.clone()
+
+
+def float32_weights(op: torch.nn.Module, device: torch.device) -> Fetched:
+    """Weight and bias of a small comfy op in float32 on `device`, to keep."""
+    with fetched(op, torch.float32, device) as (weight, bias):
+        return kept(weight, op.weight), None if bias is None else kept(bias, op.bias)
