@@ -75,7 +75,6 @@ def test_selection(key):
             assert misplaced(wrong, call.scores) > 10 * NEAR_TIE
 
 
-@on_cpu
 @pytest.mark.parametrize("attention", ["sagesla", "dense"])
 @pytest.mark.parametrize("granularity", ["exact", "fast"])
 def test_blocks_share_the_text_and_the_rotation(monkeypatch, attention, granularity):

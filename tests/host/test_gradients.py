@@ -162,8 +162,8 @@ def test_int8_weights_pass_the_gradients_of_the_float_ones(float_wan, int8_wan, 
 
 @contextlib.contextmanager
 def _training(model, *names):
-    """While this lasts the weights `names` of blocks.1 ask for gradients, before the host loads
-    them; gives what returns them: on a GPU the host puts others in their place."""
+    """While this lasts the weights `names` of blocks.1 ask for gradients, wherever the host moves
+    them. Gives a function that returns them: moved ones are others."""
 
     def weights():
         return [comfy.utils.get_attr(model.model, f"diffusion_model.blocks.1.{n}") for n in names]
@@ -171,6 +171,7 @@ def _training(model, *names):
     try:
         for weight in weights():
             weight.requires_grad_(True)
+        model.model._apply(torch.Tensor.clone)  # as the host moves it to a GPU
         yield weights
     finally:
         for weight in weights():

@@ -23,7 +23,7 @@ RUNS = parity.runs("t2v")
 I2V_RUNS = parity.runs("i2v")
 BOUNDARY = 0.9
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the accuracy of fp32")
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the accuracy of fp32")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,18 +47,21 @@ def _at_the_originals_maps(run):
     return parity.at_block_maps(goldens.load("block_maps")[str(run)])
 
 
+@on_cpu
 @pytest.mark.parametrize("run", RUNS + I2V_RUNS, ids=str)
 def test_last_state(run):
     with _at_the_originals_maps(run):
         assert run_error(_model(run), run) <= BOUND
 
 
+@on_cpu
 @pytest.mark.parametrize("run", [run for run in RUNS + I2V_RUNS if run.steps == 4], ids=str)
 def test_last_state_at_the_default_granularity(run):
     with _at_the_originals_maps(run):
         assert run_error(_model(run, "fast"), run) <= BOUND
 
 
+@on_cpu
 @pytest.mark.parametrize("run", [run for run in RUNS + I2V_RUNS if run.steps == 4], ids=str)
 def test_selection(run):
     """Ours is the best one; the original's is too, save where its bf16 decided a near-tie."""
@@ -84,6 +87,7 @@ def test_initial_noise_used_again_misses_the_bound(run):
 
 # Fresh noise washes the start out: of SDE runs in 2 to 4 steps the last state hardly moves. There
 # the sigmas themselves tell, to 1e-6, in tests/core/test_rcm.py.
+@on_cpu
 @pytest.mark.parametrize("run", [run for run in RUNS if run.mode == "ode"], ids=str)
 def test_a_wrong_sigma_max_misses_the_bound(run):
     wrong = {80: 1600, 200: 80, 1600: 80}[run.sigma_max]
