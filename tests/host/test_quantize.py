@@ -87,14 +87,6 @@ def _int8(model):
     return {name: (q.cpu(), scale.cpu()) for name, (q, scale) in int8.items()}
 
 
-def _multiplied_by(linear):
-    """The weight [N, K] that a Linear of the host has in effect, in float32."""
-    dtype = torch.float32 if linear.weight.dtype == torch.float32 else torch.bfloat16
-    x = torch.eye(linear.in_features, dtype=dtype, device=in_comfyui.DEVICE)
-    with torch.inference_mode():
-        return (linear(x).float() - linear(0 * x).float()).mT.cpu()
-
-
 def _forward(model, timestep=987.5):
     data = goldens.load("forward")
     return in_comfyui.velocity(model, data["t2v.ragged.x"], data["t2v.ragged.context"], timestep)
@@ -198,9 +190,9 @@ def test_any_stock_wan_model(stock_tensors, caplog, kind, granularity):
     expected = _forward(KINDS["bf16"](stock_tensors)) if kept_float else before
     quantized = _quantize(model, granularity)
     assert len(_int8(quantized)) == 20
-    stock = (KINDS["bf16"](stock_tensors) if kept_float else model).model.diffusion_model
+    wan = model.model.diffusion_model
     for name, (q, scale) in _int8(quantized).items():
-        weight = _multiplied_by(stock.get_submodule(name))
+        weight = quantize_model._float_weight(wan.get_submodule(name), q.device)
         assert goldens.relative_error(dequantize_weight(q, scale, torch.float32), weight) < 1.1e-2
     assert 1e-5 < goldens.relative_error(_forward(quantized), expected) < NEAR
     assert [n for n, _ in model.model.named_parameters()] == names
