@@ -1,4 +1,4 @@
-"""How the kernels are launched: one table for each, by card where cards differ.
+"""How the kernels are launched where that depends on the card or the width: one table for each.
 
 A card that a table does not name takes the row of the newest card before it. "blocks" and
 "pointers" of INT8_LINEAR stay 128 x 128: there a program's tile is a block of scales.

@@ -1,4 +1,4 @@
-"""Rotary position embedding on interleaved channel pairs."""
+"""Rotary position embedding on interleaved channel pairs; qk_prepare fuses it with the norm."""
 
 import torch
 from torch import Tensor

@@ -12,7 +12,7 @@ import torch
 from attention import misplaced
 from turbodiffusion_pack.kernels.block_map import selected_count
 from turbodiffusion_pack.turbo_core.granularity import GRANULARITIES
-from turbodiffusion_pack.turbo_core.host import block, load, self_attention
+from turbodiffusion_pack.turbo_core.host import block, self_attention, timesteps
 from turbodiffusion_pack.turbo_core.host.once import once
 from turbodiffusion_pack.turbo_core.host.options import MADE_ONCE
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
@@ -184,6 +184,6 @@ def test_a_wrong_image_misses_the_bound(mutant):
 @on_cpu
 @pytest.mark.parametrize("key", [key for key in KEYS if key.endswith(".t988")])
 def test_an_unrounded_timestep_misses_the_bound(monkeypatch, key):
-    monkeypatch.setattr(load, "round_to_bf16", lambda timestep: timestep)
+    monkeypatch.setattr(timesteps, "round_to_bf16", lambda timestep: timestep)
     with _at_the_originals_maps(key):
         assert parity.forward_error(parity.model_of(key), key) > _bound(key)

@@ -19,6 +19,7 @@ from .options import TIMESTEP
 from .patch import patch_attention, wan_model
 from .projections import projection
 from .scheduler import carry_sigma_max
+from .timesteps import round_timesteps
 from .versions import load_diffusion_model
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def build_turbo_model(
     """
     model = _build(checkpoint, disable_dynamic)
     _let_autograd_use(wan_model(model))
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, TIMESTEP, _round_timestep)
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, TIMESTEP, round_timesteps)
     carry_sigma_max(model, default_sigma_max(checkpoint.in_channels))
     set_layer_settings(wan_model(model), checkpoint.layer_settings)
     if checkpoint.has_sla:
@@ -88,25 +89,6 @@ def _let_autograd_use(wan: torch.nn.Module):
             if not hasattr(module, "weight_function"):
                 for name, parameter in module.named_parameters(recurse=False):
                     setattr(module, name, torch.nn.Parameter(parameter.clone()))
-
-
-def _round_timestep(executor, x, timestep, *args, **kwargs):
-    # The original feeds bf16 timesteps (987.65 -> 988), in training too: what the weights know.
-    return executor(x, round_to_bf16(timestep), *args, **kwargs)
-
-
-def round_to_bf16(x: torch.Tensor) -> torch.Tensor:
-    """x, of any float dtype and shape, rounded to the nearest bf16, ties to even; dtype kept.
-
-    On the bits, because torch.compile leaves a cast to bf16 and back out: adding just under half of
-    the 16 bits that go, and the last bit that stays, carries over exactly where rounding goes up.
-    """
-    wide = x.float()
-    bits = wide.view(torch.int32)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
-    rounded = torch.where(wide.isnan(), wide, bits.view(torch.float32)).to(x.dtype)
-    # Gradients pass as through the cast: bits have none.
-    return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 def _describe(checkpoint: Checkpoint) -> str:

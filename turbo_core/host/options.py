@@ -24,7 +24,7 @@ EXPERT_BOUNDARY = "turbodiffusion.boundary"
 # The OUTER_SAMPLE and PREDICT_NOISE wrappers that switch experts, see experts.py.
 EXPERT_SWITCH = "turbodiffusion.experts"
 
-# The DIFFUSION_MODEL wrapper that rounds timesteps, see load.py.
+# The DIFFUSION_MODEL wrapper that rounds timesteps, see timesteps.py.
 TIMESTEP = "turbodiffusion.timestep"
 
 # The injection that holds SLA's projections for a MODEL of another loader, see projections.py.
