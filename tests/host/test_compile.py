@@ -11,9 +11,9 @@ import in_comfyui
 import pytest
 import torch
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
-from turbodiffusion_pack.turbo_core.host.timesteps import round_to_bf16
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
+from turbodiffusion_pack.turbo_core.host.timesteps import round_to_bf16
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
