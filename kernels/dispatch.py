@@ -121,7 +121,8 @@ def choose(
         x: a tensor on the device the op runs on.
         reference, triton: the op's modules; triton is None where it cannot be imported.
         cuda: its module for Hopper, whose `unfit(*operands)` says why it cannot take them.
-        unsupported: further reasons against Triton that the op declares, None where one holds not.
+        unsupported: further reasons against Triton that the op declares, None where one does not
+            hold.
 
     Raises:
         ValueError: the backend is unknown.

@@ -1,7 +1,8 @@
 """How the kernels are launched where that depends on the card or the width: one table for each.
 
-A card that a table does not name takes the row of the newest card before it. "blocks" and
-"pointers" of INT8_LINEAR stay 128 x 128: there a program's tile is a block of scales.
+What is the same on every card may stand in the kernel's own file. A card that a table does not name
+takes the row of the newest card before it. "blocks" and "pointers" of INT8_LINEAR stay 128 x 128:
+there a program's tile is a block of scales.
 
 The rows of sm_90 were measured on an H100 with tests/benchmarks/tune.py, which prints such rows.
 Those of other cards were chosen by ahead-of-time compilation, no such card being at hand: they fit

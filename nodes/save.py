@@ -52,6 +52,11 @@ class TurboSaveCheckpoint(io.ComfyNode):
 def _check_inside(output: str, filename_prefix: str) -> None:
     """Refuse what the host would, whose message tells where the output folder is."""
     path = os.path.abspath(os.path.join(output, filename_prefix))
+    if path == os.path.abspath(output):
+        raise ValueError(
+            f"filename_prefix needs a name, got {filename_prefix!r}: choose one such as "
+            "diffusion_models/TurboDiffusion"
+        )
     if not Path(path).parent.is_relative_to(os.path.abspath(output)):
         raise ValueError(
             f"filename_prefix {filename_prefix!r} is outside the output folder, where saving is "

@@ -11,7 +11,7 @@ if has_triton():
 else:
     triton_kernels = None
 
-GRANULARITIES = ("rows", "blocks")
+SCALES = ("rows", "blocks")
 
 
 def layer_norm_quant(
@@ -47,7 +47,7 @@ def layer_norm_quant(
         TypeError: x is of another dtype.
         RuntimeError: Triton was asked for by name and cannot run.
     """
-    if granularity not in GRANULARITIES:
+    if granularity not in SCALES:
         raise ValueError(
             f"layer_norm_quant needs granularity 'rows' or 'blocks', got {granularity!r}"
         )

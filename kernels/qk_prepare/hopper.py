@@ -31,7 +31,7 @@ def unfit(
     cos: torch.Tensor,
     sin: torch.Tensor,
     out: torch.Tensor,
-    linear: LinearBranch | None,
+    branch: LinearBranch | None,
 ) -> str | None:
     """Why the kernel cannot prepare x [B, L, H, D]; None where it can."""
     if x.shape[-1] != HEAD_DIM:
@@ -39,8 +39,8 @@ def unfit(
     if x.dtype == torch.float32:
         return "q and k are float32"
     # The only one that models were trained with.
-    if linear is not None and linear.feature_map != "softmax":
-        return f"the feature map is {linear.feature_map}"
+    if branch is not None and branch.feature_map != "softmax":
+        return f"the feature map is {branch.feature_map}"
     if not (in_steps_of_16_bytes(x) and in_steps_of_16_bytes(out)):
         return "rows do not begin at multiples of 16 bytes"
     if max(*x.stride(), *cos.stride(), *sin.stride()) >= 2**31:
@@ -75,26 +75,26 @@ def prepare(
     block: int,
     quantize: bool,
     out: torch.Tensor,
-    linear: LinearBranch | None,
+    branch: LinearBranch | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """`prepare` of the Triton file, of what is not `unfit`."""
     batch, length, heads, _ = x.shape
     norms, weight = row_norms(x, eps), aligned_copy(weight)
     means, integers, scales = block_outputs(x, block, quantize)
-    branch = None, None, None
-    if linear is not None:
-        mix = project_state(linear.state, linear.normalizer, linear.proj_weight, x.dtype)
+    mixed = None, None, None
+    if branch is not None:
+        mix = project_state(branch.state, branch.normalizer, branch.proj_weight, x.dtype)
         mix = mix.mT[..., places(x.device)].contiguous()
-        branch = mix, aligned_copy(linear.normalizer), aligned_copy(linear.proj_bias)
+        mixed = mix, aligned_copy(branch.normalizer), aligned_copy(branch.proj_bias)
     cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
     groups = -(-heads // HEADS)
-    tensors = x, norms, weight, cos, sin, out, means, integers, scales, *branch
+    tensors = x, norms, weight, cos, sin, out, means, integers, scales, *mixed
     operands = Operands(
         *map(nvrtc.address, tensors), *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
         length, heads, means.shape[2], -(-heads // groups),
     )  # fmt: skip
     with launching_on(x):
-        kernel = _kernel(x, block, quantize, linear is not None)
+        kernel = _kernel(x, block, quantize, branch is not None)
         kernel.launch(groups * -(-length // ROWS) * batch, THREADS, operands)
     return means, integers, scales
 

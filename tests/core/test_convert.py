@@ -392,7 +392,8 @@ def test_other_files_stay(quant, tmp_path):
     victim.write_text("precious")
     (tmp_path / OLD_PART).symlink_to(victim)
     (tmp_path / OLD_PART.replace("0", "1")).mkdir()
-    for name in ("download.part", "out.safetensors.7.part"):
+    downloads = "download.part", "turbodiffusion-model.safetensors.part"
+    for name in (*downloads, "out.safetensors.7.part"):
         (tmp_path / name).write_text("another program's")
     for path in tmp_path.iterdir():
         make_old(path)
@@ -405,12 +406,24 @@ def test_other_files_stay(quant, tmp_path):
 # The writer
 
 
+def test_a_complete_file_stands_though_its_part_cannot_be_removed(quant, tmp_path, monkeypatch):
+    def busy(path, missing_ok=False):
+        raise PermissionError(13, "used by another program", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tmp_path), "unlink", busy)
+        convert(quant, tmp_path / "out.safetensors")
+    assert load(tmp_path / "out.safetensors").keys() == load(quant).keys()
+
+
 def test_values_that_differ_from_what_was_planned(tmp_path):
     planned = {"a": torch.ones(2, 3), "b": torch.ones(1)}
     for values, told in {
         (("a", torch.ones(3, 2)), ("b", torch.ones(1))): r"a became .*\[3, 2\], it was .*\[2, 3\]",
         (("a", torch.ones(2, 3).half()), ("b", torch.ones(1))): "a became torch.float16",
         (("a", torch.ones(2, 3)),): "no values were given for b",
+        (("c", torch.ones(1)),): "c was not among the tensors",
+        (("b", torch.ones(1)), ("b", torch.ones(1))): "b was not among .* or came twice",
     }.items():
         with pytest.raises(ValueError, match=told):
             write_safetensors(tmp_path / "a.safetensors", planned, values)

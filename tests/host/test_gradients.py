@@ -225,6 +225,20 @@ def test_without_gradients_all_is_as_ever(int8_wan, x):
     assert report.counts.fused == {0, 1}
 
 
+@pytest.mark.parametrize("asked", ["residual", "residual_scale"])
+def test_what_is_added_to_an_int8_linear_gets_its_gradient(int8_wan, asked):
+    linear = int8_wan.model.diffusion_model.blocks[0].ffn[2]
+    device = in_comfyui.DEVICE
+    x = torch.ones(1, 8, linear.in_features, device=device)
+    added = {
+        "residual": torch.zeros(1, 8, linear.out_features, device=device),
+        "residual_scale": torch.ones(1, 1, linear.out_features, device=device),
+    }
+    added[asked].requires_grad_()
+    linear(x, **added).sum().backward()
+    assert added[asked].grad.abs().sum() > 0
+
+
 def test_triton_by_name_has_no_gradients(float_wan, x):
     model = float_wan.clone()
     model.model_options["transformer_options"][ATTENTION]["backend"] = "triton"

@@ -1,5 +1,6 @@
 """Writes checkpoint files: whole or not at all, and never the whole of one in memory."""
 
+import contextlib
 import errno
 import json
 import os
@@ -9,13 +10,12 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from . import file
+from .file import DTYPES as READABLE
 
 try:
     import fcntl
@@ -24,10 +24,11 @@ except ImportError:  # Windows, where a file that is open cannot be removed
 
 Tensors = dict[str, torch.Tensor]
 
-DTYPES = {dtype: name for name, dtype in file.DTYPES.items()}
+DTYPES = {dtype: name for name, dtype in READABLE.items()}
 ALIGNMENT = 64  # bytes that the tensors' start is a multiple of
 
 PART = "turbodiffusion-{}.part"  # what a file is called until it is complete
+RANDOM = 8  # bytes of chance in such a name, which tell it from a download of the same kind
 ABANDONED = 600  # seconds without a write, after which a part that nobody locks is nobody's
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -60,6 +61,8 @@ def write_safetensors(
     with _complete_file(path, size, overwrite) as file:
         file.write(header)
         for done, (name, tensor) in enumerate(values or tensors.items(), start=1):
+            if name not in places:
+                raise ValueError(f"{name} was not among the tensors to write, or came twice")
             _check_alike(name, tensor, tensors[name])
             file.seek(len(header) + places.pop(name))
             file.write(_bytes(tensor))
@@ -85,7 +88,7 @@ def write_pth(path: Path, tensors: Tensors, overwrite: bool = False) -> None:
             raise cause if isinstance(cause, OSError) else OSError(reason) from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _complete_file(path: Path, size: int, overwrite: bool) -> Iterator[BinaryIO]:
     """A file in the folder of `path` to write to, which takes its name once the body is through.
 
@@ -95,7 +98,7 @@ def _complete_file(path: Path, size: int, overwrite: bool) -> Iterator[BinaryIO]
     _check_target(path, overwrite)
     _remove_abandoned(path.parent)
     _check_room(path, size)
-    part = path.with_name(PART.format(secrets.token_hex(8)))
+    part = path.with_name(PART.format(secrets.token_hex(RANDOM)))
     try:
         file = part.open("xb")  # never a file that is there, nor one that a link leads to
         try:
@@ -106,7 +109,8 @@ def _complete_file(path: Path, size: int, overwrite: bool) -> Iterator[BinaryIO]
                 os.fsync(file.fileno())
             _take_name(part, path, overwrite)
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what stays is removed by a later save
+                part.unlink()
     except FileExistsError as error:
         raise FileExistsError(
             f"{path.name} exists by now, as another program has written it: choose another name"
@@ -129,7 +133,10 @@ def _check_target(path: Path, overwrite: bool) -> None:
 
 
 def _check_room(path: Path, size: int) -> None:
-    free = shutil.disk_usage(path.parent).free
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError:  # a drive that does not tell; writing will
+        return
     if free < size:
         raise OSError(
             f"{path.name} needs {size / 1e9:.2f} GB, but its drive has {free / 1e9:.2f} GB left: "
@@ -161,7 +168,7 @@ def _remove_abandoned(folder: Path) -> None:
     A writer holds a lock on its part, and the lock goes with the process, however it ends. As some
     network drives keep locks to each machine, a part that was written to of late stays as well.
     """
-    for part in folder.glob(PART.format("*")):
+    for part in folder.glob(PART.format(2 * RANDOM * "[0-9a-f]")):
         try:
             status = part.lstat()
             if not stat.S_ISREG(status.st_mode) or time.time() - status.st_mtime < ABANDONED:

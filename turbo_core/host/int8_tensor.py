@@ -24,6 +24,7 @@ from .versions import (
     quantized_tensor,
     register_layout,
     scale_of,
+    unrecorded,
 )
 
 LAYOUT = "TurboInt8Layout"
@@ -104,7 +105,8 @@ class TurboInt8Layout(comfy.quant_ops.QuantizedLayout):
     @classmethod
     def linear_input_act(cls, weight, x, bias=None, *asked, **named):
         # comfy-kitchen 0.2.40; its arguments come in the order of ours.
-        if x.dtype not in DTYPES:
+        # Kernels have no gradients; where they are asked for, the host does it with floats.
+        if x.dtype not in DTYPES or (torch.is_grad_enabled() and x.requires_grad):
             return NotImplemented
         return linear(x, weight, bias, *asked, **_our_names(named))
 
@@ -156,7 +158,8 @@ def linear(x: torch.Tensor, weight: HostTensor, bias=None, *asked, **named) -> t
     def multiply(operands, **epilogue):
         return int8_linear(*operands, *unpack(weight), bias, out_dtype=x.dtype, **epilogue)
 
-    return int8_linear_with(multiply, x, granularity(weight), *asked, **named)
+    with unrecorded():
+        return int8_linear_with(multiply, x, granularity(weight), *asked, **named)
 
 
 def _our_names(named: dict) -> dict:

@@ -124,7 +124,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
         The signature is ComfyUI's own (0.39 and newer); for the activations see epilogue.py.
         """
-        recorded = records_graph(self, x)
+        recorded = records_graph(self, x, act_weight, residual, residual_scale)
         if is_int8(self.weight) and not recorded:
             asked = input_act, act_weight, act_eps, residual, residual_scale
             return _quantized(self, x, *asked)

@@ -133,7 +133,7 @@ def load_diffusion_model(state_dict: dict, model_options: dict, disable_dynamic:
 
 
 def loader_of(model) -> tuple | None:
-    """How the host loads a MODEL again, as (function, arguments, ...); never in 0.3.75."""
+    """How the host loads a MODEL again, as (function, arguments, ...); 0.3.75 knows ours only."""
     return getattr(model, "cached_patcher_init", None)
 
 

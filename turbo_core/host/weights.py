@@ -9,7 +9,7 @@ from .versions import REQUANTIZED
 Fetched = tuple[torch.Tensor, torch.Tensor | None]  # a weight and its bias
 
 
-class fetched:  # noqa: N801 - read as a function; a generator costs four times as much, 16 a block
+class fetched:  # noqa: N801 - read as a function; a generator costs more, 16 times a block
     """A context with the weight and bias of a comfy op on `device`, for as long as it lasts.
 
     Floats come in `dtype`; INT8 weights stay INT8 unless a patch is added to them on the way. The
