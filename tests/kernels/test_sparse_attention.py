@@ -28,7 +28,7 @@ from turbodiffusion_pack.kernels.sparse_attention import triton as triton_kernel
 # On a GPU float32 is the reference's: its tiles do not fit.
 DTYPES = TRITON_DTYPES if DEVICE == "cpu" else TRITON_DTYPES[1:]
 PV = ("fp16", pytest.param("fp8", marks=pytest.mark.gpu))
-LOW_BIT_ERROR = {"fp16": 3e-2, "fp8": 5.5e-2}  # of random attention, measured 1.9e-2 and 4.4e-2
+LOW_BIT_ERROR = {"fp16": 3e-2, "fp8": 5.8e-2}  # of random attention, measured 1.9e-2 and 4.4e-2
 
 
 def need_fp8(pv):
