@@ -1,0 +1,78 @@
+"""ComfyUI's own Wan VAE as a network to train: whole clips at once, with gradients."""
+
+import comfy.latent_formats
+import torch
+from comfy.ldm.wan.vae import Resample, WanVAE
+
+# What ComfyUI's VAELoader builds around a file of the Wan 2.1 VAE's names; it reads dim from it.
+CONFIG = {
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "dropout": 0.0,
+}
+
+
+class TrainableVAE(torch.nn.Module):
+    """A Wan VAE of `dim` channels with freshly drawn weights; `wan` has them under Wan's names.
+
+    ComfyUI encodes and decodes a clip in pieces and carries the convolutions' last frames over.
+    All of it is causal, so a whole clip at once gives the same numbers, in a fraction of the calls.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.wan = WanVAE(dim=dim, **CONFIG)
+        for module in self.wan.modules():  # ComfyUI's layers leave their memory as it was
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
+                torch.nn.modules.conv._ConvNd.reset_parameters(module)
+
+    def encode(self, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and logarithm of the variance, each [B, 16, (T + 3) / 4, H / 8, W / 8].
+
+        Args:
+            video: [B, 3, T, H, W] in [-1, 1]; T is a multiple of 4 and one more.
+        """
+        encoder = self.wan.encoder
+        x = encoder.conv1(video)
+        for layer in (*encoder.downsamples, *encoder.middle, *encoder.head):
+            x = _fewer_frames(layer, layer(x))
+        mean, log_variance = self.wan.conv1(x).chunk(2, dim=1)
+        return mean, log_variance
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents, as `encode` gives their mean, as a video [B, 3, T, H, W], about in [-1, 1]."""
+        decoder = self.wan.decoder
+        x = decoder.conv1(self.wan.conv2(latents))
+        for layer in (*decoder.middle, *decoder.upsamples, *decoder.head):
+            x = layer(_more_frames(layer, x))
+        return x
+
+
+def latent_statistics() -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation, float32 [16] each, that ComfyUI takes Wan 2.1's latents to have.
+
+    What the model sees is (latents - mean) / deviation.
+    """
+    wan = comfy.latent_formats.Wan21()
+    return wan.latents_mean.flatten(), wan.latents_std.flatten()
+
+
+def _fewer_frames(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """After a layer that halves the frames: the first stays, each next pair becomes one."""
+    if not isinstance(layer, Resample) or layer.mode != "downsample3d" or x.shape[2] == 1:
+        return x
+    return torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)
+
+
+def _more_frames(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Before a layer that doubles the frames: the first stays, each other becomes two.
+
+    The convolution over time does not see the first frame.
+    """
+    if not isinstance(layer, Resample) or layer.mode != "upsample3d" or x.shape[2] == 1:
+        return x
+    pairs = layer.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]
+    return torch.cat([x[:, :, :1], pairs.movedim(1, 3).flatten(2, 3)], dim=2)
