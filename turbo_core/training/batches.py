@@ -158,9 +158,9 @@ class Draws:
             like.shape, generator=self.generator(purpose), device=self.device, dtype=like.dtype
         )
 
-    def batch(self, data: Data, count: int) -> Batch:
+    def batch(self, data: Data, count: int, purpose: str = "data") -> Batch:
         """`count` samples, any of them as likely as any other."""
-        generator = self.generator("data")
+        generator = self.generator(purpose)
         return data.take(torch.randint(len(data), (count,), generator=generator, device=self.device))
 
 
