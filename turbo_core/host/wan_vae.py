@@ -29,6 +29,16 @@ class TrainableVAE(torch.nn.Module):
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
                 torch.nn.modules.conv._ConvNd.reset_parameters(module)
 
+    def forward(
+        self, video: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The video through latents drawn from what `encode` gives, and what it gives."""
+        mean, log_variance = self.encode(video)
+        noise = torch.randn(
+            mean.shape, generator=generator, device=mean.device, dtype=mean.dtype
+        )
+        return self.decode(mean + noise * (log_variance / 2).exp()), mean, log_variance
+
     def encode(self, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and logarithm of the variance, each [B, 16, (T + 3) / 4, H / 8, W / 8].
 

@@ -144,16 +144,32 @@ def track(clips: Clips, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     return start[:, None] + way[..., :2], _of(RADII, clips.size)[:, None] * way[..., 2].exp()
 
 
-def render(clips: Clips, frames: int, pixels: int) -> torch.Tensor:
-    """Videos [B, frames, pixels, pixels, 3], float32 in [0, 1], on the clips' device."""
+def render(
+    clips: Clips,
+    frames: int,
+    pixels: int,
+    corner: torch.Tensor | None = None,
+    crop: int | None = None,
+) -> torch.Tensor:
+    """Videos [B, frames, pixels, pixels, 3], float32 in [0, 1], on the clips' device.
+
+    With `crop` only so many pixels, from the upper left `corner` [B, 2] on, in frame widths.
+    """
     centre, radius = track(clips, frames)
-    inside = coverage(clips.shape[:, None].expand_as(radius), centre, radius, pixels)[..., None]
+    if corner is not None:
+        centre = centre - corner[:, None]
+    shape = clips.shape[:, None].expand_as(radius)
+    inside = coverage(shape, centre, radius, pixels, crop)[..., None]
     background = _of(BACKGROUNDS, clips.background).view(-1, 1, 1, 1, 3)
     return torch.lerp(background, _of(COLOURS, clips.colour).view(-1, 1, 1, 1, 3), inside)
 
 
 def coverage(
-    shape: torch.Tensor, centre: torch.Tensor, radius: torch.Tensor, pixels: int
+    shape: torch.Tensor,
+    centre: torch.Tensor,
+    radius: torch.Tensor,
+    pixels: int,
+    crop: int | None = None,
 ) -> torch.Tensor:
     """How much of each pixel a shape covers, in [0, 1]: [..., pixels, pixels].
 
@@ -161,13 +177,15 @@ def coverage(
         shape: int64 [...].
         centre: float32 [..., 2], in frame widths.
         radius: float32 [...], that of the disc of the same area.
+        pixels: in a frame width.
+        crop: how many of them there are, from the upper left on, if not all.
     """
     points, inner, turned = (
         _of(table, shape)[..., None, None] for table in (POINTS, INNER, TURNED)
     )
     half = math.pi / points  # the angle between a point and the next corner
     outer = radius[..., None, None] * (math.pi / (points * inner * half.sin())).sqrt()
-    grid = (torch.arange(pixels, device=radius.device) + 0.5) / pixels
+    grid = (torch.arange(crop or pixels, device=radius.device) + 0.5) / pixels
     x = grid - centre[..., 0, None, None]
     y = grid[:, None] - centre[..., 1, None, None]
     # Fold all points onto one; there the outline is a straight line.
