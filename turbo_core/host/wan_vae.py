@@ -1,8 +1,14 @@
 """ComfyUI's own Wan VAE as a network to train: whole clips at once, with gradients."""
 
+from pathlib import Path
+
 import comfy.latent_formats
 import torch
 from comfy.ldm.wan.vae import Resample, WanVAE
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..training.error import TrainingError
 
 # What ComfyUI's VAELoader builds around a file of the Wan 2.1 VAE's names; it reads dim from it.
 CONFIG = {
@@ -34,9 +40,7 @@ class TrainableVAE(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The video through latents drawn from what `encode` gives, and what it gives."""
         mean, log_variance = self.encode(video)
-        noise = torch.randn(
-            mean.shape, generator=generator, device=mean.device, dtype=mean.dtype
-        )
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return self.decode(mean + noise * (log_variance / 2).exp()), mean, log_variance
 
     def encode(self, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +63,41 @@ class TrainableVAE(torch.nn.Module):
         for layer in (*decoder.middle, *decoder.upsamples, *decoder.head):
             x = layer(_more_frames(layer, x))
         return x
+
+
+class LatentVAE:
+    """A VAE file at work: to and from latents as Wan's network knows them, about N(0, 1).
+
+    It computes in bf16 on a GPU, as ComfyUI does, and in fp32 on the CPU.
+
+    Raises:
+        TrainingError: the file cannot be read, or is no Wan 2.1 VAE.
+    """
+
+    def __init__(self, path: Path, device: torch.device):
+        try:
+            tensors = load_file(path)
+            self.network = TrainableVAE(tensors["decoder.head.0.gamma"].shape[0])
+            self.network.wan.load_state_dict(tensors)
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise TrainingError(
+                f"{path} is no Wan 2.1 VAE ({str(error).splitlines()[0]}): run the vae stage, or "
+                "name such a file"
+            ) from error
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.network.requires_grad_(False).to(device, self.dtype)
+        shape = (1, -1, 1, 1, 1)
+        self.mean, self.deviation = (x.view(shape).to(device) for x in latent_statistics())
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        """Video [B, 3, T, H, W] in [-1, 1] to latents [B, 16, T', H', W'], float32."""
+        raw = self.network.encode(video.to(self.dtype))[0]
+        return (raw.float() - self.mean) / self.deviation
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, 16, T', H', W'] to a video [B, 3, T, H, W], about in [-1, 1], float32."""
+        raw = latents.float() * self.deviation + self.mean
+        return self.network.decode(raw.to(self.dtype)).float()
 
 
 def latent_statistics() -> tuple[torch.Tensor, torch.Tensor]:

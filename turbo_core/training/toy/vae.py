@@ -80,10 +80,8 @@ def divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
-def around(
-    clips: Clips, frames: int, share: float, generator: torch.Generator
-) -> torch.Tensor:
-    """Corners [B, 2] of crops `share` of the frame wide that have the shape in one of its frames."""
+def around(clips: Clips, frames: int, share: float, generator: torch.Generator) -> torch.Tensor:
+    """Corners [B, 2] of crops, `share` of the frame wide, that show the shape in some frame."""
     centre, _ = track(clips, frames)  # [B, T, 2]
     count = len(centre)
     device = centre.device
@@ -95,10 +93,10 @@ def around(
 
 @torch.no_grad()
 def latent_spread(
-    network: torch.nn.Module, batches: list[torch.Tensor]
+    network: torch.nn.Module, batches: list[Clips], video: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation, float64 [16], of the latents of batches of videos [B, 3, T, H, W]."""
-    latents = [network.encode(videos)[0].double() for videos in batches]
+    """Mean and deviation of the channels of the clips' latents, float64 [16] each, on the CPU."""
+    latents = [network.encode(pictures(render(clips, *video)))[0].double() for clips in batches]
     channels = torch.cat([x.movedim(1, 0).flatten(1) for x in latents], dim=1)
     return channels.mean(1).cpu(), channels.std(1).cpu()
 
@@ -120,7 +118,7 @@ def fold(
         found: mean and deviation, [16] each, as latent_spread measured them.
         wanted: those that ComfyUI takes Wan's latents to have.
     """
-    (mean, deviation), (to_mean, to_deviation) = ([x.double() for x in pair] for pair in (found, wanted))
+    mean, deviation, to_mean, to_deviation = (x.double() for x in (*found, *wanted))
     scale = to_deviation / deviation
     last, first = wan.conv1, wan.conv2
     scales = torch.cat([scale, torch.ones_like(scale)])
@@ -140,9 +138,9 @@ def measured(network: torch.nn.Module, batches: list[Clips], video: tuple[int, i
     latents' deviation in them, about what a model leaves.
     """
     plain, noisy, right = [], [], []
+    dtype = next(network.parameters()).dtype
     for clips in batches:
         videos = render(clips, *video)
-        dtype = next(network.parameters()).dtype
         latents = network.encode(pictures(videos).to(dtype))[0]
         spread = latents.float().std(dim=(0, 2, 3, 4), keepdim=True).to(dtype)
         seen = frames_of(network.decode(latents))
