@@ -74,6 +74,11 @@ class WanNetwork(wan.WanModel):
         for block in self.blocks:
             block.checkpointing = wanted
 
+    def compile_blocks(self) -> None:
+        """Have torch.compile make the blocks' kernels, but for passes with tangents."""
+        for block in self.blocks:
+            block.compiled = torch.compile(super(Block, block).forward)
+
     def forward(
         self,
         x: torch.Tensor,
@@ -111,11 +116,13 @@ class WanNetwork(wan.WanModel):
     def _rotation(self, x: torch.Tensor) -> torch.Tensor:
         """The host's rotation matrices [1, L, 1, D/2, 2, 2] fp32 of the positions in x."""
         key = (*x.shape[2:], x.device)
-        if key not in self.rotations:
-            with torch.no_grad():
-                rotation = self.rope_encode(*x.shape[2:], device=x.device, dtype=torch.float32)
+        if key in self.rotations:
+            return self.rotations[key]
+        with torch.no_grad():
+            rotation = self.rope_encode(*x.shape[2:], device=x.device, dtype=torch.float32)
+        if not has_tangent(x):  # torch.func.jvp wraps all that is made inside of it
             self.rotations = {key: rotation}
-        return self.rotations[key]
+        return rotation
 
 
 class PatchEmbedding(torch.nn.Conv3d):
@@ -158,6 +165,7 @@ class Block(wan.WanAttentionBlock):
     """The host's block around attentions that can be differentiated."""
 
     checkpointing = False
+    compiled: Callable | None = None
 
     def __init__(self, *args, operation_settings: dict, **kwargs):
         super().__init__(*args, operation_settings=operation_settings, **kwargs)
@@ -170,6 +178,8 @@ class Block(wan.WanAttentionBlock):
         inputs = (x, e, freqs, context, context_img_len, {})
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(super().forward, *inputs, use_reentrant=False)
+        if self.compiled and not has_tangent(x):
+            return self.compiled(*inputs)
         return super().forward(*inputs)
 
 
@@ -210,11 +220,15 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     Torch's fused kernels have gradients but no tangents: those take the plain formula.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    tangent = torch.autograd.forward_ad.unpack_dual(q).tangent
-    if tangent is None:
+    if torch.compiler.is_compiling() or not has_tangent(q):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether forward-mode differentiation goes on, by torch.func.jvp or by dual tensors."""
+    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
 
 @torch.compiler.disable

@@ -160,6 +160,10 @@ class RCMTraining:
             self.teacher, batch, self.data.unconditional, self.settings.guidance
         )
 
+    def exported(self) -> dict[str, torch.Tensor]:
+        """The averaged weights by parameter name."""
+        return self.student.average()
+
     def state(self) -> dict:
         """What a checkpoint holds."""
         return {"student": self.student.state(), "fake": self.fake.state()}

@@ -50,6 +50,10 @@ class SLATraining:
         loss = sla_regression(velocity_of(self.learner.network, batch)(x, level), wanted)
         return loss, {"loss": loss.detach()}
 
+    def exported(self) -> dict[str, torch.Tensor]:
+        """The averaged weights by parameter name."""
+        return self.learner.average()
+
     def state(self) -> dict:
         """What a checkpoint holds."""
         return {"sla": self.learner.state()}

@@ -46,6 +46,10 @@ class TeacherTraining:
         loss = flow_matching(velocity(mixed(batch.latents, noise, level), level), batch.latents, noise)
         return loss, {"loss": loss.detach()}
 
+    def exported(self) -> dict[str, torch.Tensor]:
+        """The averaged weights by parameter name."""
+        return self.learner.average()
+
     def state(self) -> dict:
         """What a checkpoint holds."""
         return {"teacher": self.learner.state()}
