@@ -195,10 +195,8 @@ class SelfAttention(wan.WanSelfAttention):
         k = _rotate(_norm(self.norm_k, self.k(x)).unflatten(2, heads), freqs)
         v = self.v(x).unflatten(2, heads)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if self.sparse is None:
-            y = attention(q, k, v)
-        else:
-            y = _sla(q, k, v, self.proj_l, self.sparse)
+        sparse = self.sparse
+        y = attention(q, k, v) if sparse is None else _sla(q, k, v, self.proj_l, sparse)
         return self.o(y.flatten(2))
 
 
@@ -300,8 +298,7 @@ def load_weights(network: WanNetwork, tensors: Tensors) -> None:
         parameter.copy_(_like(parameter, torch.zeros(parameter.shape) if value is None else value))
     if given:
         raise CheckpointError(
-            f"{next(iter(given))} has no place in this network: choose a checkpoint without SLA, or "
-            "train SLA"
+            f"{next(iter(given))} has no place in this network: choose another checkpoint or preset"
         )
 
 

@@ -1,4 +1,4 @@
-"""SLA fine-tuning (TurboDiffusion, arXiv 2512.16093, section 1.2): regression on the dense network."""
+"""SLA fine-tuning (arXiv 2512.16093, section 1.2): regression on the frozen dense network."""
 
 import torch
 
