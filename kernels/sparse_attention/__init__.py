@@ -11,11 +11,10 @@ from . import gradients_reference, reference
 from .reference import Int8Blocks
 
 if has_triton():
-    from . import hopper
+    from . import gradients_triton, hopper
     from . import triton as triton_kernels
 else:
-    hopper = triton_kernels = None
-gradients_triton = None  # to come
+    hopper = gradients_triton = triton_kernels = None
 
 PV_DTYPES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16}
 

@@ -94,19 +94,27 @@ def sparse_attention_jvp(
 
 
 def transpose_map(block_map: torch.Tensor, n_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each of `n_keys` key blocks the query blocks that selected it, and how many they are.
+    """For each of `n_keys` key blocks of a head the query blocks that selected it.
+
+    Blocks count on over samples and heads: block i of head h of sample b is number
+    (b * H + h) * N + i.
 
     Args:
         block_map: int32 [B, H, NQ, count].
 
     Returns:
-        int32 [B, H, n_keys, NQ], ascending, of which only as many count, and int32 [B, H, n_keys].
+        queries: int32 [B * H * NQ * count], the query blocks of one key block after another,
+            ascending.
+        ends: int32 [B * H * n_keys + 1], where in `queries` those of a key block begin; those of
+            the next begin where they end.
     """
-    shape = (*block_map.shape[:3], n_keys)
-    selected = torch.zeros(shape, dtype=torch.uint8, device=block_map.device)
-    selected = selected.scatter(-1, block_map.long(), 1).mT
-    lists = selected.sort(dim=-1, descending=True, stable=True).indices
-    return lists.int(), selected.sum(-1, dtype=torch.int32)
+    chosen = block_map.flatten(0, 1)  # [B * H, NQ, count]
+    heads = torch.arange(len(chosen), dtype=torch.int32, device=chosen.device)
+    keys = (chosen + heads[:, None, None] * n_keys).flatten()
+    ordered, pairs = keys.sort(stable=True)
+    blocks = torch.arange(len(chosen) * n_keys + 1, dtype=torch.int32, device=chosen.device)
+    ends = torch.searchsorted(ordered, blocks, out_int32=True)
+    return (pairs // block_map.shape[-1]).int(), ends
 
 
 def _query_gradient(queries, d_rows, lse, delta, keys, values, selected, scale) -> torch.Tensor:
@@ -122,16 +130,15 @@ def _query_gradient(queries, d_rows, lse, delta, keys, values, selected, scale) 
 
 
 def _key_gradients(
-    queries, d_rows, lse, delta, keys, values, lists, counts, scale
+    queries, d_rows, lse, delta, keys, values, lists, ends, scale
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dS^T q and P^T d_out [blocks, block_k, D], from rows of all heads in blocks."""
     dk, dv = torch.empty_like(keys), torch.empty_like(values)
-    (_, block_q, _), block_k, longest = queries.shape, keys.shape[1], int(counts.max())
-    lists, counts = _of_all_heads(lists, lists.shape[-1])[:, :longest], counts.flatten()
-    step = max(1, SCORES // (block_q * block_k * longest))
-    place = torch.arange(longest, device=lists.device)
-    for chunk in _slices(len(keys), step):
-        index = lists[chunk]  # [N, longest]
+    (_, block_q, _), block_k, counts = queries.shape, keys.shape[1], ends.diff()
+    place = torch.arange(int(counts.max()), device=ends.device)
+    for chunk in _slices(len(keys), SCORES // (block_q * block_k * len(place))):
+        at = (ends[:-1][chunk][:, None] + place).clamp_max(len(lists) - 1)
+        index = lists[at].long()  # [N, longest]
         past = (place >= counts[chunk][:, None]).repeat_interleave(block_q, 1)[:, None]
         query, d_row = _gather(queries, index), _gather(d_rows, index)  # [N, longest * block_q, D]
         scores = keys[chunk] @ (query * scale).mT  # [N, block_k, longest * block_q]
@@ -149,8 +156,7 @@ def _selected(
     are past the end [N, 1, count * block_k]."""
     index = _of_all_heads(block_map, -(-length // block_k))
     own = block_map.flatten(0, 2)
-    step = max(1, SCORES // (block_q * block_k * index.shape[1]))
-    for chunk in _slices(len(index), step):
+    for chunk in _slices(len(index), SCORES // (block_q * block_k * index.shape[1])):
         key = own[chunk][..., None] * block_k + torch.arange(block_k, device=index.device)
         yield chunk, index[chunk], (key >= length).flatten(1)[:, None]
 
@@ -163,6 +169,8 @@ def _of_all_heads(index: torch.Tensor, blocks: int) -> torch.Tensor:
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
+    """Parts of `length` that are `step` long, at least one."""
+    step = max(1, step)
     return (slice(first, first + step) for first in range(0, length, step))
 
 
