@@ -1,7 +1,8 @@
 """Dense attention that forward-mode differentiation goes through, in plain torch."""
 
 import torch
-from torch.autograd import forward_ad
+
+from ..derivatives import has_tangent
 
 SCORES = 2**26  # at a time, 256 MB of float32; three such tensors are alive
 
@@ -23,7 +24,7 @@ def attention_with_jvp(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
     Returns:
         [B, Lq, H, D] in q's dtype.
     """
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
+    if any(map(has_tangent, (q, k, v))):
         return _Attention.apply(q, k, v)
     return _attention(q, k, v)
 
@@ -42,6 +43,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.dtype = output.dtype  # in autocast another than the inputs'
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
@@ -58,8 +60,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, tq, tk, tv = (_by_heads(x) for x in (*ctx.saved_tensors, *tangents))
         scale, rows = q.shape[-1] ** -0.5, max(1, SCORES // (q.shape[:2].numel() * k.shape[2]))
         parts = zip((q * scale).split(rows, 2), (tq * scale).split(rows, 2), strict=True)
-        t_out = [_rows_jvp(*part, k, v, tk, tv) for part in parts]
-        return torch.cat(t_out, 2).transpose(1, 2).to(tangents[0].dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            t_out = [_rows_jvp(*part, k, v, tk, tv) for part in parts]
+        return torch.cat(t_out, 2).transpose(1, 2).to(ctx.dtype)
 
 
 def _by_heads(x: torch.Tensor) -> torch.Tensor:

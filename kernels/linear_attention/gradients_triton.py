@@ -88,7 +88,7 @@ def storeroom_for_sums(square, square_ptr, vector, vector_ptr, HEAD_DIM: tl.cons
 
 
 @triton.jit(do_not_specialize=["length", "heads", "rows"])
-def query_gradients_kernel(
+def linear_query_gradients_kernel(
     q_ptr, d_out_ptr, mix_ptr, normalizer_ptr, onto_ptr, d_mix_ptr, weighted_ptr, d_bias_ptr,
     length, heads, rows, stride_qb, stride_ql, stride_qh, stride_db, stride_dl, stride_dh,
     HEAD_DIM: tl.constexpr, TILE: tl.constexpr, FEATURE_MAP: tl.constexpr,
@@ -124,7 +124,7 @@ def query_gradients_kernel(
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
-def key_gradients_kernel(
+def linear_key_gradients_kernel(
     k_ptr, v_ptr, d_state_ptr, peak_ptr, d_normalizer_ptr, onto_k_ptr, onto_v_ptr, length, heads,
     stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, FEATURE_MAP: tl.constexpr,
@@ -214,7 +214,7 @@ def query_gradients(
     rows, d_mix, weighted = room_for_sums(q)
     d_bias = torch.empty_like(weighted)
     with launching_on(q):
-        query_gradients_kernel[len(d_mix), q.shape[0] * q.shape[2]](
+        linear_query_gradients_kernel[len(d_mix), q.shape[0] * q.shape[2]](
             q, d_out, mix, normalizer.contiguous(), onto, d_mix, weighted, d_bias,
             q.shape[1], q.shape[2], rows, *q.stride()[:3], *d_out.stride()[:3],
             HEAD_DIM=q.shape[3], TILE=TILE, FEATURE_MAP=feature_map, **STATE_LAUNCH,
@@ -237,7 +237,7 @@ def key_gradients(
     d_state = (d_state / peak[..., None]).to(k.dtype)
     batch, length, heads, dim = k.shape
     with launching_on(k):
-        key_gradients_kernel[triton.cdiv(length, ROWS), batch * heads](
+        linear_key_gradients_kernel[triton.cdiv(length, ROWS), batch * heads](
             k, v, d_state, peak, d_normalizer, *onto, length, heads,
             *k.stride()[:3], *v.stride()[:3],
             HEAD_DIM=dim, ROWS=ROWS, FEATURE_MAP=feature_map, **LAUNCH,

@@ -51,6 +51,17 @@ def test_16_bits_keep_float32_scores(dtype):
     assert goldens.relative_error(out, expected) < torch.finfo(dtype).eps
 
 
+def test_autocast_keeps_float32_scores():
+    *x, tq, tk, tv = inputs(1, 130, 130, torch.bfloat16)
+    expected = torch.func.jvp(attention_with_jvp, tuple(x), (tq, tk, tv))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = torch.func.jvp(attention_with_jvp, tuple(x), (tq, tk, tv))
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        wide = [y.float() for y in (*x, tq, tk, tv)]
+        out = torch.func.jvp(attention_with_jvp, tuple(wide[:3]), tuple(wide[3:]))
+    assert out[1].dtype == out[0].dtype == torch.bfloat16
+
+
 def gradients(attend, *x):
     x = [y.clone().requires_grad_() for y in x]
     return torch.autograd.grad(attend(*x).square().sum(), x)
