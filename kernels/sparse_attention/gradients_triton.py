@@ -40,9 +40,9 @@ def store_once(
     tl.store(x_ptr + place, rows.to(x_ptr.dtype.element_ty), mask=row < length)
 
 
-@triton.jit(do_not_specialize=["length", "rows"])
+@triton.jit(do_not_specialize=["length", "rows", "scale"])
 def row_sums_kernel(
-    out_ptr, d_out_ptr, lse_ptr, padded_lse_ptr, delta_ptr, length, rows,
+    out_ptr, d_out_ptr, lse_ptr, shift_ptr, d_shift_ptr, length, rows, scale,
     stride_ob, stride_ol, stride_oh, stride_gb, stride_gl, stride_gh,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -57,13 +57,13 @@ def row_sums_kernel(
     row = first + tl.arange(0, ROWS)
     # Rows past the end get no weight, 2^-inf.
     lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=float("inf"))
-    tl.store(padded_lse_ptr + head * rows + row, lse)
-    tl.store(delta_ptr + head * rows + row, delta)
+    tl.store(shift_ptr + head * rows + row, lse / -scale)
+    tl.store(d_shift_ptr + head * rows + row, -delta)
 
 
 @triton.jit(do_not_specialize=["length", "count", "scale"])
 def query_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, block_map_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, shift_ptr, d_shift_ptr, block_map_ptr, dq_ptr,
     length, count, scale, stride_qb, stride_ql, stride_qh,
     stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_gb, stride_gl, stride_gh,
@@ -81,7 +81,8 @@ def query_gradient_kernel(
     blocks = tl.cdiv(length, BLOCK_Q)
     block_map_ptr += (head * blocks + first_row // BLOCK_Q) * count
     row = head * (blocks * BLOCK_Q) + first_row + tl.arange(0, ROWS)
-    lse, delta = tl.load(lse_ptr + row)[:, None], tl.load(delta_ptr + row)[:, None]
+    shift = tl.load(shift_ptr + row)[:, None] * scale
+    d_shift = tl.load(d_shift_ptr + row)[:, None]
     # [ROWS, D] all.
     q = load_once(q_ptr, first_row, length, stride_ql, ROWS, HEAD_DIM)
     d_out = load_once(d_out_ptr, first_row, length, stride_gl, ROWS, HEAD_DIM)
@@ -94,7 +95,7 @@ def query_gradient_kernel(
         v = load_rows(v_ptr, stride_vl, sample, own, first, length, STEP, HEAD_DIM, TMA)
         scores = mask_end(tl.dot(q, tl.trans(k)), first, length, STEP)  # [ROWS, STEP]
         d_weights = tl.dot(d_out, tl.trans(v))
-        d_scores = tl.exp2(scores * scale - lse) * (d_weights - delta)
+        d_scores = tl.exp2(scores * scale + shift) * (d_weights + d_shift)
         dq = tl.dot(d_scores.to(k.dtype), k, dq)
     # 1 / sqrt(D), as scale has log2(e) in it.
     store_rows(dq * (scale * 0.6931471805599453), dq_ptr, first_row, length, ROWS, HEAD_DIM, False)
@@ -102,7 +103,7 @@ def query_gradient_kernel(
 
 @triton.jit(do_not_specialize=["length", "heads", "scale"])
 def key_gradients_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, queries_ptr, ends_ptr, order_ptr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, shift_ptr, d_shift_ptr, queries_ptr, ends_ptr, order_ptr,
     dk_ptr, dv_ptr, length, heads, scale, stride_qb, stride_ql, stride_qh,
     stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_gb, stride_gl, stride_gh,
@@ -130,17 +131,18 @@ def key_gradients_kernel(
     for i in range((end - begin) * (BLOCK_Q // STEP)):
         query = tl.load(queries_ptr + i // (BLOCK_Q // STEP))
         part = i % (BLOCK_Q // STEP) * STEP
-        row = query.to(tl.int64) * BLOCK_Q + part + tl.arange(0, STEP)
-        lse, delta = tl.load(lse_ptr + row)[None, :], tl.load(delta_ptr + row)[None, :]
+        row = (query * BLOCK_Q + part).to(tl.int64) + tl.arange(0, STEP)
+        shift, d_shift = tl.load(shift_ptr + row)[None, :], tl.load(d_shift_ptr + row)[None, :]
         first = (query - first_query) * BLOCK_Q + part
         # [STEP, D] both.
         q = load_rows(q_ptr, stride_ql, sample, own, first, length, STEP, HEAD_DIM, TMA)
         d_out = load_rows(d_out_ptr, stride_gl, sample, own, first, length, STEP, HEAD_DIM, TMA)
-        scores = tl.dot(k, tl.trans(q))  # [ROWS, STEP]
-        d_weights = tl.dot(v, tl.trans(d_out))
-        weights = tl.exp2(scores * scale - lse)
+        # [ROWS, STEP]. Both products start from the shifts, which then need no registers.
+        scores = tl.dot(k, tl.trans(q), tl.broadcast_to(shift, (ROWS, STEP)))
+        weights = tl.exp2(scores * scale)
         dv = tl.dot(weights.to(d_out.dtype), d_out, dv)
-        dk = tl.dot((weights * (d_weights - delta)).to(q.dtype), q, dk)
+        d_weights = tl.dot(v, tl.trans(d_out), tl.broadcast_to(d_shift, (ROWS, STEP)))
+        dk = tl.dot((weights * d_weights).to(q.dtype), q, dk)
     dk *= scale * 0.6931471805599453
     store_once(dk, dk_ptr, sample, own, heads, first_row, length, ROWS, HEAD_DIM)
     store_once(dv, dv_ptr, sample, own, heads, first_row, length, ROWS, HEAD_DIM)
@@ -188,10 +190,11 @@ def tangent_kernel(
         weights = tl.exp2(scores * scale - lse[:, None])
         tv = load_rows(tv_ptr, stride_tvl, sample, own, first, length, STEP, HEAD_DIM, TMA)
         acc = tl.dot(weights.to(tv.dtype), tv, acc)
-        t_weights = weights * (t_scores * (scale * 0.6931471805599453))
-        row_sum += tl.sum(t_weights, 1)
         v = load_rows(v_ptr, stride_vl, sample, own, first, length, STEP, HEAD_DIM, TMA)
-        acc = tl.dot(t_weights.to(v.dtype), v, acc)
+        t_weights = (weights * (t_scores * (scale * 0.6931471805599453))).to(v.dtype)
+        # Of what is multiplied, so that its rounding errors count for v - out only.
+        row_sum += tl.sum(t_weights.to(tl.float32), 1)
+        acc = tl.dot(t_weights, v, acc)
     out = load_once(out_ptr, first_row, length, stride_ol, ROWS, HEAD_DIM).to(tl.float32)
     acc -= row_sum[:, None] * out
     store_rows(acc, t_out_ptr, first_row, length, ROWS, HEAD_DIM, False)
@@ -235,18 +238,21 @@ def sparse_attention_backward(
 def row_sums(
     out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor, block_q: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """lse and rowsum(out * d_out), float32 [B, H, NQ * block_q]; past the end inf and 0."""
+    """What P and dS take per row, so that P = 2^(scale (q k^T + shift)), dS = P (dP + d_shift).
+
+    Float32 [B, H, NQ * block_q]: -lse / scale and -rowsum(out * d_out), past the end -inf and 0.
+    """
     batch, length, heads, dim = out.shape
     rows = triton.cdiv(length, block_q) * block_q
-    padded, delta = (
+    shift, d_shift = (
         torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device) for _ in range(2)
     )
     with launching_on(out):
         row_sums_kernel[rows // ROWS, heads, batch](
-            out, d_out, lse.contiguous(), padded, delta, length, rows,
+            out, d_out, lse.contiguous(), shift, d_shift, length, rows, score_scale(out),
             *out.stride()[:3], *d_out.stride()[:3], ROWS=ROWS, HEAD_DIM=dim, **LAUNCH,
         )  # fmt: skip
-    return padded, delta
+    return shift, d_shift
 
 
 def query_gradient(
