@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from einops import rearrange
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from ...kernels.dense_attention import attention_with_jvp
+from ...kernels.derivatives import has_tangent
 from ...kernels.sla import sla
 from ..checkpoint.error import CheckpointError
 from ..checkpoint.names import IN_A_MODEL, PROJ_L
@@ -213,26 +214,19 @@ class CrossAttention(wan.WanT2VCrossAttention):
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Dense softmax attention of q [B, L, H, D] to k, v [B, N, H, D], with a tangent if asked for.
+    """Dense softmax attention of q [B, L, H, D] to k, v [B, N, H, D], by torch's fastest kernel.
 
-    Torch's fused kernels have gradients but no tangents: those take the plain formula.
+    With a tangent where one is asked for; torch.compile does not trace that question.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if torch.compiler.is_compiling() or not has_tangent(q):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-def has_tangent(x: torch.Tensor) -> bool:
-    """Whether forward-mode differentiation goes on, by torch.func.jvp or by dual tensors."""
-    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    if not torch.compiler.is_compiling():
+        return attention_with_jvp(q, k, v)
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads).transpose(1, 2)
 
 
 @torch.compiler.disable
 def _sla(q, k, v, proj_l: torch.nn.Linear, options: dict) -> torch.Tensor:
-    with torch.autocast(q.device.type, enabled=False):
-        return sla(q, k, v, (proj_l.weight, proj_l.bias), **options)
+    return sla(q, k, v, (proj_l.weight, proj_l.bias), **options)
 
 
 def _norm(norm: torch.nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
