@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from einops import rearrange
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from ...kernels.dense_attention import attention_with_jvp
+from ...kernels.derivatives import has_tangent
 from ...kernels.sla import sla
 from ..checkpoint.error import CheckpointError
 from ..checkpoint.names import IN_A_MODEL, PROJ_L
@@ -74,6 +75,11 @@ class WanNetwork(wan.WanModel):
         for block in self.blocks:
             block.checkpointing = wanted
 
+    def compile_blocks(self) -> None:
+        """Have torch.compile make the blocks' kernels, but for passes with tangents."""
+        for block in self.blocks:
+            block.compiled = torch.compile(super(Block, block).forward)
+
     def forward(
         self,
         x: torch.Tensor,
@@ -111,11 +117,13 @@ class WanNetwork(wan.WanModel):
     def _rotation(self, x: torch.Tensor) -> torch.Tensor:
         """The host's rotation matrices [1, L, 1, D/2, 2, 2] fp32 of the positions in x."""
         key = (*x.shape[2:], x.device)
-        if key not in self.rotations:
-            with torch.no_grad():
-                rotation = self.rope_encode(*x.shape[2:], device=x.device, dtype=torch.float32)
+        if key in self.rotations:
+            return self.rotations[key]
+        with torch.no_grad():
+            rotation = self.rope_encode(*x.shape[2:], device=x.device, dtype=torch.float32)
+        if not has_tangent(x):  # torch.func.jvp wraps all that is made inside of it
             self.rotations = {key: rotation}
-        return self.rotations[key]
+        return rotation
 
 
 class PatchEmbedding(torch.nn.Conv3d):
@@ -158,6 +166,7 @@ class Block(wan.WanAttentionBlock):
     """The host's block around attentions that can be differentiated."""
 
     checkpointing = False
+    compiled: Callable | None = None
 
     def __init__(self, *args, operation_settings: dict, **kwargs):
         super().__init__(*args, operation_settings=operation_settings, **kwargs)
@@ -170,6 +179,8 @@ class Block(wan.WanAttentionBlock):
         inputs = (x, e, freqs, context, context_img_len, {})
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(super().forward, *inputs, use_reentrant=False)
+        if self.compiled and not has_tangent(x):
+            return self.compiled(*inputs)
         return super().forward(*inputs)
 
 
@@ -185,10 +196,8 @@ class SelfAttention(wan.WanSelfAttention):
         k = _rotate(_norm(self.norm_k, self.k(x)).unflatten(2, heads), freqs)
         v = self.v(x).unflatten(2, heads)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if self.sparse is None:
-            y = attention(q, k, v)
-        else:
-            y = _sla(q, k, v, self.proj_l, self.sparse)
+        sparse = self.sparse
+        y = attention(q, k, v) if sparse is None else _sla(q, k, v, self.proj_l, sparse)
         return self.o(y.flatten(2))
 
 
@@ -205,22 +214,19 @@ class CrossAttention(wan.WanT2VCrossAttention):
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Dense softmax attention of q [B, L, H, D] to k, v [B, N, H, D], with a tangent if asked for.
+    """Dense softmax attention of q [B, L, H, D] to k, v [B, N, H, D], by torch's fastest kernel.
 
-    Torch's fused kernels have gradients but no tangents: those take the plain formula.
+    With a tangent where one is asked for; torch.compile does not trace that question.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    tangent = torch.autograd.forward_ad.unpack_dual(q).tangent
-    if tangent is None:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    if not torch.compiler.is_compiling():
+        return attention_with_jvp(q, k, v)
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads).transpose(1, 2)
 
 
 @torch.compiler.disable
 def _sla(q, k, v, proj_l: torch.nn.Linear, options: dict) -> torch.Tensor:
-    with torch.autocast(q.device.type, enabled=False):
-        return sla(q, k, v, (proj_l.weight, proj_l.bias), **options)
+    return sla(q, k, v, (proj_l.weight, proj_l.bias), **options)
 
 
 def _norm(norm: torch.nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
@@ -286,8 +292,7 @@ def load_weights(network: WanNetwork, tensors: Tensors) -> None:
         parameter.copy_(_like(parameter, torch.zeros(parameter.shape) if value is None else value))
     if given:
         raise CheckpointError(
-            f"{next(iter(given))} has no place in this network: choose a checkpoint without SLA, or "
-            "train SLA"
+            f"{next(iter(given))} has no place in this network: choose another checkpoint or preset"
         )
 
 

@@ -113,13 +113,15 @@ class Data:
 
     def check(self, latent: tuple[int, int, int], image: bool) -> None:
         """Raise a TrainingError unless samples are of this size, with a picture if one is due."""
-        shape = (16, *latent)
-        found = tuple(self.files[0].get_slice("latents").get_shape()[1:])
-        if found != shape or image != ("images" in self.names):
+        found = self.files[0].get_slice("latents").get_shape()[1:], "images" in self.names
+        wanted = [16, *latent], image
+        if found != wanted:
+            has, takes = (
+                f"latents {s} {'with' if i else 'without'} pictures" for s, i in (found, wanted)
+            )
             raise TrainingError(
-                f"{self.folder} has latents {list(found)} {'with' if 'images' in self.names else 'without'} "
-                f"pictures, this preset takes {list(shape)} {'with' if image else 'without'}: choose "
-                "other data or another preset"
+                f"{self.folder} has {has}, this preset takes {takes}: choose other data or another "
+                "preset"
             )
 
     def _read(self, indices: list[int]) -> Tensors:
@@ -161,7 +163,8 @@ class Draws:
     def batch(self, data: Data, count: int, purpose: str = "data") -> Batch:
         """`count` samples, any of them as likely as any other."""
         generator = self.generator(purpose)
-        return data.take(torch.randint(len(data), (count,), generator=generator, device=self.device))
+        chosen = torch.randint(len(data), (count,), generator=generator, device=self.device)
+        return data.take(chosen)
 
 
 def drop_prompts(

@@ -1,4 +1,4 @@
-"""rCM (arXiv 2510.08431): a few-step student by consistency and by the scores of its own samples."""
+"""rCM (arXiv 2510.08431): a few-step student, by consistency and by its own samples' scores."""
 
 import math
 
@@ -142,7 +142,8 @@ class RCMTraining:
     def _rollout(self, batch: Batch, draws: Draws, turn: int) -> torch.Tensor:
         """The student's samples in 1 to `rollout` steps, in turn, down from pure noise."""
         steps, count = 1 + turn % self.settings.rollout, len(batch.latents)
-        levels = shifted_uniform((steps - 1) * count, self.settings.shift, draws.generator("angles"))
+        angles = draws.generator("angles")
+        levels = shifted_uniform((steps - 1) * count, self.settings.shift, angles)
         first = torch.full((1, count), LARGEST_ANGLE, dtype=torch.float64, device=levels.device)
         angles = falling(torch.cat([first, angle_of(levels).reshape(steps - 1, count)]))
         noise = draws.normal("start", batch.latents)
@@ -156,9 +157,11 @@ class RCMTraining:
         return noised(x0, noise, angle), angle, noise
 
     def _guided(self, batch: Batch):
-        return guided_velocity(
-            self.teacher, batch, self.data.unconditional, self.settings.guidance
-        )
+        return guided_velocity(self.teacher, batch, self.data.unconditional, self.settings.guidance)
+
+    def exported(self) -> dict[str, torch.Tensor]:
+        """The averaged weights by parameter name."""
+        return self.student.average()
 
     def state(self) -> dict:
         """What a checkpoint holds."""

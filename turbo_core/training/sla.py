@@ -1,4 +1,4 @@
-"""SLA fine-tuning (TurboDiffusion, arXiv 2512.16093, section 1.2): regression on the dense network."""
+"""SLA fine-tuning (arXiv 2512.16093, section 1.2): regression on the frozen dense network."""
 
 import torch
 
@@ -49,6 +49,10 @@ class SLATraining:
             wanted = velocity_of(self.teacher, batch)(x, level)
         loss = sla_regression(velocity_of(self.learner.network, batch)(x, level), wanted)
         return loss, {"loss": loss.detach()}
+
+    def exported(self) -> dict[str, torch.Tensor]:
+        """The averaged weights by parameter name."""
+        return self.learner.average()
 
     def state(self) -> dict:
         """What a checkpoint holds."""

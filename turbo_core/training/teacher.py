@@ -3,11 +3,12 @@
 import torch
 
 from .batches import Batch, Data, Draws, drop_prompts
+from .initial_weights import TIME_WEIGHT, fast_time_features
 from .learner import Learner, cosine
 from .losses import flow_matching
 from .noise_levels import log_normal
 from .presets import Teacher
-from .samplers import euler, guided, shifted_levels
+from .samplers import euler, shifted_levels
 from .slots import Values, accumulated, own_slots
 from .velocity import guided_velocity, mixed, velocity_of
 
@@ -20,17 +21,23 @@ class TeacherTraining:
 
     def __init__(self, network: torch.nn.Module, data: Data, settings: Teacher, seed: int):
         self.data, self.settings, self.seed = data, settings, seed
-        self.learner = Learner(
-            network, settings.betas, settings.weight_decay, settings.ema_length
-        )
+        self.learner = Learner(network, settings.betas, settings.weight_decay, settings.ema_length)
+        self.fast = fast_time_features().to(data.device)
         self.slots = own_slots(settings.batch, settings.micro_batch)
 
     def step(self, n: int) -> Values:
         """Update number n, from 0."""
         settings = self.settings
         values = accumulated(self.slots, lambda slot: self._learn(n, slot))
+        self._stay_smooth_in_time()
         lr = cosine(settings.lr, n, settings.warmup, settings.steps)
         return {**values, "gradient_norm": self.learner.update(lr, n), "lr": lr}
+
+    def _stay_smooth_in_time(self) -> None:
+        """The weights of fast time features, which start at 0, stay there."""
+        gradient = self.learner.network.get_parameter(TIME_WEIGHT).grad
+        local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+        local.masked_fill_(self.fast, 0.0)
 
     def _learn(self, n: int, slot: int) -> tuple[torch.Tensor, Values]:
         settings, draws = self.settings, Draws(self.seed, n, slot, self.data.device)
@@ -43,8 +50,13 @@ class TeacherTraining:
         )
         noise = draws.normal("noise", batch.latents)
         velocity = velocity_of(self.learner.network, batch, context)
-        loss = flow_matching(velocity(mixed(batch.latents, noise, level), level), batch.latents, noise)
+        answer = velocity(mixed(batch.latents, noise, level), level)
+        loss = flow_matching(answer, batch.latents, noise)
         return loss, {"loss": loss.detach()}
+
+    def exported(self) -> dict[str, torch.Tensor]:
+        """The averaged weights by parameter name."""
+        return self.learner.average()
 
     def state(self) -> dict:
         """What a checkpoint holds."""
