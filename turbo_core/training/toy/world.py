@@ -50,7 +50,7 @@ TURNED = (0.0, math.pi / 4, 0.0, 0.0)
 # Lengths are in frame widths. A shape's radius is that of the disc of the same area.
 RADII = (0.075, 0.12)
 FURTHEST = 1.56  # radii from its centre to the furthest point of any shape
-EDGE = 0.012  # what always stays free at the frame's edge
+EDGE = 0.02  # what always stays free at the frame's edge
 # How much of its motion a clip shows, slow and fast.
 WAY = (0.2, 0.4)
 TURNS, ORBIT = (0.75, 1.25), 0.1
