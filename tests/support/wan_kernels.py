@@ -121,6 +121,22 @@ def run_attention(
     sla(q, k, v, proj, **options)
 
 
+def run_gradients(length: int, head_dim: int, block_q: int, block_k: int) -> None:
+    """Sparse attention in 16 bits as training runs it: forward, backward and forward mode."""
+    from turbodiffusion_pack.kernels.sparse_attention import (
+        sparse_attention_backward,
+        sparse_attention_jvp,
+        sparse_attention_with_lse,
+    )
+
+    q, k, v = (tensor(1, length, 12, head_dim) for _ in "qkv")
+    chosen = torch.zeros(1, 12, -(-length // block_q), 1, dtype=torch.int32)
+    options = {"block_q": block_q, "block_k": block_k, "backend": "triton"}
+    known = q, k, v, *sparse_attention_with_lse(q, k, v, chosen, **options)
+    sparse_attention_backward(*known, q, chosen, **options)
+    sparse_attention_jvp(*known, q, k, v, chosen, **options)
+
+
 def run_selection(blocks: int) -> None:
     """The best of as many key blocks."""
     from turbodiffusion_pack.kernels.block_map import select_blocks
