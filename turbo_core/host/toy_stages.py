@@ -76,6 +76,12 @@ def data(args: argparse.Namespace, device: torch.device) -> None:
         folder.finish(write)
 
 
+def decoder(folder: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What makes videos [B, T, H, W, 3] of latents of the data in `folder`; None if not the toy's."""
+    file = folder / VAE_FILE
+    return LatentVAE(file, device).videos if file.exists() else None
+
+
 STAGES: dict[str, Callable[[argparse.Namespace, torch.device], None]] = {"vae": vae, "data": data}
 
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..training.error import TrainingError
+from ..training.toy.vae import frames_of
 
 # What ComfyUI's VAELoader builds around a file of the Wan 2.1 VAE's names; it reads dim from it.
 CONFIG = {
@@ -98,6 +99,11 @@ class LatentVAE:
         """Latents [B, 16, T', H', W'] to a video [B, 3, T, H, W], about in [-1, 1], float32."""
         raw = latents.float() * self.deviation + self.mean
         return self.network.decode(raw.to(self.dtype)).float()
+
+    @torch.no_grad()
+    def videos(self, latents: torch.Tensor, at_once: int = 32) -> torch.Tensor:
+        """Latents [B, 16, T', H', W'] as videos [B, T, H, W, 3], float32 in [0, 1]."""
+        return torch.cat([frames_of(self.decode(some)) for some in latents.split(at_once)])
 
 
 def latent_statistics() -> tuple[torch.Tensor, torch.Tensor]:
