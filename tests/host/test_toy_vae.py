@@ -56,8 +56,7 @@ def test_a_whole_clip_is_what_comfyui_makes_of_it_in_pieces(network, frames):
 
 def test_the_fold_is_exact(network):
     """Latents come out with Wan's mean and deviation, and decode to the same videos."""
-    clips = [draw(0, 0, 8)]
-    clip = toy_vae.pictures(render(clips[0], *VIDEO))
+    clip = videos(2)
     network.double()
     before, log_variance = network.encode(clip.double())
     decoded = network.decode(before)
@@ -122,17 +121,18 @@ def test_shards_hold_all_samples_in_order(file):
 
 
 def test_training_learns_and_a_step_depends_on_its_number_alone(network):
-    settings = VAE(steps=12, batch=8, crop=16, warmup=1, lr=5e-3, whole=0.25)
+    settings = VAE(steps=8, batch=8, crop=16, warmup=1, lr=5e-3, whole=0.25)
     with torch.inference_mode(False):
         training = toy_vae.VAETraining(network, settings, VIDEO, seed=0)
         before = {n: p.detach().clone() for n, p in network.named_parameters()}
         first = training.step(0)["l1"]
-        losses = [training.step(n)["l1"] for n in range(1, 12)]
+        for n in range(1, 6):
+            training.step(n)
+        assert training.step(0)["l1"] < 0.9 * first
         network.load_state_dict(before)
         assert torch.equal(training.step(0)["l1"], first)
-        assert training._clips(8, toy_vae.Draws(0, 8, 0, CPU)).shape == (8, 3, 9, 16, 16)
-        assert training._clips(9, toy_vae.Draws(0, 9, 0, CPU)).shape == (2, 3, 9, 32, 32)
-    assert min(losses) < first
+        assert training._clips(5, toy_vae.Draws(0, 5, 0, CPU)).shape == (8, 3, 9, 16, 16)
+        assert training._clips(6, toy_vae.Draws(0, 6, 0, CPU)).shape == (2, 3, 9, 32, 32)
 
 
 def test_crops_show_the_shape():
