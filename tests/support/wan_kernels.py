@@ -121,6 +121,26 @@ def run_attention(
     sla(q, k, v, proj, **options)
 
 
+def run_training(
+    length: int, topk: float, device: str, head_dim: int = HEAD_DIM, block_q: int = 128
+) -> None:
+    """Forward, gradients and tangents of sparse-linear attention."""
+    from turbodiffusion_pack.kernels.block_map import selected_count
+    from turbodiffusion_pack.kernels.sla import sla
+
+    def attend(q, k, v, *proj):
+        return sla(q, k, v, proj, block_map=chosen, block_q=block_q, backend="triton")
+
+    count = selected_count(topk, -(-length // 64))
+    chosen = torch.zeros(1, 12, -(-length // block_q), count, dtype=torch.int32, device=device)
+    q, k, v, d_out = (tensor(1, length, 12, head_dim, device=device) for _ in range(4))
+    proj = vectors(head_dim, head_dim, device=device), vectors(head_dim, device=device)
+    inputs = tuple(x.requires_grad_() for x in (q, k, v, *proj))
+    attend(*inputs).backward(d_out)
+    with torch.no_grad():
+        torch.func.jvp(attend, inputs, inputs)
+
+
 def run_selection(blocks: int) -> None:
     """The best of as many key blocks."""
     from turbodiffusion_pack.kernels.block_map import select_blocks
