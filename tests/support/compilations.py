@@ -42,8 +42,11 @@ def counted() -> Iterator[list[str]]:
 
 
 def specializations(capability: tuple[int, int], runs: list[tuple]) -> list[list[str]]:
-    """For each run, the arguments of `run_block` without the device (with "training" for a
-    granularity those of `run_training`), the kernels that a card of `capability` compiles for it beyond those of the runs before. Needs no GPU."""
+    """The kernels that a card of `capability` compiles for each run beyond those of earlier runs.
+
+    A run has the arguments of `run_block` without the device, or those of `run_training` with
+    "training" for a granularity. Needs no GPU.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     process = subprocess.run(
         [sys.executable, "-c", "import compilations as c; c.work()"],
