@@ -5,10 +5,12 @@ import os
 import pickle
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import dummy_training
 import pytest
 import torch
 from dummy_training import (
@@ -233,6 +235,26 @@ def test_rows_of_steps_that_are_made_again_are_dropped(tmp_path):
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 4
 
 
+def test_half_a_row_is_no_row(tmp_path):
+    report = Report(tmp_path, ["loss"], steps=20, every=2)
+    report.resume(0)
+    for step in range(1, 11):
+        report.log(step, loss=1.0)
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("1")  # the first letter of row 11
+    report.resume(10)
+    assert [row["step"] for row in report.rows] == list(range(1, 11))
+
+
+def test_a_log_that_cannot_be_written(tmp_path):
+    report = Report(tmp_path, ["loss"], steps=20, every=1)
+    report.resume(0)
+    (tmp_path / "log.csv").unlink()
+    (tmp_path / "log.csv").mkdir()
+    with pytest.raises(TrainingError, match=r"log.csv could not be written \(Is a directory\), the"):
+        report.log(1, loss=1.0)
+
+
 def test_settings_that_are_damaged(tmp_path):
     with run_folder.open(tmp_path, "sla", SETTINGS):
         pass
@@ -240,3 +262,23 @@ def test_settings_that_are_damaged(tmp_path):
     with pytest.raises(TrainingError, match=r"settings.json is damaged"):
         with run_folder.open(tmp_path, "sla", SETTINGS):
             pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
+def test_two_processes_go_on_from_one(tmp_path):
+    """FSDP2 shards what one process saved, and both processes end with the same weights as one."""
+    whole, dummy = Dummy(), Dummy()
+    train(tmp_path / "whole", 12, 3, whole)
+    real, dummy.step = dummy.step, lambda n: real(n) if n < 7 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, 12, 3, dummy)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(Path(dummy_training.__file__)), str(tmp_path), "12", "3"]
+    run = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("going on from step 6 of 12") == 1  # one speaks for both
+    newest = tmp_path / "dummy" / "checkpoints" / "step-00000012"
+    assert {path.name for path in newest.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path)[name], tensor)
+    assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, 13))

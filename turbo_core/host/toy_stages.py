@@ -20,9 +20,9 @@ from ..training.toy.clips import UNCONDITIONAL, shards
 from ..training.toy.vae import COLUMNS, HELD_OUT, VAETraining, fold, latent_spread, measured
 from ..training.toy.world import draw
 from . import standalone  # noqa: F401 - first of all that imports ComfyUI
+from .toy_evaluate import VAE_FILE, evaluate
 from .wan_vae import LatentVAE, TrainableVAE, latent_statistics
 
-VAE_FILE = "vae.safetensors"
 AT_ONCE = 16  # clips that are measured
 STORED = torch.bfloat16  # what ComfyUI computes the VAE in on a GPU
 
@@ -76,7 +76,17 @@ def data(args: argparse.Namespace, device: torch.device) -> None:
         folder.finish(write)
 
 
-STAGES: dict[str, Callable[[argparse.Namespace, torch.device], None]] = {"vae": vae, "data": data}
+def decoder(folder: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What makes videos [B, T, H, W, 3] of the latents in `folder`; None if they are not a toy's."""
+    file = folder / VAE_FILE
+    return LatentVAE(file, device).videos if file.exists() else None
+
+
+STAGES: dict[str, Callable[[argparse.Namespace, torch.device], None]] = {
+    "vae": vae,
+    "data": data,
+    "evaluate": evaluate,
+}
 
 
 def _alone(args: argparse.Namespace, stage: str) -> Preset:

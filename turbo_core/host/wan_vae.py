@@ -4,11 +4,12 @@ from pathlib import Path
 
 import comfy.latent_formats
 import torch
-from comfy.ldm.wan.vae import Resample, WanVAE
+from comfy.ldm.wan.vae import AttentionBlock, Resample, ResidualBlock, WanVAE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..training.error import TrainingError
+from ..training.toy.vae import frames_of
 
 # What ComfyUI's VAELoader builds around a file of the Wan 2.1 VAE's names; it reads dim from it.
 CONFIG = {
@@ -19,6 +20,7 @@ CONFIG = {
     "temperal_downsample": [False, True, True],
     "dropout": 0.0,
 }
+FIRST_LOG_VARIANCE = -6.0  # from 0 on, latents would be noise and the decoder learn without them
 
 
 class TrainableVAE(torch.nn.Module):
@@ -31,9 +33,7 @@ class TrainableVAE(torch.nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.wan = WanVAE(dim=dim, **CONFIG)
-        for module in self.wan.modules():  # ComfyUI's layers leave their memory as it was
-            if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
-                torch.nn.modules.conv._ConvNd.reset_parameters(module)
+        _first_weights(self.wan)
 
     def forward(
         self, video: torch.Tensor, generator: torch.Generator
@@ -99,6 +99,11 @@ class LatentVAE:
         raw = latents.float() * self.deviation + self.mean
         return self.network.decode(raw.to(self.dtype)).float()
 
+    @torch.no_grad()
+    def videos(self, latents: torch.Tensor, at_once: int = 32) -> torch.Tensor:
+        """Latents [B, 16, T', H', W'] as videos [B, T, H, W, 3], float32 in [0, 1]."""
+        return torch.cat([frames_of(self.decode(some)) for some in latents.split(at_once)])
+
 
 def latent_statistics() -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation, float32 [16] each, that ComfyUI takes Wan 2.1's latents to have.
@@ -107,6 +112,26 @@ def latent_statistics() -> tuple[torch.Tensor, torch.Tensor]:
     """
     wan = comfy.latent_formats.Wan21()
     return wan.latents_mean.flatten(), wan.latents_std.flatten()
+
+
+@torch.no_grad()
+def _first_weights(wan: WanVAE) -> None:
+    """Weights that keep the variance, blocks that do nothing yet, latents almost without noise.
+
+    With torch's own first weights the biases of so many layers drown the picture.
+    """
+    for module in wan.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
+            module.weight.normal_(0, module.weight[0].numel() ** -0.5)
+            module.bias.zero_()
+    for module in wan.modules():
+        if isinstance(module, ResidualBlock):
+            module.residual[-1].weight.zero_()
+        elif isinstance(module, AttentionBlock):
+            module.proj.weight.zero_()
+    log_variance = slice(CONFIG["z_dim"], None)
+    wan.conv1.weight[log_variance] = 0
+    wan.conv1.bias[log_variance] = FIRST_LOG_VARIANCE
 
 
 def _fewer_frames(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -29,10 +29,12 @@ class Learner:
         self.weights = list(weights)
         self.optimizer = torch.optim.AdamW(
             self.weights,
+            lr=0.0,
             betas=betas,
             weight_decay=weight_decay,
             fused=self.weights[0].device.type == "cuda",
         )
+        _give_state(self.optimizer)
         self.ema = None if ema_length is None else PowerEMA(self.weights, ema_length)
 
     def update(self, lr: float, updates: int) -> torch.Tensor:
@@ -50,14 +52,28 @@ class Learner:
             self.ema.update(self.weights, updates)
         return norm
 
-    def state(self) -> dict:
-        """All that update changes, for step_checkpoints.save and load."""
-        state = {"trained": Trained(self.network, self.optimizer)}
-        return {**state, "average": self.average()} if self.ema else state
+    def state(self, name: str) -> dict:
+        """All that update changes, for step_checkpoints.save and load, which want it flat."""
+        state = {name: Trained(self.network, self.optimizer)}
+        return {**state, f"{name}_average": self.average()} if self.ema else state
 
     def average(self) -> dict[str, torch.Tensor]:
         """The average by parameter name, fp32; sharded as the network is."""
         return dict(zip(self.names, self.ema.tensors, strict=True))
+
+
+def _give_state(optimizer: torch.optim.Optimizer) -> None:
+    """Moments and counts of before the first update, which a checkpoint may have to hold.
+
+    torch.distributed.checkpoint would make them itself, and count that as an update.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    optimizer.step()  # at a learning rate of 0
+    optimizer.zero_grad()
+    for state in optimizer.state.values():
+        state["step"].zero_()
 
 
 def warmed_up(lr: float, step: int, warmup: int) -> float:

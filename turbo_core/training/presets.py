@@ -56,6 +56,21 @@ class Clips:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """The examination of all models of a toy run.
+
+    Attributes:
+        prompts: how many, each of which makes two videos.
+        at_once: samples in one pass.
+        teacher_steps: of the teacher and of SLA alone.
+    """
+
+    prompts: int = 256
+    at_once: int = 64
+    teacher_steps: int = 50
+
+
+@dataclass(frozen=True)
 class Teacher:
     """Flow matching from random weights: for toys alone, Wan is its own teacher.
 
@@ -161,7 +176,7 @@ class Preset:
         context: tokens of a prompt.
         sla, rcm: the stages' recipes.
         teacher: None where a finished checkpoint is the teacher.
-        vae, data: the toy world's.
+        vae, data, evaluate: the toy world's.
         text_channels: of the 4096, how many ever differ from 0.
         seed: of weights, data and noise.
         checkpointing: keep one activation a block and compute the rest twice.
@@ -178,6 +193,7 @@ class Preset:
     teacher: Teacher | None = None
     vae: VAE | None = None
     data: Clips | None = None
+    evaluate: Evaluation | None = None
     text_channels: int = TEXT_DIM
     seed: int = 0
     checkpointing: bool = False
@@ -207,6 +223,7 @@ TOY = Preset(
     **TOY_WORLD,
     vae=VAE(steps=2000, batch=32, crop=128),
     data=Clips(samples=20480),
+    evaluate=Evaluation(),
     teacher=Teacher(steps=5000, batch=64, micro_batch=64),
     sla=SLA(steps=1500, batch=64, micro_batch=64, lr=1e-4),
     rcm=RCM(
@@ -234,6 +251,7 @@ CPU = Preset(
     **TOY_WORLD,
     vae=VAE(steps=30, batch=2, crop=64, warmup=5, measured=8),
     data=Clips(samples=64, batch=4),
+    evaluate=Evaluation(prompts=4, at_once=4, teacher_steps=6),
     teacher=Teacher(steps=100, batch=8, micro_batch=8, lr=2e-3, warmup=10),
     sla=SLA(steps=50, batch=8, micro_batch=8, lr=5e-4, warmup=5),
     rcm=RCM(
@@ -300,10 +318,10 @@ PRESETS = {
     ),
 }
 
-STAGES = ("vae", "data", "teacher", "sla", "rcm")
+STAGES = ("vae", "data", "teacher", "sla", "rcm", "evaluate")
 
 
-def settings_of(preset: Preset, stage: str) -> VAE | Clips | Teacher | SLA | RCM:
+def settings_of(preset: Preset, stage: str) -> VAE | Clips | Teacher | SLA | RCM | Evaluation:
     """The recipe of a stage.
 
     Raises:

@@ -165,7 +165,7 @@ class RCMTraining:
 
     def state(self) -> dict:
         """What a checkpoint holds."""
-        return {"student": self.student.state(), "fake": self.fake.state()}
+        return {**self.student.state("student"), **self.fake.state("fake")}
 
     @torch.no_grad()
     def sample(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ class SLATraining:
 
     def state(self) -> dict:
         """What a checkpoint holds."""
-        return {"sla": self.learner.state()}
+        return self.learner.state("student")
 
     def sample(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
         """Latents of the batch's prompts with the weights as they are now."""

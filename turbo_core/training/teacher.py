@@ -60,7 +60,7 @@ class TeacherTraining:
 
     def state(self) -> dict:
         """What a checkpoint holds."""
-        return {"teacher": self.learner.state()}
+        return self.learner.state("teacher")
 
     def sample(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
         """Latents of the batch's prompts with the weights as they are now."""
