@@ -76,9 +76,9 @@ def double(tensors):
 
 
 def errors(out, exact):
-    """Relative errors, to 1e-3 of dv where less than that is left: what a single key gives to q and
-    k cancels but for the epsilon of the divisor."""
-    floor = 1e-3 * exact[2].norm().item()
+    """Relative errors, to a tenth of dv where less than that is left: what a single key gives to q
+    and k cancels but for the epsilon of the divisor."""
+    floor = 0.1 * exact[2].norm().item()
     return {
         name: (y.double() - x).norm().item() / max(x.norm().item(), floor)
         for name, y, x in zip(NAMES, out, exact, strict=True)
@@ -104,12 +104,13 @@ def test_triton_errs_at_most_twice_as_much_as_torch(length, dim, feature_map, dt
     x, d_out, tangents = inputs(2, length, dim, dtype)
     exact = paper_gradients(double(x), d_out.double(), feature_map)
     bounds = errors(paper_gradients(x, d_out, feature_map), exact)
+    least = max(torch.finfo(dtype).eps / 4, 1e-6)
     for name, error in errors(our_gradients(x, d_out, feature_map, "triton"), exact).items():
-        assert error <= max(2 * bounds[name], 1e-6), name
+        assert error <= max(2 * bounds[name], least), name
     exact = paper_tangent(double(x), double(tangents), feature_map)
     bound = goldens.relative_error(paper_tangent(x, tangents, feature_map), exact)
     error = goldens.relative_error(our_tangent(x, tangents, feature_map, "triton"), exact)
-    assert error <= max(2 * bound, 1e-6)
+    assert error <= max(2 * bound, least)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

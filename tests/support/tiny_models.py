@@ -104,9 +104,9 @@ def quantized(linear: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def stock_checkpoint(seed: int = 0) -> dict[str, torch.Tensor]:
+def stock_checkpoint(seed: int = 0, **sizes: int) -> dict[str, torch.Tensor]:
     """A random Wan T2V state dict as ComfyUI's own loader takes: in bf16, without projections."""
-    turbo, tensors = t2v_checkpoint(seed), {}
+    turbo, tensors = t2v_checkpoint(seed, **sizes), {}
     for name, tensor in turbo.items():
         if name.endswith(".int8_weight"):
             stem = name.removesuffix("int8_weight")

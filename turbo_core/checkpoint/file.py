@@ -73,6 +73,21 @@ def read_tensors(path: Path) -> Tensors:
     raise CheckpointError(_not_a_checkpoint(path, start))
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a .safetensors file says of it; nothing for any other file or a folder.
+
+    Raises:
+        CheckpointError: truncated or damaged file.
+    """
+    if not path.is_file() or path.suffix not in (".safetensors", ".sft"):
+        return {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise damaged(error) from error
+
+
 def _first_bytes(path: Path) -> bytes:
     if path.suffix.lower() not in SUFFIXES:
         raise CheckpointError(

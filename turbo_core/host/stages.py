@@ -25,6 +25,7 @@ from ..training.sharding import shard
 from ..training.sla import SLATraining
 from ..training.teacher import TeacherTraining
 from . import standalone  # noqa: F401 - first of all that imports ComfyUI
+from .toy_stages import STAGES as TOY_STAGES
 from .wan_network import WanNetwork, build_network, load_weights, wan_tensors
 
 Tensors = dict[str, torch.Tensor]
@@ -67,6 +68,7 @@ def rcm(args: argparse.Namespace, device: torch.device) -> None:
 
 
 STAGES: dict[str, Callable[[argparse.Namespace, torch.device], None]] = {
+    **TOY_STAGES,
     "teacher": teacher,
     "sla": sla,
     "rcm": rcm,

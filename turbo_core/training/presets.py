@@ -9,10 +9,65 @@ moments and average at 4 each, frozen teacher 4), `rcm` 40 (the fake score adds 
 activations of one micro-batch, with a checkpoint a block.
 """
 
+import argparse
 import dataclasses
 from dataclasses import dataclass
 
 from ..checkpoint.sizes import TEXT_DIM, Sizes
+
+
+@dataclass(frozen=True)
+class VAE:
+    """ComfyUI's Wan VAE in small, for the toy world; fields as Teacher's.
+
+    Attributes:
+        batch: clips in an update; as many fewer where whole frames are learnt.
+        crop: height and width of what is cut out around the shape.
+        whole: share of the steps, the last ones, that learn whole frames.
+        dim: channels at full size; Wan's has 96. 8 of them are 0.9 million parameters.
+        kl_weight: beside the mean L1 error, of the mean of each latent number's KL divergence.
+        measured: clips that no step saw, for the latents' statistics and the error.
+    """
+
+    steps: int
+    batch: int
+    crop: int
+    whole: float = 0.25
+    lr: float = 2e-3
+    warmup: int = 100
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    dim: int = 8
+    kl_weight: float = 1e-4
+    measured: int = 256
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Clips of the toy world, rendered and encoded: what the toys learn from.
+
+    Attributes:
+        samples: how many.
+        batch: encoded at a time.
+    """
+
+    samples: int
+    batch: int = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The examination of all models of a toy run.
+
+    Attributes:
+        prompts: how many, each of which makes two videos.
+        at_once: samples in one pass.
+        teacher_steps: of the teacher and of SLA alone.
+    """
+
+    prompts: int = 256
+    at_once: int = 64
+    teacher_steps: int = 50
 
 
 @dataclass(frozen=True)
@@ -121,6 +176,7 @@ class Preset:
         context: tokens of a prompt.
         sla, rcm: the stages' recipes.
         teacher: None where a finished checkpoint is the teacher.
+        vae, data, evaluate: the toy world's.
         text_channels: of the 4096, how many ever differ from 0.
         seed: of weights, data and noise.
         checkpointing: keep one activation a block and compute the rest twice.
@@ -135,6 +191,9 @@ class Preset:
     sla: SLA
     rcm: RCM
     teacher: Teacher | None = None
+    vae: VAE | None = None
+    data: Clips | None = None
+    evaluate: Evaluation | None = None
     text_channels: int = TEXT_DIM
     seed: int = 0
     checkpointing: bool = False
@@ -149,6 +208,12 @@ class Preset:
         frames, height, width = self.latent
         return frames * (height // 2) * (width // 2)
 
+    @property
+    def video(self) -> tuple[int, int]:
+        """Frames of a clip, and its height and width: the toy's are square."""
+        frames, height, _ = self.latent
+        return 4 * frames - 3, 8 * height
+
 
 TOY_WORLD = {"context": 16, "text_channels": 64}
 
@@ -156,6 +221,9 @@ TOY = Preset(
     sizes=Sizes(dim=256, ffn_dim=1024, num_layers=6, in_channels=16),
     latent=(5, 32, 32),
     **TOY_WORLD,
+    vae=VAE(steps=2000, batch=32, crop=128),
+    data=Clips(samples=20480),
+    evaluate=Evaluation(),
     teacher=Teacher(steps=5000, batch=64, micro_batch=64),
     sla=SLA(steps=1500, batch=64, micro_batch=64, lr=1e-4),
     rcm=RCM(
@@ -181,6 +249,9 @@ CPU = Preset(
     sizes=Sizes(dim=128, ffn_dim=256, num_layers=2, in_channels=16),
     latent=(3, 16, 16),
     **TOY_WORLD,
+    vae=VAE(steps=30, batch=2, crop=64, warmup=5, measured=8),
+    data=Clips(samples=64, batch=4),
+    evaluate=Evaluation(prompts=4, at_once=4, teacher_steps=6),
     teacher=Teacher(steps=100, batch=8, micro_batch=8, lr=2e-3, warmup=10),
     sla=SLA(steps=50, batch=8, micro_batch=8, lr=5e-4, warmup=5),
     rcm=RCM(
@@ -247,10 +318,10 @@ PRESETS = {
     ),
 }
 
-STAGES = ("teacher", "sla", "rcm")
+STAGES = ("vae", "data", "teacher", "sla", "rcm", "evaluate")
 
 
-def settings_of(preset: Preset, stage: str) -> Teacher | SLA | RCM:
+def settings_of(preset: Preset, stage: str) -> VAE | Clips | Teacher | SLA | RCM | Evaluation:
     """The recipe of a stage.
 
     Raises:
@@ -259,9 +330,23 @@ def settings_of(preset: Preset, stage: str) -> Teacher | SLA | RCM:
     settings = getattr(preset, stage)
     if settings is None:
         raise ValueError(
-            f"this preset has no {stage} stage: its teacher is a checkpoint, name it by --base"
+            f"this preset has no {stage} stage, that is for toys: name its teacher by --base, and "
+            "your latents by --data"
         )
     return settings
+
+
+def chosen(args: argparse.Namespace, stage: str) -> Preset:
+    """The preset that the command's arguments name, with what they set otherwise.
+
+    Raises:
+        ValueError: no such preset or stage, name or value.
+    """
+    if args.preset not in PRESETS:
+        raise ValueError(f"--preset {args.preset!r}: take one of {', '.join(PRESETS)}")
+    preset = dataclasses.replace(PRESETS[args.preset], seed=PRESETS[args.preset].seed + args.seed)
+    steps = [f"steps={args.steps}"] if args.steps is not None else []
+    return override(preset, stage, [*steps, *args.set])
 
 
 def override(preset: Preset, stage: str, assignments: list[str]) -> Preset:
