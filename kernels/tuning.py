@@ -47,6 +47,24 @@ class KeyLoop(NamedTuple):
         return {"num_warps": self.warps or block_q * block_k // 1024, "num_stages": stages}
 
 
+class GradientLoop(NamedTuple):
+    """Of a gradient kernel: a program keeps `rows` and its loop goes on by `step` rows at a time.
+
+    Both at most a block; a program of fewer rows has as many warps less.
+    """
+
+    rows: int
+    step: int
+    warps: int
+    stages: int
+
+    def launch(self, block: int, other: int) -> dict[str, int]:
+        """For blocks of `block` rows that meet blocks of `other` rows."""
+        rows = min(self.rows, block)
+        sizes = {"ROWS": rows, "STEP": min(self.step, other)}
+        return {**sizes, "num_warps": self.warps * rows // self.rows, "num_stages": self.stages}
+
+
 class WholeRow(NamedTuple):
     """Of a kernel that holds a row in its registers: as many warps as give a thread `values`."""
 
@@ -117,6 +135,36 @@ ATTENTION: dict[Card, dict[str, KeyLoop]] = {
     (12, 0): {"16 bit": KeyLoop(2), "fp16": KeyLoop(3), "fp8": KeyLoop(3)},
 }
 
+# The gradients of 16-bit attention for q ("query") and for k and v ("keys"), and its tangent. On
+# Hopper and newer 64 rows of a warp group leave room for two programs on a multiprocessor.
+GRADIENTS: dict[Card, dict[str, GradientLoop]] = {
+    (8, 0): {
+        "query": GradientLoop(128, 64, warps=8, stages=2),
+        "keys": GradientLoop(64, 64, warps=4, stages=2),
+        "tangent": GradientLoop(64, 64, warps=4, stages=1),
+    },
+    (8, 6): {
+        "query": GradientLoop(64, 64, warps=4, stages=1),
+        "keys": GradientLoop(64, 64, warps=4, stages=1),
+        "tangent": GradientLoop(64, 64, warps=4, stages=1),
+    },
+    (9, 0): {
+        "query": GradientLoop(128, 64, warps=8, stages=2),
+        "keys": GradientLoop(64, 64, warps=4, stages=2),
+        "tangent": GradientLoop(128, 64, warps=8, stages=2),
+    },
+    (10, 0): {
+        "query": GradientLoop(128, 64, warps=8, stages=2),
+        "keys": GradientLoop(64, 64, warps=4, stages=2),
+        "tangent": GradientLoop(128, 64, warps=8, stages=1),
+    },
+    (12, 0): {
+        "query": GradientLoop(64, 64, warps=4, stages=1),
+        "keys": GradientLoop(64, 64, warps=4, stages=1),
+        "tangent": GradientLoop(64, 64, warps=4, stages=1),
+    },
+}
+
 # What only moves data is the same on every card.
 ROWS = WholeRow(values=32, fewest_warps=4, most_warps=32)  # RMSNorm, INT8 per row
 # By the widest row they are for; the last also for what is wider still.
@@ -139,6 +187,13 @@ ROPE = {"ROWS": 32, "num_warps": 4, "num_stages": 1}  # a row is one head of one
 def attention_launch(capability: Card, values: str, block_q: int, block_k: int) -> dict[str, int]:
     """Launch of an attention kernel on values in "16 bit", "fp16" or "fp8", see ATTENTION."""
     return of_card(ATTENTION, capability)[values].launch(block_q, block_k)
+
+
+@functools.cache
+def gradient_launch(capability: Card, kernel: str, block: int, other: int) -> dict[str, int]:
+    """Launch of the gradient kernel "query", "keys" or "tangent" on blocks of `block` rows that
+    meet blocks of `other` rows, see GRADIENTS."""
+    return of_card(GRADIENTS, capability)[kernel].launch(block, other)
 
 
 def of_card(table: dict[Card, Row], capability: Card) -> Row:

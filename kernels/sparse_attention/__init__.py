@@ -1,22 +1,33 @@
 """Softmax attention over the selected key blocks, in float and in low bits."""
 
+from types import ModuleType
+
 import torch
 
 from ..block_map import centered_means
 from ..checks import check_block_shape, check_heads, check_shape, float32_on_gpu, not_contiguous
 from ..dispatch import HOPPER, capability, choose, cuda_unavailable, has_fp8, has_triton
-from . import reference
+from . import gradients_reference, reference
 from .reference import Int8Blocks
 
 if has_triton():
-    from . import hopper
+    from . import gradients_triton, hopper
     from . import triton as triton_kernels
 else:
-    hopper = triton_kernels = None
+    hopper = gradients_triton = triton_kernels = None
 
 PV_DTYPES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16}
 
-__all__ = ["PV_DTYPES", "Int8Blocks", "default_pv", "sage_attention", "sparse_attention"]
+__all__ = [
+    "PV_DTYPES",
+    "Int8Blocks",
+    "default_pv",
+    "sage_attention",
+    "sparse_attention",
+    "sparse_attention_backward",
+    "sparse_attention_jvp",
+    "sparse_attention_with_lse",
+]
 
 
 def sparse_attention(
@@ -56,6 +67,109 @@ def sparse_attention(
     )
     out = _room(q) if linear is None else linear
     return kernels.sparse_attention(q, k, v, block_map, block_q, block_k, out, linear is not None)
+
+
+def sparse_attention_with_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_map: torch.Tensor,
+    block_q: int = 128,
+    block_k: int = 64,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sparse_attention` out of place, and what its gradients need of the softmax.
+
+    Args:
+        q, k, v, block_map, block_q, block_k: see `sparse_attention`.
+        backend: see `dispatch.choose`.
+
+    Returns:
+        out contiguous [B, L, H, D] in q's dtype, and lse float32 [B, H, L]: the logarithm to base
+        2 of a query's sum of e^(q k / sqrt(D)) over its keys.
+
+    Raises:
+        ValueError, TypeError: a shape, block size or dtype does not fit.
+    """
+    check_heads(q=q, k=k, v=v)
+    _check_attention(q, block_map, block_q, block_k, None)
+    kernels = _gradient_kernels("sparse_attention_with_lse", backend, q, k, v)
+    return kernels.sparse_attention_with_lse(q, k, v, block_map, block_q, block_k)
+
+
+def sparse_attention_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    block_map: torch.Tensor,
+    block_q: int = 128,
+    block_k: int = 64,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `sparse_attention_with_lse` for q, k and v; the block map is a constant.
+
+    Sums are float32 and taken in a fixed order: the same inputs give the same bits. Key blocks
+    that no query block selected get zeros.
+
+    Args:
+        q, k, v, block_map, block_q, block_k: what the forward took.
+        out, lse: what it returned.
+        d_out: the gradient for out, [B, L, H, D] in q's dtype.
+        backend: see `dispatch.choose`.
+
+    Returns:
+        dq, dk, dv, contiguous [B, L, H, D] in q's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape, block size or dtype does not fit.
+    """
+    check_heads(q=q, k=k, v=v, out=out, d_out=d_out)
+    _check_attention(q, block_map, block_q, block_k, None)
+    _check_lse(lse, q)
+    kernels = _gradient_kernels("sparse_attention_backward", backend, q, k, v)
+    return kernels.sparse_attention_backward(
+        q, k, v, out, lse, d_out, block_map, block_q, block_k
+    )  # fmt: skip
+
+
+def sparse_attention_jvp(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tq: torch.Tensor,
+    tk: torch.Tensor,
+    tv: torch.Tensor,
+    block_map: torch.Tensor,
+    block_q: int = 128,
+    block_k: int = 64,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The change of `sparse_attention_with_lse`'s out along tangents of q, k and v (forward mode).
+
+    Args:
+        q, k, v, block_map, block_q, block_k: what the forward took; the block map is a constant.
+        out, lse: what it returned.
+        tq, tk, tv: the tangents, [B, L, H, D] in q's dtype.
+        backend: see `dispatch.choose`.
+
+    Returns:
+        Contiguous [B, L, H, D] in q's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape, block size or dtype does not fit.
+    """
+    check_heads(q=q, k=k, v=v, out=out, tq=tq, tk=tk, tv=tv)
+    _check_attention(q, block_map, block_q, block_k, None)
+    _check_lse(lse, q)
+    kernels = _gradient_kernels("sparse_attention_jvp", backend, q, k, v, tq, tk, tv)
+    return kernels.sparse_attention_jvp(
+        q, k, v, out, lse, tq, tk, tv, block_map, block_q, block_k
+    )  # fmt: skip
 
 
 def sage_attention(
@@ -129,6 +243,22 @@ def default_pv(device: torch.device) -> str:
 def _room(like: torch.Tensor) -> torch.Tensor:
     """A new contiguous tensor of the same shape."""
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _gradient_kernels(op: str, backend: str, *rows: torch.Tensor) -> ModuleType:
+    """The module that runs `op` on [B, L, H, D] tensors."""
+    unsupported = not_contiguous(*rows), float32_on_gpu(rows[0])
+    return choose(
+        op, backend, rows[0], gradients_reference, gradients_triton, unsupported=unsupported
+    )
+
+
+def _check_lse(lse: torch.Tensor, q: torch.Tensor) -> None:
+    """Require the logarithms that belong to q [B, L, H, D]."""
+    batch, length, heads, _ = q.shape
+    check_shape("lse", lse, (batch, heads, length))
+    if lse.dtype != torch.promote_types(q.dtype, torch.float32):
+        raise TypeError(f"lse must be float32, got {lse.dtype}")
 
 
 def _check_attention(

@@ -38,12 +38,13 @@ def mask_end(scores, first, length, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    x_ptr, stride, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr
-):
+    x_ptr, stride, sample, head, first, length,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """[ROWS, D] from row `first` on: of a tensor map of [B, H, L, D] under TMA, else of the head
     that x_ptr points to."""
     if TMA:
-        tile = x_ptr.load([tl.program_id(2), tl.program_id(1), first, 0]).reshape(ROWS, HEAD_DIM)
+        tile = x_ptr.load([sample, head, first, 0]).reshape(ROWS, HEAD_DIM)
     else:
         # Past the end the last row is read again, so that no load needs a mask.
         row = tl.minimum(tl.arange(0, ROWS), length - 1 - first)[:, None]
@@ -90,18 +91,18 @@ def store_rows(
 
 @triton.jit(do_not_specialize=["length", "count", "scale"])
 def sparse_attention_kernel(
-    q_ptr, k_ptr, v_ptr, block_map_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, block_map_ptr, out_ptr, lse_ptr,
     length, count, scale, stride_qb, stride_ql, stride_qh,
     stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    ADD: tl.constexpr, TMA: tl.constexpr,
+    ADD: tl.constexpr, LSE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    own, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    q_ptr += sample * stride_qb + own * stride_qh
+    own, sample = tl.program_id(1), tl.program_id(2)
+    head = sample * tl.num_programs(1) + own
+    q_ptr += sample.to(tl.int64) * stride_qb + own.to(tl.int64) * stride_qh
     if not TMA:
-        k_ptr += sample * stride_kb + own * stride_kh
-        v_ptr += sample * stride_vb + own * stride_vh
+        k_ptr += sample.to(tl.int64) * stride_kb + own.to(tl.int64) * stride_kh
+        v_ptr += sample.to(tl.int64) * stride_vb + own.to(tl.int64) * stride_vh
     block_map_ptr += (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * count
     # Rows stay int32 while the loop runs: twice the width would spill registers.
     first_row = tl.program_id(0) * BLOCK_Q
@@ -114,16 +115,21 @@ def sparse_attention_kernel(
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     for i in range(count):
         first = tl.load(block_map_ptr + i) * BLOCK_K
-        k = load_rows(k_ptr, stride_kl, first, length, BLOCK_K, HEAD_DIM, TMA)  # [BLOCK_K, D]
+        # [BLOCK_K, D] both.
+        k = load_rows(k_ptr, stride_kl, sample, own, first, length, BLOCK_K, HEAD_DIM, TMA)
         scores = tl.dot(q, tl.trans(k))  # [BLOCK_Q, BLOCK_K]
         scores = mask_end(scores, first, length, BLOCK_K)
-        v = load_rows(v_ptr, stride_vl, first, length, BLOCK_K, HEAD_DIM, TMA)  # [BLOCK_K, D]
+        v = load_rows(v_ptr, stride_vl, sample, own, first, length, BLOCK_K, HEAD_DIM, TMA)
         weights, row_max, factor = soft_weights(scores, scale, row_max, 0)
         row_sum = row_sum * factor + tl.sum(weights, 1)
         acc = acc * factor[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc)
     rows = acc * (1.0 / row_sum)[:, None]
     store_rows(rows, out_ptr, first_row, length, BLOCK_Q, HEAD_DIM, ADD)
+    if LSE:
+        row = first_row + tl.arange(0, BLOCK_Q)
+        lse_ptr += head.to(tl.int64) * length
+        tl.store(lse_ptr + row, row_max + tl.log2(row_sum), mask=row < length)
 
 
 @triton.jit(do_not_specialize=["length", "count"])
@@ -256,8 +262,12 @@ def sparse_attention(
     block_k: int,
     out: torch.Tensor,
     add: bool,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax attention over the selected key blocks, written or added to `out` [B, L, H, D]."""
+    """Softmax attention over the selected key blocks, written or added to `out` [B, L, H, D].
+
+    `lse`, if given, takes the logarithm to base 2 of each row's sum, float32 [B, H, L].
+    """
     batch, length, heads, dim = q.shape
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     tma = has_tma(q.device) and in_steps_of_16_bytes(k) and in_steps_of_16_bytes(v)
@@ -265,9 +275,10 @@ def sparse_attention(
         k, v = map_of_rows(k, block_k), map_of_rows(v, block_k)
     with launching_on(q):
         sparse_attention_kernel[block_map.shape[2], heads, batch](
-            q, k, v, block_map.contiguous(), out,
+            q, k, v, block_map.contiguous(), out, out if lse is None else lse,
             length, block_map.shape[3], score_scale(q), *strides,
-            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, TMA=tma, ADD=add,
+            HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k,
+            ADD=add, LSE=lse is not None, TMA=tma,
             **attention_launch(capability(out.device), "16 bit", block_q, block_k),
         )  # fmt: skip
     return out

@@ -1,1 +1,4 @@
-"""Training (TurboDiffusion, arXiv 2512.16093, section 1.2): torch alone, nothing of ComfyUI."""
+"""Training on torch's own parts: SLA fine-tuning, rCM distillation, the merge of both.
+
+Nothing in this folder knows ComfyUI; the network and the VAE are handed in from host/.
+"""

@@ -1,0 +1,180 @@
+"""The stages of `python turbo_core/train.py`: what each reads, trains and writes."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import CheckpointError, read_checkpoint
+from ..checkpoint.sizes import Sizes
+from ..checkpoint.write import write_safetensors
+from ..training import rcm as rcm_training
+from ..training import run_folder
+from ..training import sla as sla_training
+from ..training import teacher as teacher_training
+from ..training.batches import Data
+from ..training.initial_weights import initial_weights
+from ..training.loop import train
+from ..training.presets import PRESETS, SLA, Preset, override, settings_of
+from ..training.processes import grouped, rank, say
+from ..training.rcm import RCMTraining
+from ..training.report import Report
+from ..training.sharding import shard
+from ..training.sla import SLATraining
+from ..training.teacher import TeacherTraining
+from . import standalone  # noqa: F401 - first of all that imports ComfyUI
+from .toy_stages import STAGES as TOY_STAGES
+from .wan_network import WanNetwork, build_network, load_weights, wan_tensors
+
+Tensors = dict[str, torch.Tensor]
+MODEL = "model.safetensors"
+
+
+def teacher(args: argparse.Namespace, device: torch.device) -> None:
+    """RUN/teacher/model.safetensors: a dense network, from random weights."""
+
+    def begin(preset: Preset, data: Data) -> TeacherTraining:
+        weights = initial_weights(preset.sizes, preset.seed, preset.text_channels)
+        network = _network(preset, device, weights)
+        return TeacherTraining(network, data, preset.teacher, preset.seed)
+
+    _train(args, device, "teacher", teacher_training.COLUMNS, begin)
+
+
+def sla(args: argparse.Namespace, device: torch.device) -> None:
+    """RUN/sla/model.safetensors: the base with SLA, tuned to the dense base."""
+
+    def begin(preset: Preset, data: Data) -> SLATraining:
+        weights = _base(args, preset)
+        student = _network(preset, device, weights, _sla_options(preset.sla))
+        dense = _frozen(_network(preset, device, weights))
+        return SLATraining(student, dense, data, preset.sla, preset.seed)
+
+    _train(args, device, "sla", sla_training.COLUMNS, begin)
+
+
+def rcm(args: argparse.Namespace, device: torch.device) -> None:
+    """RUN/rcm/model.safetensors: the dense base, distilled to a few steps."""
+
+    def begin(preset: Preset, data: Data) -> RCMTraining:
+        weights = _base(args, preset)
+        student, fake = (_network(preset, device, weights) for _ in range(2))
+        dense = _frozen(_network(preset, device, weights))
+        return RCMTraining(student, fake, dense, data, preset.rcm, preset.seed)
+
+    _train(args, device, "rcm", rcm_training.COLUMNS, begin)
+
+
+STAGES: dict[str, Callable[[argparse.Namespace, torch.device], None]] = {
+    **TOY_STAGES,
+    "teacher": teacher,
+    "sla": sla,
+    "rcm": rcm,
+}
+
+
+def _train(args, device: torch.device, stage: str, columns: tuple[str, ...], begin) -> None:
+    """The frame of all three: folder, data, steps, outputs."""
+    preset = chosen_preset(args, stage)
+    settings = settings_of(preset, stage)
+    with run_folder.open(args.out, stage, _told(args, preset, stage)) as folder:
+        if folder.finished is not None:
+            say(f"{folder.path} is finished")
+            return
+        data = Data(args.data or folder.sibling("data"), device)
+        data.check(preset.latent, image=preset.sizes.in_channels == 36)
+        _use_fast_products(device)
+        training = begin(preset, data)
+        report = Report(folder.path, list(columns), settings.steps)
+        train(folder, report, training.state(), training.step, preset.save_every)
+        about = {"stage": stage, "preset": args.preset, **_plain(settings)}
+        folder.finish(lambda part: _save(part / MODEL, training.exported(), about))
+
+
+def chosen_preset(args: argparse.Namespace, stage: str) -> Preset:
+    """The preset that the command names, with what it sets otherwise.
+
+    Raises:
+        ValueError: no such preset, name or value.
+    """
+    if args.preset not in PRESETS:
+        raise ValueError(f"--preset {args.preset!r}: take one of {', '.join(PRESETS)}")
+    preset = dataclasses.replace(PRESETS[args.preset], seed=PRESETS[args.preset].seed + args.seed)
+    steps = [f"steps={args.steps}"] if args.steps is not None else []
+    return override(preset, stage, [*steps, *args.set])
+
+
+def _told(args: argparse.Namespace, preset: Preset, stage: str) -> dict:
+    """All that decides what a stage computes; saving and drawing do not."""
+    return {
+        "preset": args.preset,
+        "seed": preset.seed,
+        "base": str(args.base) if args.base else "teacher",
+        "sizes": dataclasses.asdict(preset.sizes),
+        stage: dataclasses.asdict(settings_of(preset, stage)),
+    }
+
+
+def _base(args: argparse.Namespace, preset: Preset) -> Tensors:
+    """The weights to start from: --base, or the toy's teacher."""
+    path = args.base or run_folder.RunFolder(args.out, "teacher").sibling("teacher") / MODEL
+    checkpoint = read_checkpoint(path)
+    if checkpoint.quantized or checkpoint.has_sla:
+        raise CheckpointError(
+            f"{path.name} {'is quantized' if checkpoint.quantized else 'has SLA'}: train from the "
+            "plain Wan model, in bf16 or fp32"
+        )
+    found = Sizes(**{f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(Sizes)})
+    if found != preset.sizes:
+        raise CheckpointError(f"{path.name} is {found}, the preset {args.preset} {preset.sizes}")
+    return checkpoint.tensors
+
+
+def _network(
+    preset: Preset, device: torch.device, weights: Tensors, sla: dict | None = None
+) -> WanNetwork:
+    split = (lambda network: shard(network, device)) if grouped() else None
+    network = build_network(preset.sizes, device, sla, split)
+    load_weights(network, weights)
+    network.checkpointing = preset.checkpointing
+    if preset.compiled and device.type == "cuda":
+        network.compile_blocks()
+    return network
+
+
+def _frozen(network: WanNetwork) -> WanNetwork:
+    return network.requires_grad_(False)
+
+
+def _sla_options(settings: SLA) -> dict:
+    names = ("topk", "block_q", "block_k", "feature_map")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _use_fast_products(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+
+
+def _plain(settings) -> dict[str, str]:
+    return {name: str(value) for name, value in dataclasses.asdict(settings).items()}
+
+
+def _save(path: Path, tensors: Tensors, about: dict[str, str]) -> None:
+    """Write the weights in fp32, so that the merge has their exact updates, whole on one process.
+
+    All processes call it; sharded tensors are gathered one by one.
+    """
+    whole = {n: torch.empty(t.shape, device="meta") for n, t in wan_tensors(tensors).items()}
+    values = ((n, _gathered(t)) for n, t in wan_tensors(tensors).items())
+    if rank() == 0:
+        write_safetensors(path, whole, values, about)
+    else:
+        for _ in values:
+            pass
+
+
+def _gathered(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,248 @@
+"""The stage evaluate: every model of a toy run, examined on the same prompts and noise."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import read_checkpoint
+from ..checkpoint.names import PROJ_L
+from ..rcm import default_sigma_max, rcm_angles
+from ..training import run_folder
+from ..training.batches import Batch
+from ..training.error import TrainingError
+from ..training.presets import SLA, Evaluation, Preset, chosen, settings_of
+from ..training.processes import grouped, say
+from ..training.samplers import euler, few_steps, shifted_levels
+from ..training.teacher import GUIDANCE, SIGMA_MAX, teacher_samples
+from ..training.toy.clips import UNCONDITIONAL, conditioned, contexts
+from ..training.toy.evaluate import Examination, Sample, as_csv, markdown, some
+from ..training.toy.measures import velocity_errors
+from ..training.toy.vae import HELD_OUT, pictures
+from ..training.toy.verdict import verdicts
+from ..training.toy.words import widen
+from ..training.toy.world import Clips, draw, render
+from ..training.velocity import guided_velocity, velocity_of
+from ..training.video_grid import save_grid
+from . import as_nodes
+from .wan_network import WanNetwork, build_network, load_weights
+from .wan_vae import LatentVAE
+
+MODEL, VAE_FILE = "model.safetensors", "vae.safetensors"
+STEPS = (4, 2, 1)  # of the students, and of Euler beside them
+SHIFTS = (1.0, 3.0, 5.0)  # Euler takes the best of them
+Network = Callable[..., torch.Tensor]
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> None:
+    """RUN/evaluate/{table.md, table.csv, stages.webp}: all models of the run side by side.
+
+    --low names the run of the low-noise expert, where RUN is that of the high-noise one.
+    """
+    if grouped():
+        raise TrainingError("the stage evaluate uses one GPU: start it without torchrun", True)
+    preset = chosen(args, "evaluate")
+    settings = settings_of(preset, "evaluate")
+    told = {"preset": args.preset, "seed": preset.seed, "low": str(args.low)}
+    told |= {"evaluate": dataclasses.asdict(settings)}
+    with run_folder.open(args.out, "evaluate", told) as folder:
+        if folder.finished is not None:
+            say(f"{folder.path} is finished\n\n{(folder.path / 'table.md').read_text('utf-8')}")
+            return
+        models = Models(args, preset, device)
+        examination = examine(models, settings, preset, device)
+        text = report(examination, models, settings)
+        folder.finish(lambda part: _write(part, examination, text))
+        say(text)
+
+
+class Models:
+    """The networks of a run by stage, or of two runs, one for each expert."""
+
+    def __init__(self, args: argparse.Namespace, preset: Preset, device: torch.device):
+        folders = [args.out] if args.low is None else [args.out, args.low]
+        self.runs = [run_folder.RunFolder(path, "evaluate") for path in folders]
+        self.preset, self.device = preset, device
+        self.data = args.data or self.runs[0].sibling("data")
+
+    def files(self, stage: str) -> list[Path]:
+        """What the stage wrote, in each run."""
+        return [run.sibling(stage) / MODEL for run in self.runs]
+
+    def network(self, stage: str, sla: SLA | None = None) -> Network:
+        """The stage's network, with SLA where it was trained with it, or where `sla` is given."""
+        networks = [self._load(path, sla) for path in self.files(stage)]
+        return networks[0] if len(networks) == 1 else experts(*networks)
+
+    def _load(self, path: Path, sla: SLA | None) -> WanNetwork:
+        checkpoint = read_checkpoint(path)
+        sla = self.preset.sla if checkpoint.has_sla else sla
+        network = build_network(self.preset.sizes, self.device, sla and sla_options(sla))
+        projections = {
+            f"blocks.{i}.{PROJ_L}.{part}": tensor
+            for i, proj_l in enumerate(checkpoint.proj_l)
+            for part, tensor in zip(("weight", "bias"), proj_l, strict=True)
+        }
+        load_weights(network, {**checkpoint.tensors, **projections})
+        return network.requires_grad_(False)
+
+
+def sla_options(settings: SLA) -> dict:
+    """What build_network takes to attend as the preset's SLA."""
+    names = ("topk", "block_q", "block_k", "feature_map")
+    return {name: getattr(settings, name) for name in names}
+
+
+def experts(high: Network, low: Network, boundary: float = as_nodes.BOUNDARY) -> Network:
+    """Two networks as one: `high` at noise levels from the boundary up."""
+
+    def network(x, timestep, context, image):
+        expert = high if float(timestep[0]) >= 1000 * boundary else low
+        return expert(x, timestep, context, image)
+
+    return network
+
+
+def examine(
+    models: Models, settings: Evaluation, preset: Preset, device: torch.device
+) -> Examination:
+    """Rows of all models, the teacher's first."""
+    vae = LatentVAE(models.data / VAE_FILE, device)
+    clips, batch = held_out(preset, settings, vae)
+    examination = Examination(
+        clips, batch, vae.videos, preset.video[0], settings.at_once, preset.seed
+    )
+    unconditional = widen(UNCONDITIONAL).to(device)
+    teacher = models.network("teacher")
+    say("teacher")
+    examination.set_teacher(many_steps(teacher, unconditional, settings.teacher_steps))
+    examination.add("clips through the VAE", batch.latents)
+    examination.add(f"teacher {settings.teacher_steps}", examination.teacher)
+    for steps in STEPS:
+        shift, latents = best_euler(examination, teacher, unconditional, steps)
+        examination.add(f"Euler {steps} (shift {shift:g})", latents)
+    add_students(examination, "rCM", models.network("rcm"), preset)
+    tuned = many_steps(models.network("sla"), unconditional, settings.teacher_steps)
+    examination.add(f"SLA {settings.teacher_steps}", examination.sampled(tuned))
+    add_students(examination, "merged", models.network("merge"), preset)
+    model = as_nodes.quantized(models.files("merge"))
+    for steps in STEPS:
+        latents = examination.sampled(through_nodes(model, steps, preset.seed))
+        examination.add(f"INT8 nodes {steps}", latents)
+    return examination
+
+
+def held_out(preset: Preset, settings: Evaluation, vae: LatentVAE) -> tuple[Clips, Batch]:
+    """Clips that no training saw, each prompt twice in a row with starts of its own."""
+    drawn, other = (
+        draw(preset.seed, HELD_OUT + i * settings.prompts, settings.prompts) for i in range(2)
+    )
+    again = drawn._replace(start=other.start)
+    clips = Clips(*(torch.stack(pair, 1).flatten(0, 1) for pair in zip(drawn, again, strict=True)))
+    clips = clips.to(vae.mean.device)
+    parts = [_encoded(vae, part, preset) for part in _parts(clips, settings.at_once)]
+    latents, images = zip(*parts, strict=True)
+    context = widen(contexts(clips)).to(vae.mean.device)
+    image = torch.cat(images) if images[0] is not None else None
+    return clips, Batch(torch.cat(latents), context, image)
+
+
+def many_steps(network: Network, unconditional: torch.Tensor, steps: int) -> Sample:
+    """Guided Euler, as the teacher is used."""
+    return lambda batch, noise: teacher_samples(
+        network, batch, unconditional, noise, GUIDANCE, steps
+    )
+
+
+def best_euler(
+    examination: Examination, network: Network, unconditional: torch.Tensor, steps: int
+) -> tuple[float, torch.Tensor]:
+    """Guided Euler of few steps: the shift that comes nearest to the teacher, and its latents."""
+
+    def sampled(shift: float) -> torch.Tensor:
+        levels = shifted_levels(steps, shift, SIGMA_MAX)
+        return examination.sampled(
+            lambda batch, noise: euler(
+                guided_velocity(network, batch, unconditional, GUIDANCE), noise, levels
+            )
+        )
+
+    found = {shift: sampled(shift) for shift in SHIFTS}
+    best = min(found, key=lambda shift: examination.distance(found[shift]))
+    return best, found[best]
+
+
+def add_students(examination: Examination, name: str, network: Network, preset: Preset) -> None:
+    """Rows of a distilled network, with 4, 2 and 1 steps."""
+    sigma_max = default_sigma_max(preset.sizes.in_channels)
+    for steps in STEPS:
+        angles = torch.tensor(rcm_angles(steps, sigma_max)[:-1], dtype=torch.float64)
+        generator = torch.Generator(examination.noise.device).manual_seed(preset.seed)
+
+        def sample(batch: Batch, noise: torch.Tensor, angles=angles, generator=generator):
+            return few_steps(velocity_of(network, batch), noise, angles, generator)
+
+        examination.add(f"{name} {steps}", examination.sampled(sample))
+
+
+def through_nodes(model, steps: int, seed: int) -> Sample:
+    """What the workflow of nodes makes."""
+    return lambda batch, noise: as_nodes.sample(
+        model, noise, batch.context, batch.image, steps, seed
+    )
+
+
+@torch.no_grad()
+def sla_errors(examination: Examination, models: Models, count: int) -> dict[str, dict]:
+    """How far SLA's velocity is from the dense teacher's, before its training and after."""
+    batch = some(examination.batch, slice(0, count))
+    teacher = velocity_of(models.network("teacher"), batch)
+    students = {
+        "untuned": models.network("teacher", models.preset.sla),
+        "tuned": models.network("sla"),
+    }
+    noise = examination.noise[:count]
+    return {
+        name: velocity_errors(velocity_of(network, batch), teacher, batch.latents, noise)
+        for name, network in students.items()
+    }
+
+
+def report(examination: Examination, models: Models, settings: Evaluation) -> str:
+    """All that was measured, as Markdown."""
+    errors = sla_errors(examination, models, min(settings.at_once, len(examination.noise)))
+    levels = " | ".join(f"s {level}" for level in errors["tuned"])
+    lines = [
+        f"{len(examination.noise)} videos of {settings.prompts} prompts; floor of the distance "
+        f"(teacher against itself) {examination.floor:.4g}",
+        "",
+        markdown(examination.rows),
+        f"| SLA's velocity error | {levels} |",
+        "|---|" + "--:|" * len(errors["tuned"]),
+    ]
+    for name, found in errors.items():
+        lines.append(f"| {name} | " + " | ".join(f"{e:.4f}" for e in found.values()) + " |")
+    return "\n".join([*lines, "", *verdicts(examination, errors)]) + "\n"
+
+
+def _write(part: Path, examination: Examination, text: str) -> None:
+    (part / "table.md").write_text(text, encoding="utf-8", newline="\n")
+    (part / "table.csv").write_text(as_csv(examination.rows), encoding="utf-8", newline="\n")
+    small = examination.pictures()
+    half = torch.nn.functional.avg_pool2d(small.flatten(0, 1).movedim(-1, 1), 2).movedim(1, -1)
+    save_grid(part / "stages", half.unflatten(0, small.shape[:2]), len(examination.rows))
+
+
+def _encoded(
+    vae: LatentVAE, clips: Clips, preset: Preset
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    videos = pictures(render(clips, *preset.video))
+    image = conditioned(vae.encode, videos) if preset.sizes.in_channels == 36 else None
+    return vae.encode(videos), image
+
+
+def _parts(clips: Clips, size: int) -> Iterator[Clips]:
+    for at in range(0, len(clips.shape), size):
+        yield clips.some(slice(at, at + size))

@@ -1,0 +1,137 @@
+"""ComfyUI's own Wan VAE as a network to train: whole clips at once, with gradients."""
+
+from pathlib import Path
+
+import comfy.latent_formats
+import torch
+from comfy.ldm.wan.vae import Resample, WanVAE
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..training.error import TrainingError
+from ..training.toy.vae import frames_of
+
+# What ComfyUI's VAELoader builds around a file of the Wan 2.1 VAE's names; it reads dim from it.
+CONFIG = {
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "dropout": 0.0,
+}
+FIRST_LOG_VARIANCE = -6.0  # from 0 on, latents would be noise and the decoder learn without them
+
+
+class TrainableVAE(torch.nn.Module):
+    """A Wan VAE of `dim` channels with freshly drawn weights; `wan` has them under Wan's names.
+
+    ComfyUI encodes and decodes a clip in pieces and carries the convolutions' last frames over.
+    All of it is causal, so a whole clip at once gives the same numbers, in a fraction of the calls.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.wan = WanVAE(dim=dim, **CONFIG)
+        for module in self.wan.modules():  # ComfyUI's layers leave their memory as it was
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
+                torch.nn.modules.conv._ConvNd.reset_parameters(module)
+        with torch.no_grad():  # the second half is the logarithm of the variance
+            self.wan.conv1.weight[CONFIG["z_dim"] :] = 0
+            self.wan.conv1.bias[CONFIG["z_dim"] :] = FIRST_LOG_VARIANCE
+
+    def forward(
+        self, video: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The video through latents drawn from what `encode` gives, and what it gives."""
+        mean, log_variance = self.encode(video)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return self.decode(mean + noise * (log_variance / 2).exp()), mean, log_variance
+
+    def encode(self, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and logarithm of the variance, each [B, 16, (T + 3) / 4, H / 8, W / 8].
+
+        Args:
+            video: [B, 3, T, H, W] in [-1, 1]; T is a multiple of 4 and one more.
+        """
+        encoder = self.wan.encoder
+        x = encoder.conv1(video)
+        for layer in (*encoder.downsamples, *encoder.middle, *encoder.head):
+            x = _fewer_frames(layer, layer(x))
+        mean, log_variance = self.wan.conv1(x).chunk(2, dim=1)
+        return mean, log_variance
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents, as `encode` gives their mean, as a video [B, 3, T, H, W], about in [-1, 1]."""
+        decoder = self.wan.decoder
+        x = decoder.conv1(self.wan.conv2(latents))
+        for layer in (*decoder.middle, *decoder.upsamples, *decoder.head):
+            x = layer(_more_frames(layer, x))
+        return x
+
+
+class LatentVAE:
+    """A VAE file at work: to and from latents as Wan's network knows them, about N(0, 1).
+
+    It computes in bf16 on a GPU, as ComfyUI does, and in fp32 on the CPU.
+
+    Raises:
+        TrainingError: the file cannot be read, or is no Wan 2.1 VAE.
+    """
+
+    def __init__(self, path: Path, device: torch.device):
+        try:
+            tensors = load_file(path)
+            self.network = TrainableVAE(tensors["decoder.head.0.gamma"].shape[0])
+            self.network.wan.load_state_dict(tensors)
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise TrainingError(
+                f"{path} is no Wan 2.1 VAE ({str(error).splitlines()[0]}): run the vae stage, or "
+                "name such a file"
+            ) from error
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.network.requires_grad_(False).to(device, self.dtype)
+        shape = (1, -1, 1, 1, 1)
+        self.mean, self.deviation = (x.view(shape).to(device) for x in latent_statistics())
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        """Video [B, 3, T, H, W] in [-1, 1] to latents [B, 16, T', H', W'], float32."""
+        raw = self.network.encode(video.to(self.dtype))[0]
+        return (raw.float() - self.mean) / self.deviation
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, 16, T', H', W'] to a video [B, 3, T, H, W], about in [-1, 1], float32."""
+        raw = latents.float() * self.deviation + self.mean
+        return self.network.decode(raw.to(self.dtype)).float()
+
+    @torch.no_grad()
+    def videos(self, latents: torch.Tensor, at_once: int = 32) -> torch.Tensor:
+        """Latents [B, 16, T', H', W'] as videos [B, T, H, W, 3], float32 in [0, 1]."""
+        return torch.cat([frames_of(self.decode(some)) for some in latents.split(at_once)])
+
+
+def latent_statistics() -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation, float32 [16] each, that ComfyUI takes Wan 2.1's latents to have.
+
+    What the model sees is (latents - mean) / deviation.
+    """
+    wan = comfy.latent_formats.Wan21()
+    return wan.latents_mean.flatten(), wan.latents_std.flatten()
+
+
+def _fewer_frames(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """After a layer that halves the frames: the first stays, each next pair becomes one."""
+    if not isinstance(layer, Resample) or layer.mode != "downsample3d" or x.shape[2] == 1:
+        return x
+    return torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)
+
+
+def _more_frames(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Before a layer that doubles the frames: the first stays, each other becomes two.
+
+    The convolution over time does not see the first frame.
+    """
+    if not isinstance(layer, Resample) or layer.mode != "upsample3d" or x.shape[2] == 1:
+        return x
+    pairs = layer.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]
+    return torch.cat([x[:, :, :1], pairs.movedim(1, 3).flatten(2, 3)], dim=2)

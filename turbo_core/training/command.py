@@ -1,0 +1,57 @@
+"""What `python turbo_core/train.py` does once torch is there: one stage, errors as one sentence."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from .error import TrainingError
+from .loop import Stopped
+from .processes import processes, rank
+
+STOPPED = 130  # exit code of a run that its user stopped, as shells have it for Ctrl-C
+
+
+def run(args: argparse.Namespace, stages: Callable[[], ModuleType]) -> int:
+    """Run the stage that `args` name.
+
+    Args:
+        stages: imports the module that has STAGES, {name: function(args, device)}: on the host's
+            side, as the network is ComfyUI's.
+
+    Returns:
+        The command's exit code: 0, 1 after an error, 130 when the user stopped it.
+    """
+    try:
+        with processes(args.device or ("cuda" if torch.cuda.is_available() else "cpu")) as device:
+            try:
+                stages().STAGES[args.stage](args, device)
+            except Exception as error:
+                return _told(error)
+    except TrainingError as error:
+        return _told(error)
+    return 0
+
+
+def _told(error: Exception) -> int:
+    """Write an error that is the user's to mend as one sentence; others keep their traceback."""
+    if not isinstance(error, (TrainingError, OSError, ValueError, torch.OutOfMemoryError)):
+        raise error
+    ours = isinstance(error, TrainingError)
+    if rank() == 0:
+        sys.stderr.write(f"{'' if isinstance(error, Stopped) else 'error: '}{_sentence(error)}\n")
+    elif not (ours and error.everywhere):
+        sys.stderr.write(f"error in process {rank()}: {_sentence(error)}\n")
+    return STOPPED if isinstance(error, Stopped) else 1
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the GPU's memory is full ({text.split('. ')[0]}): --dry-run tells what the stage "
+            "needs; use a smaller batch, or more GPUs with torchrun"
+        )
+    return text

@@ -1,0 +1,86 @@
+"""A network that learns: its optimizer, its learning rate and the average of its weights."""
+
+import math
+
+import torch
+
+from .ema import PowerEMA
+from .gradients import norm_or_nothing
+from .trained import Trained
+
+
+class Learner:
+    """One update after the other, in AdamW.
+
+    Attributes:
+        network: fp32 parameters, sharded by FSDP2 or not.
+        ema: the average that is exported; None for a network that nobody exports.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        betas: tuple[float, float],
+        weight_decay: float,
+        ema_length: float | None = None,
+    ):
+        self.network = network
+        self.names, weights = zip(*network.named_parameters(), strict=True)
+        self.weights = list(weights)
+        self.optimizer = torch.optim.AdamW(
+            self.weights,
+            lr=0.0,
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=self.weights[0].device.type == "cuda",
+        )
+        _give_state(self.optimizer)
+        self.ema = None if ema_length is None else PowerEMA(self.weights, ema_length)
+
+    def update(self, lr: float, updates: int) -> torch.Tensor:
+        """Step with the gradients there are; `updates` came before.
+
+        Returns:
+            The gradients' norm, float32 []; where it is not finite, they counted as 0.
+        """
+        norm = norm_or_nothing(self.weights)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.weights, updates)
+        return norm
+
+    def state(self, name: str) -> dict:
+        """All that update changes, for step_checkpoints.save and load, which want it flat."""
+        state = {name: Trained(self.network, self.optimizer)}
+        return {**state, f"{name}_average": self.average()} if self.ema else state
+
+    def average(self) -> dict[str, torch.Tensor]:
+        """The average by parameter name, fp32; sharded as the network is."""
+        return dict(zip(self.names, self.ema.tensors, strict=True))
+
+
+def _give_state(optimizer: torch.optim.Optimizer) -> None:
+    """Moments and counts of before the first update, which a checkpoint may have to hold.
+
+    torch.distributed.checkpoint would make them itself, and count that as an update.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    optimizer.step()  # at a learning rate of 0
+    optimizer.zero_grad()
+    for state in optimizer.state.values():
+        state["step"].zero_()
+
+
+def warmed_up(lr: float, step: int, warmup: int) -> float:
+    """The learning rate of a step: it rises linearly over `warmup` steps, then stays."""
+    return lr * min(1.0, (step + 1) / max(1, warmup))
+
+
+def cosine(lr: float, step: int, warmup: int, steps: int) -> float:
+    """As warmed_up, and falls to 0 at `steps` along a cosine."""
+    return warmed_up(lr, step, warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,0 +1,63 @@
+"""SLA fine-tuning (arXiv 2512.16093, section 1.2): regression on the frozen dense network."""
+
+import torch
+
+from .batches import Batch, Data, Draws
+from .learner import Learner, warmed_up
+from .losses import sla_regression
+from .noise_levels import log_normal
+from .presets import SLA
+from .slots import Values, accumulated, own_slots
+from .teacher import teacher_samples
+from .velocity import mixed, velocity_of
+
+COLUMNS = ("loss", "gradient_norm", "lr")
+
+
+class SLATraining:
+    """Step by step; the student, which attends sparsely, learns in place.
+
+    All its parameters learn, with the prompts as they are: no guidance, no dropout.
+    """
+
+    def __init__(
+        self,
+        student: torch.nn.Module,
+        teacher: torch.nn.Module,
+        data: Data,
+        settings: SLA,
+        seed: int,
+    ):
+        self.teacher, self.data, self.settings, self.seed = teacher, data, settings, seed
+        self.learner = Learner(student, settings.betas, settings.weight_decay, settings.ema_length)
+        self.slots = own_slots(settings.batch, settings.micro_batch)
+
+    def step(self, n: int) -> Values:
+        """Update number n, from 0."""
+        values = accumulated(self.slots, lambda slot: self._learn(n, slot))
+        lr = warmed_up(self.settings.lr, n, self.settings.warmup)
+        return {**values, "gradient_norm": self.learner.update(lr, n), "lr": lr}
+
+    def _learn(self, n: int, slot: int) -> tuple[torch.Tensor, Values]:
+        settings, draws = self.settings, Draws(self.seed, n, slot, self.data.device)
+        batch = draws.batch(self.data, settings.micro_batch)
+        level = log_normal(
+            settings.micro_batch, settings.level_mean, settings.level_std, draws.generator("level")
+        )
+        x = mixed(batch.latents, draws.normal("noise", batch.latents), level)
+        with torch.no_grad():
+            wanted = velocity_of(self.teacher, batch)(x, level)
+        loss = sla_regression(velocity_of(self.learner.network, batch)(x, level), wanted)
+        return loss, {"loss": loss.detach()}
+
+    def exported(self) -> dict[str, torch.Tensor]:
+        """The averaged weights by parameter name."""
+        return self.learner.average()
+
+    def state(self) -> dict:
+        """What a checkpoint holds."""
+        return self.learner.state("student")
+
+    def sample(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
+        """Latents of the batch's prompts with the weights as they are now."""
+        return teacher_samples(self.learner.network, batch, self.data.unconditional, noise)

@@ -1,0 +1,81 @@
+"""The teacher of a toy: flow matching from random weights."""
+
+import torch
+
+from .batches import Batch, Data, Draws, drop_prompts
+from .initial_weights import TIME_WEIGHT, fast_time_features
+from .learner import Learner, cosine
+from .losses import flow_matching
+from .noise_levels import log_normal
+from .presets import Teacher
+from .samplers import euler, shifted_levels
+from .slots import Values, accumulated, own_slots
+from .velocity import guided_velocity, mixed, velocity_of
+
+COLUMNS = ("loss", "gradient_norm", "lr")
+GUIDANCE, SHIFT, STEPS, SIGMA_MAX = 2.5, 3.0, 50, 80.0  # of its samples
+
+
+class TeacherTraining:
+    """Step by step; the network learns in place."""
+
+    def __init__(self, network: torch.nn.Module, data: Data, settings: Teacher, seed: int):
+        self.data, self.settings, self.seed = data, settings, seed
+        self.learner = Learner(network, settings.betas, settings.weight_decay, settings.ema_length)
+        self.fast = fast_time_features().to(data.device)
+        self.slots = own_slots(settings.batch, settings.micro_batch)
+
+    def step(self, n: int) -> Values:
+        """Update number n, from 0."""
+        settings = self.settings
+        values = accumulated(self.slots, lambda slot: self._learn(n, slot))
+        self._stay_smooth_in_time()
+        lr = cosine(settings.lr, n, settings.warmup, settings.steps)
+        return {**values, "gradient_norm": self.learner.update(lr, n), "lr": lr}
+
+    def _stay_smooth_in_time(self) -> None:
+        """The weights of fast time features, which start at 0, stay there."""
+        gradient = self.learner.network.get_parameter(TIME_WEIGHT).grad
+        local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+        local.masked_fill_(self.fast, 0.0)
+
+    def _learn(self, n: int, slot: int) -> tuple[torch.Tensor, Values]:
+        settings, draws = self.settings, Draws(self.seed, n, slot, self.data.device)
+        batch = draws.batch(self.data, settings.micro_batch)
+        context = drop_prompts(
+            batch.context, self.data.unconditional, settings.dropout, draws.generator("dropout")
+        )
+        level = log_normal(
+            settings.micro_batch, settings.level_mean, settings.level_std, draws.generator("level")
+        )
+        noise = draws.normal("noise", batch.latents)
+        velocity = velocity_of(self.learner.network, batch, context)
+        answer = velocity(mixed(batch.latents, noise, level), level)
+        loss = flow_matching(answer, batch.latents, noise)
+        return loss, {"loss": loss.detach()}
+
+    def exported(self) -> dict[str, torch.Tensor]:
+        """The averaged weights by parameter name."""
+        return self.learner.average()
+
+    def state(self) -> dict:
+        """What a checkpoint holds."""
+        return self.learner.state("teacher")
+
+    def sample(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
+        """Latents of the batch's prompts with the weights as they are now."""
+        return teacher_samples(self.learner.network, batch, self.data.unconditional, noise)
+
+
+@torch.no_grad()
+def teacher_samples(
+    network: torch.nn.Module,
+    batch: Batch,
+    unconditional: torch.Tensor,
+    noise: torch.Tensor,
+    guidance: float = GUIDANCE,
+    steps: int = STEPS,
+) -> torch.Tensor:
+    """Euler samples [B, 16, T, H, W] with guidance, from `noise` of that shape."""
+    velocity = guided_velocity(network, batch, unconditional, guidance)
+    return euler(velocity, noise, shifted_levels(steps, SHIFT, SIGMA_MAX))

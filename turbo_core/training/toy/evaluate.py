@@ -1,0 +1,143 @@
+"""The toy's examination: each way to sample, on the same prompts and noise, as one row of a table."""
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..batches import Batch
+from .measures import Measures, energy_distance, shares_right, sliced_distance, spread, starts
+from .reader import Reading, read
+from .vae import psnr
+from .world import Clips
+
+Sample = Callable[[Batch, torch.Tensor], torch.Tensor]  # conditions, noise -> latents
+Decode = Callable[[torch.Tensor], torch.Tensor]  # latents -> videos [B, T, H, W, 3] in [0, 1]
+
+SHARES = ("colour", "shape", "size", "motion", "speed", "background", "all")
+COLUMNS = {
+    "shares": SHARES,
+    "numbers": ("spread", "energy", "distance", "latent_mse", "psnr"),
+}
+
+
+@dataclass
+class Row:
+    """One way to sample: its name, its measures, and its first videos to look at."""
+
+    name: str
+    measures: Measures
+    videos: torch.Tensor
+
+
+class Examination:
+    """The prompts, twice each, with the noise; rows are added one after the other.
+
+    Args:
+        clips: held out, on the device; two neighbours are alike but for their start.
+        batch: their latents and conditions.
+        decode: the VAE.
+        frames: of a clip.
+        at_once: samples in one pass.
+        seed: of the noise.
+        shown: of how many prompts videos are kept.
+    """
+
+    def __init__(
+        self,
+        clips: Clips,
+        batch: Batch,
+        decode: Decode,
+        frames: int,
+        at_once: int,
+        seed: int,
+        shown: int = 4,
+    ):
+        self.clips, self.batch, self.decode, self.frames = clips, batch, decode, frames
+        self.at_once, self.shown = at_once, shown
+        self.noise, self.other_noise = (
+            torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(seed + i)).to(
+                batch.latents
+            )
+            for i in range(2)
+        )
+        self.rows: list[Row] = []
+        self.teacher = self.reference = None  # latents of the same noise, and of other noise
+        self.floor = 0.0
+
+    def set_teacher(self, sample: Sample) -> torch.Tensor:
+        """Sample the teacher twice: what all others are compared with, and what chance makes."""
+        self.teacher = self.sampled(sample)
+        self.reference = self.sampled(sample, self.other_noise)
+        self.floor = sliced_distance(self.teacher, self.reference)
+        return self.teacher
+
+    @torch.no_grad()
+    def sampled(self, sample: Sample, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents of all prompts by `sample`, from the noise that all rows share."""
+        noise = self.noise if noise is None else noise
+        found = []
+        for at in range(0, len(noise), self.at_once):
+            rows = slice(at, at + self.at_once)
+            found.append(sample(some(self.batch, rows), noise[rows]))
+        return torch.cat(found)
+
+    def distance(self, latents: torch.Tensor) -> float:
+        """Sliced distance to the teacher's samples of other noise, above that of the teacher."""
+        return sliced_distance(latents, self.reference) - self.floor
+
+    @torch.no_grad()
+    def add(self, name: str, latents: torch.Tensor) -> Row:
+        """Decode, read and measure."""
+        readings, ratios, kept = [], [], []
+        for at in range(0, len(latents), self.at_once):
+            rows = slice(at, at + self.at_once)
+            videos = self.decode(latents[rows])
+            readings.append(read(videos))
+            ratios.append(psnr(videos, self.decode(self.teacher[rows])))
+            kept.append(videos[: max(0, 2 * self.shown - at)].cpu())
+        reading = Reading(*(torch.cat(parts) for parts in zip(*readings, strict=True)))
+        where, sure = starts(reading, self.clips, self.frames)
+        error = (latents - self.teacher).double().square().mean()
+        measures = shares_right(reading, self.clips) | {
+            "spread": spread(where, sure),
+            "energy": energy_distance(where[sure]),
+            "distance": self.distance(latents),
+            "latent_mse": float(error),
+            "psnr": float(torch.cat(ratios).mean()),
+        }
+        self.rows.append(Row(name, measures, torch.cat(kept)[::2]))
+        return self.rows[-1]
+
+    def pictures(self) -> torch.Tensor:
+        """Videos of the first prompts, a row of them each and a column a way to sample."""
+        return torch.stack([row.videos for row in self.rows], dim=1).flatten(0, 1)
+
+
+def some(batch: Batch, rows: slice) -> Batch:
+    """A part of a batch."""
+    image = None if batch.image is None else batch.image[rows]
+    return Batch(batch.latents[rows], batch.context[rows], image)
+
+
+def markdown(rows: list[Row]) -> str:
+    """The rows as a table: shares in percent, the rest as numbers."""
+    names = (*SHARES, *COLUMNS["numbers"])
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
+    for row in rows:
+        shares = [f"{100 * row.measures[name]:.1f}" for name in SHARES]
+        numbers = [f"{row.measures[name]:.4g}" for name in COLUMNS["numbers"]]
+        lines.append(f"| {row.name} | {' | '.join(shares + numbers)} |")
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(rows: list[Row]) -> str:
+    """The rows with all digits."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = (*SHARES, *COLUMNS["numbers"])
+    writer.writerow(["name", *names])
+    writer.writerows([row.name, *(row.measures[name] for name in names)] for row in rows)
+    return text.getvalue()

@@ -1,0 +1,100 @@
+"""How far samples are from what was asked for, from the teacher's, and from each other."""
+
+import torch
+
+from ..trigflow import Velocity
+from ..velocity import mixed
+from .reader import Reading
+from .world import STILL, WORDS, Clips, room
+
+# Mean distance of two points of the unit square.
+UNIFORM_DISTANCE = 0.521405433164720678
+GRID = 64  # points an edge that stand for the uniform distribution
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # noise levels of velocity_errors
+
+Measures = dict[str, float]
+
+
+def shares_right(reading: Reading, clips: Clips) -> Measures:
+    """Share of the videos that show what the prompt says, by property, and in "all" of them.
+
+    The speed counts where something moves.
+    """
+    right = {name: getattr(reading, name) == getattr(clips, name) for name in WORDS}
+    moves = clips.motion != STILL
+    everything = torch.stack([*right.values()]).all(0)
+    shares = {name: float(r.float().mean()) for name, r in right.items()}
+    return shares | {
+        "speed": float(right["speed"][moves].float().mean()),
+        "all": float(everything.float().mean()),
+    }
+
+
+def starts(reading: Reading, clips: Clips, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where in its room each video starts, [B, 2], and for which [B] that could be read."""
+    low, high = room(clips, frames)
+    sure = (reading.motion == clips.motion) & (reading.shape >= 0)
+    return (reading.start - low) / (high - low), sure
+
+
+def energy_distance(points: torch.Tensor) -> float:
+    """Energy distance of points [N, 2] to the uniform distribution over the unit square.
+
+    2 E|X - U| - E|X - X'| - E|U - U'| (Szekely and Rizzo 2013), without bias: about 0 for uniform
+    points, and positive for others as far as N lets it be seen.
+    """
+    along = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
+    uniform = torch.cartesian_prod(along, along)
+    points = points.double().cpu()
+    count = len(points)
+    between = torch.cdist(points, points).sum() / (count * (count - 1))
+    return float(2 * torch.cdist(points, uniform).mean() - between - UNIFORM_DISTANCE)
+
+
+def spread(points: torch.Tensor, sure: torch.Tensor) -> float:
+    """How far apart two videos of one prompt start, 1 for uniform starts, 0 for always the same.
+
+    Args:
+        points: [2 P, 2], those of one prompt side by side.
+        sure: [2 P], which of them were read.
+    """
+    first, second = points.double().view(-1, 2, 2).unbind(1)
+    both = sure.view(-1, 2).all(1)
+    return float((first - second)[both].norm(dim=-1).mean() / UNIFORM_DISTANCE)
+
+
+def sliced_distance(
+    a: torch.Tensor, b: torch.Tensor, directions: int = 512, seed: int = 0
+) -> float:
+    """Sliced 1-Wasserstein distance of samples a and b [N, ...], the mean over random directions.
+
+    Directions have length 1, so for numbers of variance 1 the projections have it too. Two sets of
+    N samples from one distribution are not at 0: compare with such a pair.
+    """
+    a, b = a.flatten(1).float(), b.flatten(1).float()
+    generator = torch.Generator().manual_seed(seed)
+    total = 0.0
+    for _ in range(0, directions, 64):
+        ways = torch.randn(a.shape[1], 64, generator=generator).to(a.device)
+        ways /= ways.norm(dim=0)
+        apart = (a @ ways).sort(dim=0).values - (b @ ways).sort(dim=0).values
+        total += float(apart.abs().mean()) * 64
+    return total / directions
+
+
+def velocity_errors(
+    student: Velocity, teacher: Velocity, latents: torch.Tensor, noise: torch.Tensor
+) -> dict[float, float]:
+    """|student - teacher| / |teacher| over all numbers, by noise level, on the same inputs."""
+    errors = {}
+    for level in LEVELS:
+        levels = torch.full((len(latents),), level, dtype=torch.float64, device=latents.device)
+        x = mixed(latents, noise, levels)
+        found, expected = student(x, levels).double(), teacher(x, levels).double()
+        errors[level] = float((found - expected).norm() / expected.norm())
+    return errors
+
+
+def mean_of(errors: dict[float, float]) -> float:
+    """The mean over the noise levels."""
+    return sum(errors.values()) / len(errors)
