@@ -19,7 +19,7 @@ from ..training.estimate import show
 from ..training.initial_weights import initial_weights
 from ..training.loop import train
 from ..training.merge import merge_files, table
-from ..training.presets import SLA, Preset, chosen, settings_of
+from ..training.presets import Preset, chosen, settings_of
 from ..training.processes import grouped, rank, say
 from ..training.rcm import RCMTraining
 from ..training.report import Report
