@@ -34,7 +34,7 @@ def test_spread_of_two_videos_of_one_prompt():
 
 
 def test_sliced_distance_of_a_shift():
-    """W1 of a shift by a along a direction of length 1 is |a . w|, in the mean over w a known one."""
+    """Along a direction w of length 1 a shift by a moves all by |a . w|."""
     x = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
     assert measures.sliced_distance(x, x.flip(0)) < 1e-6
     shift = torch.zeros(8)

@@ -14,10 +14,23 @@ import comfyui_install
 import numpy as np
 import pytest
 import tiny_models
+import torch
+import trained_pair
 from comfyui_install import ROOT
 from comfyui_server import ComfyServer, combo_options, node_inputs
 from PIL import Image
-from ui_workflow import FOLDERS, NOTES, WIDGETS, api_format, model_files, specs, widget_inputs
+from turbodiffusion_pack.turbo_core.checkpoint import file_tensors, read_checkpoint
+from turbodiffusion_pack.turbo_core.training.merge import merged_tensors
+from ui_workflow import (
+    FOLDERS,
+    NOTES,
+    TRAINED,
+    WIDGETS,
+    api_format,
+    model_files,
+    specs,
+    widget_inputs,
+)
 from video import play
 
 EXAMPLES = ROOT / "example_workflows"
@@ -42,7 +55,7 @@ def load(path: Path) -> dict:
 
 
 WORKFLOWS = {path.stem: load(path) for path in sorted(EXAMPLES.glob("*.json"))}
-VIDEOS = [stem for stem in WORKFLOWS if stem != "quantize_and_save"]
+VIDEOS = [stem for stem, w in WORKFLOWS.items() if "CLIPLoader" in dict(model_files(w))]
 
 
 @pytest.fixture(params=WORKFLOWS)
@@ -76,6 +89,11 @@ def tensors(class_type: str, name: str) -> dict:
     seed = int("low" in name)
     if class_type == "LoraLoaderModelOnly":
         return tiny_models.lora(seed)
+    if name in TRAINED:
+        start = tiny_models.stock_checkpoint()
+        if "sla" in name:
+            return trained_pair.with_proj_l(trained_pair.tuned(start, 1))
+        return trained_pair.tuned(start, 2)
     if class_type == "UNETLoader":
         return tiny_models.stock_checkpoint(seed)
     return (tiny_models.i2v_checkpoint if "I2V" in name else tiny_models.t2v_checkpoint)(seed)
@@ -143,13 +161,17 @@ def test_a_note_says_where_every_file_goes(workflow):
     for class_type, name in model_files(workflow):
         heading = f"**models/{FOLDERS[class_type]}**"
         section = note[note.index(heading) :].split("\n\n")[0]
+        if name in TRAINED:
+            assert f"{name}, your own" in section
+            continue
         assert re.search(rf"\[{re.escape(name)}\]\(https://huggingface.co/\S+/{name}\)", section)
 
 
 def test_the_host_can_offer_the_files(workflow):
     """Its dialog about missing models goes by these properties; it takes .safetensors only."""
     for node in workflow["nodes"]:
-        if node["type"] in FOLDERS and node["widgets_values"][0].endswith(".safetensors"):
+        file = node["widgets_values"][0] if node["type"] in FOLDERS else ""
+        if file.endswith(".safetensors") and file not in TRAINED:
             (model,) = node["properties"]["models"]
             assert model["name"] == node["widgets_values"][0]
             assert model["directory"] == FOLDERS[node["type"]]
@@ -288,6 +310,25 @@ def test_the_quantized_model_is_offered_and_makes_a_video(server):
     run = server.run(prompt)
     assert run.outcome == "execution_success", run.message
     assert "INT8 fast (per token and channel) in 20 linears" in server.log_text()[before:]
+
+
+@pytest.mark.server
+def test_the_merged_model_has_both_updates_and_proj_l(server):
+    """The same weights as the training's merge, but for the host's random rounding to bf16."""
+    info = server.object_info()
+    run = server.run(api_format(WORKFLOWS["merge_sla_rcm"], info))
+    assert run.outcome == "execution_success", run.message
+    folder = server.output / "diffusion_models"
+    newest = max(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    found = read_checkpoint(newest)
+    assert found.has_sla
+    models = server.base / "models" / "diffusion_models"
+    names = ("wan2.1_t2v_1.3B_bf16.safetensors", *TRAINED)
+    expected = dict(merged_tensors(*(read_checkpoint(models / name) for name in names)))
+    tensors = file_tensors(found, "comfy")
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tensors[name].float(), tensor.float(), rtol=2**-7, atol=1e-8)
 
 
 @pytest.mark.server

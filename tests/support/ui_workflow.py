@@ -13,6 +13,8 @@ FOLDERS = {
     "CLIPLoader": "text_encoders",
     "VAELoader": "vae",
 }
+# Files that nobody can download: a user's own training makes them.
+TRAINED = ("wan2.1_t2v_1.3B_sla.safetensors", "wan2.1_t2v_1.3B_rcm.safetensors")
 
 
 def api_format(workflow: dict, object_info: dict) -> dict:

@@ -119,18 +119,18 @@ def examine(
     say("teacher")
     examination.set_teacher(many_steps(teacher, unconditional, settings.teacher_steps))
     examination.add("clips through the VAE", batch.latents)
-    examination.add(f"teacher, {settings.teacher_steps} steps", examination.teacher)
+    examination.add(f"teacher {settings.teacher_steps}", examination.teacher)
     for steps in STEPS:
         shift, latents = best_euler(examination, teacher, unconditional, steps)
-        examination.add(f"teacher, Euler {steps}, shift {shift:g}", latents)
+        examination.add(f"Euler {steps} (shift {shift:g})", latents)
     add_students(examination, "rCM", models.network("rcm"), preset)
     tuned = many_steps(models.network("sla"), unconditional, settings.teacher_steps)
-    examination.add(f"SLA, {settings.teacher_steps} steps", examination.sampled(tuned))
+    examination.add(f"SLA {settings.teacher_steps}", examination.sampled(tuned))
     add_students(examination, "merged", models.network("merge"), preset)
     model = as_nodes.quantized(models.files("merge"))
     for steps in STEPS:
         latents = examination.sampled(through_nodes(model, steps, preset.seed))
-        examination.add(f"INT8 SageSLA nodes {steps}", latents)
+        examination.add(f"INT8 nodes {steps}", latents)
     return examination
 
 
@@ -184,7 +184,7 @@ def add_students(examination: Examination, name: str, network: Network, preset: 
         def sample(batch: Batch, noise: torch.Tensor, angles=angles, generator=generator):
             return few_steps(velocity_of(network, batch), noise, angles, generator)
 
-        examination.add(f"{name}, {steps} steps", examination.sampled(sample))
+        examination.add(f"{name} {steps}", examination.sampled(sample))
 
 
 def through_nodes(model, steps: int, seed: int) -> Sample:

@@ -20,6 +20,7 @@ CONFIG = {
     "temperal_downsample": [False, True, True],
     "dropout": 0.0,
 }
+FIRST_LOG_VARIANCE = -6.0  # from 0 on, latents would be noise and the decoder learn without them
 
 
 class TrainableVAE(torch.nn.Module):
@@ -35,6 +36,9 @@ class TrainableVAE(torch.nn.Module):
         for module in self.wan.modules():  # ComfyUI's layers leave their memory as it was
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
                 torch.nn.modules.conv._ConvNd.reset_parameters(module)
+        with torch.no_grad():  # the second half is the logarithm of the variance
+            self.wan.conv1.weight[CONFIG["z_dim"] :] = 0
+            self.wan.conv1.bias[CONFIG["z_dim"] :] = FIRST_LOG_VARIANCE
 
     def forward(
         self, video: torch.Tensor, generator: torch.Generator
