@@ -140,9 +140,7 @@ def test_what_does_not_fit_is_refused(run, tmp_path):
     with pytest.raises(TrainingError, match="has latents"):
         stage(tmp_path, "teacher", preset="toy", data=run / "latents")
     with pytest.raises(CheckpointError, match="train from the plain Wan model"):
-        stage(
-            tmp_path, "sla", data=run / "latents", base=run / "sla" / "model.safetensors"
-        )
+        stage(tmp_path, "sla", data=run / "latents", base=run / "sla" / "model.safetensors")
     with pytest.raises(TrainingError, match="cannot be dealt"):
         stage(tmp_path / "c", "teacher", "batch=7", data=run / "latents")
     with pytest.raises(ValueError, match="write NAME=VALUE with one of steps, batch"):

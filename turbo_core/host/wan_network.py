@@ -78,7 +78,7 @@ class WanNetwork(wan.WanModel):
     def compile_blocks(self) -> None:
         """Have torch.compile make the blocks' kernels, but for passes with tangents."""
         for block in self.blocks:
-            block.compiled = torch.compile(super(Block, block).forward)
+            block.compiled = torch.compile(super(Block, block).forward, dynamic=False)
 
     def forward(
         self,
