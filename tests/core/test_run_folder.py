@@ -202,6 +202,12 @@ def test_a_checkpoint_of_another_network(tmp_path, width):
     assert step_checkpoints.steps_in(folder) == [5]
 
 
+def test_nothing_is_pickled_into_a_checkpoint(tmp_path):
+    dummy = Dummy()
+    with pytest.raises(TypeError, match="all.student is a Trained, which no checkpoint holds"):
+        step_checkpoints.save(tmp_path, 5, {"all": dummy.state})
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
