@@ -28,8 +28,6 @@ except ImportError as error:
     _TRITON_PROBLEM = f"Triton is not installed ({error})"
 
 BACKENDS = ("auto", "triton", "reference")
-# Backends that are the reference, and why. Only its plain torch records a graph for gradients.
-REFERENCES = {"reference": "it was asked for", "autograd": "gradients are asked for"}
 
 # What `choose` tells its listener that an op runs in.
 REFERENCE, TRITON, CUDA = "torch reference", "Triton", "CUDA"
@@ -115,9 +113,8 @@ def choose(
 
     Args:
         op: the op's name, for messages and the listener.
-        backend: "auto" takes Triton where it can run; "triton" insists; "reference" avoids it, and
-            so does "autograd", for gradients. On Hopper CUDA C++ stands in for Triton in the ops
-            that have it.
+        backend: "auto" takes Triton where it can run; "triton" insists; "reference" avoids it. On
+            Hopper CUDA C++ stands in for Triton in the ops that have it.
         x: a tensor on the device the op runs on.
         reference, triton: the op's modules; triton is None where it cannot be imported.
         cuda: its module for Hopper, whose `unfit(*operands)` says why it cannot take them.
@@ -162,8 +159,8 @@ def why_reference(op: str, backend: str, x: torch.Tensor, *unsupported: str | No
 
     Where that is slower than the GPU could be, the log tells once.
     """
-    if backend in REFERENCES:
-        return REFERENCES[backend]
+    if backend == "reference":
+        return "it was asked for"
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend {backend!r} is unknown, use one of {', '.join(BACKENDS)}")
     unavailable = triton_unavailable(x.device)

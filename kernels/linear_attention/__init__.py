@@ -1,17 +1,19 @@
 """The linear branch of SLA: every key, at a cost that does not grow with L squared."""
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from ..checks import check_heads, check_shape, float32_on_gpu, not_contiguous
 from ..dispatch import choose, has_triton
-from . import reference
+from . import gradients_reference, reference
 
 if has_triton():
+    from . import gradients_triton
     from . import triton as triton_kernels
 else:
-    triton_kernels = None
+    gradients_triton = triton_kernels = None
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 
@@ -23,6 +25,8 @@ __all__ = [
     "key_value_state",
     "key_value_state_and_maximum",
     "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_jvp",
 ]
 
 
@@ -116,6 +120,90 @@ def linear_attention(
         "linear_attention", backend, q, reference, triton_kernels, unsupported=unsupported
     )
     return kernels.linear_attention(q, *branch)
+
+
+def linear_attention_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    branch: LinearBranch,
+    d_out: torch.Tensor,
+    onto: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `linear_attention` of q with the `key_value_state` of k and v.
+
+    With G = state W^T and the queries' weights r one D x D sum dG = r^T dy gives both d(state) =
+    dG W and dW = sum of dG^T state over batch and heads. Sums are float32 and taken in a fixed
+    order: the same inputs give the same bits.
+
+    Args:
+        q, k, v: [B, L, H, D], what the forward took.
+        branch: the sums over k and v, and the projection.
+        d_out: the gradient for the branch, [B, L, H, D] in q's dtype.
+        onto: contiguous [B, L, H, D] in q's dtype: the gradients of q, k and v are added to them in
+            place, so that those of `sparse_attention` need no pass of their own.
+        backend: see `dispatch.choose`.
+
+    Returns:
+        The gradients of proj_weight [D, D] and proj_bias [D], float32.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+    """
+    dq, dk, dv = onto
+    check_heads(q=q, k=k, v=v, d_out=d_out, dq=dq, dk=dk, dv=dv)
+    check_branch(q, branch)
+    if not all(x.is_contiguous() for x in onto):
+        raise ValueError("onto must be contiguous, got strides " + str([x.stride() for x in onto]))
+    kernels = _gradient_kernels("linear_attention_backward", backend, q, k, v, d_out)
+    state, normalizer, weight, _, feature_map = branch
+    d_mix, d_normalizer, d_bias = kernels.query_gradients(
+        q, state, normalizer, weight, feature_map, d_out, dq
+    )  # fmt: skip
+    d_state = d_mix @ weight.to(d_mix.dtype)
+    kernels.key_gradients(k, v, d_state, d_normalizer, feature_map, (dk, dv))
+    return (d_mix.mT @ state).sum((0, 1)), d_bias
+
+
+def linear_attention_jvp(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    branch: LinearBranch,
+    tangents: tuple[torch.Tensor, ...],
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The change of `linear_attention` of q with the `key_value_state` of k and v (forward mode).
+
+    Args:
+        q, k, v, branch: see `linear_attention_backward`.
+        tangents: of q, k and v [B, L, H, D] in q's dtype, of proj_weight [D, D] and proj_bias [D].
+        backend: see `dispatch.choose`.
+
+    Returns:
+        [B, L, H, D] in q's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+    """
+    tq, tk, tv, t_weight, t_bias = tangents
+    check_heads(q=q, k=k, v=v, tq=tq, tk=tk, tv=tv)
+    check_branch(q, branch)
+    kernels = _gradient_kernels("linear_attention_jvp", backend, q, k, v, tq, tk, tv)
+    state, normalizer, weight, _, feature_map = branch
+    t_state, t_normalizer = kernels.state_jvp(k, v, tk, tv, feature_map)
+    weight, t_weight = weight.to(state.dtype), t_weight.to(state.dtype)
+    mixes = state @ weight.T, t_state @ weight.T + state @ t_weight.T
+    return kernels.rows_jvp(q, tq, *mixes, normalizer, t_normalizer, t_bias, feature_map)
+
+
+def _gradient_kernels(op: str, backend: str, *rows: torch.Tensor) -> ModuleType:
+    """The module that runs `op` on [B, L, H, D] tensors."""
+    unsupported = not_contiguous(*rows), float32_on_gpu(rows[0])
+    return choose(
+        op, backend, rows[0], gradients_reference, gradients_triton, unsupported=unsupported
+    )
 
 
 def check_branch(q: torch.Tensor, branch: LinearBranch) -> None:

@@ -6,6 +6,11 @@ EPS = 1e-5  # in the denominator, as in the paper
 ROWS = 8192  # rows at a time, so that the float32 copies stay small
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in what sums are computed in: float32, float64 if x is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def apply_feature_map(x: torch.Tensor, feature_map: str) -> torch.Tensor:
     """phi of float32 rows [..., D]."""
     if feature_map == "softmax":
@@ -20,11 +25,11 @@ def key_value_state(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over keys: state float32 [B, H, D, D] and normalizer float32 [B, H, D]."""
     batch, _, heads, dim = k.shape
-    state = torch.zeros(batch, heads, dim, dim, dtype=torch.float32, device=k.device)
-    normalizer = torch.zeros(batch, heads, dim, dtype=torch.float32, device=k.device)
+    state = wide(k.new_zeros(batch, heads, dim, dim))
+    normalizer = wide(k.new_zeros(batch, heads, dim))
     for k_rows, v_rows in zip(k.split(ROWS, 1), v.split(ROWS, 1), strict=True):
-        phi = apply_feature_map(k_rows.float(), feature_map)
-        state += torch.einsum("blhc,blhd->bhcd", phi, v_rows.float())
+        phi = apply_feature_map(wide(k_rows), feature_map)
+        state += torch.einsum("blhc,blhd->bhcd", phi, wide(v_rows))
         normalizer += phi.sum(1)
     return state, normalizer
 
@@ -45,9 +50,9 @@ def linear_rows(
     feature_map: str,
 ) -> torch.Tensor:
     """The linear branch of one head's rows [L, D], float32; state [D, D], normalizer [D]."""
-    phi = apply_feature_map(q.float(), feature_map)
-    mixed = phi @ (state @ proj_weight.float().T)
-    return mixed / (EPS + phi @ normalizer)[:, None] + proj_bias.float()
+    phi = apply_feature_map(wide(q), feature_map)
+    mixed = phi @ (state @ proj_weight.to(state.dtype).T)
+    return mixed / (EPS + phi @ normalizer)[:, None] + wide(proj_bias)
 
 
 def linear_attention(

@@ -10,6 +10,7 @@ from ..int8_quant.triton import larger, largest
 TILE = 16  # keys of one step of the state: two programs fit a multiprocessor's registers
 PROGRAMS = 528  # of the state, over all heads: 2 waves of 2 on a card of 132 multiprocessors
 ROWS = 128  # queries of one program
+SMALLEST = 1e-30  # to divide by: float32 stays finite
 STATE_LAUNCH = {"num_warps": 8, "num_stages": 3}  # both the same on every card
 LAUNCH = {"num_warps": 8, "num_stages": 2}
 
@@ -107,7 +108,7 @@ def project_state(
     Its rows are weighted means of projected values, so they fit every dtype that the values fit;
     the sums over all keys would overflow float16.
     """
-    return (state @ proj_weight.float().T / normalizer.clamp_min(1e-30)[..., None]).to(dtype)
+    return (state @ proj_weight.float().T / normalizer.clamp_min(SMALLEST)[..., None]).to(dtype)
 
 
 def key_value_state(
@@ -126,21 +127,27 @@ def key_value_state_and_maximum(
 
 def _sum_over_keys(k, v, feature_map, maxima: bool):
     batch, length, heads, dim = k.shape
-    # By the shape alone, so that sums never change order.
-    rows = TILE * triton.cdiv(length, TILE * max(1, PROGRAMS // (batch * heads)))
-    splits = triton.cdiv(length, rows)
-    options = {"dtype": torch.float32, "device": k.device}
-    state = torch.empty(splits, batch, heads, dim, dim, **options)
-    normalizer = torch.empty(splits, batch, heads, dim, **options)
-    maximum = torch.empty(splits, batch, heads, dim, **options) if maxima else normalizer
+    rows, state, normalizer = room_for_sums(k)
+    maximum = torch.empty_like(normalizer) if maxima else normalizer
     with launching_on(k):
-        key_value_state_kernel[splits, batch * heads](
+        key_value_state_kernel[len(state), batch * heads](
             k, v, state, normalizer, maximum, length, heads, rows,
             *k.stride()[:3], *v.stride()[:3],
             HEAD_DIM=dim, TILE=TILE, FEATURE_MAP=feature_map, MAXIMA=maxima,
             **STATE_LAUNCH,
         )  # fmt: skip
     return state.sum(0), normalizer.sum(0), maximum.amax(0) if maxima else None
+
+
+def room_for_sums(x: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """The rows of x [B, L, H, D] that a program sums up, and room for the sums of all programs:
+    float32 [splits, B, H, D, D] and [splits, B, H, D]."""
+    batch, length, heads, dim = x.shape
+    # By the shape alone, so that sums never change order.
+    rows = TILE * triton.cdiv(length, TILE * max(1, PROGRAMS // (batch * heads)))
+    options = {"dtype": torch.float32, "device": x.device}
+    parts = triton.cdiv(length, rows), batch, heads, dim
+    return rows, torch.empty(*parts, dim, **options), torch.empty(parts, **options)
 
 
 def linear_attention(

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from ..checks import check_dtype
+from ..derivatives import no_gradients
 from ..dispatch import choose, has_triton
 from . import reference
 
@@ -31,7 +32,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, backend: str = "auto"
     """
     check_dtype("rms_norm", x)
     _check_vector("rms_norm", "weight", weight, x)
-    kernels = choose("rms_norm", backend, x, reference, triton_kernels)
+    unsupported = (no_gradients(x, weight),)
+    kernels = choose("rms_norm", backend, x, reference, triton_kernels, unsupported=unsupported)
     return kernels.rms_norm(x, weight, eps)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_dtype
+from ..derivatives import no_gradients
 from ..dispatch import choose, has_triton
 from . import reference
 
@@ -36,7 +37,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, backend: str = "auto") -> Te
         raise ValueError(f"apply_rope needs x [B, L, H, D] with an even D, got {list(x.shape)}")
     for name, angles in (("cos", cos), ("sin", sin)):
         _check_angles(name, angles, x)
-    unsupported = (_odd_head_dim(x.shape[-1]),)
+    unsupported = _odd_head_dim(x.shape[-1]), no_gradients(x)
     kernels = choose("apply_rope", backend, x, reference, triton_kernels, unsupported=unsupported)
     return kernels.apply_rope(x, cos, sin)
 

@@ -6,6 +6,7 @@ import torch
 
 from ..block_map import block_means, center_means, check_topk, select_blocks, selected_count
 from ..checks import check_block_shape, check_heads, check_shape
+from ..derivatives import asked_for
 from ..linear_attention import (
     LinearBranch,
     check_feature_map,
@@ -15,6 +16,7 @@ from ..linear_attention import (
 )
 from ..qk_prepare import Prepared, prepare
 from ..sparse_attention import sage_attention, sparse_attention
+from .autograd import Options, SparseLinearAttention
 
 __all__ = ["sla", "sla_from_projections"]
 
@@ -40,12 +42,15 @@ def sla(
     """Sparse-linear attention (arXiv 2512.16093, section 1.1): softmax over the key blocks that
     matter, plus a projected linear attention over all keys.
 
+    Differentiable once in q, k, v and proj, by autograd and by torch.func.jvp; the key blocks that
+    were selected are constants. The same key blocks are selected again from the same q and k.
+
     Args:
         q, k, v: [B, L, H, D], float32, float16 or bfloat16, after RMSNorm and RoPE.
         proj: weight [D, D] (out, in) and bias [D] of `proj_l`, any float dtypes; None leaves the
             linear branch out.
         topk: share of the key blocks to attend to, above 0 and at most 1.
-        low_bit: SageSLA: int8 q k^T and fp8 or float16 values.
+        low_bit: SageSLA: int8 q k^T and fp8 or float16 values; has no gradients.
         feature_map: phi of the linear branch: "softmax", "elu" or "relu".
         block_map: int32 [B, H, ceil(L / block_q), count], in place of choosing by topk; see
             `sparse_attention`.
@@ -57,14 +62,30 @@ def sla(
         [B, L, H, D] in q's dtype.
 
     Raises:
-        ValueError, TypeError: a shape, block size, dtype or option does not fit.
+        ValueError, TypeError: a shape, block size, dtype or option does not fit, or gradients are
+            asked for in low bits.
     """
     _check_inputs(q, k, v, proj, topk, block_q, block_k)
     check_feature_map(feature_map)
-    k_means = block_means(k, block_k, backend)
-    keys = _keys(k, v, k_means, proj, feature_map, low_bit, block_k, backend)
-    queries = Prepared(q, None, block_means(q, block_q, backend), None)
-    return _attend(queries, keys, topk, low_bit, block_map, pv, block_q, block_k, backend)
+    # Training may run in autocast, which would round the float32 sums.
+    with torch.autocast(q.device.type, enabled=False):
+        if asked_for(q, k, v, *(proj or ())):
+            options = Options(topk, feature_map, block_q, block_k, backend)
+            return _differentiable(q, k, v, proj, low_bit, block_map, options)
+        k_means = block_means(k, block_k, backend)
+        keys = _keys(k, v, k_means, proj, feature_map, low_bit, block_k, backend)
+        queries = Prepared(q, None, block_means(q, block_q, backend), None)
+        return _attend(queries, keys, topk, low_bit, block_map, pv, block_q, block_k, backend)
+
+
+def _differentiable(q, k, v, proj, low_bit, block_map, options: Options) -> torch.Tensor:
+    """`sla` with what its gradients need kept."""
+    if low_bit:
+        raise ValueError(
+            "low bits have no gradients, and gradients are asked for. Pass low_bit=False: what is "
+            "trained in 16 bits runs in low bits"
+        )
+    return SparseLinearAttention.apply(q, k, v, *(proj or (None, None)), block_map, options)[0]
 
 
 def sla_from_projections(

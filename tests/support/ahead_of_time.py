@@ -117,7 +117,7 @@ def runs(card: tuple[int, int]) -> Iterator[tuple[str, bool, Callable[[], None]]
             yield "attention", False, partial(wan.run_attention, LENGTH, values, *tile)
     # 64 x 128 is SageSLA's block, which has no gradients.
     for tile in (TILE, *TILES[:2]) if card in TILE_CARDS else (TILE,):
-        yield "gradients", False, partial(wan.run_gradients, LENGTH, *tile)
+        yield "training", False, partial(wan.run_training, LENGTH, 0.1, "cpu", *tile)
     yield "selection", False, partial(wan.run_selection, 2049)
 
 
