@@ -1,7 +1,6 @@
 """The stage evaluate: every model of a toy run, examined on the same prompts and noise."""
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,15 +11,15 @@ from ..checkpoint.names import PROJ_L
 from ..rcm import default_sigma_max, rcm_angles
 from ..training import run_folder
 from ..training.batches import Batch
-from ..training.error import TrainingError
-from ..training.presets import SLA, Evaluation, Preset, chosen, settings_of
-from ..training.processes import grouped, say
+from ..training.presets import SLA, Evaluation, Preset
+from ..training.processes import say
 from ..training.samplers import euler, few_steps, shifted_levels
 from ..training.teacher import GUIDANCE, SIGMA_MAX, teacher_samples
 from ..training.toy import vae as toy_vae
 from ..training.toy.clips import UNCONDITIONAL, conditioned, contexts
 from ..training.toy.evaluate import Examination, Sample, as_csv, markdown, pictures, some
 from ..training.toy.measures import velocity_errors
+from ..training.toy.recipe import recipe
 from ..training.toy.verdict import verdicts
 from ..training.toy.words import widen
 from ..training.toy.world import Clips, draw, render
@@ -42,13 +41,10 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
 
     --low names the run of the low-noise expert, where RUN is that of the high-noise one.
     """
-    if grouped():
-        raise TrainingError("the stage evaluate uses one GPU: start it without torchrun", True)
-    preset = chosen(args, "evaluate")
-    settings = settings_of(preset, "evaluate")
-    told = {"preset": args.preset, "seed": preset.seed, "low": str(args.low)}
-    told |= {"evaluate": dataclasses.asdict(settings)}
-    with run_folder.open(args.out, "evaluate", told) as folder:
+    if (asked := recipe(args, "evaluate")) is None:
+        return
+    preset, settings, told = asked
+    with run_folder.open(args.out, "evaluate", {**told, "low": str(args.low)}) as folder:
         if folder.finished is not None:
             say(f"{folder.path} is finished\n\n{(folder.path / 'table.md').read_text('utf-8')}")
             return
@@ -137,10 +133,8 @@ def examine(
 
 def held_out(preset: Preset, settings: Evaluation, vae: LatentVAE) -> tuple[Clips, Batch]:
     """Clips that no training saw, each prompt twice in a row with starts of its own."""
-    drawn, other = (
-        draw(preset.seed, toy_vae.HELD_OUT + i * settings.prompts, settings.prompts)
-        for i in range(2)
-    )
+    count, first = settings.prompts, toy_vae.HELD_OUT
+    drawn, other = (draw(preset.seed, at, count) for at in (first, first + count))
     again = drawn._replace(start=other.start)
     clips = Clips(*(torch.stack(pair, 1).flatten(0, 1) for pair in zip(drawn, again, strict=True)))
     clips = clips.to(vae.mean.device)
