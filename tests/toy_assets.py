@@ -62,9 +62,9 @@ def import_comfyui(folder: Path | None) -> None:
 def write_parts(t2v: Path, i2v: list[Path] | None, folder: Path) -> None:
     """The files of the archive into `folder`."""
     shutil.copyfile(t2v / VAE, folder / "toy_vae.safetensors")
-    write_int8(t2v / MERGED, folder / "toy_t2v-quant.safetensors")
+    write_int8(t2v / MERGED, folder / "toy_t2v.safetensors")
     for name, run in zip(("high", "low"), i2v or [], strict=False):
-        write_int8(run / MERGED, folder / f"toy_i2v_{name}-quant.safetensors")
+        write_int8(run / MERGED, folder / f"toy_i2v_{name}.safetensors")
 
 
 def write_int8(source: Path, target: Path) -> None:

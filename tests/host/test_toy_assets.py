@@ -45,8 +45,8 @@ def test_the_archive_has_an_int8_checkpoint_and_the_vae(run, monkeypatch, tmp_pa
     with tarfile.open(packed(run, monkeypatch)) as archive:
         archive.extractall(tmp_path / "out", filter="data")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"toy_vae.safetensors", "toy_t2v-quant.safetensors"}
-    checkpoint = tmp_path / "out" / "toy_t2v-quant.safetensors"
+    assert names == {"toy_vae.safetensors", "toy_t2v.safetensors"}
+    checkpoint = tmp_path / "out" / "toy_t2v.safetensors"
     assert read_checkpoint(checkpoint).quantized
     assert load_turbo_model(str(checkpoint)).model.diffusion_model.dim == 128
 
