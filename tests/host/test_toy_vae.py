@@ -153,8 +153,8 @@ def test_crops_show_the_shape():
 
 
 def test_what_is_no_vae_is_told(tmp_path):
-    with pytest.raises(TrainingError, match="no Wan 2.1 VAE"):
+    with pytest.raises(TrainingError, match=r"no Wan 2\.1 VAE"):
         LatentVAE(tmp_path / "missing.safetensors", CPU)
     save_file({"decoder.head.0.gamma": torch.ones(4, 1, 1, 1)}, tmp_path / "other.safetensors")
-    with pytest.raises(TrainingError, match="no Wan 2.1 VAE"):
+    with pytest.raises(TrainingError, match=r"no Wan 2\.1 VAE"):
         LatentVAE(tmp_path / "other.safetensors", CPU)

@@ -3,7 +3,14 @@
 import goldens
 import pytest
 import torch
-from attention import linear_branch, random_map, random_proj, random_qkv, selected_keys
+from attention import (
+    BLOCK_SHAPES,
+    linear_branch,
+    random_map,
+    random_proj,
+    random_qkv,
+    selected_keys,
+)
 from devices import BATCHES, DEVICE, LENGTHS
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -118,7 +125,7 @@ def test_any_length(length, batch, float64):
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_every_option(dim, shape, feature_map, float64):
     x, d_out, tangents = inputs(2, 300, dim)

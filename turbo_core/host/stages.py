@@ -19,7 +19,7 @@ from ..training.estimate import show
 from ..training.initial_weights import initial_weights
 from ..training.loop import train
 from ..training.merge import merge_files, table
-from ..training.presets import SLA, Preset, chosen, settings_of
+from ..training.presets import Preset, chosen, settings_of
 from ..training.processes import grouped, rank, say
 from ..training.rcm import RCMTraining
 from ..training.report import Report
@@ -27,6 +27,7 @@ from ..training.sharding import shard
 from ..training.sla import SLATraining
 from ..training.teacher import TeacherTraining
 from . import standalone  # noqa: F401 - first of all that imports ComfyUI
+from .toy_evaluate import sla_options
 from .toy_stages import STAGES as TOY_STAGES
 from .toy_stages import decoder
 from .wan_network import WanNetwork, build_network, load_weights, wan_tensors
@@ -52,7 +53,7 @@ def sla(args: argparse.Namespace, device: torch.device) -> None:
 
     def begin(preset: Preset, data: Data) -> SLATraining:
         weights = _base(args, preset)
-        student = _network(preset, device, weights, _sla_options(preset.sla))
+        student = _network(preset, device, weights, sla_options(preset.sla))
         dense = _frozen(_network(preset, device, weights))
         return SLATraining(student, dense, data, preset.sla, preset.seed)
 
@@ -111,7 +112,7 @@ def _train(args, device: torch.device, stage: str, columns: tuple[str, ...], beg
         path = args.data or folder.sibling("data")
         data = Data(path, device)
         data.check(preset.latent, image=preset.sizes.in_channels == 36)
-        _use_fast_products(device)
+        use_fast_products(device)
         training = begin(preset, data)
         report = Report(folder.path, list(columns), settings.steps)
         sample = _sampler(training, data, settings, preset.seed, decoder(path, device))
@@ -165,15 +166,24 @@ def _base(args: argparse.Namespace, preset: Preset) -> Tensors:
     return checkpoint.tensors
 
 
-def _network(
-    preset: Preset, device: torch.device, weights: Tensors, sla: dict | None = None
-) -> WanNetwork:
+def new_network(preset: Preset, device: torch.device, sla: dict | None = None) -> WanNetwork:
+    """The preset's network as its stages have it, split where processes train together.
+
+    Its weights are yet to come. `sla` are the options of SLA, see sla_options.
+    """
     split = (lambda network: shard(network, device)) if grouped() else None
     network = build_network(preset.sizes, device, sla, split)
-    load_weights(network, weights)
     network.checkpointing = preset.checkpointing
     if preset.compiled and device.type == "cuda":
         network.compile_blocks()
+    return network
+
+
+def _network(
+    preset: Preset, device: torch.device, weights: Tensors, sla: dict | None = None
+) -> WanNetwork:
+    network = new_network(preset, device, sla)
+    load_weights(network, weights)
     return network
 
 
@@ -181,14 +191,10 @@ def _frozen(network: WanNetwork) -> WanNetwork:
     return network.requires_grad_(False)
 
 
-def _sla_options(settings: SLA) -> dict:
-    names = ("topk", "block_q", "block_k", "feature_map")
-    return {name: getattr(settings, name) for name in names}
-
-
-def _use_fast_products(device: torch.device) -> None:
+def use_fast_products(device: torch.device) -> None:
+    """Let torch round to TF32 what stays in fp32 on a GPU."""
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+        torch.set_float32_matmul_precision("high")
 
 
 def _plain(settings) -> dict[str, str]:
