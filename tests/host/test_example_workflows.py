@@ -35,6 +35,7 @@ IMAGE_TO_VIDEO = {
 }
 SETTINGS = {"i2v_a14b_720p": IMAGE_TO_VIDEO, "i2v_lora": IMAGE_TO_VIDEO}
 TITLE_BAR = 30
+OFFERED = (".safetensors", ".sft", ".ckpt", ".pth", ".pt")  # by the frontend of 0.33
 
 
 def load(path: Path) -> dict:
@@ -147,13 +148,20 @@ def test_a_note_says_where_every_file_goes(workflow):
 
 
 def test_the_host_can_offer_the_files(workflow):
-    """Its dialog about missing models goes by these properties; it takes .safetensors only."""
+    """Its list of missing models shows the folder and a Download button by these properties.
+
+    The button comes for the sources and suffixes that the frontend takes. That of ComfyUI 0.3.75
+    takes no .pth: there the file and its folder are named, with that remark and without a button.
+    """
     for node in workflow["nodes"]:
-        if node["type"] in FOLDERS and node["widgets_values"][0].endswith(".safetensors"):
+        if node["type"] in FOLDERS:
             (model,) = node["properties"]["models"]
+            assert set(model) == {"name", "url", "directory"}
             assert model["name"] == node["widgets_values"][0]
             assert model["directory"] == FOLDERS[node["type"]]
+            assert model["url"].startswith("https://huggingface.co/")
             assert model["url"].endswith("/" + model["name"])
+            assert Path(model["name"]).suffix in OFFERED
 
 
 @pytest.mark.parametrize("stem", ["i2v_a14b_720p", "i2v_lora"])
