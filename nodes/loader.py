@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..turbo_core.granularity import GRANULARITIES
 from ..turbo_core.host.load import load_turbo_model
-from .model_files import FileInput, file_path, listed_or_why_not
+from .model_files import FileInput, file_path, listed_or_why_not, plain_errors
 from .schema import schema
 
 
@@ -38,9 +38,10 @@ class TurboLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint=None):
-        return listed_or_why_not("checkpoint", checkpoint)
+        return listed_or_why_not(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint, granularity):
         path = file_path("checkpoint", checkpoint)
-        return io.NodeOutput(load_turbo_model(path, granularity))
+        with plain_errors():
+            return io.NodeOutput(load_turbo_model(path, granularity))

@@ -1,9 +1,13 @@
 """Files in models/diffusion_models as inputs: from the list, typed by a client, or linked."""
 
+import contextlib
 import os.path
+from collections.abc import Iterator
 
 import folder_paths
 from comfy_api.latest import io
+
+from ..turbo_core.checkpoint import CheckpointError
 
 FOLDER = "diffusion_models"
 
@@ -26,15 +30,16 @@ class _ComboOrString(str):
         return not isinstance(received, list) and received not in ("COMBO", "STRING", "*")
 
 
-def listed_or_why_not(input_name: str, name: object, instead: str = "") -> bool | str:
+def listed_or_why_not(name: object, instead: str = "") -> bool | str:
     """What validate_inputs returns of the file called `name`: True, or what is wrong.
 
     None is right: so an input is called that is linked, whose value is known when the node runs, or
-    missing, which the host tells. `instead` is what else a user may do.
+    missing, which the host tells. `instead` is what else a user may do. The host writes the input's
+    name before it.
     """
     if name is None or (isinstance(name, str) and os.path.normpath(name) in _listed()):
         return True
-    return _not_there(input_name, name, instead)
+    return _not_there(name, instead)
 
 
 def file_path(input_name: str, name: object, instead: str = "") -> str:
@@ -45,16 +50,29 @@ def file_path(input_name: str, name: object, instead: str = "") -> str:
     """
     path = folder_paths.get_full_path(FOLDER, name) if isinstance(name, str) else None
     if path is None:
-        raise FileNotFoundError(_not_there(input_name, name, instead))
+        raise FileNotFoundError(f"{input_name} {_not_there(name, instead)}")
     return path
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """What is wrong with a file as a ValueError of the same words.
+
+    Beside the words the host shows a user the type, and of any but Python's own types where its
+    class is, down to the folder that this pack lies in.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error.__cause__
 
 
 def _listed() -> list[str]:
     return folder_paths.get_filename_list(FOLDER)
 
 
-def _not_there(input_name: str, name: object, instead: str) -> str:
+def _not_there(name: object, instead: str) -> str:
     return (
-        f"{input_name} {repr(name)[:200]} is not in models/diffusion_models. Put a TurboDiffusion "
+        f"{repr(name)[:200]} is not in models/diffusion_models. Put a TurboDiffusion "
         f"checkpoint there and press R to refresh the list{instead}."
     )

@@ -22,7 +22,7 @@ from turbodiffusion_pack.nodes.model_files import FOLDER
 from turbodiffusion_pack.nodes.quantize import W8A8Quantize
 from turbodiffusion_pack.nodes.resolution import WanAdaptiveResolution
 from turbodiffusion_pack.nodes.sampler import RCMSampler
-from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
+from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.options import ATTENTION
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
@@ -88,7 +88,7 @@ def test_no_checkpoint_at_all(folder):
         assert part in told
     with pytest.raises(FileNotFoundError) as caught:
         _load("not_there.pth")
-    assert str(caught.value) == told
+    assert str(caught.value) == f"checkpoint {told}"
     for name in (None, 5, 1.5, True, {"a": 1}, ["t2v.pth"], "", "x" * 5000, "a\0b", "\ud800"):
         told = TurboLoader.validate_inputs(name)
         assert name is None or ("is not in models/diffusion_models" in told and len(told) < 400)
@@ -142,6 +142,13 @@ def test_names_of_files_can_be_linked(client, folder):
         assert client.errors(SLAAttentionPatch, **linked) == []
     assert client.errors(TurboLoader, checkpoint="t2v.pth") == []
     assert client.errors(SLAAttentionPatch, model=["Model", 0], projections="t2v.pth") == []
+
+
+def test_the_host_names_an_input_once(client, folder):
+    for kind, name in ((TurboLoader, "checkpoint"), (SLAAttentionPatch, "projections")):
+        good = {"model": ["Model", 0]} if kind is SLAAttentionPatch else {}
+        ((_, details),) = client.errors(kind, **good, **{name: "not_there.pth"})
+        assert details.startswith(f"{name} - 'not_there.pth' is not in models/diffusion_models.")
 
 
 def test_links_of_other_types_are_refused(client, folder):
@@ -221,7 +228,7 @@ def test_a_file_that_is_no_checkpoint(folder, name):
     (folder / "notes.txt").write_text("my secret")
     assert "is not in models/diffusion_models" in TurboLoader.validate_inputs(name)
     assert "is not in models/diffusion_models" in SLAAttentionPatch.validate_inputs(name)
-    with pytest.raises(CheckpointError, match=r"^notes.txt: is no checkpoint by its name"):
+    with pytest.raises(ValueError, match=r"^notes.txt: is no checkpoint by its name"):
         _load("notes.txt")
 
 
@@ -292,8 +299,9 @@ def _refused(name, match):
     """TurboLoader must refuse `name` with one message, and keep nothing of it."""
     gc.collect()  # of models that earlier tests have left
     loaded = list(comfy.model_management.current_loaded_models)
-    with pytest.raises(CheckpointError, match=match) as caught:
+    with pytest.raises(ValueError, match=match) as caught:
         _load(name)
+    assert caught.type is ValueError, "the host would show where another type's class is"
     message = str(caught.value)
     assert "\n" not in message
     assert name in message
