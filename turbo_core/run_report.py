@@ -30,13 +30,13 @@ class Counts:
         if not self.forwards:
             return "runs without TurboDiffusion"
         sparse = set().union(*self.sla.values())
-        parts = [f"{self.forwards} forward passes"]
+        parts = [_count(self.forwards, "forward pass", "forward passes")]
         parts += [f"SLA in {len(sparse)} of {self.num_blocks} blocks"]
         parts += [f"{how} in {_ranges(blocks)}" for how, blocks in self.sla.items()]
         parts += [f"dense in {_ranges(blocks)}: {why}" for why, blocks in self.dense.items()]
         parts += [f"fused in {_ranges(self.fused)}"] if self.fused else []
         parts += [f"not fused in {_ranges(blocks)}: {why}" for why, blocks in self.unfused.items()]
-        parts += [f"INT8 {how} in {len(linears)} linears" for how, linears in self.int8.items()]
+        parts += [f"INT8 {how} in {_count(len(of), 'linear')}" for how, of in self.int8.items()]
         return "; ".join(parts + self._kernel_parts())
 
     def _kernel_parts(self) -> list[str]:
@@ -56,6 +56,7 @@ class RunReport:
     def __init__(self):
         self.experts = collections.defaultdict(Counts)  # name -> counts
         self.expert = ""  # whose turn it is; a run of one model has no names
+        self.ending = ""  # how it ended, in a few words; by itself where empty
 
     @property
     def counts(self) -> Counts:
@@ -70,17 +71,18 @@ class RunReport:
         """What ran, expert by expert."""
         names = {name: f"{name}: " if name else "" for name in self.experts}
         told = [names[name] + counts.text() for name, counts in self.experts.items()]
-        return "TurboDiffusion: " + " | ".join(told)
+        ending = f"{self.ending}, " if self.ending else ""
+        return f"TurboDiffusion: {ending}{' | '.join(told)}"
 
 
 _current = contextvars.ContextVar("turbodiffusion_run", default=None)
 
 
 @contextlib.contextmanager
-def run():
-    """Collect during one sampler run and log its line at the end, also of a cancelled run.
+def run(cancelled: type[BaseException] = KeyboardInterrupt):
+    """Collect during one sampler run and log its line at the end, whatever ends it.
 
-    Inside another run it joins that one.
+    `cancelled` is what a user's cancelling raises. Inside another run it joins that one.
     """
     if (report := _current.get()) is not None:
         yield report
@@ -90,6 +92,9 @@ def run():
     try:
         with dispatch.listening(report.hear):
             yield report
+    except BaseException as error:
+        report.ending = "cancelled" if isinstance(error, cancelled) else "ended by an error"
+        raise
     finally:
         _current.reset(token)
         if any(counts.forwards for counts in report.experts.values()):
@@ -145,12 +150,18 @@ def note_int8(granularity: str, linear: object) -> None:
         counts.int8[GRANULARITY[granularity]].add(id(linear))
 
 
+def _count(number: int, one: str, more: str = "") -> str:
+    """1 -> "1 linear", 2 -> "2 linears"; `more` is the plural where no s makes it."""
+    return f"{number} {one if number == 1 else more or one + 's'}"
+
+
 def _ranges(blocks: set[int]) -> str:
-    """{0, 1, 2, 7} -> "blocks 0-2, 7"."""
+    """{0, 1, 2, 7} -> "blocks 0-2, 7", {4} -> "block 4"."""
     spans = []
     for block in sorted(blocks):
         if spans and spans[-1][1] == block - 1:
             spans[-1][1] = block
         else:
             spans.append([block, block])
-    return "blocks " + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    many = "s" if len(blocks) > 1 else ""
+    return f"block{many} " + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

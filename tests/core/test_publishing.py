@@ -99,6 +99,18 @@ def test_readme_and_changelog_name_every_node():
         assert f"**{node}**" in read("CHANGELOG.md")
 
 
+def test_nodes_that_tell_something_have_a_box_for_it():
+    """The frontend shows text on a node only where a script makes room for it."""
+    telling = set()
+    for path in (ROOT / "nodes").glob("*.py"):
+        for node in re.split(r"^class ", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            if "ui.PreviewText(" in node:
+                telling.add(re.search(r'node_id="(\w+)"', node)[1])
+    heights = re.search(r"HEIGHTS = \{(.*?)\}", read("web/turbo_text.js"), re.DOTALL)[1]
+    assert set(re.findall(r"(\w+):", heights)) == telling
+    assert {"TurboDoctor", "TurboSaveCheckpoint", "W8A8Quantize"} <= telling
+
+
 def test_readme_links_to_every_example():
     examples = sorted(path.name for path in (ROOT / "example_workflows").glob("*.json"))
     assert examples

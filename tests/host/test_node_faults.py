@@ -64,7 +64,7 @@ def wan(folder):
 def report(caplog):
     """Returns what the last run's report line says."""
     caplog.set_level(logging.INFO)
-    return lambda: [m for m in caplog.messages if "forward passes" in m][-1]
+    return lambda: [m for m in caplog.messages if "forward pass" in m][-1]
 
 
 def _sample(model, steps=2, callback=None):

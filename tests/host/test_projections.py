@@ -77,7 +77,7 @@ def _run(model):
 @pytest.fixture
 def line(caplog):
     """Returns the report line of the last run."""
-    return lambda: [m for m in caplog.messages if "forward passes" in m][-1]
+    return lambda: [m for m in caplog.messages if "forward pass" in m][-1]
 
 
 @pytest.fixture(scope="module")

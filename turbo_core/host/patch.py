@@ -7,6 +7,7 @@ import reprlib
 import comfy.ldm.wan.model
 import comfy.model_patcher
 import torch
+from comfy.model_management import InterruptProcessingException
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...kernels.checks import float32_on_gpu
@@ -116,7 +117,7 @@ def _bind(function, module: torch.nn.Module, index: int):
 
 
 def _around_run(executor, *args, **kwargs):
-    with run_report.run():
+    with run_report.run(InterruptProcessingException):
         return executor(*args, **kwargs)
 
 
