@@ -57,6 +57,7 @@ class RunReport:
         self.experts = collections.defaultdict(Counts)  # name -> counts
         self.expert = ""  # whose turn it is; a run of one model has no names
         self.ending = ""  # how it ended, in a few words; by itself where empty
+        self.warned = set()
 
     @property
     def counts(self) -> Counts:
@@ -66,6 +67,12 @@ class RunReport:
     def hear(self, op: str, name: str, why: str | None) -> None:
         """`op` runs in `name`, see `dispatch.listening`; before every launch, so in one line."""
         self.experts[self.expert].kernels.add((op, name, why))
+
+    def warn(self, sentence: str) -> None:
+        """Log a warning, once in this run."""
+        if sentence not in self.warned:
+            self.warned.add(sentence)
+            log.warning("TurboDiffusion: %s", sentence)
 
     def line(self) -> str:
         """What ran, expert by expert."""
