@@ -6,7 +6,7 @@ from ..kernels.dispatch import BACKENDS
 from ..turbo_core.host.patch import patch_attention, wan_model
 from ..turbo_core.host.projections import attach_projections
 from ..turbo_core.sla_settings import ATTENTIONS, SLASettings, parse_blocks
-from .model_files import FileInput, file_path, listed_or_why_not, plain_errors
+from .model_files import CHECKPOINTS, FileInput, file_path, listed_or_why_not, plain_errors
 from .schema import schema
 
 NONE = "none"
@@ -62,6 +62,7 @@ class SLAAttentionPatch(io.ComfyNode):
                     "that or an error. reference: plain torch, slow.",
                 ),
                 FileInput(
+                    CHECKPOINTS,
                     "projections",
                     first=(NONE,),
                     default=NONE,
@@ -78,14 +79,14 @@ class SLAAttentionPatch(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, projections=NONE):
-        return projections == NONE or listed_or_why_not(projections, OR_NONE)
+        return projections == NONE or listed_or_why_not(CHECKPOINTS, projections, OR_NONE)
 
     @classmethod
     def execute(cls, model, attention, topk, dense_blocks, dense_steps, backend, projections=NONE):
         blocks = parse_blocks(dense_blocks, len(wan_model(model).blocks))
         settings = SLASettings(attention, topk, blocks, dense_steps, backend)
         if projections != NONE:
-            path = file_path("projections", projections, OR_NONE)
+            path = file_path(CHECKPOINTS, "projections", projections, OR_NONE)
             with plain_errors():
                 model = attach_projections(model, path)
         return io.NodeOutput(patch_attention(model, settings))

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..turbo_core.granularity import GRANULARITIES
 from ..turbo_core.host.load import load_turbo_model
-from .model_files import FileInput, file_path, listed_or_why_not, plain_errors
+from .model_files import CHECKPOINTS, FileInput, file_path, listed_or_why_not, plain_errors
 from .schema import schema
 
 
@@ -20,6 +20,7 @@ class TurboLoader(io.ComfyNode):
             search_aliases=["turbowan", "turbodiffusion", "sla", "int8", "wan"],
             inputs=[
                 FileInput(
+                    CHECKPOINTS,
                     "checkpoint",
                     tooltip="A file in models/diffusion_models, quantized (-quant) or not, "
                     ".pth or .safetensors. What it holds is read from the file, not from its name.",
@@ -38,10 +39,10 @@ class TurboLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint=None):
-        return listed_or_why_not(checkpoint)
+        return listed_or_why_not(CHECKPOINTS, checkpoint)
 
     @classmethod
     def execute(cls, checkpoint, granularity):
-        path = file_path("checkpoint", checkpoint)
+        path = file_path(CHECKPOINTS, "checkpoint", checkpoint)
         with plain_errors():
             return io.NodeOutput(load_turbo_model(path, granularity))

@@ -6,6 +6,7 @@ import contextvars
 import logging
 
 from ..kernels import dispatch
+from .words import count
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,13 @@ class Counts:
         if not self.forwards:
             return "runs without TurboDiffusion"
         sparse = set().union(*self.sla.values())
-        parts = [_count(self.forwards, "forward pass", "forward passes")]
+        parts = [count(self.forwards, "forward pass", "forward passes")]
         parts += [f"SLA in {len(sparse)} of {self.num_blocks} blocks"]
         parts += [f"{how} in {_ranges(blocks)}" for how, blocks in self.sla.items()]
         parts += [f"dense in {_ranges(blocks)}: {why}" for why, blocks in self.dense.items()]
         parts += [f"fused in {_ranges(self.fused)}"] if self.fused else []
         parts += [f"not fused in {_ranges(blocks)}: {why}" for why, blocks in self.unfused.items()]
-        parts += [f"INT8 {how} in {_count(len(of), 'linear')}" for how, of in self.int8.items()]
+        parts += [f"INT8 {how} in {count(len(of), 'linear')}" for how, of in self.int8.items()]
         return "; ".join(parts + self._kernel_parts())
 
     def _kernel_parts(self) -> list[str]:
@@ -155,11 +156,6 @@ def note_int8(granularity: str, linear: object) -> None:
     """The INT8 layer `linear` ran in `granularity` ("blocks" or "rows")."""
     if counts := _counts():
         counts.int8[GRANULARITY[granularity]].add(id(linear))
-
-
-def _count(number: int, one: str, more: str = "") -> str:
-    """1 -> "1 linear", 2 -> "2 linears"; `more` is the plural where no s makes it."""
-    return f"{number} {one if number == 1 else more or one + 's'}"
 
 
 def _ranges(blocks: set[int]) -> str:

@@ -4,7 +4,12 @@ import { app } from "../../scripts/app.js";
 // neither saved with the workflow nor sent with the prompt. The host sends it as "text".
 
 // The boxes' smallest heights in pixels.
-const HEIGHTS = { TurboDoctor: 280, W8A8Quantize: 160, TurboSaveCheckpoint: 44 };
+const HEIGHTS = {
+  TurboDoctor: 280,
+  TurboLoraLoader: 120,
+  TurboSaveCheckpoint: 44,
+  W8A8Quantize: 160,
+};
 const NAME = "text";
 
 function box(node) {

@@ -18,7 +18,7 @@ from turbodiffusion_pack.nodes import NODES
 from turbodiffusion_pack.nodes.attention import SLAAttentionPatch
 from turbodiffusion_pack.nodes.experts import Wan22ExpertSwitch
 from turbodiffusion_pack.nodes.loader import TurboLoader
-from turbodiffusion_pack.nodes.model_files import FOLDER
+from turbodiffusion_pack.nodes.model_files import CHECKPOINTS, LORAS
 from turbodiffusion_pack.nodes.quantize import W8A8Quantize
 from turbodiffusion_pack.nodes.resolution import WanAdaptiveResolution
 from turbodiffusion_pack.nodes.sampler import RCMSampler
@@ -44,9 +44,11 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name in ("t2v-quant.pth", "t2v.pth"):
         goldens.unpack_checkpoint(name, folder)
-    folder_paths.add_model_folder_path(FOLDER, str(folder))
+    for kind in (CHECKPOINTS, LORAS):
+        folder_paths.add_model_folder_path(kind.name, str(folder))
     yield folder
-    folder_paths.folder_names_and_paths[FOLDER][0].remove(str(folder))
+    for kind in (CHECKPOINTS, LORAS):
+        folder_paths.folder_names_and_paths[kind.name][0].remove(str(folder))
 
 
 def _load(name):
@@ -178,8 +180,8 @@ def test_odd_values_are_told_and_crash_nothing(client, folder, kind):
     inputs = kind.define_schema().inputs
     links = {"MODEL": "Model", "IMAGE": "Any"}
     good = {i.id: [links[i.io_type], 0] for i in inputs if i.io_type in links}
-    if kind is TurboLoader:
-        good["checkpoint"] = "t2v.pth"
+    files = {"checkpoint": "t2v.pth", "lora_name": "t2v.pth"}
+    good |= {i.id: files[i.id] for i in inputs if i.id in files}
     assert client.errors(kind, **good) == []
     for odd_input, odd in itertools.product(inputs, ODD):
         for message, _ in client.errors(kind, **{**good, odd_input.id: odd}):

@@ -88,7 +88,7 @@ def interface(info: dict) -> dict:
     for name, (kind, *options) in both.items():
         combo = kind == "COMBO" or isinstance(kind, list)
         inputs[name] = {"type": "COMBO" if combo else kind}
-        if combo and name not in ("checkpoint", "projections"):
+        if combo and name not in ("checkpoint", "lora_name", "projections"):
             inputs[name]["options"] = combo_options(info, name)
         inputs[name] |= {k: v for k, v in (options or [{}])[0].items() if k in kept}
     return {"inputs": inputs, "outputs": info["output"], "output_names": info["output_name"]}

@@ -1,6 +1,7 @@
 """TurboDiffusion checkpoints: a file in, a checked set of Wan tensors out."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "file_tensors",
     "int8_in_file",
     "read_checkpoint",
+    "read_named_tensors",
 ]
 
 
@@ -91,9 +93,26 @@ def read_checkpoint(
             message names the file (without its folder, as it may reach a client of the server),
             what was found and what to do.
     """
+    with _errors_named(path):
+        return check_tensors(wan_names(read_files(Path(path))), progress)
+
+
+def read_named_tensors(path: str | PathLike) -> dict[str, torch.Tensor]:
+    """All tensors of a file by the names that they have in it, for what is no checkpoint.
+
+    Raises:
+        CheckpointError: as read_checkpoint, as far as it is about files.
+    """
+    with _errors_named(path):
+        return read_files(Path(path))
+
+
+@contextlib.contextmanager
+def _errors_named(path: str | PathLike) -> Iterator[None]:
+    """Errors about the file at `path` as CheckpointErrors that begin with its name."""
     path = Path(path)
     try:
-        return check_tensors(wan_names(read_files(path)), progress)
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from error.__cause__
     except OSError as error:

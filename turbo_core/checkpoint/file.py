@@ -73,6 +73,21 @@ def read_tensors(path: Path) -> Tensors:
     raise CheckpointError(_not_a_checkpoint(path, start))
 
 
+def read_header_text(path: Path) -> dict[str, str]:
+    """The text that a .safetensors file has in its header, by name; empty where it has none.
+
+    Raises:
+        CheckpointError, OSError: as read_tensors.
+    """
+    if _first_bytes(path)[8:9] != SAFETENSORS_NINTH:
+        return {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise damaged(error) from error
+
+
 def _first_bytes(path: Path) -> bytes:
     if path.suffix.lower() not in SUFFIXES:
         raise CheckpointError(
