@@ -207,7 +207,8 @@ def _check_listed(name: str, dtype: torch.dtype | str, shape: tuple) -> None:
     if dtype not in DTYPES.values():
         raise CheckpointError(
             f"{name} is {str(dtype).removeprefix('torch.')}, a checkpoint holds none: take "
-            "TurboDiffusion's plain or -quant file"
+            "TurboDiffusion's plain or -quant file; for one in another format there is ComfyUI's "
+            "own Load Diffusion Model"
         )
     if len(shape) > MOST_AXES or not all(map(_is_count, shape)):
         raise damaged(f"{name} has an impossible shape of {len(shape)} axes")
