@@ -67,9 +67,9 @@ class SLAAttentionPatch(io.ComfyNode):
                     first=(NONE,),
                     default=NONE,
                     optional=True,
-                    tooltip="A TurboDiffusion checkpoint of the same model size, whose SLA "
-                    "projections this MODEL gets; nothing else of it is used. none: those the "
-                    "MODEL has.",
+                    tooltip="A TurboDiffusion checkpoint of the same model size, or SimpleTuner's "
+                    "sla_attention.pt, whose SLA projections this MODEL gets; nothing else of it "
+                    "is used. none: those the MODEL has.",
                 ),
             ],
             outputs=[

@@ -121,6 +121,20 @@ def test_projections_of_an_int8_file(stock, expected):
     assert goldens.relative_error(_run(_patch(stock, "t2v-quant.pth")), expected[FILE]) < EXACT
 
 
+def test_the_one_projection_of_simpletuner(stock, folder, line):
+    """The same as a checkpoint that has it in every block."""
+    tensors = torch.load(folder / FILE, weights_only=True)
+    weight, bias = (tensors[f"blocks.0.{PROJ_L}.{part}"] for part in ("weight", "bias"))
+    one = {n: {"weight": weight, "bias": bias}.get(n.rpartition(".")[2]) for n in tensors}
+    torch.save({n: one[n] if PROJ_L in n else t for n, t in tensors.items()}, folder / "one.pth")
+    state = {"128:bf16": {"proj_l.weight": weight, "proj_l.bias": bias}}
+    settings = {"topk": 0.2, "feature_map": "softmax", "blkq": 64, "blkk": 64}
+    torch.save({"settings": settings, "state": state, "version": 1}, folder / "sla_attention.pt")
+    out = _run(_patch(stock, "sla_attention.pt"))
+    assert NO_BRANCH not in line()
+    assert torch.equal(out, _run(_patch(stock, "one.pth")))
+
+
 def test_the_host_sees_them_while_the_model_is_loaded(stock):
     model, names = _patch(stock, FILE), _names(stock)
     comfy.model_management.load_models_gpu([model])

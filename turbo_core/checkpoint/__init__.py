@@ -1,7 +1,6 @@
 """TurboDiffusion checkpoints: a file in, a checked set of Wan tensors out."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from einops import rearrange
 
 from .checks import check_dtypes, check_shapes, check_values, small_tensors
-from .error import CheckpointError
+from .error import CheckpointError, errors_named
 from .extras import split_layer_settings, split_proj_l
 from .names import PROJ_L, wan_names
 from .scales import split_scales
@@ -93,7 +92,7 @@ def read_checkpoint(
             message names the file (without its folder, as it may reach a client of the server),
             what was found and what to do.
     """
-    with _errors_named(path):
+    with errors_named(path):
         return check_tensors(wan_names(read_files(Path(path))), progress)
 
 
@@ -103,23 +102,8 @@ def read_named_tensors(path: str | PathLike) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: as read_checkpoint, as far as it is about files.
     """
-    with _errors_named(path):
+    with errors_named(path):
         return read_files(Path(path))
-
-
-@contextlib.contextmanager
-def _errors_named(path: str | PathLike) -> Iterator[None]:
-    """Errors about the file at `path` as CheckpointErrors that begin with its name."""
-    path = Path(path)
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{path.name}: {error}") from error.__cause__
-    except OSError as error:
-        raise CheckpointError(
-            f"{path.name}: could not be read ({error.strerror or type(error).__name__}): check the "
-            "drive and the file's permissions"
-        ) from error
 
 
 def check_tensors(

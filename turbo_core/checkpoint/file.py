@@ -66,11 +66,24 @@ def read_tensors(path: Path) -> Tensors:
     start = _first_bytes(path)
     if start[8:9] == SAFETENSORS_NINTH:  # its first eight bytes are a length, any length
         return _read_safetensors(path)
+    content, locate = pth_content(path)
+    if locate is None:
+        raise CheckpointError(_not_a_checkpoint(path, start))
+    return mapped_tensors(path, content, locate)
+
+
+def pth_content(path: Path) -> tuple[object, Locate | None]:
+    """What a .pth or .pt file lists, and where its storages lie; None and None for other files.
+
+    Raises:
+        CheckpointError, OSError: as read_tensors.
+    """
+    start = _first_bytes(path)
+    if start[8:9] == SAFETENSORS_NINTH:
+        return None, None
     if start.startswith(ZIP_START):
-        return _mapped_tensors(path, *list_zip(path))
-    if start.startswith(PICKLE_START):
-        return _mapped_tensors(path, *list_old(path))
-    raise CheckpointError(_not_a_checkpoint(path, start))
+        return list_zip(path)
+    return list_old(path) if start.startswith(PICKLE_START) else (None, None)
 
 
 def read_header_text(path: Path) -> dict[str, str]:
@@ -126,8 +139,12 @@ def _read_safetensors(path: Path) -> Tensors:
         raise damaged(error) from error
 
 
-def _mapped_tensors(path: Path, content: object, locate: Locate) -> Tensors:
-    """The tensors that a .pth file's `content` lists, memory-mapped."""
+def mapped_tensors(path: Path, content: object, locate: Locate) -> Tensors:
+    """The tensors that a .pth file's `content` lists, memory-mapped.
+
+    Raises:
+        CheckpointError: as read_tensors.
+    """
     listed = _named_tensors(content)
     _check_count(len(listed))
     size = path.stat().st_size
