@@ -23,6 +23,7 @@ class SLAAttentionPatch(io.ComfyNode):
             description="Chooses the self-attention of a Wan MODEL: sparse-linear attention in "
             "8 or 16 bits, or dense.",
             search_aliases=["sla", "sagesla", "sparse attention", "turbodiffusion"],
+            advanced=("dense_blocks", "dense_steps", "backend", "projections"),
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 MODEL."),
                 io.Combo.Input(

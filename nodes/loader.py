@@ -18,6 +18,7 @@ class TurboLoader(io.ComfyNode):
             description="Loads a TurboDiffusion checkpoint for Wan 2.1 or 2.2 as an ordinary "
             "MODEL: INT8 weights stay INT8, sparse-linear attention is on.",
             search_aliases=["turbowan", "turbodiffusion", "sla", "int8", "wan"],
+            essentials_category="Video Generation",
             inputs=[
                 FileInput(
                     CHECKPOINTS,

@@ -17,6 +17,7 @@ class TurboLoraLoader(io.ComfyNode):
             description="Loads a LoRA for Wan in any spelling (ComfyUI, diffusers, PEFT, "
             "DiffSynth, kohya, LyCORIS) and tells what of it fits the MODEL.",
             search_aliases=["lora", "wan lora", "diffusers", "peft", "lycoris", "turbodiffusion"],
+            essentials_category="Video Generation",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A Wan MODEL from any loader; INT8 weights stay INT8."

@@ -170,7 +170,7 @@ def has_dynamic_vram() -> bool:
 
 
 def known_fields(schema: type, fields: dict) -> dict:
-    """The `fields` of a node's `schema` but for the search aliases, which 0.3.75 does not know."""
-    if "search_aliases" in inspect.signature(schema).parameters:
-        return fields
-    return {name: value for name, value in fields.items() if name != "search_aliases"}
+    """The `fields` of a node's `schema` that the host knows: 0.3.75 lacks some search aids."""
+    known = inspect.signature(schema).parameters
+    newer = {"search_aliases", "essentials_category"} - known.keys()
+    return {name: value for name, value in fields.items() if name not in newer}
