@@ -1,8 +1,11 @@
 """What the ComfyUI registry and the README's readers see."""
 
+import io
 import json
 import re
+import struct
 import sys
+import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -15,6 +18,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+LARGEST_ZIP, LARGEST_FILE = 1_000_000, 100_000  # bytes
 # All that an installed pack consists of.
 SHIPPED = {
     "__init__.py",
@@ -59,7 +63,33 @@ def test_registry_fields():
     assert comfy["requires-comfyui"] == ">=0.3.75"
     assert "web" not in comfy, "help pages are served by WEB_DIRECTORY; both would load JS twice"
     assert PROJECT["project"]["name"] == "turbodiffusion-wan"
-    assert PROJECT["project"]["urls"]["Repository"].startswith("https://github.com/")
+    urls = PROJECT["project"]["urls"]
+    assert urls.keys() == {"Repository", "Documentation", "Bug Tracker"}
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
+    assert urls["Repository"].startswith("https://github.com/")
+
+
+def test_the_icon_is_one_that_the_registry_takes():
+    """A square of at most 400 pixels, where the repository has it."""
+    url = PROJECT["tool"]["comfy"]["Icon"]
+    repository = PROJECT["project"]["urls"]["Repository"].removeprefix("https://github.com/")
+    start = f"https://raw.githubusercontent.com/{repository}/main/"
+    assert url.startswith(start)
+    header = (ROOT / url.removeprefix(start)).read_bytes()[:24]
+    width, height = struct.unpack(">II", header[16:])  # of a PNG
+    assert header.startswith(b"\x89PNG")
+    assert width == height <= 400
+
+
+def test_the_models_are_those_of_the_examples():
+    models = {m["location"]: m["model_url"] for m in PROJECT["tool"]["comfy"]["Models"]}
+    used = {}
+    for path in (ROOT / "example_workflows").glob("*.json"):
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            if node["type"] == "TurboLoader":
+                (model,) = node["properties"]["models"]
+                used[f"models/{model['directory']}/{model['name']}"] = model["url"]
+    assert models == used
 
 
 def test_license():
@@ -74,6 +104,30 @@ def test_newest_change_is_this_version():
 
 def test_only_the_pack_is_packed():
     assert packed() == SHIPPED
+
+
+def test_the_published_zip_is_small():
+    """The registry takes 100 MB; a pack of this kind has no reason to be one."""
+    names = [n for n in ROOT.rglob("*") if n.relative_to(ROOT).parts[0] in SHIPPED]
+    files = [n for n in names if n.is_file() and "__pycache__" not in n.parts]
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in files:
+            archive.write(file, file.relative_to(ROOT))
+    assert len(packed.getvalue()) <= LARGEST_ZIP
+    assert {file.name for file in files if file.stat().st_size > LARGEST_FILE} == set()
+
+
+def test_a_bug_report_asks_for_the_doctors_text():
+    form = read(".github/ISSUE_TEMPLATE/bug.yml")
+    assert "python turbo_core/doctor.py" in form and "Turbo Doctor" in form
+    assert form.count("required: true") == 3
+
+
+def test_publishing_runs_on_this_project_only():
+    action = read(".github/workflows/publish.yml")
+    assert f"github.repository_owner == '{PROJECT['tool']['comfy']['PublisherId']}'" in action
+    assert "paths: [pyproject.toml]" in action
 
 
 def test_readme_is_short():
