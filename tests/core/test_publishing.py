@@ -30,6 +30,7 @@ SHIPPED = {
     "nodes",
     "pyproject.toml",
     "requirements.txt",
+    "subgraphs",
     "turbo_core",
     "web",
 }

@@ -49,6 +49,13 @@ def load(path: Path) -> dict:
 WORKFLOWS = {path.stem: load(path) for path in sorted(EXAMPLES.glob("*.json"))}
 VIDEOS = [stem for stem in WORKFLOWS if stem != "Quantize_and_save"]
 
+# Blueprints of subgraphs, and what of an example each of them leaves out.
+BLUEPRINTS = {
+    "Text to video (TurboDiffusion)": ("Text_to_video_1.3B_480p", {"SaveVideo"}),
+    "Image to video (TurboDiffusion)": ("Image_to_video_A14B_720p", {"SaveVideo", "LoadImage"}),
+    "Quantize a Wan model (TurboDiffusion)": ("Quantize_and_save", set()),
+}
+
 
 @pytest.fixture(params=WORKFLOWS)
 def workflow(request) -> dict:
@@ -226,6 +233,76 @@ def test_the_stock_ksampler_samples_as_rcm():
     )
     steps, cfg, *sampling = sampler["widgets_values"][2:]
     assert (steps, cfg, sampling) == (4, 1.0, ["lcm", "rcm", 1.0])
+
+
+def blueprint(name: str) -> tuple[dict, dict]:
+    """The one node of a blueprint, and the subgraph that it stands for."""
+    content = load(ROOT / "subgraphs" / f"{name}.json")
+    (instance,), (subgraph,) = content["nodes"], content["definitions"]["subgraphs"]
+    assert instance["type"] == subgraph["id"]
+    return instance, subgraph
+
+
+def test_every_blueprint_is_of_an_example():
+    assert {path.stem for path in (ROOT / "subgraphs").iterdir()} == set(BLUEPRINTS)
+
+
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_a_blueprints_slots_lead_where_they_say(name):
+    instance, subgraph = blueprint(name)
+    assert subgraph["name"] == name and subgraph["description"] and subgraph["category"]
+    nodes = {node["id"]: node for node in subgraph["nodes"]}
+    links = {link["id"]: link for link in subgraph["links"]}
+    for link in links.values():
+        if link["origin_id"] in nodes:
+            assert link["id"] in nodes[link["origin_id"]]["outputs"][link["origin_slot"]]["links"]
+        if link["target_id"] in nodes:
+            assert nodes[link["target_id"]]["inputs"][link["target_slot"]]["link"] == link["id"]
+    for kind, end in (("inputs", "origin_slot"), ("outputs", "target_slot")):
+        assert [s["name"] for s in instance[kind]] == [s["name"] for s in subgraph[kind]]
+        for slot, port in enumerate(subgraph[kind]):
+            assert port["linkIds"] and all(links[i][end] == slot for i in port["linkIds"])
+    shown = map(tuple, instance["properties"]["proxyWidgets"])
+    values = dict(zip(shown, instance["widgets_values"], strict=True))
+    for port in subgraph["inputs"]:
+        target = links[port["linkIds"][0]]
+        node = nodes[target["target_id"]]
+        inner = node["inputs"][target["target_slot"]]
+        if "widget" in inner:
+            names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
+            own = node["widgets_values"][names.index(inner["name"])]
+            assert values["-1", port["name"]] == own
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_a_blueprint_is_the_example(server, name):
+    """Opened up, it sends the same prompt, but for the files at its ends."""
+    info, (stem, left_out) = server.object_info(), BLUEPRINTS[name]
+    _, subgraph = blueprint(name)
+    inside = {node["id"] for node in subgraph["nodes"]}
+    ends = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    links = [[link[end] for end in ends] for link in subgraph["links"]]
+    own = {link[0] for link in links if link[1] in inside}
+    for node in subgraph["nodes"]:
+        for entry in node["inputs"]:
+            entry["link"] = entry["link"] if entry["link"] in own else None
+    found = api_format({"nodes": subgraph["nodes"], "links": links}, info)
+    wanted = api_format(WORKFLOWS[stem], info)
+    gone = {key for key, node in wanted.items() if node["class_type"] in left_out}
+    wanted = {key: node for key, node in wanted.items() if key not in gone}
+    for node in wanted.values():
+        inputs = node["inputs"].items()
+        linked = {n for n, v in inputs if isinstance(v, list) and v[0] in gone}
+        node["inputs"] = {n: v for n, v in inputs if n not in linked}
+    assert found == wanted
+
+
+@pytest.mark.server
+def test_the_host_offers_the_blueprints(server):
+    offered = server.get("/global_subgraphs").values()
+    ours = {e["name"] for e in offered if e["info"]["node_pack"] == f"custom_nodes.{ROOT.name}"}
+    assert ours == set(BLUEPRINTS)
 
 
 @pytest.mark.server
