@@ -27,6 +27,7 @@ SHIPPED = {
     "README.md",
     "example_workflows",
     "kernels",
+    "locales",
     "nodes",
     "pyproject.toml",
     "requirements.txt",

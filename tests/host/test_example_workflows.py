@@ -470,6 +470,15 @@ def test_the_host_offers_it_as_a_template(server):
 
 
 @pytest.mark.server
+def test_the_host_offers_the_translations(server):
+    offered = server.get("/i18n")
+    for language in ("en", "zh"):
+        wanted = load(ROOT / "locales" / language / "nodeDefs.json")
+        found = offered[language]["nodeDefs"]
+        assert {name: found[name] for name in wanted} == wanted
+
+
+@pytest.mark.server
 def test_help_pages_name_every_input_and_output(server):
     info = server.object_info()
     module = info["TurboLoader"]["python_module"]
