@@ -69,6 +69,21 @@ def test_a_text_model_with_an_image_and_a_second_distillation(folder, caplog):
     assert "5 steps" in steps and "distilled already" in retimed and "not looked at" in image
 
 
+def test_another_packs_guidance_stops_no_run(i2v):
+    class Scheduled(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            self.cfg = 1.0
+            return super().predict_noise(x, timestep, model_options or {}, seed)
+
+    guider = Scheduled(i2v)
+    context = in_comfyui.pad_context(torch.zeros(1, 4, 64))
+    guider.inner_set_conds({"positive": [[context, {}]]})
+    guider.cfg = [5.0, 1.0]
+    noise, sampler = torch.randn(1, 16, 1, 8, 8), rcm_sampler("ode")
+    out = guider.sample(noise, 0 * noise, sampler, rcm_sigmas(1, 200), disable_pbar=True)
+    assert out.isfinite().all()
+
+
 def test_a_model_without_projections_is_any_model(folder, caplog):
     tensors = {n: t for n, t in tiny_models.i2v_checkpoint(0).items() if "proj_l" not in n}
     model = _load(folder, "plain.pth", tensors)

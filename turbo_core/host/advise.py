@@ -24,6 +24,7 @@ def advise(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
 def _run(guider, noise: torch.Tensor, sampler, sigmas: torch.Tensor) -> Run:
     wan = guider.model_patcher.get_model_object("diffusion_model")
     ours = getattr(sampler, "sampler_function", None) is sample_rcm
+    cfg = getattr(guider, "cfg", 1.0)  # other packs' guiders may have anything there
     conds = [cond for group in guider.conds.values() for cond in group]
     return Run(
         dim=wan.dim,
@@ -31,7 +32,7 @@ def _run(guider, noise: torch.Tensor, sampler, sigmas: torch.Tensor) -> Run:
         size=(SCALE * noise.shape[-1], SCALE * noise.shape[-2]),
         sigmas=sigmas.tolist(),
         mode=sampler.extra_options["mode"] if ours else "",
-        cfg=getattr(guider, "cfg", 1.0),
+        cfg=cfg if isinstance(cfg, (int, float)) else 1.0,
         has_image=any(IMAGE in cond for cond in conds),
         retimed=any(key.startswith(TIME) for key in guider.model_patcher.patches),
     )
