@@ -444,7 +444,7 @@ def test_the_quantized_model_is_offered_and_makes_a_video(server):
 def test_the_merged_model_has_both_updates_and_proj_l(server):
     """The same weights as the training's merge, but for the host's random rounding to bf16."""
     info = server.object_info()
-    run = server.run(api_format(WORKFLOWS["merge_sla_rcm"], info))
+    run = server.run(api_format(WORKFLOWS["Merge_SLA_and_rCM"], info))
     assert run.outcome == "execution_success", run.message
     folder = server.output / "diffusion_models"
     newest = max(folder.iterdir(), key=lambda path: path.stat().st_mtime)

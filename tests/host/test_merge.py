@@ -47,7 +47,7 @@ def nodes():
 
 
 def by_nodes(files, sla_first=True):
-    """What the workflow merge_sla_rcm.json makes of the three files."""
+    """What the workflow Merge_SLA_and_rCM.json makes of the three files."""
     add, subtract = nodes()
     base, sla, rcm = (load(files[role]) for role in trained_pair.ROLES)
     (update,) = subtract.merge(sla, base, 1.0)
