@@ -16,13 +16,6 @@ def _poisoned(allocate):
 
 
 @pytest.fixture(autouse=True)
-def outside_inference_mode():
-    """Tests inside ComfyUI, which may have run before, stay in inference mode to the end."""
-    with torch.inference_mode(False):
-        yield
-
-
-@pytest.fixture(autouse=True)
 def poison_fresh_memory(monkeypatch):
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
