@@ -1,4 +1,4 @@
-"""Merged models in ComfyUI: they load, quantize and run, and core nodes in one order make the same."""
+"""Merged models in ComfyUI: they load, quantize, run, and core nodes in one order make the same."""
 
 import goldens
 import in_comfyui
