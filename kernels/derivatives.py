@@ -9,8 +9,7 @@ def asked_for(*tensors: torch.Tensor | None) -> bool:
     given = [x for x in tensors if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return True
-    # torch.compile does not trace forward mode.
-    return not torch.compiler.is_compiling() and any(map(has_tangent, given))
+    return any(map(has_tangent, given))
 
 
 def no_gradients(*tensors: torch.Tensor | None) -> str | None:
@@ -19,5 +18,5 @@ def no_gradients(*tensors: torch.Tensor | None) -> str | None:
 
 
 def has_tangent(x: torch.Tensor) -> bool:
-    """Whether forward mode pushes a tangent along with x."""
-    return forward_ad.unpack_dual(x).tangent is not None
+    """Whether forward mode pushes a tangent along with x; torch.compile traces none."""
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None

@@ -136,32 +136,32 @@ ATTENTION: dict[Card, dict[str, KeyLoop]] = {
 }
 
 # The gradients of 16-bit attention for q ("query") and for k and v ("keys"), and its tangent. On
-# Hopper and newer 64 rows of a warp group leave room for two programs on a multiprocessor.
+# Hopper 64 keys of a warp group leave room for two programs on a multiprocessor.
 GRADIENTS: dict[Card, dict[str, GradientLoop]] = {
     (8, 0): {
         "query": GradientLoop(128, 64, warps=8, stages=2),
-        "keys": GradientLoop(64, 64, warps=4, stages=2),
-        "tangent": GradientLoop(64, 64, warps=4, stages=1),
+        "keys": GradientLoop(64, 64, warps=8, stages=2),
+        "tangent": GradientLoop(64, 64, warps=8, stages=2),
     },
     (8, 6): {
-        "query": GradientLoop(64, 64, warps=4, stages=1),
-        "keys": GradientLoop(64, 64, warps=4, stages=1),
-        "tangent": GradientLoop(64, 64, warps=4, stages=1),
+        "query": GradientLoop(64, 64, warps=4, stages=2),
+        "keys": GradientLoop(64, 64, warps=8, stages=2),
+        "tangent": GradientLoop(64, 32, warps=4, stages=2),
     },
     (9, 0): {
-        "query": GradientLoop(128, 64, warps=8, stages=2),
-        "keys": GradientLoop(64, 64, warps=4, stages=2),
+        "query": GradientLoop(128, 64, warps=8, stages=3),
+        "keys": GradientLoop(64, 64, warps=4, stages=3),
         "tangent": GradientLoop(128, 64, warps=8, stages=2),
     },
     (10, 0): {
-        "query": GradientLoop(128, 64, warps=8, stages=2),
+        "query": GradientLoop(64, 64, warps=4, stages=2),
         "keys": GradientLoop(64, 64, warps=4, stages=2),
-        "tangent": GradientLoop(128, 64, warps=8, stages=1),
+        "tangent": GradientLoop(64, 64, warps=4, stages=2),
     },
     (12, 0): {
-        "query": GradientLoop(64, 64, warps=4, stages=1),
-        "keys": GradientLoop(64, 64, warps=4, stages=1),
-        "tangent": GradientLoop(64, 64, warps=4, stages=1),
+        "query": GradientLoop(64, 32, warps=4, stages=2),
+        "keys": GradientLoop(64, 32, warps=4, stages=2),
+        "tangent": GradientLoop(64, 32, warps=8, stages=2),
     },
 }
 

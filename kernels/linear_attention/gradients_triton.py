@@ -20,6 +20,8 @@ from .triton import (
 )
 
 ROWS = 64  # of one program that sums nothing: two tiles and their changes fill its registers
+# A multiprocessor for each: ptxas would save registers for a second program, and spill.
+SUMS_LAUNCH = {**STATE_LAUNCH, "maxnreg": 248}
 
 
 @triton.jit
@@ -110,7 +112,8 @@ def linear_query_gradients_kernel(
         weights = phi * normalizer
         divisor = (1e-5 + tl.sum(weights, 1))[:, None]
         weights = weights / divisor
-        d_weights = tl.dot(d_y, tl.trans(mix))
+        # With the few rows as columns: each warp holds its own part of mix.
+        d_weights = tl.trans(tl.dot(mix, tl.trans(d_y)))
         delta = tl.sum(weights * d_weights, 1)[:, None]
         d_phi = (d_weights - delta) * (normalizer / divisor)
         d_q = through_feature_map(phi, d_phi, FEATURE_MAP)
@@ -217,7 +220,7 @@ def query_gradients(
         linear_query_gradients_kernel[len(d_mix), q.shape[0] * q.shape[2]](
             q, d_out, mix, normalizer.contiguous(), onto, d_mix, weighted, d_bias,
             q.shape[1], q.shape[2], rows, *q.stride()[:3], *d_out.stride()[:3],
-            HEAD_DIM=q.shape[3], TILE=TILE, FEATURE_MAP=feature_map, **STATE_LAUNCH,
+            HEAD_DIM=q.shape[3], TILE=TILE, FEATURE_MAP=feature_map, **SUMS_LAUNCH,
         )  # fmt: skip
     own = normalizer.clamp_min(SMALLEST)
     return d_mix.sum(0) / own[..., None], -weighted.sum(0) / own, d_bias.sum((0, 1, 2))
@@ -253,7 +256,7 @@ def state_jvp(
     with launching_on(k):
         state_jvp_kernel[len(t_state), k.shape[0] * k.shape[2]](
             k, v, tk, tv, t_state, t_normalizer, k.shape[1], k.shape[2], rows, *strides,
-            HEAD_DIM=k.shape[3], TILE=TILE, FEATURE_MAP=feature_map, **STATE_LAUNCH,
+            HEAD_DIM=k.shape[3], TILE=TILE, FEATURE_MAP=feature_map, **SUMS_LAUNCH,
         )  # fmt: skip
     return t_state.sum(0), t_normalizer.sum(0)
 

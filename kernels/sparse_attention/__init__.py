@@ -166,7 +166,7 @@ def sparse_attention_jvp(
     check_heads(q=q, k=k, v=v, out=out, tq=tq, tk=tk, tv=tv)
     _check_attention(q, block_map, block_q, block_k, None)
     _check_lse(lse, q)
-    kernels = _gradient_kernels("sparse_attention_jvp", backend, q, k, v, tq, tk, tv)
+    kernels = _gradient_kernels("sparse_attention_jvp", backend, q, k, v)
     return kernels.sparse_attention_jvp(
         q, k, v, out, lse, tq, tk, tv, block_map, block_q, block_k
     )  # fmt: skip
@@ -245,12 +245,12 @@ def _room(like: torch.Tensor) -> torch.Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-def _gradient_kernels(op: str, backend: str, *rows: torch.Tensor) -> ModuleType:
-    """The module that runs `op` on [B, L, H, D] tensors."""
-    unsupported = not_contiguous(*rows), float32_on_gpu(rows[0])
-    return choose(
-        op, backend, rows[0], gradients_reference, gradients_triton, unsupported=unsupported
-    )
+def _gradient_kernels(
+    op: str, backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> ModuleType:
+    """The module that runs `op`; of gradients and tangents it copies what it cannot read."""
+    unsupported = not_contiguous(q, k, v), float32_on_gpu(q)
+    return choose(op, backend, q, gradients_reference, gradients_triton, unsupported=unsupported)
 
 
 def _check_lse(lse: torch.Tensor, q: torch.Tensor) -> None:

@@ -332,7 +332,7 @@ def sparse_attention_jvp(
 ) -> torch.Tensor:
     """The tangent of out, contiguous [B, L, H, D] in q's dtype."""
     batch, length, heads, dim = q.shape
-    out = _side_by_side(out)
+    out, tq, tk, tv = map(_side_by_side, (out, tq, tk, tv))
     launch = gradient_launch(capability(q.device), "tangent", block_q, block_k)
     strides = [step for x in (q, k, v, tq, tk, tv, out) for step in x.stride()[:3]]
     tma, (k, v, tk, tv) = _maps(launch["STEP"], k, v, tk, tv)
@@ -353,7 +353,7 @@ def _maps(rows: int, *tensors: torch.Tensor) -> tuple[bool, list]:
 
 
 def _side_by_side(x: torch.Tensor) -> torch.Tensor:
-    """x, its channels in memory side by side and no row twice: an expanded gradient is copied."""
+    """x, or a copy where its channels do not lie side by side or a row stands for several."""
     return x if in_steps_of_16_bytes(x) and x.stride(-1) == 1 else x.contiguous()
 
 

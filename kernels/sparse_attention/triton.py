@@ -124,12 +124,12 @@ def sparse_attention_kernel(
         row_sum = row_sum * factor + tl.sum(weights, 1)
         acc = acc * factor[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc)
+    if LSE:
+        p_lse = lse_ptr + head.to(tl.int64) * length + first_row
+        row = tl.arange(0, BLOCK_Q)
+        tl.store(p_lse + row, row_max + tl.log2(row_sum), mask=row < length - first_row)
     rows = acc * (1.0 / row_sum)[:, None]
     store_rows(rows, out_ptr, first_row, length, BLOCK_Q, HEAD_DIM, ADD)
-    if LSE:
-        row = first_row + tl.arange(0, BLOCK_Q)
-        lse_ptr += head.to(tl.int64) * length
-        tl.store(lse_ptr + row, row_max + tl.log2(row_sum), mask=row < length)
 
 
 @triton.jit(do_not_specialize=["length", "count"])

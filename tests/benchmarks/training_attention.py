@@ -11,6 +11,7 @@ dense backward, 5 for a tangent.
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -107,10 +108,15 @@ def dense_times(x: Operands, runs: int) -> Iterator[tuple[str, float, float]]:
         torch.autograd.grad(scaled_dot_product_attention(*leaves), leaves, d_out)
 
     for name, backend in DENSE.items():
-        with contextlib.suppress(RuntimeError), sdpa_kernel([backend]):
-            with torch.no_grad():
-                ms = kernel_ms(lambda: scaled_dot_product_attention(*leaves), runs, 1)
-            yield name, ms, kernel_ms(train, runs, 1)
+        try:
+            with sdpa_kernel([backend]):
+                with torch.no_grad():
+                    ms = kernel_ms(lambda: scaled_dot_product_attention(*leaves), runs, 1)
+                both = kernel_ms(train, runs, 1)
+        except RuntimeError as error:
+            sys.stdout.write(f"torch {name} does not run here: {str(error).splitlines()[0]}\n")
+            continue
+        yield name, ms, both
 
 
 def our_kernels(x: Operands) -> dict[str, Callable]:
@@ -192,19 +198,28 @@ def as_row(shape: str, what: str, ms: float, rate=None, times=None) -> dict:
 
 
 def tune(shape: str, options) -> Iterator[dict]:
-    """Every loop of LOOPS, with and without tensor maps."""
+    """Every loop of LOOPS, with and without tensor maps, and how far its results are from those of
+    what ships."""
     x = prepare(*SHAPES[shape], options)
     kernels = our_kernels(x)
     for kind in options.kernels:
-        for loop in LOOPS[kind]:
-            for tma in (True, False) if options.pointers else (True,):
-                with launched(kind, loop, tma):
-                    try:
-                        ms = kernel_ms(kernels[kind], options.runs, 1)
-                    except OutOfResources:
-                        continue
-                what = f"{kind} {tuple(loop)}{'' if tma else ' pointers'}"
-                yield as_row(shape, what, ms, tflops(shape, options.topk, PRODUCTS[kind], ms))
+        shipped = kernels[kind]()
+        for loop, tma in itertools.product(LOOPS[kind], (True, False)[: 1 + options.pointers]):
+            with launched(kind, loop, tma):
+                try:
+                    ms = kernel_ms(kernels[kind], options.runs, 1)
+                except OutOfResources:
+                    continue
+                error = difference(kernels[kind](), shipped)
+            what = f"{kind} {tuple(loop)}{'' if tma else ' pointers'}"
+            rate = tflops(shape, options.topk, PRODUCTS[kind], ms)
+            yield as_row(shape, what, ms, rate) | {"difference": error}
+
+
+def difference(found, expected) -> float:
+    """The largest of |found - expected| / |expected| over the tensors of a result."""
+    pairs = [(found, expected)] if torch.is_tensor(found) else zip(found, expected, strict=True)
+    return max(float((x - y).float().norm() / y.float().norm()) for x, y in pairs)
 
 
 @contextlib.contextmanager
@@ -229,6 +244,8 @@ def show(result: dict) -> None:
         line += f" {result['tflops']:6.0f} TFLOP/s"
     if "times as fast as dense" in result:
         line += f"  {result['times as fast as dense']:.2f} times as fast as dense"
+    if "difference" in result:
+        line += f"  differs by {result['difference']:.1e}"
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
@@ -240,7 +257,7 @@ def main() -> None:
     parser.add_argument("--block-q", type=int, choices=(128, 64), default=128)
     parser.add_argument("--sinks", type=int, default=0, help="key blocks that everybody selects")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--dense-runs", type=int, default=3)
+    parser.add_argument("--dense-runs", type=int, default=2)
     parser.add_argument("--tune", action="store_true", help="try launches in place of comparing")
     parser.add_argument("--kernels", nargs="+", choices=LOOPS, default=list(LOOPS))
     parser.add_argument("--pointers", action="store_true", help="tune without tensor maps too")

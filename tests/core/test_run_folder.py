@@ -1,7 +1,6 @@
 """A run's folder: one run at a time, the same settings, whole outputs, exact resume after kill -9."""
 
 import csv
-import json
 import os
 import pickle
 import random
@@ -11,21 +10,24 @@ import sys
 import time
 from pathlib import Path
 
+import dummy_training
 import pytest
 import torch
-from dummy_training import COLUMNS, Dummy, train
+from dummy_training import (
+    COLUMNS,
+    Dummy,
+    die_at,
+    started,
+    train,
+    train_dummy,
+    train_with_little_room,
+)
 from turbodiffusion_pack.turbo_core.training import run_folder, step_checkpoints
 from turbodiffusion_pack.turbo_core.training.error import TrainingError
 from turbodiffusion_pack.turbo_core.training.report import Report
 
-SCRIPT = Path(__file__).resolve().parents[1] / "support" / "dummy_training.py"
-STEPS, SAVE_EVERY = 400, 7
+STEPS, SAVE_EVERY = 120, 7
 SETTINGS = {"steps": 10, "optimizer": {"lr": 1e-5, "betas": [0.9, 0.999]}}
-
-
-def start(root: Path, steps: int = STEPS) -> subprocess.Popen:
-    arguments = [sys.executable, str(SCRIPT), str(root), str(steps), str(SAVE_EVERY)]
-    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
 
 
 def rows(root: Path) -> list[dict[str, str]]:
@@ -49,28 +51,41 @@ def weights(root: Path) -> dict[str, torch.Tensor]:
     return torch.load(root / "dummy" / "weights.pt")
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_weights(whole, tmp_path):
-    """Six kills at random moments between the first checkpoint and the end."""
+def test_killed_at_random_moments_it_ends_with_the_same_weights(whole, tmp_path):
     chance, kills = random.Random(), 0
-    for _ in range(30):
-        run = start(tmp_path)
-        if kills < 6:
-            deadline, before = time.monotonic() + 60, steps_in(tmp_path)
-            while steps_in(tmp_path) == before and run.poll() is None:
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
-            time.sleep(chance.uniform(0, 0.15))
-            run.kill()
-        _, errors = run.communicate(timeout=120)
-        kills += run.returncode != 0
-        if run.returncode == 0:
-            break
-        assert run.returncode in (-signal.SIGKILL, 1) and "Error" not in errors, errors
+    for _ in range(5):
+        run, before = started(train_dummy, str(tmp_path), STEPS, SAVE_EVERY), steps_in(tmp_path)
+        while steps_in(tmp_path) == before and run.is_alive():
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.1))
+        run.kill()
+        run.join()
+        kills += run.exitcode != 0
+    train(tmp_path, STEPS, SAVE_EVERY, Dummy())
     assert kills >= 3
+    assert_same(tmp_path, whole)
+
+
+def test_killed_before_any_change_on_disk_it_ends_with_the_same_weights(tmp_path):
+    train(tmp_path / "whole", 3, 1, Dummy())
+    event = 0
+    while True:
+        event += 1
+        run = started(die_at, event, str(tmp_path / str(event)))
+        run.join()
+        if run.exitcode == 0:
+            break
+        assert run.exitcode in (-9, signal.SIGTERM)
+        train(tmp_path / str(event), 3, 1, Dummy())
+        assert_same(tmp_path / str(event), tmp_path / "whole")
+    assert event > 30  # as many moments to die in
+
+
+def assert_same(root: Path, whole: Path) -> None:
     for name, tensor in weights(whole).items():
-        assert torch.equal(weights(tmp_path)[name], tensor), name
-    assert rows(tmp_path) == rows(whole)
-    assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, STEPS + 1))
+        assert torch.equal(weights(root)[name], tensor), name
+    assert rows(root) == rows(whole)
+    assert [int(row["step"]) for row in rows(root)] == list(range(1, len(rows(root)) + 1))
 
 
 def test_a_finished_stage_returns_at_once(whole):
@@ -134,34 +149,18 @@ def test_outputs_that_cannot_be_written_leave_none(tmp_path):
         assert {p.name for p in folder.path.iterdir()} == {"lock", "settings.json"}
 
 
-FULL = """
-import resource, sys
-sys.path.append({support!r})
-from pathlib import Path
-import dummy_training
-from turbodiffusion_pack.turbo_core.training.error import TrainingError
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    dummy_training.train(Path({root!r}), 20, 5, dummy_training.Dummy(width=4000))
-except TrainingError as error:
-    sys.exit(str(error))
-"""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
 def test_a_full_disk_keeps_the_older_checkpoint(tmp_path):
-    """The same run first without, then with a limit on what it may write."""
     dummy = Dummy(width=4000)
     real, dummy.step = dummy.step, lambda n: {"loss": 1 / (10 - n), "gradient_norm": 1.0}
     with pytest.raises(ZeroDivisionError):
         train(tmp_path, 20, 5, dummy)
     assert steps_in(tmp_path) == [5, 10]
-    script = FULL.format(support=str(SCRIPT.parent), root=str(tmp_path))
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1].startswith(
+    started(train_with_little_room, str(tmp_path), str(tmp_path / "told")).join()
+    assert (tmp_path / "told").read_text() == (
         "the checkpoint of step 15 could not be written (File too large), the one of step 10 is "
-        f"whole: free some space in {tmp_path / 'dummy' / 'checkpoints'}"
+        f"whole: free some space in {tmp_path / 'dummy' / 'checkpoints'} and start the same "
+        "command again"
     )
     assert steps_in(tmp_path) == [5, 10]
     assert not list((tmp_path / "dummy" / "checkpoints").glob("*.part"))
@@ -203,6 +202,12 @@ def test_a_checkpoint_of_another_network(tmp_path, width):
     assert step_checkpoints.steps_in(folder) == [5]
 
 
+def test_nothing_is_pickled_into_a_checkpoint(tmp_path):
+    dummy = Dummy()
+    with pytest.raises(TypeError, match="all.student is a Trained, which no checkpoint holds"):
+        step_checkpoints.save(tmp_path, 5, {"all": dummy.state})
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
@@ -236,6 +241,26 @@ def test_rows_of_steps_that_are_made_again_are_dropped(tmp_path):
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 4
 
 
+def test_half_a_row_is_no_row(tmp_path):
+    report = Report(tmp_path, ["loss"], steps=20, every=2)
+    report.resume(0)
+    for step in range(1, 11):
+        report.log(step, loss=1.0)
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("1")  # the first letter of row 11
+    report.resume(10)
+    assert [row["step"] for row in report.rows] == list(range(1, 11))
+
+
+def test_a_log_that_cannot_be_written(tmp_path):
+    report = Report(tmp_path, ["loss"], steps=20, every=1)
+    report.resume(0)
+    (tmp_path / "log.csv").unlink()
+    (tmp_path / "log.csv").mkdir()
+    with pytest.raises(TrainingError, match=r"log.csv could not be written \(Is a directory\), the"):
+        report.log(1, loss=1.0)
+
+
 def test_settings_that_are_damaged(tmp_path):
     with run_folder.open(tmp_path, "sla", SETTINGS):
         pass
@@ -243,4 +268,23 @@ def test_settings_that_are_damaged(tmp_path):
     with pytest.raises(TrainingError, match=r"settings.json is damaged"):
         with run_folder.open(tmp_path, "sla", SETTINGS):
             pass
-    assert json.dumps(SETTINGS)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
+def test_two_processes_go_on_from_one(tmp_path):
+    """FSDP2 shards what one process saved, and both processes end with the same weights as one."""
+    whole, dummy = Dummy(), Dummy()
+    train(tmp_path / "whole", 12, 3, whole)
+    real, dummy.step = dummy.step, lambda n: real(n) if n < 7 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, 12, 3, dummy)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(Path(dummy_training.__file__)), str(tmp_path), "12", "3"]
+    run = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("going on from step 6 of 12") == 1  # one speaks for both
+    newest = tmp_path / "dummy" / "checkpoints" / "step-00000012"
+    assert {path.name for path in newest.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path)[name], tensor)
+    assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, 13))

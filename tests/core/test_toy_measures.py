@@ -107,7 +107,11 @@ def test_the_table_and_the_pictures_have_all_rows(examination):
     examination.set_teacher(lambda batch, noise: batch.latents + 0.05 * noise)
     for name in ("a", "b", "c"):
         examination.add(name, examination.teacher)
-    assert examination.pictures().shape == (2 * 3, FRAMES, PIXELS, PIXELS, 3)
+    shown = evaluate.pictures(examination.rows)
+    assert shown.shape == (2 * 3, FRAMES, PIXELS // 2 + evaluate.CAPTION, PIXELS // 2, 3)
+    assert len(set(map(str, shown[:3, 0, : evaluate.CAPTION].tolist()))) == 3  # each its caption
+    assert torch.equal(shown[0, :, evaluate.CAPTION :], shown[1, :, evaluate.CAPTION :])
+    assert examination.prompts() == world.prompts(clips(4).some(slice(0, 4, 2)))
     table = evaluate.markdown(examination.rows).splitlines()
     assert len(table) == 5 and table[2].startswith("| a | 100.0 | 100.0 |")
     assert all(line.count("|") == table[0].count("|") for line in table)

@@ -10,6 +10,7 @@ import torch
 from turbodiffusion_pack.kernels import (
     block_map,
     checks,
+    derivatives,
     dispatch,
     int8_linear,
     int8_quant,
@@ -88,6 +89,16 @@ def sage(q, block_map=None, pv="fp8", **options):
     )
 
 
+def row_sums():
+    """The log-sum-exp that belongs to `heads`."""
+    return torch.zeros(1, 2, 130)
+
+
+def recorded(x):
+    """x as autograd records it."""
+    return x.requires_grad_()
+
+
 # What runs an op where nothing is refused on Hopper, and the call.
 FITTING = {
     "block_means": (TRITON, lambda: block_map.block_means(heads(), 64)),
@@ -101,6 +112,18 @@ FITTING = {
     "int8_linear": (CUDA, linear),
     "key_value_state": (TRITON, lambda: linear_attention.key_value_state(heads(), heads())),
     "linear_attention": (TRITON, lambda: linear_attention.linear_attention(heads(), *branch())),
+    "linear_attention_backward": (
+        TRITON,
+        lambda: linear_attention.linear_attention_backward(
+            *[heads()] * 3, branch(), heads(), [heads()] * 3
+        ),
+    ),
+    "linear_attention_jvp": (
+        TRITON,
+        lambda: linear_attention.linear_attention_jvp(
+            *[heads()] * 3, branch(), (*[heads()] * 3, *branch()[2:4])
+        ),
+    ),
     "rms_norm": (TRITON, lambda: norm.rms_norm(torch.zeros(1, 130, 128), torch.zeros(128))),
     "layer_norm": (TRITON, lambda: norm.layer_norm(torch.zeros(1, 130, 128))),
     "layer_norm_quant": (
@@ -118,6 +141,22 @@ FITTING = {
     "sparse_attention": (
         TRITON,
         lambda: sparse_attention.sparse_attention(heads(), heads(), heads(), a_map()),
+    ),
+    "sparse_attention_with_lse": (
+        TRITON,
+        lambda: sparse_attention.sparse_attention_with_lse(*[heads()] * 3, a_map()),
+    ),
+    "sparse_attention_backward": (
+        TRITON,
+        lambda: sparse_attention.sparse_attention_backward(
+            *[heads()] * 4, row_sums(), heads(), a_map()
+        ),
+    ),
+    "sparse_attention_jvp": (
+        TRITON,
+        lambda: sparse_attention.sparse_attention_jvp(
+            *[heads()] * 4, row_sums(), *[heads()] * 3, a_map()
+        ),
     ),
     "sage_attention": (CUDA, lambda: sage(heads())),
 }
@@ -210,6 +249,34 @@ REFUSALS = [
         lambda: prepare(heads(), ANGLES.as_strided((1, 130, 64), (2**31, 64, 1))),
     ),
     (
+        "rms_norm",
+        REFERENCE,
+        "gradients are asked for",
+        lambda: norm.rms_norm(torch.zeros(1, 130, 128), recorded(torch.zeros(128))),
+    ),
+    (
+        "apply_rope",
+        REFERENCE,
+        "gradients are asked for",
+        lambda: rope.apply_rope(recorded(heads()), ANGLES, ANGLES),
+    ),
+    (
+        "linear_attention_backward",
+        REFERENCE,
+        "not contiguous",
+        lambda: linear_attention.linear_attention_backward(
+            *[strided(heads())] * 3, branch(), heads(), [heads()] * 3
+        ),
+    ),
+    (
+        "sparse_attention_with_lse",
+        REFERENCE,
+        "float32 tiles",
+        lambda: sparse_attention.sparse_attention_with_lse(
+            *[on_gpu(heads(dtype=torch.float32))] * 3, a_map()
+        ),
+    ),
+    (
         "apply_rope",
         REFERENCE,
         "96 is not a power of two",
@@ -247,6 +314,10 @@ REFUSALS = [
 ]
 
 
+# Where an op is named: in `choose`, or in what a package asks for all its gradients.
+CHOSEN = r'(?:choose|_gradient_kernels)\(\s*"(\w+)"'
+
+
 class LaunchedError(Exception):
     """Raised in place of running an implementation, by its name."""
 
@@ -260,10 +331,12 @@ def hopper(monkeypatch):
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
     names = {"reference": REFERENCE, "triton": TRITON, "hopper": CUDA}
+    names |= {"gradients_reference": REFERENCE, "gradients_triton": TRITON}
     for module in list(sys.modules.values()):
         folder, _, name = getattr(module, "__name__", "").rpartition(".")
         if folder.startswith("turbodiffusion_pack.kernels.") and name in names:
-            ops = {"linear", "prepare", "quantize", "key_value_state", *FITTING}
+            ops = {"linear", "prepare", "quantize", "query_gradients", "state_jvp"}
+            ops |= {"key_value_state", *FITTING}
             for op in ops & vars(module).keys():
                 monkeypatch.setattr(module, op, _announce(names[name]))
 
@@ -348,10 +421,10 @@ def test_other_cards_run_triton_and_have_nothing_to_decline(op, card, hopper, mo
 def test_every_op_and_every_declared_refusal_is_here():
     kernels = [m for n, m in sys.modules.items() if n.startswith("turbodiffusion_pack.kernels.")]
     sources = {inspect.getsource(module) for module in kernels if hasattr(module, "choose")}
-    ops = {op for source in sources for op in re.findall(r'choose\(\s*"(\w+)"', source)}
+    ops = {op for source in sources for op in re.findall(CHOSEN, source)}
     assert ops == FITTING.keys()
     functions = [module.unfit for module in kernels if hasattr(module, "unfit")]
-    functions += [checks.not_contiguous, checks.float32_on_gpu]
+    functions += [checks.not_contiguous, checks.float32_on_gpu, derivatives.no_gradients]
     functions += [rope._odd_head_dim, sparse_attention._no_fp8]
     for declared in (reason for function in functions for reason in _reasons(function)):
         assert any(_fits(declared, reason) for _, _, reason, _ in REFUSALS), declared

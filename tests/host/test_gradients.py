@@ -9,11 +9,12 @@ import in_comfyui
 import pytest
 import torch
 from in_comfyui import comfy
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from turbodiffusion_pack.kernels.block_map import block_map
 from turbodiffusion_pack.turbo_core import run_report
 from turbodiffusion_pack.turbo_core.host import self_attention
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
-from turbodiffusion_pack.turbo_core.host.options import ATTENTION
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.host.self_attention import sla
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
@@ -200,6 +201,22 @@ def test_an_int8_weight_cannot_be_trained(int8_wan):
         _velocity(int8_wan)
 
 
+@pytest.mark.parametrize("attention", ["dense", "sagesla"])
+def test_tangents_pass_like_gradients(int8_wan, x, attention, monkeypatch):
+    """Forward mode: the same derivative along one direction of x and one of the velocity."""
+    _fix_block_maps(monkeypatch)
+    model = patch_attention(int8_wan, SLASettings(attention, 0.34))
+    model.set_model_compute_dtype(torch.float32)
+    out, along = _velocity(model, x), _direction(x, 2)
+    (out * _direction(out, 1)).sum().backward()
+    expected = (x.grad * along).sum().item()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(
+            _velocity(model, forward_ad.make_dual(x.detach(), along))
+        ).tangent
+    assert (tangent * _direction(out, 1)).sum().item() == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_report_says_why(int8_wan, x, caplog):
     caplog.set_level(logging.INFO)
     with run_report.run():
@@ -239,13 +256,6 @@ def test_what_is_added_to_an_int8_linear_gets_its_gradient(int8_wan, asked):
     assert added[asked].grad.abs().sum() > 0
 
 
-def test_triton_by_name_has_no_gradients(float_wan, x):
-    model = float_wan.clone()
-    model.model_options["transformer_options"][ATTENTION]["backend"] = "triton"
-    with pytest.raises(RuntimeError, match=r"Triton was asked for, but gradients.*Use 'auto'"):
-        _velocity(model, x)
-
-
 @wrapped
 def test_a_model_as_the_train_node_has_it(paths, x):
     """Loaded in inference mode, as by any node, with something added to every weight and bias."""
@@ -267,13 +277,16 @@ def test_a_model_as_the_train_node_has_it(paths, x):
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["sla", "sagesla", "dense"])
 def test_gradients_on_a_gpu_are_those_of_the_reference(float_wan, x, attention):
-    """Kernels record no graph: nothing of them may be left on the way."""
+    """SLA's own kernels have gradients; of others nothing may be left on the way."""
     gradients = []
     for backend in ("auto", "reference"):
         x.grad = None
         settings = SLASettings(attention, 0.34, backend=backend)
         patched = patch_attention(float_wan, settings)
-        tensors = _gradients(patched, x)[1]
+        with run_report.run() as report:
+            tensors = _gradients(patched, x)[1]
+        ran = ("sparse_attention_with_lse", "Triton", None) in report.counts.kernels
+        assert ran == (backend == "auto" and attention != "dense")
         gradients.append([tensor.grad.clone() for tensor in tensors.values()])
     for gradient, expected in zip(*gradients, strict=True):
         assert goldens.relative_error(gradient, expected) < 2e-2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from turbodiffusion_pack.turbo_core.checkpoint.names import PROJ_L
-from turbodiffusion_pack.turbo_core.host import as_nodes, toy_evaluate
+from turbodiffusion_pack.turbo_core.host import as_nodes, toy_evaluate, toy_stages
 from turbodiffusion_pack.turbo_core.host.toy_evaluate import Models, evaluate, experts
 from turbodiffusion_pack.turbo_core.host.wan_vae import TrainableVAE
 from turbodiffusion_pack.turbo_core.rcm import default_sigma_max, rcm_angles
@@ -60,7 +60,7 @@ def write_run(path, preset: presets.Preset, seed: int = 0):
 
 
 def arguments(path, preset: str, **others) -> argparse.Namespace:
-    plain = {"seed": 0, "steps": None, "set": [], "low": None, "data": None}
+    plain = {"seed": 0, "steps": None, "set": [], "low": None, "data": None, "dry_run": False}
     return argparse.Namespace(**plain | {"out": path, "preset": preset} | others)
 
 
@@ -114,6 +114,16 @@ def test_experts_part_the_noise_levels():
     network = experts(lambda *_: "high", lambda *_: "low")
     said = [network(None, torch.tensor([t]), None, None) for t in (1000.0, 900.0, 899.0, 0.0)]
     assert said == ["high", "high", "low", "low"]
+
+
+def test_a_dry_run_starts_nothing(tmp_path, capsys):
+    for stage in (evaluate, toy_stages.vae, toy_stages.data):
+        stage(arguments(tmp_path / "run", "toy", dry_run=True), CPU)
+    told = capsys.readouterr().out
+    assert told.count("clips of 17 frames of 256 x 256; nothing is started") == 3
+    assert "samples 20480" in told and "prompts 256" in told and not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="for toys"):
+        toy_stages.vae(arguments(tmp_path / "run", "14B-480P"), CPU)
 
 
 def test_a_run_that_is_not_finished_is_told(tmp_path):

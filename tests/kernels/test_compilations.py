@@ -8,7 +8,8 @@ from wan_kernels import run_block
 FIRST = 32760, 0.1  # tokens and top-k
 LATER = [(75600, 0.1), (32760, 0.15), (1001, 0.05), (131072, 1.0)]
 LONGEST = 147600  # of 161 frames at 1280 x 720
-VARIANTS = [("rows", True), ("blocks", True), ("rows", False)]  # granularity, low bits
+# Granularity and low bits, and the gradients of attention.
+VARIANTS = [("rows", True), ("blocks", True), ("rows", False), ("training",)]
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids="sm_{0[0]}{0[1]}".format)

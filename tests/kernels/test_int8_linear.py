@@ -244,9 +244,7 @@ def test_rows_that_tensor_maps_cannot_address(k, n, monkeypatch):
     ((1, 1, 128, 8), (3, 129, 200, 140), (2, 1000, 1536, 8960), (1, 2111, 13824, 5120)),
 )
 @pytest.mark.parametrize("gate", (None, "sample", "token"))
-def test_triton_equals_the_reference_in_bf16(
-    gate, batch, length, k, n, granularity, monkeypatch
-):
+def test_triton_equals_the_reference_in_bf16(gate, batch, length, k, n, granularity, monkeypatch):
     monkeypatch.setattr(nvrtc, "unavailable", lambda: "it is switched off")
     operands = random_operands(batch, length, k, n, granularity)
     bias = torch.randn(n, device=DEVICE, dtype=torch.bfloat16)

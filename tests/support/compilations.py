@@ -42,8 +42,11 @@ def counted() -> Iterator[list[str]]:
 
 
 def specializations(capability: tuple[int, int], runs: list[tuple]) -> list[list[str]]:
-    """For each run, the arguments of `run_block` without the device, the kernels that a card of
-    `capability` compiles for it beyond those of the runs before. Needs no GPU."""
+    """The kernels that a card of `capability` compiles for each run beyond those of earlier runs.
+
+    A run has the arguments of `run_block` without the device, or those of `run_training` with
+    "training" for a granularity. Needs no GPU.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     process = subprocess.run(
         [sys.executable, "-c", "import compilations as c; c.work()"],
@@ -64,7 +67,7 @@ def work():
     import torch
     import triton
     from pretended_card import pretended
-    from wan_kernels import run_block
+    from wan_kernels import run_block, run_training
 
     torch.set_num_threads(1)
     known, results = set(), []
@@ -81,5 +84,8 @@ def work():
     with pretended(tuple(card)):
         for length, topk, granularity, *low_bit in runs:
             results.append([])
-            run_block(length, topk, granularity, "cpu", *low_bit)
+            if granularity == "training":
+                run_training(length, topk, "cpu")
+            else:
+                run_block(length, topk, granularity, "cpu", *low_bit)
     sys.stdout.write(json.dumps(results))

@@ -1,18 +1,25 @@
-"""A stage that trains a tiny network on noise: `python dummy_training.py RUN STEPS [SAVE_EVERY]`.
+"""A stage that trains a tiny network on noise: `torchrun dummy_training.py RUN STEPS SAVE_EVERY`.
 
 It uses the frame of the real stages, has no ComfyUI, and takes little time, so that tests may kill
 it at any moment. With torchrun the network is sharded.
 """
 
+import multiprocessing
+import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch._dynamo  # the first optimizer would import it, in each process of `started` anew
 from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import pack  # noqa: F401
 from turbodiffusion_pack.turbo_core.training import loop, run_folder
+from turbodiffusion_pack.turbo_core.training.error import TrainingError
 from turbodiffusion_pack.turbo_core.training.gradients import norm_or_nothing
 from turbodiffusion_pack.turbo_core.training.processes import grouped, processes
 from turbodiffusion_pack.turbo_core.training.report import Report
@@ -68,8 +75,55 @@ def train(root: Path, steps: int, save_every: int, dummy: Dummy, stage: str = "d
         folder.finish(lambda path: torch.save(weights, path / "weights.pt"))
 
 
+def train_dummy(root: str, steps: int, save_every: int) -> None:
+    """train, as a process's target."""
+    train(Path(root), steps, save_every, Dummy())
+
+
+def die_at(event: int, root: str) -> None:
+    """Train, and be killed just before the `event`-th change of what is on the disk."""
+    seen = [0]
+
+    def counted(change):
+        def changed(*args, **kwargs):
+            seen[0] += 1
+            if seen[0] == event:
+                os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+            return change(*args, **kwargs)
+
+        return changed
+
+    for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    train(Path(root), 3, 1, Dummy())
+
+
+def train_with_little_room(root: str, told: str) -> None:
+    """Train where no file may grow beyond 20 kB, as a full disk refuses to let it."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        train(Path(root), 20, 5, Dummy(width=4000))
+    except TrainingError as error:
+        Path(told).write_text(str(error))
+
+
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def started(target: Callable, *arguments: object) -> multiprocessing.Process:
+    """A process that does target(*arguments), which a test may kill; started within moments.
+
+    It is a fork of a server that has torch and this module, which Python 3.11 finds by PYTHONPATH.
+    """
+    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=target, args=arguments, daemon=True)
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent)):
+        process.start()
+    return process
 
 
 if __name__ == "__main__":

@@ -121,6 +121,32 @@ def run_attention(
     sla(q, k, v, proj, **options)
 
 
+def run_training(
+    length: int,
+    topk: float,
+    device: str,
+    head_dim: int = HEAD_DIM,
+    block_q: int = 128,
+    block_k: int = 64,
+) -> None:
+    """Sparse-linear attention in 16 bits as training runs it: forward, backward, forward mode."""
+    from turbodiffusion_pack.kernels.block_map import selected_count
+    from turbodiffusion_pack.kernels.sla import sla
+
+    def attend(q, k, v, *proj):
+        blocks = {"block_map": chosen, "block_q": block_q, "block_k": block_k}
+        return sla(q, k, v, proj, **blocks, backend="triton")
+
+    count = selected_count(topk, -(-length // block_k))
+    chosen = torch.zeros(1, 12, -(-length // block_q), count, dtype=torch.int32, device=device)
+    q, k, v, d_out = (tensor(1, length, 12, head_dim, device=device) for _ in range(4))
+    proj = vectors(head_dim, head_dim, device=device), vectors(head_dim, device=device)
+    inputs = tuple(x.requires_grad_() for x in (q, k, v, *proj))
+    attend(*inputs).backward(d_out)
+    with torch.no_grad():
+        torch.func.jvp(attend, inputs, inputs)
+
+
 def run_selection(blocks: int) -> None:
     """The best of as many key blocks."""
     from turbodiffusion_pack.kernels.block_map import select_blocks

@@ -8,6 +8,7 @@ import comfy.ldm.wan.model
 import comfy.model_patcher
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from torch.utils.checkpoint import checkpoint
 
 from ...kernels.checks import float32_on_gpu
 from ...kernels.dispatch import why_reference
@@ -110,9 +111,21 @@ def _rebind_clone(original, clone) -> None:
 
 def _bind(function, module: torch.nn.Module, index: int):
     def forward(*args, **kwargs):
+        if _is_checkpointed(module):
+            return checkpoint(function, module, index, *args, use_reentrant=False, **kwargs)
         return function(module, index, *args, **kwargs)
 
     return mark_as_ours(forward)
+
+
+def _is_checkpointed(module: torch.nn.Module) -> bool:
+    """Whether the host's train node wants the activations of `module` made again for the backward.
+
+    It wraps the module's forward for that, which ours has then taken the place of; but it leaves a
+    mark.
+    """
+    marked = "org_forward" in module.__dict__
+    return marked and torch.is_grad_enabled() and is_ours(module.forward)
 
 
 def _around_run(executor, *args, **kwargs):

@@ -51,29 +51,18 @@ def _unless_dense(attn, index: int, x, freqs, transformer_options: dict) -> torc
 
 def _sparse(attn, index: int, settings: SLASettings, x, freqs, transformer_options) -> torch.Tensor:
     """SLA on modulated x [B, L, C], from the projections to `o`."""
-    recorded = records_graph(attn, x, freqs)
-    settings = _differentiable(settings) if recorded else settings
-    around, within = ("autograd",) * 2 if recorded else ("auto", settings.backend)
+    if records_graph(attn, x, freqs):  # rounding to INT8 has no gradients
+        settings = dataclasses.replace(settings, attention="sla")
     rotation = _rotation(freqs)
-    q, k = _norm(attn.norm_q, attn.q(x), around), _norm(attn.norm_k, attn.k(x), around)
-    q, k = (apply_rope(y.unflatten(2, _heads(attn)), *rotation, around) for y in (q, k))
+    q, k = _norm(attn.norm_q, attn.q(x)), _norm(attn.norm_k, attn.k(x))
+    q, k = (apply_rope(y.unflatten(2, _heads(attn)), *rotation) for y in (q, k))
     v = attn.v(x).unflatten(2, _heads(attn))
     with unrecorded():
-        y = sla(q, k, v, _projection(attn, x.device), **_sla_options(settings, within)).flatten(2)
+        y = sla(q, k, v, _projection(attn, x.device), **_sla_options(settings)).flatten(2)
     _note_sla(attn, index, settings, x)
     for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
         y = patch({"x": y, "q": q, "k": k, "transformer_options": transformer_options})
     return attn.o(y)
-
-
-def _differentiable(settings: SLASettings) -> SLASettings:
-    """The nearest that has gradients: SLA in 16 bits, as rounding to INT8 has none."""
-    if settings.backend == "triton":
-        raise RuntimeError(
-            "SLA: Triton was asked for, but gradients are as well, which its kernels do not have. "
-            "Use 'auto'."
-        )
-    return dataclasses.replace(settings, attention="sla")
 
 
 def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tensor:
@@ -95,7 +84,7 @@ def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tens
     _note_sla(attn, index, settings, q)
     q, k, v = (x.unflatten(2, heads) for x in (q, k, v))
     weights = (q_weight, k_weight), rotation, _projection(attn, q.device)
-    options = {"eps": attn.eps, **_sla_options(settings, settings.backend)}
+    options = {"eps": attn.eps, **_sla_options(settings)}
     return sla_from_projections(q, k, v, *weights, **options).flatten(2)
 
 
@@ -144,9 +133,9 @@ def _dense_reason(settings: SLASettings, attn, index: int, step: int) -> str | N
     return missing_parts(attn)
 
 
-def _sla_options(settings: SLASettings, backend: str) -> dict:
+def _sla_options(settings: SLASettings) -> dict:
     low_bit = settings.attention == "sagesla"
-    return {"topk": settings.topk, "low_bit": low_bit, "backend": backend}
+    return {"topk": settings.topk, "low_bit": low_bit, "backend": settings.backend}
 
 
 def _projection(attn, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -154,11 +143,11 @@ def _projection(attn, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
     return float32_weights(attn.proj_l, device) if hasattr(attn, "proj_l") else None
 
 
-def _norm(norm: torch.nn.Module, x: torch.Tensor, backend: str) -> torch.Tensor:
+def _norm(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """RMSNorm over the full dim with the checkpoint's fp32 weight, unless somebody patched it."""
     if not isinstance(norm, comfy.ops.CastWeightBiasOp) or not is_stock(norm):
         return norm(x)
-    return rms_norm(x, float32_weights(norm, x.device)[0], norm.eps, backend)
+    return rms_norm(x, float32_weights(norm, x.device)[0], norm.eps)
 
 
 def _note_sla(attn, index: int, settings: SLASettings, x: torch.Tensor) -> None:

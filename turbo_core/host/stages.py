@@ -14,10 +14,12 @@ from ..training import rcm as rcm_training
 from ..training import run_folder
 from ..training import sla as sla_training
 from ..training import teacher as teacher_training
-from ..training.batches import Data
+from ..training.batches import Data, Draws
+from ..training.estimate import show
 from ..training.initial_weights import initial_weights
 from ..training.loop import train
-from ..training.presets import PRESETS, SLA, Preset, override, settings_of
+from ..training.merge import merge_files, table
+from ..training.presets import Preset, chosen, settings_of
 from ..training.processes import grouped, rank, say
 from ..training.rcm import RCMTraining
 from ..training.report import Report
@@ -25,11 +27,14 @@ from ..training.sharding import shard
 from ..training.sla import SLATraining
 from ..training.teacher import TeacherTraining
 from . import standalone  # noqa: F401 - first of all that imports ComfyUI
+from .toy_evaluate import sla_options
 from .toy_stages import STAGES as TOY_STAGES
+from .toy_stages import decoder
 from .wan_network import WanNetwork, build_network, load_weights, wan_tensors
 
 Tensors = dict[str, torch.Tensor]
 MODEL = "model.safetensors"
+SHOWN = 8  # videos in the grid of samples
 
 
 def teacher(args: argparse.Namespace, device: torch.device) -> None:
@@ -48,7 +53,7 @@ def sla(args: argparse.Namespace, device: torch.device) -> None:
 
     def begin(preset: Preset, data: Data) -> SLATraining:
         weights = _base(args, preset)
-        student = _network(preset, device, weights, _sla_options(preset.sla))
+        student = _network(preset, device, weights, sla_options(preset.sla))
         dense = _frozen(_network(preset, device, weights))
         return SLATraining(student, dense, data, preset.sla, preset.seed)
 
@@ -67,43 +72,68 @@ def rcm(args: argparse.Namespace, device: torch.device) -> None:
     _train(args, device, "rcm", rcm_training.COLUMNS, begin)
 
 
+def merge(args: argparse.Namespace, device: torch.device) -> None:
+    """RUN/merge/model.safetensors: the base with SLA's and rCM's updates."""
+    chosen(args, "sla")  # an unknown preset is refused as in every stage
+    base = args.base or run_folder.RunFolder(args.out, "teacher").sibling("teacher") / MODEL
+    with run_folder.open(args.out, "merge", {"base": _base_name(args)}) as folder:
+        if folder.finished is not None:
+            say(f"{folder.path} is finished")
+            return
+        sla_file, rcm_file = (folder.sibling(name) / MODEL for name in ("sla", "rcm"))
+
+        def write(part: Path) -> None:
+            if rank() == 0:
+                say(table(merge_files(base, sla_file, rcm_file, part / MODEL)))
+
+        folder.finish(write)
+
+
 STAGES: dict[str, Callable[[argparse.Namespace, torch.device], None]] = {
     **TOY_STAGES,
     "teacher": teacher,
     "sla": sla,
     "rcm": rcm,
+    "merge": merge,
 }
 
 
 def _train(args, device: torch.device, stage: str, columns: tuple[str, ...], begin) -> None:
     """The frame of all three: folder, data, steps, outputs."""
-    preset = chosen_preset(args, stage)
+    preset = chosen(args, stage)
     settings = settings_of(preset, stage)
+    if args.dry_run:
+        show(args.preset, preset, stage, device)
+        return
     with run_folder.open(args.out, stage, _told(args, preset, stage)) as folder:
         if folder.finished is not None:
             say(f"{folder.path} is finished")
             return
-        data = Data(args.data or folder.sibling("data"), device)
+        path = args.data or folder.sibling("data")
+        data = Data(path, device)
         data.check(preset.latent, image=preset.sizes.in_channels == 36)
-        _use_fast_products(device)
+        use_fast_products(device)
         training = begin(preset, data)
         report = Report(folder.path, list(columns), settings.steps)
-        train(folder, report, training.state(), training.step, preset.save_every)
+        sample = _sampler(training, data, settings, preset.seed, decoder(path, device))
+        every = (preset.save_every, sample, preset.sample_every)
+        train(folder, report, training.state(), training.step, *every)
         about = {"stage": stage, "preset": args.preset, **_plain(settings)}
         folder.finish(lambda part: _save(part / MODEL, training.exported(), about))
 
 
-def chosen_preset(args: argparse.Namespace, stage: str) -> Preset:
-    """The preset that the command names, with what it sets otherwise.
+def _sampler(training, data: Data, settings, seed: int, decode) -> Callable | None:
+    """What makes videos of the data's first prompts; None without a VAE.
 
-    Raises:
-        ValueError: no such preset, name or value.
+    A whole micro-batch is sampled, as torch.compile makes kernels for each batch size, and SHOWN of
+    it are decoded.
     """
-    if args.preset not in PRESETS:
-        raise ValueError(f"--preset {args.preset!r}: take one of {', '.join(PRESETS)}")
-    preset = dataclasses.replace(PRESETS[args.preset], seed=PRESETS[args.preset].seed + args.seed)
-    steps = [f"steps={args.steps}"] if args.steps is not None else []
-    return override(preset, stage, [*steps, *args.set])
+    if decode is None:
+        return None
+    count = settings.micro_batch
+    batch = data.take(torch.arange(count, device=data.device) % len(data))
+    noise = Draws(seed, 0, 0, data.device).normal("samples", batch.latents)
+    return lambda: decode(training.sample(batch, noise)[:SHOWN])
 
 
 def _told(args: argparse.Namespace, preset: Preset, stage: str) -> dict:
@@ -111,10 +141,14 @@ def _told(args: argparse.Namespace, preset: Preset, stage: str) -> dict:
     return {
         "preset": args.preset,
         "seed": preset.seed,
-        "base": str(args.base) if args.base else "teacher",
+        "base": _base_name(args),
         "sizes": dataclasses.asdict(preset.sizes),
         stage: dataclasses.asdict(settings_of(preset, stage)),
     }
+
+
+def _base_name(args: argparse.Namespace) -> str:
+    return str(args.base) if args.base else "teacher"
 
 
 def _base(args: argparse.Namespace, preset: Preset) -> Tensors:
@@ -132,15 +166,24 @@ def _base(args: argparse.Namespace, preset: Preset) -> Tensors:
     return checkpoint.tensors
 
 
-def _network(
-    preset: Preset, device: torch.device, weights: Tensors, sla: dict | None = None
-) -> WanNetwork:
+def new_network(preset: Preset, device: torch.device, sla: dict | None = None) -> WanNetwork:
+    """The preset's network as its stages have it, split where processes train together.
+
+    Its weights are yet to come. `sla` are the options of SLA, see sla_options.
+    """
     split = (lambda network: shard(network, device)) if grouped() else None
     network = build_network(preset.sizes, device, sla, split)
-    load_weights(network, weights)
     network.checkpointing = preset.checkpointing
     if preset.compiled and device.type == "cuda":
         network.compile_blocks()
+    return network
+
+
+def _network(
+    preset: Preset, device: torch.device, weights: Tensors, sla: dict | None = None
+) -> WanNetwork:
+    network = new_network(preset, device, sla)
+    load_weights(network, weights)
     return network
 
 
@@ -148,14 +191,10 @@ def _frozen(network: WanNetwork) -> WanNetwork:
     return network.requires_grad_(False)
 
 
-def _sla_options(settings: SLA) -> dict:
-    names = ("topk", "block_q", "block_k", "feature_map")
-    return {name: getattr(settings, name) for name in names}
-
-
-def _use_fast_products(device: torch.device) -> None:
+def use_fast_products(device: torch.device) -> None:
+    """Let torch round to TF32 what stays in fp32 on a GPU."""
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+        torch.set_float32_matmul_precision("high")
 
 
 def _plain(settings) -> dict[str, str]:

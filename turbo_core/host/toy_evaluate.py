@@ -1,7 +1,6 @@
 """The stage evaluate: every model of a toy run, examined on the same prompts and noise."""
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,15 +11,15 @@ from ..checkpoint.names import PROJ_L
 from ..rcm import default_sigma_max, rcm_angles
 from ..training import run_folder
 from ..training.batches import Batch
-from ..training.error import TrainingError
-from ..training.presets import SLA, Evaluation, Preset, chosen, settings_of
-from ..training.processes import grouped, say
+from ..training.presets import SLA, Evaluation, Preset
+from ..training.processes import say
 from ..training.samplers import euler, few_steps, shifted_levels
 from ..training.teacher import GUIDANCE, SIGMA_MAX, teacher_samples
+from ..training.toy import vae as toy_vae
 from ..training.toy.clips import UNCONDITIONAL, conditioned, contexts
-from ..training.toy.evaluate import Examination, Sample, as_csv, markdown, some
+from ..training.toy.evaluate import Examination, Sample, as_csv, markdown, pictures, some
 from ..training.toy.measures import velocity_errors
-from ..training.toy.vae import HELD_OUT, pictures
+from ..training.toy.recipe import recipe
 from ..training.toy.verdict import verdicts
 from ..training.toy.words import widen
 from ..training.toy.world import Clips, draw, render
@@ -32,6 +31,7 @@ from .wan_vae import LatentVAE
 
 MODEL, VAE_FILE = "model.safetensors", "vae.safetensors"
 STEPS = (4, 2, 1)  # of the students, and of Euler beside them
+SHOWN = ("clips", "teacher", "Euler 4", "SLA", "rCM 4", "rCM 1", "merged 4", "INT8 nodes 4")
 SHIFTS = (1.0, 3.0, 5.0)  # Euler takes the best of them
 Network = Callable[..., torch.Tensor]
 
@@ -41,13 +41,10 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
 
     --low names the run of the low-noise expert, where RUN is that of the high-noise one.
     """
-    if grouped():
-        raise TrainingError("the stage evaluate uses one GPU: start it without torchrun", True)
-    preset = chosen(args, "evaluate")
-    settings = settings_of(preset, "evaluate")
-    told = {"preset": args.preset, "seed": preset.seed, "low": str(args.low)}
-    told |= {"evaluate": dataclasses.asdict(settings)}
-    with run_folder.open(args.out, "evaluate", told) as folder:
+    if (asked := recipe(args, "evaluate")) is None:
+        return
+    preset, settings, told = asked
+    with run_folder.open(args.out, "evaluate", {**told, "low": str(args.low)}) as folder:
         if folder.finished is not None:
             say(f"{folder.path} is finished\n\n{(folder.path / 'table.md').read_text('utf-8')}")
             return
@@ -136,9 +133,8 @@ def examine(
 
 def held_out(preset: Preset, settings: Evaluation, vae: LatentVAE) -> tuple[Clips, Batch]:
     """Clips that no training saw, each prompt twice in a row with starts of its own."""
-    drawn, other = (
-        draw(preset.seed, HELD_OUT + i * settings.prompts, settings.prompts) for i in range(2)
-    )
+    count, first = settings.prompts, toy_vae.HELD_OUT
+    drawn, other = (draw(preset.seed, at, count) for at in (first, first + count))
     again = drawn._replace(start=other.start)
     clips = Clips(*(torch.stack(pair, 1).flatten(0, 1) for pair in zip(drawn, again, strict=True)))
     clips = clips.to(vae.mean.device)
@@ -224,21 +220,22 @@ def report(examination: Examination, models: Models, settings: Evaluation) -> st
     ]
     for name, found in errors.items():
         lines.append(f"| {name} | " + " | ".join(f"{e:.4f}" for e in found.values()) + " |")
-    return "\n".join([*lines, "", *verdicts(examination, errors)]) + "\n"
+    shown = [f"{i}. {prompt}" for i, prompt in enumerate(examination.prompts(), start=1)]
+    lines += ["", *verdicts(examination, errors), "", "The pictures' prompts, from the top:", ""]
+    return "\n".join([*lines, *shown]) + "\n"
 
 
 def _write(part: Path, examination: Examination, text: str) -> None:
     (part / "table.md").write_text(text, encoding="utf-8", newline="\n")
     (part / "table.csv").write_text(as_csv(examination.rows), encoding="utf-8", newline="\n")
-    small = examination.pictures()
-    half = torch.nn.functional.avg_pool2d(small.flatten(0, 1).movedim(-1, 1), 2).movedim(1, -1)
-    save_grid(part / "stages", half.unflatten(0, small.shape[:2]), len(examination.rows))
+    shown = [row for row in examination.rows if row.name.startswith(SHOWN)]
+    save_grid(part / "stages", pictures(shown), len(shown))
 
 
 def _encoded(
     vae: LatentVAE, clips: Clips, preset: Preset
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    videos = pictures(render(clips, *preset.video))
+    videos = toy_vae.pictures(render(clips, *preset.video))
     image = conditioned(vae.encode, videos) if preset.sizes.in_channels == 36 else None
     return vae.encode(videos), image
 

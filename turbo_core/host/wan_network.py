@@ -78,7 +78,7 @@ class WanNetwork(wan.WanModel):
     def compile_blocks(self) -> None:
         """Have torch.compile make the blocks' kernels, but for passes with tangents."""
         for block in self.blocks:
-            block.compiled = torch.compile(super(Block, block).forward)
+            block.compiled = torch.compile(super(Block, block).forward, dynamic=False)
 
     def forward(
         self,
@@ -177,11 +177,12 @@ class Block(wan.WanAttentionBlock):
     def forward(self, x, e, freqs, context, context_img_len=None, transformer_options=None):
         """x [B, L, C] after this block; e [B, 1, 6, C] is the modulation of the timestep."""
         inputs = (x, e, freqs, context, context_img_len, {})
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(super().forward, *inputs, use_reentrant=False)
+        run = super().forward
         if self.compiled and not has_tangent(x):
-            return self.compiled(*inputs)
-        return super().forward(*inputs)
+            run = self.compiled
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(run, *inputs, use_reentrant=False)
+        return run(*inputs)
 
 
 class SelfAttention(wan.WanSelfAttention):

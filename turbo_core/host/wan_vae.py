@@ -4,7 +4,7 @@ from pathlib import Path
 
 import comfy.latent_formats
 import torch
-from comfy.ldm.wan.vae import Resample, WanVAE
+from comfy.ldm.wan.vae import AttentionBlock, Resample, ResidualBlock, WanVAE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -33,12 +33,7 @@ class TrainableVAE(torch.nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.wan = WanVAE(dim=dim, **CONFIG)
-        for module in self.wan.modules():  # ComfyUI's layers leave their memory as it was
-            if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
-                torch.nn.modules.conv._ConvNd.reset_parameters(module)
-        with torch.no_grad():  # the second half is the logarithm of the variance
-            self.wan.conv1.weight[CONFIG["z_dim"] :] = 0
-            self.wan.conv1.bias[CONFIG["z_dim"] :] = FIRST_LOG_VARIANCE
+        _first_weights(self.wan)
 
     def forward(
         self, video: torch.Tensor, generator: torch.Generator
@@ -117,6 +112,29 @@ def latent_statistics() -> tuple[torch.Tensor, torch.Tensor]:
     """
     wan = comfy.latent_formats.Wan21()
     return wan.latents_mean.flatten(), wan.latents_std.flatten()
+
+
+@torch.no_grad()
+def _first_weights(wan: WanVAE) -> None:
+    """Weights that keep the variance, blocks that do nothing yet, latents almost without noise.
+
+    With torch's own first weights the biases of so many layers drown the picture. The first layers
+    need theirs: the norms behind them see directions alone, and gray has black's without a bias.
+    """
+    for module in wan.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
+            module.weight.normal_(0, module.weight[0].numel() ** -0.5)
+            module.bias.zero_()
+    for entrance in (wan.encoder.conv1, wan.decoder.conv1):
+        entrance.bias.normal_(0, 0.5)
+    for module in wan.modules():
+        if isinstance(module, ResidualBlock):
+            module.residual[-1].weight.zero_()
+        elif isinstance(module, AttentionBlock):
+            module.proj.weight.zero_()
+    log_variance = slice(CONFIG["z_dim"], None)
+    wan.conv1.weight[log_variance] = 0
+    wan.conv1.bias[log_variance] = FIRST_LOG_VARIANCE
 
 
 def _fewer_frames(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,11 @@ of equations stand where they could be checked, else the section that has the fo
 """
 
 import torch
-from torch.func import jvp
+from torch.autograd import forward_ad
 
 from .trigflow import LARGEST_ANGLE, Velocity, level_of, over_axes, predict
+
+Dual = tuple[torch.Tensor, torch.Tensor]  # a value and its tangent
 
 CONSISTENCY_SCALE = 100.0  # of the consistency loss, beside 1 of the DMD loss
 TANGENT_FLOOR = 0.1  # sCM's c, which keeps small tangents small
@@ -49,7 +51,7 @@ def consistency_tangent(
     differentiated in forward mode; the wrapper's part is written out.
 
     Args:
-        velocity: the student, of operations that torch.func.jvp knows.
+        velocity: the student, of operations that know forward mode.
         x: the point at `angle`.
         angle: [B].
         teacher: F of the teacher there, with guidance.
@@ -60,10 +62,22 @@ def consistency_tangent(
     point, level = x / both, level_of(angle)
     point_tangent = along / both - x * product * apart / both**2
     level_tangent = (product / both**2).reshape(level.shape)  # ds/dt = 1 / C^2
-    v, v_tangent = jvp(velocity, (point, level), (point_tangent, level_tangent))
+    v, v_tangent = _with_tangent(velocity, (point, point_tangent), (level, level_tangent))
     student = (apart * x + v) / both
     tangent = apart * along - both * product * x + v_tangent - student * product * apart
     return tangent / both
+
+
+def _with_tangent(velocity: Velocity, point: Dual, level: Dual) -> Dual:
+    """The velocity and its tangent, of a point and a level with theirs.
+
+    By dual tensors and not torch.func.jvp, whose wrappers FSDP2's hooks of older torch cannot take.
+    """
+    with forward_ad.dual_level():
+        v, tangent = forward_ad.unpack_dual(
+            velocity(forward_ad.make_dual(*point), forward_ad.make_dual(*level))
+        )
+    return v, torch.zeros_like(v) if tangent is None else tangent
 
 
 @torch.no_grad()

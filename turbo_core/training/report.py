@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .curves import draw_curves
-from .error import TrainingError
+from .error import TrainingError, writing
 from .processes import agreed, mean_over_processes, rank, say
 from .video_grid import save_grid
 
@@ -108,19 +108,21 @@ class Report:
                         "it away"
                     )
                 for row in reader:
-                    if int(row[STEP]) > step:  # the next may be half a line
-                        break
+                    if not (rows[-1][STEP] if rows else 0) < int(row[STEP]) <= step:
+                        break  # the last line may be half of one
                     rows.append(_numbers(row))
         part = path.with_name(path.name + ".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._header(), restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(part, path)
+        with writing(path):
+            with part.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self._header(), restval="")
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(part, path)
         return rows
 
     def _append(self, rows: list[dict[str, float]]) -> None:
-        with (self.folder / "log.csv").open("a", newline="", encoding="utf-8") as file:
+        path = self.folder / "log.csv"
+        with writing(path), path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._header(), restval="").writerows(rows)
             file.flush()
             os.fsync(file.fileno())  # before the checkpoint that counts on these rows

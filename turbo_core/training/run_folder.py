@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from . import step_checkpoints
-from .error import TrainingError
-from .processes import agreed, say
+from .error import TrainingError, writing
+from .processes import agreed, rank, say
 
 try:
     import fcntl
@@ -85,14 +85,12 @@ class RunFolder:
         part = self.path / PART
         agreed(lambda: _empty(part))
         try:
-            write(part)
-        except OSError as error:
-            shutil.rmtree(part, ignore_errors=True)
-            raise TrainingError(
-                f"the outputs of {self.path} could not be written ({error.strerror or error}), the "
-                "checkpoints are whole: free some space and start the same command again"
-            ) from error
-        agreed(lambda: _publish(part, self.path, facts))
+            with writing(self.path):
+                write(part)
+            agreed(lambda: _publish(part, self.path, facts))
+        finally:
+            if rank() == 0:
+                shutil.rmtree(part, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -116,12 +114,13 @@ def open(root: Path, stage: str, settings: dict) -> Iterator[RunFolder]:
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all, in place of an older one."""
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    step_checkpoints.sync(path.parent)
+    with writing(path):
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        step_checkpoints.sync(path.parent)
 
 
 def _take(path: Path, settings: dict, held: contextlib.ExitStack) -> None:
@@ -224,9 +223,9 @@ def _publish(part: Path, path: Path, facts: dict) -> None:
     outputs = {}
     for source in sorted(file for file in part.rglob("*") if file.is_file()):
         name = source.relative_to(part)
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, path / name)
+        with writing(path / name):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, path / name)
         outputs[name.as_posix()] = (path / name).stat().st_size
     told = {"outputs": outputs, **facts}
     write_text(path / FINISHED, json.dumps(told, indent=2) + "\n")
-    shutil.rmtree(part, ignore_errors=True)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.stateful import Stateful
 
 from .error import TrainingError
 from .processes import agreed, grouped, say
@@ -27,6 +28,7 @@ NAME = re.compile(r"step-(\d{8})")
 PART = ".part"
 DAMAGED = ".damaged"
 KEPT = 2
+PLAIN = (bool, int, float, str, list, tuple, type(None))  # what optimizers have beside tensors
 
 # All that a checkpoint's description is made of. Reading it calls nothing else.
 METADATA = {
@@ -55,8 +57,11 @@ def save(folder: Path, step: int, state: dict) -> None:
         state: tensors, dicts of them, or what has state_dict and load_state_dict (see Trained).
 
     Raises:
+        TypeError: something else is in it, which would be pickled.
         TrainingError: it could not be written (disk full, ...); the older ones are whole.
     """
+    state = {n: v.state_dict() if isinstance(v, Stateful) else v for n, v in state.items()}
+    _check_plain(state)
     target = folder / f"step-{step:08}"
     part = target.with_suffix(PART)
     agreed(lambda: _make_room(part))
@@ -115,6 +120,14 @@ def remove_parts(folder: Path) -> None:
     """Remove what a killed run left unfinished."""
     for part in folder.glob("*" + PART):
         shutil.rmtree(part)
+
+
+def _check_plain(state: dict, path: str = "") -> None:
+    for name, value in state.items():
+        if isinstance(value, dict):
+            _check_plain(value, f"{path}{name}.")
+        elif not isinstance(value, (torch.Tensor, *PLAIN)):
+            raise TypeError(f"{path}{name} is a {type(value).__name__}, which no checkpoint holds")
 
 
 def _make_room(part: Path) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import avg_pool2d
 
 from ..batches import Batch
+from ..pillow import Image, ImageDraw, ImageFont, has_pillow
 from .measures import Measures, energy_distance, shares_right, sliced_distance, spread, starts
 from .reader import Reading, read
 from .vae import psnr
-from .world import Clips
+from .world import Clips, prompts
 
 Sample = Callable[[Batch, torch.Tensor], torch.Tensor]  # conditions, noise -> latents
 Decode = Callable[[torch.Tensor], torch.Tensor]  # latents -> videos [B, T, H, W, 3] in [0, 1]
@@ -21,6 +23,7 @@ COLUMNS = {
     "shares": SHARES,
     "numbers": ("spread", "energy", "distance", "latent_mse", "psnr"),
 }
+CAPTION = 14  # pixels above a video
 
 
 @dataclass
@@ -111,9 +114,36 @@ class Examination:
         self.rows.append(Row(name, measures, torch.cat(kept)[::2]))
         return self.rows[-1]
 
-    def pictures(self) -> torch.Tensor:
-        """Videos of the first prompts, a row of them each and a column a way to sample."""
-        return torch.stack([row.videos for row in self.rows], dim=1).flatten(0, 1)
+    def prompts(self) -> list[str]:
+        """Those whose videos are kept."""
+        return prompts(self.clips.some(slice(0, 2 * self.shown, 2)))
+
+
+def pictures(rows: list[Row]) -> torch.Tensor:
+    """Their videos with captions, uint8 [N, T, H, W, 3]: a row of them a prompt, a column each way.
+
+    They are half as large as they were, so that many fit side by side.
+    """
+    columns = [captioned(half(row.videos), row.name) for row in rows]
+    return torch.stack(columns, dim=1).flatten(0, 1)
+
+
+def half(videos: torch.Tensor) -> torch.Tensor:
+    """Videos [N, T, H, W, 3] at half their height and width."""
+    frames = avg_pool2d(videos.flatten(0, 1).movedim(-1, 1), 2).movedim(1, -1)
+    return frames.unflatten(0, videos.shape[:2])
+
+
+def captioned(videos: torch.Tensor, text: str) -> torch.Tensor:
+    """Videos [N, T, H, W, 3] in [0, 1] as uint8 with a line of text above, where Pillow is there."""
+    seen = (videos.clamp(0, 1) * 255).round().to(torch.uint8)
+    if not has_pillow():
+        return seen
+    width = videos.shape[3]
+    line = Image.new("RGB", (width, CAPTION), "white")
+    ImageDraw.Draw(line).text((2, 1), text, fill="black", font=ImageFont.load_default())
+    line = torch.tensor(list(line.tobytes()), dtype=torch.uint8).view(CAPTION, width, 3)
+    return torch.cat([line.expand(*videos.shape[:2], -1, -1, -1), seen], dim=2)
 
 
 def some(batch: Batch, rows: slice) -> Batch:

@@ -65,7 +65,7 @@ class VAETraining:
 
     def state(self) -> dict:
         """What a checkpoint holds."""
-        return {"vae": self.learner.state()}
+        return self.learner.state("vae")
 
     @torch.no_grad()
     def sample(self) -> torch.Tensor:

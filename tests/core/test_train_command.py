@@ -1,0 +1,86 @@
+"""`python turbo_core/train.py`: what a stage's errors look like, and its exit codes."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from turbodiffusion_pack.turbo_core.training import command, processes
+from turbodiffusion_pack.turbo_core.training.error import TrainingError
+from turbodiffusion_pack.turbo_core.training.loop import Stopped
+
+ROOT = Path(__file__).resolve().parents[2]
+ARGS = argparse.Namespace(stage="sla", device="cpu")
+
+
+def run(stage) -> int:
+    return command.run(ARGS, lambda: SimpleNamespace(STAGES={"sla": stage}))
+
+
+def fails(error: Exception):
+    def stage(args, device):
+        raise error
+
+    return stage
+
+
+def test_a_stage_gets_arguments_and_device():
+    got = []
+    assert run(lambda args, device: got.append((args, device))) == 0
+    assert got == [(ARGS, torch.device("cpu"))]
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "code"),
+    [
+        (TrainingError("no such data: make it"), "error: no such data: make it", 1),
+        (ValueError("two\nlines"), "error: two lines", 1),
+        (FileNotFoundError(2, "No such file", "a.pth"), "error: [Errno 2] No such file: 'a.pth'", 1),
+        (Stopped("stopped at step 3"), "stopped at step 3", 130),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has"),
+            "error: the GPU's memory is full (CUDA out of memory): --dry-run tells what the stage "
+            "needs; use a smaller batch, or more GPUs with torchrun",
+            1,
+        ),
+    ],
+)
+def test_an_error_is_one_sentence(error, told, code, capsys):
+    assert run(fails(error)) == code
+    assert capsys.readouterr().err == told + "\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        run(fails(KeyError("lr")))
+
+
+def test_the_first_process_speaks_for_all(monkeypatch, capsys):
+    monkeypatch.setattr(command, "rank", lambda: 3)
+    assert run(fails(TrainingError("the disk is full", everywhere=True))) == 1
+    assert capsys.readouterr().err == ""
+    assert run(fails(TrainingError("only here"))) == 1
+    assert capsys.readouterr().err == "error in process 3: only here\n"
+
+
+def test_a_gpu_that_is_not_there(capsys):
+    args = argparse.Namespace(stage="sla", device="cuda:99")
+    assert command.run(args, lambda: SimpleNamespace(STAGES={"sla": None})) == 1
+    assert capsys.readouterr().err.startswith("error: GPU 99 is asked for, this machine has ")
+
+
+def test_agreed_errors_come_back_in_one_sentence():
+    with pytest.raises(TrainingError, match="no space") as error:
+        processes.agreed(lambda: (_ for _ in ()).throw(OSError("no space")))
+    assert error.value.everywhere
+
+
+def test_help_needs_neither_torch_nor_comfyui():
+    """-S leaves out all that is installed."""
+    command_line = [sys.executable, "-S", str(ROOT / "turbo_core" / "train.py"), "--help"]
+    done = subprocess.run(command_line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "{vae,data,teacher,sla,rcm,merge,evaluate}" in done.stdout

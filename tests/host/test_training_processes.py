@@ -1,0 +1,99 @@
+"""Two processes that share a network by FSDP2, beside one process with the same batch."""
+
+import csv
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import comfyui_install
+import pytest
+import tiny_data
+import torch
+from safetensors.torch import load_file, save_file
+from turbodiffusion_pack.turbo_core.training import step_checkpoints
+from turbodiffusion_pack.turbo_core.training.initial_weights import initial_weights
+from turbodiffusion_pack.turbo_core.training.presets import PRESETS
+
+COMMAND = Path(__file__).resolve().parents[2] / "turbo_core" / "train.py"
+STEPS = 5  # the student, twice by consistency alone, then with its scores; the fake score twice
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with data and a base that nothing of is zero."""
+    if comfyui_install.find() is None:
+        pytest.skip("no ComfyUI found, set COMFYUI_DIR or run make test")
+    folder, preset = tmp_path_factory.mktemp("inputs"), PRESETS["toy-cpu"]
+    tiny_data.write(folder / "latents", preset.latent)
+    generator = torch.Generator().manual_seed(1)
+    weights = initial_weights(preset.sizes, 0, preset.text_channels)
+    weights["head.head.weight"].normal_(std=0.05, generator=generator)
+    save_file(weights, folder / "base.safetensors")
+    return folder
+
+
+def start(root: Path, inputs: Path, count: int) -> list[subprocess.Popen]:
+    """The command's `count` processes, started as torchrun does."""
+    arguments = [
+        "rcm", "--preset", "toy-cpu", "--out", root, "--data", inputs / "latents", "--base",
+        inputs / "base.safetensors", "--comfyui", comfyui_install.find(), "--device", "cpu",
+    ]  # fmt: skip
+    for setting in ("micro_batch=2", f"steps={STEPS}", "consistency_only=2", "every=3"):
+        arguments += ["--set", setting]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(COMMAND), *map(str, arguments), "--set", "save_every=1"],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else alone,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def finish(runs: list[subprocess.Popen]) -> None:
+    for run in runs:
+        told = run.communicate(timeout=300)[1]
+        assert run.returncode == 0, told
+
+
+def rows(root: Path) -> list[dict[str, str]]:
+    with (root / "rcm" / "log.csv").open(newline="") as file:
+        return [{n: v for n, v in row.items() if n != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_killed_and_started_again_two_learn_what_one_learns(inputs, tmp_path):
+    alone = start(tmp_path / "one", inputs, 1)
+    together = start(tmp_path / "two", inputs, 2)
+    checkpoints = tmp_path / "two" / "rcm" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not (checkpoints.exists() and step_checkpoints.steps_in(checkpoints)):
+        assert time.monotonic() < deadline and together[0].poll() is None
+        time.sleep(0.05)
+    for run in together:
+        run.kill()
+        run.communicate()
+    assert not (tmp_path / "two" / "rcm" / "finished.json").exists()
+    finish(start(tmp_path / "two", inputs, 2))
+    finish(alone)
+
+    one, two = (load_file(tmp_path / n / "rcm" / "model.safetensors") for n in ("one", "two"))
+    base = load_file(inputs / "base.safetensors")
+    for name, weight in base.items():
+        update, other = one[name] - weight, two[name] - weight
+        assert (update - other).norm() <= 0.02 * update.norm() + 1e-7, name
+    for wanted, found in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert wanted.keys() == found.keys()
+        for column, value in wanted.items():
+            assert (value == "") == (found[column] == ""), column
+            if value:
+                assert float(found[column]) == pytest.approx(float(value), rel=1e-3), column

@@ -1,0 +1,168 @@
+"""The stages teacher, sla and rcm by the command's own functions, on a CPU and far too short."""
+
+import argparse
+import csv
+import dataclasses
+from pathlib import Path
+
+import in_comfyui  # noqa: F401 - ComfyUI comes into the process with it
+import pytest
+import tiny_data
+import torch
+from safetensors.torch import load_file
+from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.stages import STAGES
+from turbodiffusion_pack.turbo_core.host.wan_network import build_network, load_weights
+from turbodiffusion_pack.turbo_core.training.batches import Data
+from turbodiffusion_pack.turbo_core.training.error import TrainingError
+from turbodiffusion_pack.turbo_core.training.presets import PRESETS, override
+from turbodiffusion_pack.turbo_core.training.sla import SLATraining
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def outside_inference_mode():
+    with torch.inference_mode(False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run whose teacher is through."""
+    root = tmp_path_factory.mktemp("run")
+    tiny_data.write(root / "latents", PRESETS["toy-cpu"].latent)
+    with torch.inference_mode(False):
+        stage(root, "teacher", "steps=40")
+    return root
+
+
+def stage(root: Path, name: str, *assignments: str, preset="toy-cpu", data=None, base=None) -> Path:
+    """Run a stage in `root`; its folder."""
+    args = argparse.Namespace(
+        preset=preset, out=root, base=base, data=data or root / "latents", steps=None, seed=0,
+        set=list(assignments), dry_run=False,
+    )  # fmt: skip
+    STAGES[name](args, CPU)
+    return root / name
+
+
+def column(folder: Path, name: str) -> list[float]:
+    with (folder / "log.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def test_the_teacher_learns_and_loads(run):
+    losses = column(run / "teacher", "loss")
+    assert mean(losses[-8:]) < 0.85 * mean(losses[:8])
+    model = load_turbo_model(str(run / "teacher" / "model.safetensors"))
+    assert len(model.model.diffusion_model.blocks) == 2
+
+
+def test_sla_comes_closer_to_the_dense_teacher(run):
+    """From a student that is some way off, as SLA alone changes little in so early a teacher."""
+    preset = PRESETS["toy-cpu"]
+    weights = load_file(run / "teacher" / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    off = {n: w + 0.03 * torch.randn(w.shape, generator=generator) for n, w in weights.items()}
+    student = build_network(preset.sizes, sla={"topk": 0.1, "block_q": 64, "block_k": 64})
+    teacher = build_network(preset.sizes)
+    load_weights(student, off)
+    load_weights(teacher, weights)
+    settings = dataclasses.replace(preset.sla, lr=1e-3)
+    training = SLATraining(student, teacher, Data(run / "latents", CPU), settings, seed=0)
+    losses = [float(training.step(n)["loss"]) for n in range(20)]
+    assert mean(losses[-5:]) < 0.5 * mean(losses[:2])
+
+
+def test_sla_writes_what_turbo_loader_runs(run):
+    folder = stage(run, "sla", "steps=3")
+    checkpoint = read_checkpoint(folder / "model.safetensors")
+    assert all(weight.abs().max() > 0 for weight, _ in checkpoint.proj_l)
+    assert load_turbo_model(str(folder / "model.safetensors"))
+    with pytest.raises(CheckpointError, match="train from the plain Wan model"):
+        stage(run / "again", "sla", data=run / "latents", base=folder / "model.safetensors")
+
+
+def test_rcm_teaches_student_and_fake_score_in_turn(run):
+    folder = stage(run, "rcm", "steps=14", "consistency_only=4", "every=3")
+    with (folder / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    students = [i for i, row in enumerate(rows) if row["consistency"]]
+    assert students == [0, 1, 2, 3, 4, 7, 10, 13]
+    assert [i for i, row in enumerate(rows) if row["dmd"]] == [4, 7, 10, 13]
+    assert [i for i, row in enumerate(rows) if row["fake"]] == [5, 6, 8, 9, 11, 12]
+    teacher, student = (load_file(run / n / "model.safetensors") for n in ("teacher", "rcm"))
+    assert teacher.keys() == student.keys()
+    moved = [name for name in teacher if not teacher[name].equal(student[name])]
+    assert {n for n in teacher if n.startswith("blocks.")} <= set(moved)
+
+
+def test_a_tangent_by_differences_teaches_alike(run, tmp_path):
+    names = ("jvp", "difference")
+    folders = [
+        stage(
+            tmp_path / name, "rcm", "steps=3", f"tangent={name}",
+            data=run / "latents", base=run / "teacher" / "model.safetensors",
+        )
+        for name in names
+    ]  # fmt: skip
+    exact, differences = (column(folder, "tangent") for folder in folders)
+    assert differences == pytest.approx(exact, rel=0.05)
+
+
+def test_image_to_video_trains_its_pictures(tmp_path):
+    tiny_data.write(tmp_path / "latents", PRESETS["toy-cpu-i2v"].latent, image=True)
+    for name in ("teacher", "sla", "rcm"):
+        stage(tmp_path, name, "steps=3", preset="toy-cpu-i2v")
+    weight = read_checkpoint(tmp_path / "rcm" / "model.safetensors").tensors[
+        "patch_embedding.weight"
+    ]
+    assert weight.shape[1] == 36
+
+
+def test_a_step_depends_on_its_number_and_slots_alone(run, tmp_path):
+    """What makes a resume exact, and one GPU's run that of many."""
+    base = {"data": run / "latents", "base": run / "teacher" / "model.safetensors"}
+    settings = ("steps=4", "micro_batch=2", "lr=0.001")
+    through = stage(tmp_path / "a", "sla", *settings, **base)
+    with pytest.raises(KeyboardInterrupt):
+        stage_killed_after(2, tmp_path / "b", "sla", *settings, **base)
+    resumed = stage(tmp_path / "b", "sla", *settings, **base)
+    a, b = (load_file(folder / "model.safetensors") for folder in (through, resumed))
+    assert all(a[name].equal(b[name]) for name in a)
+    assert column(through, "loss") == column(resumed, "loss")
+
+
+def stage_killed_after(saves: int, *args, **kwargs) -> None:
+    """Run a stage with a checkpoint each step, and stop it dead behind one of them."""
+    from turbodiffusion_pack.turbo_core.training.run_folder import RunFolder
+
+    save = RunFolder.save
+
+    def save_and_die(self, step, state):
+        save(self, step, state)
+        if step == saves:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(RunFolder, "save", save_and_die)
+        stage(*args[:2], "save_every=1", *args[2:], **kwargs)
+
+
+def test_what_does_not_fit_is_refused(run, tmp_path):
+    with pytest.raises(TrainingError, match="has latents"):
+        stage(tmp_path, "teacher", preset="toy", data=run / "latents")
+    with pytest.raises(TrainingError, match="cannot be dealt"):
+        stage(tmp_path / "c", "teacher", "batch=7", data=run / "latents")
+    with pytest.raises(ValueError, match="write NAME=VALUE with one of steps, batch"):
+        override(PRESETS["toy"], "sla", ["step=3"])
+    with pytest.raises(ValueError, match="lr is a number such as"):
+        override(PRESETS["toy"], "sla", ["lr=fast"])
+    with pytest.raises(ValueError, match="has no teacher stage"):
+        override(PRESETS["14B-480P"], "teacher", ["steps=3"])
