@@ -1,4 +1,4 @@
-"""A text encoder for tests: the toy world's words, each a vector of its own, without umT5's weights."""
+"""A text encoder for tests: the toy world's words, each a vector of its own, and no weights."""
 
 import sys
 from pathlib import Path
