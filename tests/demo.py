@@ -5,9 +5,10 @@
 
 Without checkpoints it shows the toy of tests/data/toy, models that turbo_core/train.py trained on a
 world of coloured shapes, from text and from a picture. Of each video an analytic reader says what
-it shows, and the demo fails where that is not what the prompt said. --picture keeps the videos as
-one animated picture. With checkpoints it makes the video that they are for: --checkpoint from text,
---high and --low, the two experts, from a picture.
+it shows, and the demo fails where that is not what the prompt said. --picture keeps the videos that
+do as one animated picture. Where the toy is missing, random models take the same way and make
+noise. With checkpoints it makes the video that they are for: --checkpoint from text, --high and
+--low, the two experts, from a picture.
 """
 
 import argparse
@@ -93,17 +94,27 @@ def show_real(server: ComfyServer, chosen: dict[str, list[Path]]) -> int:
 
 
 def show_toys(server: ComfyServer, picture: Path | None) -> int:
-    """The toy's videos, each read; 0, or 1 if one was not made or shows something else."""
-    failed, videos = 0, {}
+    """The toy's videos, each read; 0, or 1 if one was not made or shows something else.
+
+    Random models are asked for nothing: what the reader sees of theirs is told and does not count.
+    """
+    failed, agreed = 0, {}
     for name, prompts in PROMPTS.items():
         for prompt in prompts:
             log.info("%s: %s", name, prompt)
-            video = video_of(server, toy_workflow(name, prompt), TOY_VIDEO)
-            failed |= video is None or not agrees(prompt, toy_videos.frames(video))
-            if video is not None:
-                videos[prompt] = toy_videos.frames(video)
-    if picture is not None and not failed:
-        toy_videos.write_picture(picture, videos)
+            file = video_of(server, toy_workflow(name, prompt), TOY_VIDEO)
+            if file is None:
+                failed = 1
+                continue
+            video = toy_videos.frames(file)
+            if agrees(prompt, video):
+                agreed[prompt] = video
+            elif toy_assets.is_trained(name):
+                failed = 1
+            else:
+                log.warning("the models are random, so nothing was to be expected of them")
+    if picture is not None and agreed:
+        toy_videos.write_picture(picture, agreed)
         log.info("picture: %s", picture)
     return failed
 
