@@ -404,6 +404,7 @@ def test_the_demo_makes_a_video_from_a_picture(server):
         loader["inputs"]["checkpoint"] = name
     node_inputs(prompt, "VAELoader")["vae_name"] = dict(model_files(example))["VAELoader"]
     node_inputs(prompt, "LoadImage")["image"] = "example.png"
+    node_inputs(prompt, "WanAdaptiveResolution")["aspect_ratio"] = "16:9"
     run = server.run(shrunk(prompt))
     assert run.outcome == "execution_success", run.message
     (video,) = run.files
