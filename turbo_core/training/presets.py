@@ -183,6 +183,8 @@ class Preset:
         seed: of weights, data and noise.
         checkpointing: keep one activation a block and compute the rest twice.
         compiled: let torch.compile make the blocks' kernels, where it pays: short sequences.
+        deterministic: leave out kernels whose sums depend on who comes first, which a GPU's
+            attention has in its backward pass. A resumed run then ends with the very same bits.
         save_every, sample_every: steps.
         note: what a user should know before starting it.
     """
@@ -200,6 +202,7 @@ class Preset:
     seed: int = 0
     checkpointing: bool = False
     compiled: bool = False
+    deterministic: bool = False
     save_every: int = 500
     sample_every: int = 500
     note: str = ""

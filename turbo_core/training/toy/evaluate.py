@@ -1,4 +1,4 @@
-"""The toy's examination: each way to sample, on the same prompts and noise, as one row of a table."""
+"""The toy's examination: each way to sample, on the same prompts and noise, as a row of a table."""
 
 import csv
 import io
@@ -139,7 +139,7 @@ def half(videos: torch.Tensor) -> torch.Tensor:
 
 
 def captioned(videos: torch.Tensor, text: str) -> torch.Tensor:
-    """Videos [N, T, H, W, 3] in [0, 1] as uint8 with a line of text above, where Pillow is there."""
+    """Videos [N, T, H, W, 3] in [0, 1] as uint8, a line of text above where Pillow is there."""
     seen = (videos.clamp(0, 1) * 255).round().to(torch.uint8)
     if not has_pillow():
         return seen
