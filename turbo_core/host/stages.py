@@ -75,6 +75,9 @@ def rcm(args: argparse.Namespace, device: torch.device) -> None:
 def merge(args: argparse.Namespace, device: torch.device) -> None:
     """RUN/merge/model.safetensors: the base with SLA's and rCM's updates."""
     chosen(args, "sla")  # an unknown preset is refused as in every stage
+    if args.dry_run:
+        say("merge: reads three models tensor by tensor, writes one as large as the base; no GPU")
+        return
     base = args.base or run_folder.RunFolder(args.out, "teacher").sibling("teacher") / MODEL
     with run_folder.open(args.out, "merge", {"base": _base_name(args)}) as folder:
         if folder.finished is not None:
