@@ -4,6 +4,7 @@ from .attention import SLAAttentionPatch
 from .doctor import TurboDoctor
 from .experts import Wan22ExpertSwitch
 from .loader import TurboLoader
+from .lora import TurboLoraLoader
 from .quantize import W8A8Quantize
 from .resolution import WanAdaptiveResolution, WanVideoLength
 from .sampler import RCMSampler
@@ -11,6 +12,7 @@ from .save import TurboSaveCheckpoint
 
 NODES = [
     TurboLoader,
+    TurboLoraLoader,
     SLAAttentionPatch,
     W8A8Quantize,
     TurboSaveCheckpoint,

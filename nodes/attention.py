@@ -6,7 +6,7 @@ from ..kernels.dispatch import BACKENDS
 from ..turbo_core.host.patch import patch_attention, wan_model
 from ..turbo_core.host.projections import attach_projections
 from ..turbo_core.sla_settings import ATTENTIONS, SLASettings, parse_blocks
-from .model_files import FileInput, file_path, listed_or_why_not
+from .model_files import CHECKPOINTS, FileInput, file_path, listed_or_why_not, plain_errors
 from .schema import schema
 
 NONE = "none"
@@ -23,6 +23,7 @@ class SLAAttentionPatch(io.ComfyNode):
             description="Chooses the self-attention of a Wan MODEL: sparse-linear attention in "
             "8 or 16 bits, or dense.",
             search_aliases=["sla", "sagesla", "sparse attention", "turbodiffusion"],
+            advanced=("dense_blocks", "dense_steps", "backend", "projections"),
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 or 2.2 MODEL."),
                 io.Combo.Input(
@@ -62,13 +63,14 @@ class SLAAttentionPatch(io.ComfyNode):
                     "that or an error. reference: plain torch, slow.",
                 ),
                 FileInput(
+                    CHECKPOINTS,
                     "projections",
                     first=(NONE,),
                     default=NONE,
                     optional=True,
-                    tooltip="A TurboDiffusion checkpoint of the same model size, whose SLA "
-                    "projections this MODEL gets; nothing else of it is used. none: those the "
-                    "MODEL has.",
+                    tooltip="A TurboDiffusion checkpoint of the same model size, or SimpleTuner's "
+                    "sla_attention.pt, whose SLA projections this MODEL gets; nothing else of it "
+                    "is used. none: those the MODEL has.",
                 ),
             ],
             outputs=[
@@ -78,12 +80,14 @@ class SLAAttentionPatch(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, projections=NONE):
-        return projections == NONE or listed_or_why_not("projections", projections, OR_NONE)
+        return projections == NONE or listed_or_why_not(CHECKPOINTS, projections, OR_NONE)
 
     @classmethod
     def execute(cls, model, attention, topk, dense_blocks, dense_steps, backend, projections=NONE):
         blocks = parse_blocks(dense_blocks, len(wan_model(model).blocks))
         settings = SLASettings(attention, topk, blocks, dense_steps, backend)
         if projections != NONE:
-            model = attach_projections(model, file_path("projections", projections, OR_NONE))
+            path = file_path(CHECKPOINTS, "projections", projections, OR_NONE)
+            with plain_errors():
+                model = attach_projections(model, path)
         return io.NodeOutput(patch_attention(model, settings))

@@ -16,6 +16,7 @@ class Wan22ExpertSwitch(io.ComfyNode):
             description="Makes one MODEL of the high-noise and the low-noise expert of Wan 2.2 "
             "A14B: it changes over within one sampler run.",
             search_aliases=["wan 2.2", "a14b", "high noise", "low noise", "moe", "turbodiffusion"],
+            essentials_category="Video Generation",
             inputs=[
                 io.Model.Input(
                     "model_high",

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..turbo_core.granularity import GRANULARITIES
 from ..turbo_core.host.load import load_turbo_model
-from .model_files import FileInput, file_path, listed_or_why_not
+from .model_files import CHECKPOINTS, FileInput, file_path, listed_or_why_not, plain_errors
 from .schema import schema
 
 
@@ -18,8 +18,10 @@ class TurboLoader(io.ComfyNode):
             description="Loads a TurboDiffusion checkpoint for Wan 2.1 or 2.2 as an ordinary "
             "MODEL: INT8 weights stay INT8, sparse-linear attention is on.",
             search_aliases=["turbowan", "turbodiffusion", "sla", "int8", "wan"],
+            essentials_category="Video Generation",
             inputs=[
                 FileInput(
+                    CHECKPOINTS,
                     "checkpoint",
                     tooltip="A file in models/diffusion_models, quantized (-quant) or not, "
                     ".pth or .safetensors. What it holds is read from the file, not from its name.",
@@ -38,9 +40,10 @@ class TurboLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint=None):
-        return listed_or_why_not("checkpoint", checkpoint)
+        return listed_or_why_not(CHECKPOINTS, checkpoint)
 
     @classmethod
     def execute(cls, checkpoint, granularity):
-        path = file_path("checkpoint", checkpoint)
-        return io.NodeOutput(load_turbo_model(path, granularity))
+        path = file_path(CHECKPOINTS, "checkpoint", checkpoint)
+        with plain_errors():
+            return io.NodeOutput(load_turbo_model(path, granularity))

@@ -1,6 +1,6 @@
 """W8A8Quantize: any Wan MODEL in INT8."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..turbo_core.granularity import GRANULARITIES
 from ..turbo_core.host.quantize_model import quantize_model
@@ -46,4 +46,6 @@ class W8A8Quantize(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, granularity, report):
-        return io.NodeOutput(*quantize_model(model, granularity, report))
+        quantized, table = quantize_model(model, granularity, report)
+        shown = ui.PreviewText(table) if table else None
+        return io.NodeOutput(quantized, table, ui=shown)

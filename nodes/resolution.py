@@ -18,6 +18,7 @@ class WanAdaptiveResolution(io.ComfyNode):
             description="Width and height of a Wan video: an image's aspect ratio at the area of "
             "480p or 720p, or one of TurboDiffusion's fixed sizes.",
             search_aliases=["resolution", "size", "aspect ratio", "480p", "720p", "turbodiffusion"],
+            essentials_category="Video Tools",
             inputs=[
                 io.Combo.Input(
                     "resolution",
@@ -79,6 +80,7 @@ class WanVideoLength(io.ComfyNode):
             category="model/latent/wan",
             description="Frames of a Wan video from its seconds: the nearest 4n + 1.",
             search_aliases=["frames", "length", "seconds", "fps", "4n+1", "turbodiffusion"],
+            essentials_category="Video Tools",
             inputs=[
                 io.Float.Input(
                     "seconds",

@@ -17,6 +17,7 @@ class RCMSampler(io.ComfyNode):
             description="The sampler and sigmas TurboDiffusion models were distilled for: a video "
             "in 1 to 4 steps, without CFG.",
             search_aliases=["rcm", "turbodiffusion", "consistency", "few steps"],
+            essentials_category="Video Generation",
             inputs=[
                 io.Int.Input(
                     "steps",

@@ -16,7 +16,12 @@ MOST_STEPS = 10_000  # as ComfyUI's KSampler
 
 def default_sigma_max(in_channels: int) -> float:
     """Where the original starts a model of so many input channels: 200 for 36 of them, else 80."""
-    return IMAGE_TO_VIDEO if in_channels == IMAGE_CHANNELS else TEXT_TO_VIDEO
+    return IMAGE_TO_VIDEO if is_image_to_video(in_channels) else TEXT_TO_VIDEO
+
+
+def is_image_to_video(in_channels: int) -> bool:
+    """Whether a model of so many input channels sees a picture beside the noise."""
+    return in_channels == IMAGE_CHANNELS
 
 
 def rcm_angles(steps: int, sigma_max: float) -> list[float]:

@@ -6,6 +6,7 @@ import contextvars
 import logging
 
 from ..kernels import dispatch
+from .words import count
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,13 @@ class Counts:
         if not self.forwards:
             return "runs without TurboDiffusion"
         sparse = set().union(*self.sla.values())
-        parts = [f"{self.forwards} forward passes"]
+        parts = [count(self.forwards, "forward pass", "forward passes")]
         parts += [f"SLA in {len(sparse)} of {self.num_blocks} blocks"]
         parts += [f"{how} in {_ranges(blocks)}" for how, blocks in self.sla.items()]
         parts += [f"dense in {_ranges(blocks)}: {why}" for why, blocks in self.dense.items()]
         parts += [f"fused in {_ranges(self.fused)}"] if self.fused else []
         parts += [f"not fused in {_ranges(blocks)}: {why}" for why, blocks in self.unfused.items()]
-        parts += [f"INT8 {how} in {len(linears)} linears" for how, linears in self.int8.items()]
+        parts += [f"INT8 {how} in {count(len(of), 'linear')}" for how, of in self.int8.items()]
         return "; ".join(parts + self._kernel_parts())
 
     def _kernel_parts(self) -> list[str]:
@@ -56,6 +57,8 @@ class RunReport:
     def __init__(self):
         self.experts = collections.defaultdict(Counts)  # name -> counts
         self.expert = ""  # whose turn it is; a run of one model has no names
+        self.ending = ""  # how it ended, in a few words; by itself where empty
+        self.warned = set()
 
     @property
     def counts(self) -> Counts:
@@ -66,21 +69,28 @@ class RunReport:
         """`op` runs in `name`, see `dispatch.listening`; before every launch, so in one line."""
         self.experts[self.expert].kernels.add((op, name, why))
 
+    def warn(self, sentence: str) -> None:
+        """Log a warning, once in this run."""
+        if sentence not in self.warned:
+            self.warned.add(sentence)
+            log.warning("TurboDiffusion: %s", sentence)
+
     def line(self) -> str:
         """What ran, expert by expert."""
         names = {name: f"{name}: " if name else "" for name in self.experts}
         told = [names[name] + counts.text() for name, counts in self.experts.items()]
-        return "TurboDiffusion: " + " | ".join(told)
+        ending = f"{self.ending}, " if self.ending else ""
+        return f"TurboDiffusion: {ending}{' | '.join(told)}"
 
 
 _current = contextvars.ContextVar("turbodiffusion_run", default=None)
 
 
 @contextlib.contextmanager
-def run():
-    """Collect during one sampler run and log its line at the end, also of a cancelled run.
+def run(cancelled: type[BaseException] = KeyboardInterrupt):
+    """Collect during one sampler run and log its line at the end, whatever ends it.
 
-    Inside another run it joins that one.
+    `cancelled` is what a user's cancelling raises. Inside another run it joins that one.
     """
     if (report := _current.get()) is not None:
         yield report
@@ -90,6 +100,9 @@ def run():
     try:
         with dispatch.listening(report.hear):
             yield report
+    except BaseException as error:
+        report.ending = "cancelled" if isinstance(error, cancelled) else "ended by an error"
+        raise
     finally:
         _current.reset(token)
         if any(counts.forwards for counts in report.experts.values()):
@@ -146,11 +159,12 @@ def note_int8(granularity: str, linear: object) -> None:
 
 
 def _ranges(blocks: set[int]) -> str:
-    """{0, 1, 2, 7} -> "blocks 0-2, 7"."""
+    """{0, 1, 2, 7} -> "blocks 0-2, 7", {4} -> "block 4"."""
     spans = []
     for block in sorted(blocks):
         if spans and spans[-1][1] == block - 1:
             spans[-1][1] = block
         else:
             spans.append([block, block])
-    return "blocks " + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    many = "s" if len(blocks) > 1 else ""
+    return f"block{many} " + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

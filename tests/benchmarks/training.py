@@ -27,9 +27,9 @@ import in_comfyui  # noqa: E402, F401 - ComfyUI comes into the process with it
 import pack  # noqa: E402, F401
 from turbodiffusion_pack.turbo_core.checkpoint.sizes import TEXT_DIM  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.stages import (  # noqa: E402
+    choose_kernels,
     new_network,
     sla_options,
-    use_fast_products,
 )
 from turbodiffusion_pack.turbo_core.training.batches import Batch  # noqa: E402
 from turbodiffusion_pack.turbo_core.training.presets import (  # noqa: E402
@@ -124,9 +124,8 @@ def report(stage: str, preset: Preset, device: torch.device, profiled: bool) -> 
         seconds = measure(training.step, numbers)
         peak = torch.cuda.max_memory_allocated() / GIB
         tokens = batch * preset.tokens / seconds
-        say(
-            f"{kind:35} {seconds:8.3f} s a step of {batch}, {tokens:9,.0f} tokens/s, {peak:6.2f} GiB"
-        )
+        rate = f"{tokens:9,.0f} tokens/s"
+        say(f"{kind:35} {seconds:8.3f} s a step of {batch}, {rate}, {peak:6.2f} GiB")
         if profiled:
             say(profile(lambda n=numbers[0]: training.step(n)))
 
@@ -154,10 +153,10 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args(arguments)
     with processes("cuda") as device:
-        use_fast_products(device)
         say(f"{count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
         for stage in args.stages:
             preset = override(PRESETS[args.preset], stage, args.set)
+            choose_kernels(preset, device)
             settings = getattr(preset, stage)
             settings = dataclasses.replace(settings, batch=settings.micro_batch * count())
             with clean():

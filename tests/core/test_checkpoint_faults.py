@@ -340,7 +340,25 @@ W4A8_W6A8_AWQ = ["weight_s_rel", "weight_s_channel", "weight_codebook", "weight_
 @pytest.mark.parametrize("name", FOREIGN + W4A8_W6A8_AWQ)
 def test_another_quantisation(plain, tmp_path, name):
     tensors = {**torch.load(plain), f"{Q0}.{name}": torch.ones(1)}
-    refuse_tensors(tmp_path, tensors, "another format", f"{Q0}.{name}", "-quant")
+    of_comfyui = name not in ("weight_scale", "weight_scale_inv")
+    loader = "load it with ComfyUI's own" if of_comfyui else "a copy that is made for ComfyUI"
+    refuse_tensors(tmp_path, tensors, "another format", f"{Q0}.{name}", loader, "-quant")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_comfyuis_own_8_and_4_bits(plain, tmp_path, dtype):
+    """Whichever tensor comes first, the loader is named that takes such a file."""
+    tensors = torch.load(plain)
+    tensors[f"{Q0}.weight"] = torch.ones(256, 256).to(dtype)
+    tensors[f"{Q0}.weight_scale"] = torch.ones(())
+    tensors[f"{Q0}.comfy_quant"] = torch.tensor(list(b'{"format": "x"}'), dtype=torch.uint8)
+    refuse_tensors(tmp_path, tensors, "another format", "with ComfyUI's own Load Diffusion Model")
+
+
+@pytest.mark.parametrize("name", ["blocks.0.to_gate_compress.weight", f"{Q0}.gate_compress.bias"])
+def test_gates_of_vsa(plain, tmp_path, name):
+    tensors = {**torch.load(plain), name: torch.ones(256)}
+    refuse_tensors(tmp_path, tensors, "VSA, another sparse attention than SLA", name, "Load Diff")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from goldens import unpack_checkpoint
-from layouts import LAYOUTS, as_official, assert_holds, mapped_file, save_shards, sglang_shards
+from layouts import (
+    LAYOUTS,
+    as_official,
+    assert_holds,
+    mapped_file,
+    save,
+    save_shards,
+    sglang_shards,
+)
 from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
 from turbodiffusion_pack.turbo_core.checkpoint.shards import read_files
 
@@ -55,6 +63,25 @@ def test_a_layout_in_16_bits_throughout(models, tmp_path):
     """Training scripts save everything in bf16, norms and projections too."""
     tensors = {name: tensor.bfloat16() for name, tensor in models["t2v.pth"].items()}
     assert_holds(read_checkpoint(LAYOUTS["training"](tensors, tmp_path)), tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lightx2vs_int8_with_a_scale_per_channel(models, tmp_path, dtype):
+    """X.weight in int8 and X.weight_scale [out, 1] in the weight's own dtype."""
+    file = dict(models["t2v.pth"])
+    linears = [n for n in file if n.startswith("blocks.") and file[n].ndim == 2]
+    linears = [name for name in linears if "modulation" not in name and "proj_l" not in name]
+    for name in linears:
+        weight = file[name].to(dtype)
+        file[f"{name}_scale"] = weight.abs().amax(1, keepdim=True) / 127
+        file[name] = (weight / file[f"{name}_scale"]).round().clamp(-128, 127).to(torch.int8)
+    checkpoint = read_checkpoint(save(file, tmp_path / "lightx2v.safetensors"))
+    assert len(checkpoint.scales) == len(linears) == 20
+    for name in linears:
+        scale = checkpoint.scales[name.removesuffix(".weight")]
+        assert (scale.dtype, scale.shape) == (torch.float32, (len(file[name]),))
+        assert torch.equal(scale, file[f"{name}_scale"].flatten().float())
+        assert torch.equal(checkpoint.tensors[name], file[name])
 
 
 # Names as the makers' files have them, so that no layout is the official one by mistake.

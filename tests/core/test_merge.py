@@ -170,7 +170,8 @@ def test_eight_bits_are_refused(files, trained, tmp_path, target):
     quantized = {**files, "sla": unpack_checkpoint("t2v-quant.pth", tmp_path)}
     refuse(quantized, target, "SLA checkpoint is quantized.*take the plain file")
     small = {n: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for n, t in trained["rcm"].items()}
-    refuse(rewritten(files, tmp_path, "rcm", small), target, "rCM checkpoint has .*in float8_e4m3fn")
+    message = "rCM checkpoint has .* in float8_e4m3fn"
+    refuse(rewritten(files, tmp_path, "rcm", small), target, message)
 
 
 def test_a_value_that_is_not_finite_is_refused(files, trained, tmp_path, target):

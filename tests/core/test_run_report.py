@@ -1,7 +1,9 @@
 """The one log line of a run."""
 
+import contextlib
 import logging
 
+import pytest
 import torch
 from turbodiffusion_pack.kernels.norm import rms_norm
 from turbodiffusion_pack.turbo_core import run_report
@@ -21,7 +23,7 @@ def test_the_line_tells_what_ran(caplog):
     (line,) = caplog.messages
     assert line.startswith("TurboDiffusion: 2 forward passes; SLA in 4 of 5 blocks; ")
     assert "sla top-k 0.1 in blocks 0-3" in line
-    assert "dense in blocks 4: asked for" in line
+    assert "dense in block 4: asked for" in line
     assert "INT8 exact (128x128 blocks)" in line and "in 4 linears" in line
     assert line.endswith("; kernels: torch reference, as it was asked for")
 
@@ -45,15 +47,22 @@ def test_kernels_are_told_once_and_what_they_declined():
     )
 
 
-def test_a_cancelled_run_is_told_too(caplog):
-    with caplog.at_level(logging.INFO):
-        try:
-            with run_report.run():
-                run_report.note_forward(num_blocks=2)
-                raise InterruptedError
-        except InterruptedError:
-            pass
-    assert "1 forward passes; SLA in 0 of 2 blocks" in caplog.text
+@pytest.mark.parametrize(
+    ("error", "ending"), [(InterruptedError, "cancelled"), (MemoryError, "ended by an error")]
+)
+def test_a_run_that_does_not_end_by_itself_says_so(caplog, error, ending):
+    caplog.set_level(logging.INFO)
+    outer, inner = run_report.run(InterruptedError), run_report.run()
+    with contextlib.suppress(error), outer, inner:
+        run_report.note_forward(num_blocks=2)
+        run_report.note_dense(1, "asked for")
+        run_report.note_int8("rows", 0)
+        raise error
+    (line,) = caplog.messages
+    assert line == (
+        f"TurboDiffusion: {ending}, 1 forward pass; SLA in 0 of 2 blocks; dense in block 1: asked "
+        "for; INT8 fast (per token and channel) in 1 linear"
+    )
 
 
 def test_nothing_is_told_outside_a_run(caplog):
@@ -73,8 +82,8 @@ def test_two_experts_are_told_apart(caplog):
             rms_norm(ROW, ROW, backend="reference" if expert == "low" else "auto")
     (line,) = caplog.messages
     high, low = line.removeprefix("TurboDiffusion: ").split(" | ")
-    assert high.startswith("high: 2 forward passes; SLA in 1 of 2 blocks; sla of high in blocks 0;")
-    assert low.startswith("low: 1 forward passes; SLA in 1 of 2 blocks; sla of low in blocks 0;")
+    assert high.startswith("high: 2 forward passes; SLA in 1 of 2 blocks; sla of high in block 0;")
+    assert low.startswith("low: 1 forward pass; SLA in 1 of 2 blocks; sla of low in block 0;")
     assert low.endswith("asked for") and "asked for" not in high
 
 

@@ -167,6 +167,11 @@ def test_a_length_without_an_average_is_refused(length):
         PowerEMA([], length)
 
 
+def test_the_first_weights_replace_the_average():
+    assert decay(0, 0.1) == 0
+    assert decay(1, 0.1) == pytest.approx(0.5 ** (power_of(0.1) + 1))
+
+
 def test_the_average_is_of_the_stated_length():
     """Weights that say when they were: their average's spread over time is the length."""
     total, length = 4000, 0.1

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # what runs after it is no longer in it
 def inference_mode():
     """ComfyUI's executor runs every node inside torch.inference_mode()."""
     with torch.inference_mode():

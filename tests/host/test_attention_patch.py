@@ -74,7 +74,7 @@ def line(caplog):
     """Returns the report line of the one run since it was called last."""
 
     def take():
-        (found,) = [m for m in caplog.messages if "forward passes" in m]
+        (found,) = [m for m in caplog.messages if "forward pass" in m]
         caplog.clear()
         return found
 
@@ -108,7 +108,7 @@ def test_dense_blocks_stay_dense(loaded, line, sla_calls):
     assert sla_calls == [0, 0]
     report = line()
     assert "SLA in 1 of 2 blocks" in report
-    assert "dense in blocks 1: dense attention chosen" in report
+    assert "dense in block 1: dense attention chosen" in report
     every = _run(_patch(loaded, dense_blocks=(0, 1)), steps=2)
     assert sla_calls == [0, 0]
     assert "SLA in 0 of 2 blocks; dense in blocks 0-1: dense attention chosen" in line()
@@ -158,7 +158,7 @@ def test_somebody_elses_self_attention_is_honoured_and_reported(loaded, line, sl
     assert sla_calls == [1, 1]
     report = line()
     assert "SLA in 1 of 2 blocks" in report
-    assert f"dense in blocks 0: its self-attention is patched by {__name__}" in report
+    assert f"dense in block 0: its self-attention is patched by {__name__}" in report
     assert goldens.relative_error(_run(_patch(loaded), steps=2), out) > 1e-3
 
 
@@ -189,7 +189,7 @@ def test_somebody_elses_attention_module_is_honoured(loaded, line):
     assert theirs.calls == [(1, TOKENS, 256)]
     report = line()
     assert "SLA in 1 of 2 blocks" in report
-    assert f"dense in blocks 0: its self-attention is patched by {__name__}" in report
+    assert f"dense in block 0: its self-attention is patched by {__name__}" in report
     assert torch.equal(_run(_patch(loaded)), before)
 
 
@@ -232,9 +232,9 @@ def test_merged_projections_step_aside(paths, line, attention):
     _run(_patch(model))
     report = line()
     missing = "k, q, v" if attention == "self_attn" else "q"
-    assert f"not fused in blocks 0: its attention has no {missing} of its own" in report
+    assert f"not fused in block 0: its attention has no {missing} of its own" in report
     if attention == "self_attn":
-        assert "dense in blocks 0: its attention has no k, q, v of its own" in report
+        assert "dense in block 0: its attention has no k, q, v of its own" in report
 
 
 def test_attn1_patch_is_applied(loaded):
@@ -340,7 +340,7 @@ def test_model_options_hold_plain_values(loaded):
 def test_cfg_batch_equals_its_single_runs(float_model, line):
     model = _patch(float_model)
     guided = _run(model, cfg=3.0)
-    assert "1 forward passes" in line(), "both conditions run as one batch"
+    assert "1 forward pass" in line(), "both conditions run as one batch"
     positive, negative = _run(model), _run(model, positive="negative")
     assert goldens.relative_error(positive, negative) > 1e-3
     assert goldens.relative_error(guided, negative + 3 * (positive - negative)) < EXACT

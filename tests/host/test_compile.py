@@ -164,6 +164,6 @@ def test_a_compiled_run_reports_what_ran(wan, caplog):
     plain = _sample(wan)
     caplog.set_level(logging.INFO)
     assert torch.equal(_sample(_compiled(wan)), plain)
-    (line,) = (m for m in caplog.messages if "forward passes" in m)
+    (line,) = (m for m in caplog.messages if "forward pass" in m)
     for part in ("2 forward passes", "SLA in 2 of 2 blocks", "fused in blocks 0-1", "20 linears"):
         assert part in line

@@ -46,8 +46,13 @@ IMAGE_TO_VIDEO = {
     "rCMSampler": {"sigma_max": 200, "mode": "ode"},
     "WanAdaptiveResolution": {"resolution": "720p"},
 }
-SETTINGS = {"i2v_a14b_720p": IMAGE_TO_VIDEO, "i2v_lora": IMAGE_TO_VIDEO}
+BOTH_EXPERTS = ["Image_to_video_A14B_720p", "Image_to_video_with_LoRAs"]
+SETTINGS = dict.fromkeys(BOTH_EXPERTS, IMAGE_TO_VIDEO)
 TITLE_BAR = 30
+# Pixels that the frontend gives a slot, a widget and the rest of a node, by how it draws nodes.
+STYLES = {"LiteGraph": (20, 24, 12), "Nodes 2.0": (26, 36, 28)}
+WIDGETS_BESIDE = {"KSampler", "RandomNoise", "LoadImage"}  # that choose the next seed, a file
+OFFERED = (".safetensors", ".sft", ".ckpt", ".pth", ".pt")  # by the frontend of 0.33
 
 
 def load(path: Path) -> dict:
@@ -56,6 +61,13 @@ def load(path: Path) -> dict:
 
 WORKFLOWS = {path.stem: load(path) for path in sorted(EXAMPLES.glob("*.json"))}
 VIDEOS = [stem for stem, w in WORKFLOWS.items() if "CLIPLoader" in dict(model_files(w))]
+
+# Blueprints of subgraphs, and what of an example each of them leaves out.
+BLUEPRINTS = {
+    "Text to video (TurboDiffusion)": ("Text_to_video_1.3B_480p", {"SaveVideo"}),
+    "Image to video (TurboDiffusion)": ("Image_to_video_A14B_720p", {"SaveVideo", "LoadImage"}),
+    "Quantize a Wan model (TurboDiffusion)": ("Quantize_and_save", set()),
+}
 
 
 @pytest.fixture(params=WORKFLOWS)
@@ -116,6 +128,17 @@ def shrunk(prompt: dict) -> dict:
     return prompt
 
 
+def made_frames(server: ComfyServer, prompt: dict) -> np.ndarray:
+    """The frames that `prompt` makes, [frames, height, width, 3] uint8."""
+    images = node_inputs(prompt, "CreateVideo")["images"]
+    inputs = {"images": images, "filename_prefix": "frames"}
+    prompt["frames"] = {"class_type": "SaveImage", "inputs": inputs}
+    run = server.run(prompt)
+    assert run.outcome == "execution_success", run.message
+    pngs = sorted(file for file in run.files if file.suffix == ".png")
+    return np.stack([np.asarray(Image.open(file)) for file in pngs])
+
+
 def put_behind(prompt: dict, class_type: str, added: str, **inputs) -> None:
     """Put an `added` MODEL node between the only node of `class_type` and all that it feeds."""
     (source,) = (k for k, node in prompt.items() if node["class_type"] == class_type)
@@ -146,14 +169,52 @@ def test_links_connect_what_they_say(workflow):
         assert start["type"] == end["type"] == kind
 
 
-def test_no_node_covers_another(workflow):
+def drawn(node: dict, style: str) -> tuple[list[float], list[float]]:
+    """Where a node begins, its title above, and ends, at least as large as what is in it."""
+    slot, widget, rest = STYLES[style]
+    widgets = [entry for entry in node["inputs"] if "widget" in entry]
+    slots = max(len(node["inputs"]) - len(widgets), len(node["outputs"]))
+    beside = node["type"] in WIDGETS_BESIDE
+    height = slots * slot + (len(widgets) + beside) * widget + rest
+    (x, y), (width, saved) = node["pos"], node["size"]
+    return [x, y - TITLE_BAR], [x + width, y + max(saved, height)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_no_node_covers_another(workflow, style):
     for a, b in combinations(workflow["nodes"], 2):
-        apart = [
-            a["pos"][axis] + a["size"][axis] <= b["pos"][axis] - bar
-            or b["pos"][axis] + b["size"][axis] <= a["pos"][axis] - bar
-            for axis, bar in ((0, 0), (1, TITLE_BAR))
-        ]
-        assert any(apart), f"{a['type']} and {b['type']} overlap"
+        (left, top), (right, bottom) = drawn(a, style)
+        (other_left, other_top), (other_right, other_bottom) = drawn(b, style)
+        beside = right <= other_left or other_right <= left
+        above = bottom <= other_top or other_bottom <= top
+        assert beside or above, f"{a['type']} and {b['type']} overlap"
+
+
+def test_wires_run_from_left_to_right(workflow):
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for _, source, _, target, _, kind in workflow["links"]:
+        start, end = nodes[source], nodes[target]
+        assert start["pos"][0] + start["size"][0] < end["pos"][0], f"{kind} to {end['type']}"
+    order = [node["order"] for node in workflow["nodes"]]
+    assert order == sorted(order) == list(range(len(order)))
+    assert all(nodes[link[1]]["order"] < nodes[link[3]]["order"] for link in workflow["links"])
+
+
+def test_names_are_read_by_people():
+    """The list of templates shows the files' names; the links to them take no more than these."""
+    for stem in WORKFLOWS:
+        assert re.fullmatch(r"[A-Z][A-Za-z0-9_.]+", stem)
+
+
+def test_each_resolution_is_the_models():
+    for stem, workflow in WORKFLOWS.items():
+        sizes = [n for n in workflow["nodes"] if n["type"] == "EmptyHunyuanLatentVideo"]
+        loaders = [n for n in workflow["nodes"] if n["type"] == "TurboLoader"]
+        for size in sizes:
+            wanted = {"480P": [832, 480], "720P": [1280, 720]}
+            (name,) = (loader["widgets_values"][0] for loader in loaders)
+            (known,) = (side for kind, side in wanted.items() if kind in name)
+            assert size["widgets_values"][:2] == known, stem
 
 
 def test_a_note_says_where_every_file_goes(workflow):
@@ -168,17 +229,23 @@ def test_a_note_says_where_every_file_goes(workflow):
 
 
 def test_the_host_can_offer_the_files(workflow):
-    """Its dialog about missing models goes by these properties; it takes .safetensors only."""
+    """Its list of missing models shows the folder and a Download button by these properties.
+
+    The button comes for the sources and suffixes that the frontend takes. That of ComfyUI 0.3.75
+    takes no .pth: there the file and its folder are named, with that remark and without a button.
+    """
     for node in workflow["nodes"]:
-        file = node["widgets_values"][0] if node["type"] in FOLDERS else ""
-        if file.endswith(".safetensors") and file not in TRAINED:
+        if node["type"] in FOLDERS and node["widgets_values"][0] not in TRAINED:
             (model,) = node["properties"]["models"]
+            assert set(model) == {"name", "url", "directory"}
             assert model["name"] == node["widgets_values"][0]
             assert model["directory"] == FOLDERS[node["type"]]
+            assert model["url"].startswith("https://huggingface.co/")
             assert model["url"].endswith("/" + model["name"])
+            assert Path(model["name"]).suffix in OFFERED
 
 
-@pytest.mark.parametrize("stem", ["i2v_a14b_720p", "i2v_lora"])
+@pytest.mark.parametrize("stem", BOTH_EXPERTS)
 def test_each_expert_goes_to_its_input(stem):
     """With its own LoRA; nothing but the names tells the files apart."""
     nodes = {node["id"]: node for node in WORKFLOWS[stem]["nodes"]}
@@ -193,9 +260,81 @@ def test_each_expert_goes_to_its_input(stem):
 
 
 def test_the_stock_ksampler_samples_as_rcm():
-    (sampler,) = (n for n in WORKFLOWS["t2v_ksampler"]["nodes"] if n["type"] == "KSampler")
+    (sampler,) = (
+        n for n in WORKFLOWS["Text_to_video_KSampler"]["nodes"] if n["type"] == "KSampler"
+    )
     steps, cfg, *sampling = sampler["widgets_values"][2:]
     assert (steps, cfg, sampling) == (4, 1.0, ["lcm", "rcm", 1.0])
+
+
+def blueprint(name: str) -> tuple[dict, dict]:
+    """The one node of a blueprint, and the subgraph that it stands for."""
+    content = load(ROOT / "subgraphs" / f"{name}.json")
+    (instance,), (subgraph,) = content["nodes"], content["definitions"]["subgraphs"]
+    assert instance["type"] == subgraph["id"]
+    return instance, subgraph
+
+
+def test_every_blueprint_is_of_an_example():
+    assert {path.stem for path in (ROOT / "subgraphs").iterdir()} == set(BLUEPRINTS)
+
+
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_a_blueprints_slots_lead_where_they_say(name):
+    instance, subgraph = blueprint(name)
+    assert subgraph["name"] == name and subgraph["description"] and subgraph["category"]
+    nodes = {node["id"]: node for node in subgraph["nodes"]}
+    links = {link["id"]: link for link in subgraph["links"]}
+    for link in links.values():
+        if link["origin_id"] in nodes:
+            assert link["id"] in nodes[link["origin_id"]]["outputs"][link["origin_slot"]]["links"]
+        if link["target_id"] in nodes:
+            assert nodes[link["target_id"]]["inputs"][link["target_slot"]]["link"] == link["id"]
+    for kind, end in (("inputs", "origin_slot"), ("outputs", "target_slot")):
+        assert [s["name"] for s in instance[kind]] == [s["name"] for s in subgraph[kind]]
+        for slot, port in enumerate(subgraph[kind]):
+            assert port["linkIds"] and all(links[i][end] == slot for i in port["linkIds"])
+    shown = map(tuple, instance["properties"]["proxyWidgets"])
+    values = dict(zip(shown, instance["widgets_values"], strict=True))
+    for port in subgraph["inputs"]:
+        target = links[port["linkIds"][0]]
+        node = nodes[target["target_id"]]
+        inner = node["inputs"][target["target_slot"]]
+        if "widget" in inner:
+            names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
+            own = node["widgets_values"][names.index(inner["name"])]
+            assert values["-1", port["name"]] == own
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_a_blueprint_is_the_example(server, name):
+    """Opened up, it sends the same prompt, but for the files at its ends."""
+    info, (stem, left_out) = server.object_info(), BLUEPRINTS[name]
+    _, subgraph = blueprint(name)
+    inside = {node["id"] for node in subgraph["nodes"]}
+    ends = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    links = [[link[end] for end in ends] for link in subgraph["links"]]
+    own = {link[0] for link in links if link[1] in inside}
+    for node in subgraph["nodes"]:
+        for entry in node["inputs"]:
+            entry["link"] = entry["link"] if entry["link"] in own else None
+    found = api_format({"nodes": subgraph["nodes"], "links": links}, info)
+    wanted = api_format(WORKFLOWS[stem], info)
+    gone = {key for key, node in wanted.items() if node["class_type"] in left_out}
+    wanted = {key: node for key, node in wanted.items() if key not in gone}
+    for node in wanted.values():
+        inputs = node["inputs"].items()
+        linked = {n for n, v in inputs if isinstance(v, list) and v[0] in gone}
+        node["inputs"] = {n: v for n, v in inputs if n not in linked}
+    assert found == wanted
+
+
+@pytest.mark.server
+def test_the_host_offers_the_blueprints(server):
+    offered = server.get("/global_subgraphs").values()
+    ours = {e["name"] for e in offered if e["info"]["node_pack"] == f"custom_nodes.{ROOT.name}"}
+    assert ours == set(BLUEPRINTS)
 
 
 @pytest.mark.server
@@ -249,7 +388,7 @@ def test_it_makes_a_video(server, stem):
     log = server.log_text()[before:]
     (line,) = (text for text in log.splitlines() if "SLA in 2 of 2" in text)
     both = [f"{noise}-noise expert: 2 forward passes" for noise in ("high", "low")]
-    wanted = both if stem.startswith("i2v") else ["TurboDiffusion: 4 forward passes"]
+    wanted = both if stem.startswith("Image") else ["TurboDiffusion: 4 forward passes"]
     assert [text for text in wanted if text not in line] == []
     assert "lora key not loaded" not in log
 
@@ -258,13 +397,14 @@ def test_it_makes_a_video(server, stem):
 def test_the_demo_makes_a_video_from_a_picture(server):
     """The workflow of `make demo`, small, with the examples' stand-ins as its files."""
     prompt = load(ROOT / "tests" / "host" / "workflows" / "i2v_api.json")
-    example = WORKFLOWS["i2v_a14b_720p"]
+    example = WORKFLOWS["Image_to_video_A14B_720p"]
     checkpoints = [name for kind, name in model_files(example) if kind == "TurboLoader"]
     loaders = [node for node in prompt.values() if node["class_type"] == "TurboLoader"]
     for loader, name in zip(loaders, checkpoints, strict=True):
         loader["inputs"]["checkpoint"] = name
     node_inputs(prompt, "VAELoader")["vae_name"] = dict(model_files(example))["VAELoader"]
     node_inputs(prompt, "LoadImage")["image"] = "example.png"
+    node_inputs(prompt, "WanAdaptiveResolution")["aspect_ratio"] = "16:9"
     run = server.run(shrunk(prompt))
     assert run.outcome == "execution_success", run.message
     (video,) = run.files
@@ -282,29 +422,37 @@ def test_the_loras_change_the_video(server):
         for node in prompt.values():
             if node["class_type"] == "LoraLoaderModelOnly":
                 node["inputs"]["strength_model"] = strength
-        images = node_inputs(prompt, "CreateVideo")["images"]
-        inputs = {"images": images, "filename_prefix": "frames"}
-        prompt["frames"] = {"class_type": "SaveImage", "inputs": inputs}
-        run = server.run(prompt)
-        assert run.outcome == "execution_success", run.message
-        pngs = sorted(file for file in run.files if file.suffix == ".png")
-        return np.stack([np.asarray(Image.open(file)) for file in pngs])
+        return made_frames(server, prompt)
 
-    plain = frames("i2v_a14b_720p")
-    assert np.array_equal(frames("i2v_lora", strength=0.0), plain)
-    assert not np.array_equal(frames("i2v_lora"), plain)
+    plain = frames("Image_to_video_A14B_720p")
+    assert np.array_equal(frames("Image_to_video_with_LoRAs", strength=0.0), plain)
+    assert not np.array_equal(frames("Image_to_video_with_LoRAs"), plain)
+
+
+@pytest.mark.server
+def test_a_workflow_of_version_0_1_0_makes_the_same_frames(server):
+    """Shared with 0.1.0, as it was an example then, with a node that repeated the defaults."""
+    old = load(ROOT / "tests" / "host" / "workflows" / "shared_with_0.1.0.json")
+    (sampler,) = (n for n in old["nodes"] if n["type"] == "rCMSampler")
+    assert sampler["properties"]["ver"] == "0.1.0"
+    both = old, WORKFLOWS["Text_to_video_1.3B_480p"]
+    prompts = [api_format(workflow, server.object_info()) for workflow in both]
+    assert [len(prompt) for prompt in prompts] == [13, 12]
+    for prompt in prompts:
+        node_inputs(prompt, "RandomNoise")["noise_seed"] = 5
+    assert np.array_equal(*(made_frames(server, small(prompt)) for prompt in prompts))
 
 
 @pytest.mark.server
 def test_the_quantized_model_is_offered_and_makes_a_video(server):
     info = server.object_info()
-    run = server.run(api_format(WORKFLOWS["quantize_and_save"], info))
+    run = server.run(api_format(WORKFLOWS["Quantize_and_save"], info))
     assert run.outcome == "execution_success", run.message
     folder = server.output / "diffusion_models"
     newest = max(folder.iterdir(), key=lambda path: path.stat().st_mtime)
     loader = server.object_info("TurboLoader")["TurboLoader"]
     assert newest.name in combo_options(loader, "checkpoint")
-    prompt = small(api_format(WORKFLOWS["t2v_1.3b_480p"], info))
+    prompt = small(api_format(WORKFLOWS["Text_to_video_1.3B_480p"], info))
     node_inputs(prompt, "TurboLoader")["checkpoint"] = newest.name
     before = len(server.log_text())
     run = server.run(prompt)
@@ -316,7 +464,7 @@ def test_the_quantized_model_is_offered_and_makes_a_video(server):
 def test_the_merged_model_has_both_updates_and_proj_l(server):
     """The same weights as the training's merge, but for the host's random rounding to bf16."""
     info = server.object_info()
-    run = server.run(api_format(WORKFLOWS["merge_sla_rcm"], info))
+    run = server.run(api_format(WORKFLOWS["Merge_SLA_and_rCM"], info))
     assert run.outcome == "execution_success", run.message
     folder = server.output / "diffusion_models"
     newest = max(folder.iterdir(), key=lambda path: path.stat().st_mtime)
@@ -333,12 +481,12 @@ def test_the_merged_model_has_both_updates_and_proj_l(server):
 
 @pytest.mark.server
 def test_it_runs_in_context_windows(server):
-    prompt = small(api_format(WORKFLOWS["t2v_1.3b_480p"], server.object_info()))
+    prompt = small(api_format(WORKFLOWS["Text_to_video_1.3B_480p"], server.object_info()))
     schema = server.object_info("WanContextWindowsManual")["WanContextWindowsManual"]["input"]
     options = {n: o.get("default") for n, kind, o in specs(schema) if kind != "MODEL"}
     options |= {"context_length": 17, "context_overlap": 5}
     options |= {"context_schedule": "standard_static", "fuse_method": "pyramid"}
-    put_behind(prompt, "SLAAttentionPatch", "WanContextWindowsManual", **options)
+    put_behind(prompt, "TurboLoader", "WanContextWindowsManual", **options)
     node_inputs(prompt, "EmptyHunyuanLatentVideo")["length"] = 33
     before = len(server.log_text())
     run = server.run(prompt)
@@ -379,6 +527,15 @@ def test_comfy_cli_accepts_it(server, workflow, tmp_path):
 def test_the_host_offers_it_as_a_template(server):
     offered = server.get("/workflow_templates")[ROOT.name]
     assert sorted(offered) == sorted(WORKFLOWS)
+
+
+@pytest.mark.server
+def test_the_host_offers_the_translations(server):
+    offered = server.get("/i18n")
+    for language in ("en", "zh"):
+        wanted = load(ROOT / "locales" / language / "nodeDefs.json")
+        found = offered[language]["nodeDefs"]
+        assert {name: found[name] for name in wanted} == wanted
 
 
 @pytest.mark.server

@@ -133,7 +133,7 @@ def report(caplog):
     caplog.set_level(logging.INFO)
 
     def take():
-        (line,) = [m for m in caplog.messages if "forward passes" in m]
+        (line,) = [m for m in caplog.messages if "forward pass" in m]
         caplog.clear()
         return line
 
@@ -607,7 +607,7 @@ def test_one_line_tells_of_both_experts(high, low, report):
 
 def test_an_expert_without_a_turn_is_not_told_of(high, low, report):
     _run(_switch(high, low), SIGMAS[:2])
-    assert report().startswith("TurboDiffusion: high-noise expert: 1 forward passes")
+    assert report().startswith("TurboDiffusion: high-noise expert: 1 forward pass")
     _run(_switch(high, low), SIGMAS[2:])
     line = report()
     assert line.startswith("TurboDiffusion: low-noise expert: 2 forward passes")

@@ -221,7 +221,7 @@ def test_the_report_says_why(int8_wan, x, caplog):
     caplog.set_level(logging.INFO)
     with run_report.run():
         _velocity(int8_wan, x)
-    (line,) = (m for m in caplog.messages if "forward passes" in m)
+    (line,) = (m for m in caplog.messages if "forward pass" in m)
     for part in (
         "not fused in blocks 0-1: gradients are asked for",
         "SLA in 2 of 2 blocks; sla top-k 0.1 (16 bit",

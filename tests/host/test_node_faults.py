@@ -18,11 +18,11 @@ from turbodiffusion_pack.nodes import NODES
 from turbodiffusion_pack.nodes.attention import SLAAttentionPatch
 from turbodiffusion_pack.nodes.experts import Wan22ExpertSwitch
 from turbodiffusion_pack.nodes.loader import TurboLoader
-from turbodiffusion_pack.nodes.model_files import FOLDER
+from turbodiffusion_pack.nodes.model_files import CHECKPOINTS, LORAS
 from turbodiffusion_pack.nodes.quantize import W8A8Quantize
 from turbodiffusion_pack.nodes.resolution import WanAdaptiveResolution
 from turbodiffusion_pack.nodes.sampler import RCMSampler
-from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
+from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.options import ATTENTION
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
@@ -44,9 +44,11 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name in ("t2v-quant.pth", "t2v.pth"):
         goldens.unpack_checkpoint(name, folder)
-    folder_paths.add_model_folder_path(FOLDER, str(folder))
+    for kind in (CHECKPOINTS, LORAS):
+        folder_paths.add_model_folder_path(kind.name, str(folder))
     yield folder
-    folder_paths.folder_names_and_paths[FOLDER][0].remove(str(folder))
+    for kind in (CHECKPOINTS, LORAS):
+        folder_paths.folder_names_and_paths[kind.name][0].remove(str(folder))
 
 
 def _load(name):
@@ -64,7 +66,7 @@ def wan(folder):
 def report(caplog):
     """Returns what the last run's report line says."""
     caplog.set_level(logging.INFO)
-    return lambda: [m for m in caplog.messages if "forward passes" in m][-1]
+    return lambda: [m for m in caplog.messages if "forward pass" in m][-1]
 
 
 def _sample(model, steps=2, callback=None):
@@ -88,7 +90,7 @@ def test_no_checkpoint_at_all(folder):
         assert part in told
     with pytest.raises(FileNotFoundError) as caught:
         _load("not_there.pth")
-    assert str(caught.value) == told
+    assert str(caught.value) == f"checkpoint {told}"
     for name in (None, 5, 1.5, True, {"a": 1}, ["t2v.pth"], "", "x" * 5000, "a\0b", "\ud800"):
         told = TurboLoader.validate_inputs(name)
         assert name is None or ("is not in models/diffusion_models" in told and len(told) < 400)
@@ -144,6 +146,13 @@ def test_names_of_files_can_be_linked(client, folder):
     assert client.errors(SLAAttentionPatch, model=["Model", 0], projections="t2v.pth") == []
 
 
+def test_the_host_names_an_input_once(client, folder):
+    for kind, name in ((TurboLoader, "checkpoint"), (SLAAttentionPatch, "projections")):
+        good = {"model": ["Model", 0]} if kind is SLAAttentionPatch else {}
+        ((_, details),) = client.errors(kind, **good, **{name: "not_there.pth"})
+        assert details.startswith(f"{name} - 'not_there.pth' is not in models/diffusion_models.")
+
+
 def test_links_of_other_types_are_refused(client, folder):
     for name in ("checkpoint", "granularity"):
         ((message, details),) = client.errors(
@@ -171,8 +180,8 @@ def test_odd_values_are_told_and_crash_nothing(client, folder, kind):
     inputs = kind.define_schema().inputs
     links = {"MODEL": "Model", "IMAGE": "Any"}
     good = {i.id: [links[i.io_type], 0] for i in inputs if i.io_type in links}
-    if kind is TurboLoader:
-        good["checkpoint"] = "t2v.pth"
+    files = {"checkpoint": "t2v.pth", "lora_name": "t2v.pth"}
+    good |= {i.id: files[i.id] for i in inputs if i.id in files}
     assert client.errors(kind, **good) == []
     for odd_input, odd in itertools.product(inputs, ODD):
         for message, _ in client.errors(kind, **{**good, odd_input.id: odd}):
@@ -221,7 +230,7 @@ def test_a_file_that_is_no_checkpoint(folder, name):
     (folder / "notes.txt").write_text("my secret")
     assert "is not in models/diffusion_models" in TurboLoader.validate_inputs(name)
     assert "is not in models/diffusion_models" in SLAAttentionPatch.validate_inputs(name)
-    with pytest.raises(CheckpointError, match=r"^notes.txt: is no checkpoint by its name"):
+    with pytest.raises(ValueError, match=r"^notes.txt: is no checkpoint by its name"):
         _load("notes.txt")
 
 
@@ -292,8 +301,9 @@ def _refused(name, match):
     """TurboLoader must refuse `name` with one message, and keep nothing of it."""
     gc.collect()  # of models that earlier tests have left
     loaded = list(comfy.model_management.current_loaded_models)
-    with pytest.raises(CheckpointError, match=match) as caught:
+    with pytest.raises(ValueError, match=match) as caught:
         _load(name)
+    assert caught.type is ValueError, "the host would show where another type's class is"
     message = str(caught.value)
     assert "\n" not in message
     assert name in message

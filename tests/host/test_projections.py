@@ -10,7 +10,7 @@ import torch
 from in_comfyui import comfy
 from turbodiffusion_pack.nodes.attention import SLAAttentionPatch
 from turbodiffusion_pack.nodes.quantize import W8A8Quantize
-from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
+from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
 from turbodiffusion_pack.turbo_core.checkpoint.names import PROJ_L
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.projections import attach_projections
@@ -77,7 +77,7 @@ def _run(model):
 @pytest.fixture
 def line(caplog):
     """Returns the report line of the last run."""
-    return lambda: [m for m in caplog.messages if "forward passes" in m][-1]
+    return lambda: [m for m in caplog.messages if "forward pass" in m][-1]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,20 @@ def test_projections_make_it_a_turbodiffusion_model(stock, line, expected, name)
 def test_projections_of_an_int8_file(stock, expected):
     """They are the same as in the plain one."""
     assert goldens.relative_error(_run(_patch(stock, "t2v-quant.pth")), expected[FILE]) < EXACT
+
+
+def test_the_one_projection_of_simpletuner(stock, folder, line):
+    """The same as a checkpoint that has it in every block."""
+    tensors = torch.load(folder / FILE, weights_only=True)
+    weight, bias = (tensors[f"blocks.0.{PROJ_L}.{part}"] for part in ("weight", "bias"))
+    one = {n: {"weight": weight, "bias": bias}.get(n.rpartition(".")[2]) for n in tensors}
+    torch.save({n: one[n] if PROJ_L in n else t for n, t in tensors.items()}, folder / "one.pth")
+    state = {"128:bf16": {"proj_l.weight": weight, "proj_l.bias": bias}}
+    settings = {"topk": 0.2, "feature_map": "softmax", "blkq": 64, "blkk": 64}
+    torch.save({"settings": settings, "state": state, "version": 1}, folder / "sla_attention.pt")
+    out = _run(_patch(stock, "sla_attention.pt"))
+    assert NO_BRANCH not in line()
+    assert torch.equal(out, _run(_patch(stock, "one.pth")))
 
 
 def test_the_host_sees_them_while_the_model_is_loaded(stock):
@@ -312,8 +326,9 @@ def test_a_model_that_is_not_wan_is_refused(folder):
 
 def test_a_broken_file_is_refused(stock, folder):
     (folder / "cut.pth").write_bytes((folder / FILE).read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"cut\.pth.*truncated"):
+    with pytest.raises(ValueError, match=r"cut\.pth.*truncated") as caught:
         _patch(stock, "cut.pth")
+    assert caught.type is ValueError
 
 
 def test_a_file_that_is_not_there_is_refused(stock):
@@ -325,4 +340,4 @@ def test_a_file_that_is_not_there_is_refused(stock):
     assert SLAAttentionPatch.validate_inputs(None) is True
     with pytest.raises(FileNotFoundError) as caught:
         _patch(stock, "not_there.pth")
-    assert str(caught.value) == told
+    assert str(caught.value) == f"projections {told}"

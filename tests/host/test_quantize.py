@@ -432,7 +432,9 @@ def test_hosts_can_load_it_again(paths):
 
 def test_the_report_names_every_layer(float_model, caplog):
     caplog.set_level(logging.INFO)
-    quantized, text = W8A8Quantize.execute(float_model, "exact", True).args
+    out = W8A8Quantize.execute(float_model, "exact", True)
+    quantized, text = out.args
+    assert out.ui.as_dict() == {"text": (text,)}
     errors = dict(re.findall(r"^(blocks\S+) +(\S+)$", text, re.M))
     assert set(errors) == set(_int8(quantized))
     for name, (q, scale) in _int8(quantized).items():
@@ -443,7 +445,8 @@ def test_the_report_names_every_layer(float_model, caplog):
     assert f"worst {errors[worst]} (" in text
     assert any(text in message for message in caplog.messages)
     caplog.clear()
-    assert W8A8Quantize.execute(float_model, "exact", False).args[1] == ""
+    out = W8A8Quantize.execute(float_model, "exact", False)
+    assert (out.args[1], out.ui) == ("", None)
     (line,) = [m for m in caplog.messages if m.startswith("TurboDiffusion")]
     assert "quantized 20 linears to INT8, exact; the model had 0.0" in line
 

@@ -164,7 +164,7 @@ def test_cancel_stops_the_run_and_leaves_a_clean_model(model, caplog):
         _run(model, sde, callback=cancel)
     assert steps == [0]
     (line,) = _report_lines(caplog)
-    assert line.startswith("TurboDiffusion: 2 forward passes; SLA in 2 of 2 blocks")
+    assert line.startswith("TurboDiffusion: cancelled, 2 forward passes; SLA in 2 of 2 blocks")
     assert not comfy.model_management.processing_interrupted()
     caplog.clear()
     assert torch.equal(_run(model, sde), undisturbed)
@@ -173,7 +173,7 @@ def test_cancel_stops_the_run_and_leaves_a_clean_model(model, caplog):
 
 
 def _report_lines(caplog):
-    return [m for m in caplog.messages if "forward passes" in m]
+    return [m for m in caplog.messages if "forward pass" in m]
 
 
 @pytest.mark.parametrize("mode", ["sde", "ode"])

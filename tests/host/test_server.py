@@ -2,6 +2,7 @@
 
 import copy
 import json
+import urllib.error
 from pathlib import Path
 
 import comfyui_install
@@ -88,7 +89,7 @@ def interface(info: dict) -> dict:
     for name, (kind, *options) in both.items():
         combo = kind == "COMBO" or isinstance(kind, list)
         inputs[name] = {"type": "COMBO" if combo else kind}
-        if combo and name not in ("checkpoint", "projections"):
+        if combo and name not in ("checkpoint", "lora_name", "projections"):
             inputs[name]["options"] = combo_options(info, name)
         inputs[name] |= {k: v for k, v in (options or [{}])[0].items() if k in kept}
     return {"inputs": inputs, "outputs": info["output"], "output_names": info["output_name"]}
@@ -246,6 +247,24 @@ def test_size_and_length_come_from_nodes(server):
     node_inputs(workflow, "EmptyHunyuanLatentVideo").update(links)
     node_inputs(workflow, "CreateVideo")["fps"] = ["length", 1]
     assert pixels(server.run(workflow)).shape == (5, 80, 144, 3)
+
+
+def test_loaders_of_an_older_pack_are_stood_for(server):
+    try:
+        offered = server.get("/node_replacements")
+    except urllib.error.HTTPError:
+        pytest.skip("this ComfyUI replaces no nodes")
+    assert {"TurboWanModelLoader", "TurboWanVAELoader"} <= offered.keys()
+    workflow = t2v({**DENSE, "EmptyHunyuanLatentVideo": TINY, "rCMSampler": {"steps": 1}})
+    expected = pixels(server.run(copy.deepcopy(workflow)))
+    old = {"model_name": CHECKPOINT, "attention_type": "sla", "sla_topk": 0.1}
+    for new, name, inputs in (
+        ("TurboLoader", "TurboWanModelLoader", old),
+        ("VAELoader", "TurboWanVAELoader", {"vae_name": VAE}),
+    ):
+        node = workflow[node_id(new)]
+        workflow[node_id(new)] = {**node, "class_type": name, "inputs": inputs, "_meta": {}}
+    assert np.array_equal(pixels(server.run(workflow)), expected)
 
 
 def test_an_image_that_is_missing_is_asked_for(server):

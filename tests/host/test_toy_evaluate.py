@@ -121,7 +121,7 @@ def test_a_dry_run_starts_nothing(tmp_path, capsys):
         stage(arguments(tmp_path / "run", "toy", dry_run=True), CPU)
     told = capsys.readouterr().out
     assert told.count("clips of 17 frames of 256 x 256; nothing is started") == 3
-    assert "samples 20480" in told and "prompts 256" in told and not (tmp_path / "run").exists()
+    assert "samples 10240" in told and "prompts 256" in told and not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="for toys"):
         toy_stages.vae(arguments(tmp_path / "run", "14B-480P"), CPU)
 

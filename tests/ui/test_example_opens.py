@@ -30,6 +30,7 @@ ADD_DOCTOR = """() => {
     window.app.graph.add(window.LiteGraph.createNode("TurboDoctor"));
 }"""
 SHOWN = "() => window.app.graph.nodes[0].widgets[0].value"
+READ_ONLY = "() => window.app.graph.nodes[0].widgets[0].options.read_only"
 
 pytestmark = [
     pytest.mark.ui,
@@ -90,6 +91,7 @@ def test_the_doctor_shows_its_text(server, page):
     page.evaluate("() => window.app.queuePrompt(0)")
     page.wait_for_function(SHOWN, timeout=60_000)
     assert page.evaluate(SHOWN).startswith("TurboDiffusion for Wan ")
+    assert page.evaluate(READ_ONLY) is True, "Nodes 2.0 would let a user type into it"
     (saved,) = page.evaluate("() => window.app.graph.serialize().nodes")
     assert not saved.get("widgets_values")
     (sent,) = page.evaluate("async () => (await window.app.graphToPrompt()).output").values()

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 
 from .checks import check_dtypes, check_shapes, check_values, small_tensors
-from .error import CheckpointError
+from .error import CheckpointError, errors_named
 from .extras import split_layer_settings, split_proj_l
 from .names import PROJ_L, wan_names
 from .scales import split_scales
@@ -26,6 +26,7 @@ __all__ = [
     "file_tensors",
     "int8_in_file",
     "read_checkpoint",
+    "read_named_tensors",
 ]
 
 
@@ -91,16 +92,18 @@ def read_checkpoint(
             message names the file (without its folder, as it may reach a client of the server),
             what was found and what to do.
     """
-    path = Path(path)
-    try:
-        return check_tensors(wan_names(read_files(path)), progress)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path.name}: {error}") from error.__cause__
-    except OSError as error:
-        raise CheckpointError(
-            f"{path.name}: could not be read ({error.strerror or type(error).__name__}): check the "
-            "drive and the file's permissions"
-        ) from error
+    with errors_named(path):
+        return check_tensors(wan_names(read_files(Path(path))), progress)
+
+
+def read_named_tensors(path: str | PathLike) -> dict[str, torch.Tensor]:
+    """All tensors of a file by the names that they have in it, for what is no checkpoint.
+
+    Raises:
+        CheckpointError: as read_checkpoint, as far as it is about files.
+    """
+    with errors_named(path):
+        return read_files(Path(path))
 
 
 def check_tensors(

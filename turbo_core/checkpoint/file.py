@@ -66,11 +66,39 @@ def read_tensors(path: Path) -> Tensors:
     start = _first_bytes(path)
     if start[8:9] == SAFETENSORS_NINTH:  # its first eight bytes are a length, any length
         return _read_safetensors(path)
+    content, locate = pth_content(path)
+    if locate is None:
+        raise CheckpointError(_not_a_checkpoint(path, start))
+    return mapped_tensors(path, content, locate)
+
+
+def pth_content(path: Path) -> tuple[object, Locate | None]:
+    """What a .pth or .pt file lists, and where its storages lie; None and None for other files.
+
+    Raises:
+        CheckpointError, OSError: as read_tensors.
+    """
+    start = _first_bytes(path)
+    if start[8:9] == SAFETENSORS_NINTH:
+        return None, None
     if start.startswith(ZIP_START):
-        return _mapped_tensors(path, *list_zip(path))
-    if start.startswith(PICKLE_START):
-        return _mapped_tensors(path, *list_old(path))
-    raise CheckpointError(_not_a_checkpoint(path, start))
+        return list_zip(path)
+    return list_old(path) if start.startswith(PICKLE_START) else (None, None)
+
+
+def read_header_text(path: Path) -> dict[str, str]:
+    """The text that a .safetensors file has in its header, by name; empty where it has none.
+
+    Raises:
+        CheckpointError, OSError: as read_tensors.
+    """
+    if _first_bytes(path)[8:9] != SAFETENSORS_NINTH:
+        return {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise damaged(error) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -126,8 +154,12 @@ def _read_safetensors(path: Path) -> Tensors:
         raise damaged(error) from error
 
 
-def _mapped_tensors(path: Path, content: object, locate: Locate) -> Tensors:
-    """The tensors that a .pth file's `content` lists, memory-mapped."""
+def mapped_tensors(path: Path, content: object, locate: Locate) -> Tensors:
+    """The tensors that a .pth file's `content` lists, memory-mapped.
+
+    Raises:
+        CheckpointError: as read_tensors.
+    """
     listed = _named_tensors(content)
     _check_count(len(listed))
     size = path.stat().st_size
@@ -207,7 +239,8 @@ def _check_listed(name: str, dtype: torch.dtype | str, shape: tuple) -> None:
     if dtype not in DTYPES.values():
         raise CheckpointError(
             f"{name} is {str(dtype).removeprefix('torch.')}, a checkpoint holds none: take "
-            "TurboDiffusion's plain or -quant file"
+            "TurboDiffusion's plain or -quant file; for one in another format there is ComfyUI's "
+            "own Load Diffusion Model"
         )
     if len(shape) > MOST_AXES or not all(map(_is_count, shape)):
         raise damaged(f"{name} has an impossible shape of {len(shape)} axes")

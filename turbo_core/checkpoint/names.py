@@ -66,6 +66,9 @@ INSIDE = {
 # Where ComfyUI's ModelSave finds the projections in a MODEL of ours.
 IN_A_MODEL = {"self_attn.proj_l": PROJ_L}
 
+# The gates of Video Sparse Attention (arXiv 2505.13389), in FastVideo's names and in others.
+VSA_GATE = "gate_compress"
+
 FOREIGN_LAYOUTS = {
     "lora_": "this looks like a LoRA, load it with a LoRA node on top of a model",
     "scale_shift_table": "this looks like a part of a diffusers model, take the whole file or set",
@@ -85,6 +88,11 @@ def wan_names(tensors: Tensors) -> Tensors:
         CheckpointError: not a Wan model, or names of two layouts, or a name without a place in Wan.
     """
     plain = renamed(tensors, lambda name: WRAPPERS.sub("", name))
+    if gate := next((name for name in plain if VSA_GATE in name), None):
+        raise CheckpointError(
+            f"is trained for VSA, another sparse attention than SLA, got {gate}: take a copy that "
+            "is made for ComfyUI and load it with its own Load Diffusion Model"
+        )
     prefixes = [match[1] for name in plain if (match := MARKER.fullmatch(name))]
     if not prefixes:
         raise CheckpointError(_another_architecture(plain))

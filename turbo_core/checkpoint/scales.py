@@ -12,9 +12,9 @@ Tensors = dict[str, torch.Tensor]
 INT8_BLOCK = 128
 
 # Scales of an int8 X.weight: ComfyUI's ModelSave writes a MODEL of ours so, SGLang the other. Both
-# multiply, as the official X.scale does.
+# multiply, as the official X.scale does. LightX2V's weight_scale is one per output channel.
 SCALES = ("weight_scale", "weight_scale_inv")
-FOREIGN_SCALES = (
+COMFYUI_SCALES = (
     *("scale_weight", "comfy_quant", "scaled_fp8"),
     # ComfyUI's W4A8, W6A8 and AWQ files.
     *("weight_s_rel", "weight_s_channel", "weight_codebook", "weight_zeros"),
@@ -38,6 +38,7 @@ def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:
             raise CheckpointError(
                 f"{module}.scale has no {module}.int8_weight: convert or download the file again"
             )
+    scales = {module: _as_vector(int8[module], scale) for module, scale in scales.items()}
     weights = {n.replace(".int8_weight", ".weight"): t for n, t in tensors.items()}
     return {n: t for n, t in weights.items() if not n.endswith(".scale")}, scales
 
@@ -51,12 +52,31 @@ def _official_int8(tensors: Tensors) -> Tensors:
         ours = part in SCALES and weight is not None and weight.dtype == torch.int8
         if ours:
             names.update({name: f"{module}.scale", f"{module}.weight": f"{module}.int8_weight"})
-        elif part in (*SCALES, *FOREIGN_SCALES):
-            raise CheckpointError(
-                f"is quantised in another format, got {name}: take TurboDiffusion's plain or "
-                "-quant file, or load this one with ComfyUI's own loader"
-            )
+        elif part in (*SCALES, *COMFYUI_SCALES):
+            raise CheckpointError(f"is quantised in another format, got {name}: {_advice(tensors)}")
     return renamed(tensors, lambda name: names.get(name, name))
+
+
+def _advice(tensors: Tensors) -> str:
+    """What to do with a file of another format, whichever of its tensors was met first."""
+    if any(name.rpartition(".")[2] in COMFYUI_SCALES for name in tensors):
+        return (
+            "load it with ComfyUI's own Load Diffusion Model, whose MODEL the other nodes here "
+            "take, or take TurboDiffusion's plain or -quant file"
+        )
+    return (
+        "take a copy that is made for ComfyUI and load it with its own Load Diffusion Model, or "
+        "take TurboDiffusion's plain or -quant file"
+    )
+
+
+def _as_vector(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """LightX2V's scales [out, 1], in the float dtype that the weight had, as float32 [out]."""
+    return scale.flatten().float() if _is_column(weight, scale) else scale
+
+
+def _is_column(weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    return scale.shape == (len(weight), 1) and len(weight) > 1 and scale.is_floating_point()
 
 
 def _by_module(tensors: Tensors, suffix: str) -> Tensors:
@@ -81,6 +101,8 @@ def _check_pair(module: str, tensors: Tensors, scales: Tensors) -> None:
 
 def _check_scale(module: str, weight: torch.Tensor, scale: torch.Tensor) -> None:
     blocks = tuple(-(-n // INT8_BLOCK) for n in weight.shape)
+    if _is_column(weight, scale):
+        return
     if scale.dtype != torch.float32 or scale.shape not in (blocks, weight.shape[:1]):
         raise CheckpointError(
             f"{module}.scale must be float32 {list(blocks)}, one per 128x128 block of a weight "

@@ -21,6 +21,7 @@ import comfy.ldm.wan.model
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.model_management import InterruptProcessingException
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
@@ -58,7 +59,7 @@ def switch_experts(high: ModelPatcher, low: ModelPatcher, boundary: float) -> Mo
 
     def around_run(executor, *args, **kwargs):
         run = ExpertRun(executor, low, boundary, came_with)
-        with run_report.run():
+        with run_report.run(InterruptProcessingException):
             return run.sample(*args, **kwargs)
 
     model = high.clone()

@@ -11,11 +11,12 @@ from ..checkpoint import Checkpoint, read_checkpoint
 from ..granularity import scales_of
 from ..rcm import default_sigma_max
 from ..sla_settings import SLASettings
+from .advise import advise
 from .int8_tensor import granularity as weight_granularity
 from .int8_tensor import is_int8
 from .layer_settings import set_layer_settings
 from .operations import Linear, TurboOperations
-from .options import TIMESTEP
+from .options import ADVICE, TIMESTEP
 from .patch import patch_attention, wan_model
 from .projections import projection
 from .scheduler import carry_sigma_max
@@ -60,6 +61,7 @@ def build_turbo_model(
     carry_sigma_max(model, default_sigma_max(checkpoint.in_channels))
     set_layer_settings(wan_model(model), checkpoint.layer_settings)
     if checkpoint.has_sla:
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ADVICE, advise)
         for block, proj_l in zip(wan_model(model).blocks, checkpoint.proj_l, strict=True):
             block.self_attn.proj_l = projection(*proj_l)
     for module in wan_model(model).modules():

@@ -27,5 +27,9 @@ EXPERT_SWITCH = "turbodiffusion.experts"
 # The DIFFUSION_MODEL wrapper that rounds timesteps, see timesteps.py.
 TIMESTEP = "turbodiffusion.timestep"
 
+# The OUTER_SAMPLE wrapper that tells what a run does otherwise than the model was made for, see
+# advise.py.
+ADVICE = "turbodiffusion.advice"
+
 # The injection that holds SLA's projections for a MODEL of another loader, see projections.py.
 PROJECTIONS = "turbodiffusion.projections"

@@ -7,6 +7,7 @@ import reprlib
 import comfy.ldm.wan.model
 import comfy.model_patcher
 import torch
+from comfy.model_management import InterruptProcessingException
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch.utils.checkpoint import checkpoint
 
@@ -129,7 +130,7 @@ def _is_checkpointed(module: torch.nn.Module) -> bool:
 
 
 def _around_run(executor, *args, **kwargs):
-    with run_report.run():
+    with run_report.run(InterruptProcessingException):
         return executor(*args, **kwargs)
 
 

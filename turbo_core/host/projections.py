@@ -1,9 +1,13 @@
 """SLA's projections for a MODEL that another loader has loaded.
 
+They come from a TurboDiffusion checkpoint, one for each block, or from SimpleTuner's
+sla_attention.pt, one for all of them.
+
 They are attached while the host has the patched clone loaded and taken off with it, so that the
 model that all clones share stays as it was.
 """
 
+import logging
 from os import PathLike
 from pathlib import Path
 
@@ -11,9 +15,14 @@ import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection
 
 from ..checkpoint import Checkpoint, read_checkpoint
+from ..checkpoint.simpletuner import read_shared_projection
 from .operations import Linear
 from .options import PROJECTIONS
 from .patch import wan_model
+
+log = logging.getLogger(__name__)
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # weight [128, 128] and bias [128]
 
 
 def attach_projections(model, path: str | PathLike):
@@ -32,10 +41,9 @@ def attach_projections(model, path: str | PathLike):
             "this MODEL has SLA projections from its own file already, got another file for them. "
             "Set projections to none"
         )
-    checkpoint = read_checkpoint(path)
-    _require_projections_of(path, checkpoint, wan)
     # Copies, as the tensors are views of the whole file.
-    projections = [projection(weight.clone(), bias.clone()) for weight, bias in checkpoint.proj_l]
+    pairs = _shared_pairs(path, wan) or _pairs(path, wan)
+    projections = [projection(weight.clone(), bias.clone()) for weight, bias in pairs]
     patched = model.clone()
     patched.set_injections(PROJECTIONS, [_injection(projections)])
     if not patched.callbacks.get(CallbacksMP.ON_CLONE, {}).get(PROJECTIONS):
@@ -60,6 +68,22 @@ def own_projection(attn: torch.nn.Module) -> Linear | None:
     """The proj_l that this self-attention was loaded with, if any: none that was attached."""
     proj_l = getattr(attn, "proj_l", None)
     return None if getattr(proj_l, "attached", False) else proj_l
+
+
+def _shared_pairs(path: str | PathLike, wan: torch.nn.Module) -> list[Pair]:
+    """SimpleTuner's one projection for each block; empty for a file of another kind."""
+    shared = read_shared_projection(path)
+    if shared is None:
+        return []
+    log.info("TurboDiffusion: one projection for all blocks, trained at top-k %g", shared.topk)
+    return [(shared.weight.float(), shared.bias.float())] * len(wan.blocks)
+
+
+def _pairs(path: str | PathLike, wan: torch.nn.Module) -> tuple[Pair, ...]:
+    """Weight and bias of each block out of a checkpoint that fits."""
+    checkpoint = read_checkpoint(path)
+    _require_projections_of(path, checkpoint, wan)
+    return checkpoint.proj_l
 
 
 def _require_projections_of(

@@ -73,17 +73,19 @@ def rcm(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def merge(args: argparse.Namespace, device: torch.device) -> None:
-    """RUN/merge/model.safetensors: the base with SLA's and rCM's updates."""
+    """RUN/merge/model.safetensors: the base with SLA's and rCM's updates, of RUN or elsewhere."""
     chosen(args, "sla")  # an unknown preset is refused as in every stage
     if args.dry_run:
-        say("merge: reads three models tensor by tensor, writes one as large as the base; no GPU")
+        say("merge: reads three checkpoints tensor by tensor and writes one; nothing is started")
         return
     base = args.base or run_folder.RunFolder(args.out, "teacher").sibling("teacher") / MODEL
-    with run_folder.open(args.out, "merge", {"base": _base_name(args)}) as folder:
+    told = {"base": _base_name(args), "sla": str(args.sla or "sla"), "rcm": str(args.rcm or "rcm")}
+    with run_folder.open(args.out, "merge", told) as folder:
         if folder.finished is not None:
             say(f"{folder.path} is finished")
             return
-        sla_file, rcm_file = (folder.sibling(name) / MODEL for name in ("sla", "rcm"))
+        sla_file = args.sla or folder.sibling("sla") / MODEL
+        rcm_file = args.rcm or folder.sibling("rcm") / MODEL
 
         def write(part: Path) -> None:
             if rank() == 0:
@@ -115,7 +117,7 @@ def _train(args, device: torch.device, stage: str, columns: tuple[str, ...], beg
         path = args.data or folder.sibling("data")
         data = Data(path, device)
         data.check(preset.latent, image=preset.sizes.in_channels == 36)
-        use_fast_products(device)
+        choose_kernels(preset, device)
         training = begin(preset, data)
         report = Report(folder.path, list(columns), settings.steps)
         sample = _sampler(training, data, settings, preset.seed, decoder(path, device))
@@ -194,10 +196,12 @@ def _frozen(network: WanNetwork) -> WanNetwork:
     return network.requires_grad_(False)
 
 
-def use_fast_products(device: torch.device) -> None:
-    """Let torch round to TF32 what stays in fp32 on a GPU."""
+def choose_kernels(preset: Preset, device: torch.device) -> None:
+    """Let a GPU round to TF32 what stays in fp32, and keep to deterministic kernels if asked."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    torch.use_deterministic_algorithms(preset.deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a fill for each new tensor
 
 
 def _plain(settings) -> dict[str, str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import comfy.ops
 import comfy.quant_ops
 import comfy.sd
+import comfy_api.latest
 import torch
 
 if hasattr(comfy.quant_ops, "LAYOUTS"):  # 0.3.75: a quantized tensor's parameters are a dict
@@ -170,7 +171,14 @@ def has_dynamic_vram() -> bool:
 
 
 def known_fields(schema: type, fields: dict) -> dict:
-    """The `fields` of a node's `schema` but for the search aliases, which 0.3.75 does not know."""
-    if "search_aliases" in inspect.signature(schema).parameters:
-        return fields
-    return {name: value for name, value in fields.items() if name != "search_aliases"}
+    """The `fields` of a node's `schema` that the host knows: 0.3.75 lacks some search aids."""
+    known = inspect.signature(schema).parameters
+    newer = {"search_aliases", "essentials_category"} - known.keys()
+    return {name: value for name, value in fields.items() if name not in newer}
+
+
+async def offer_replacement(fields: dict) -> None:
+    """Tell the host of a node that can stand for a missing one; 0.3.75 asks for none."""
+    if hasattr(comfy_api.latest.io, "NodeReplace"):
+        replacement = comfy_api.latest.io.NodeReplace(**fields)
+        await comfy_api.latest.ComfyAPI().node_replacement.register(replacement)

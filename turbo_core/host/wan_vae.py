@@ -118,15 +118,12 @@ def latent_statistics() -> tuple[torch.Tensor, torch.Tensor]:
 def _first_weights(wan: WanVAE) -> None:
     """Weights that keep the variance, blocks that do nothing yet, latents almost without noise.
 
-    With torch's own first weights the biases of so many layers drown the picture. The first layers
-    need theirs: the norms behind them see directions alone, and gray has black's without a bias.
+    With torch's own first weights the biases of so many layers drown the picture.
     """
     for module in wan.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
             module.weight.normal_(0, module.weight[0].numel() ** -0.5)
             module.bias.zero_()
-    for entrance in (wan.encoder.conv1, wan.decoder.conv1):
-        entrance.bias.normal_(0, 0.5)
     for module in wan.modules():
         if isinstance(module, ResidualBlock):
             module.residual[-1].weight.zero_()

@@ -78,7 +78,7 @@ class Data:
         TrainingError: no data, or a file of it is missing or damaged.
     """
 
-    def __init__(self, folder: Path, device: torch.device, room: int = 8 << 30):
+    def __init__(self, folder: Path, device: torch.device, room: int = 4 << 30):
         self.folder, self.device = folder, device
         self.counts = _counts(folder)
         paths = [folder / SHARD.format(number) for number in range(len(self.counts))]

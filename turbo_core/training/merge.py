@@ -16,7 +16,7 @@ import torch
 from ..checkpoint import Checkpoint, CheckpointError, file_tensors, read_checkpoint
 from ..checkpoint.checks import describe
 from ..checkpoint.file import read_metadata
-from ..checkpoint.names import BLOCK_NAME, PROJ_L
+from ..checkpoint.names import BLOCK_NAME
 from ..checkpoint.write import write_safetensors
 
 Tensors = dict[str, torch.Tensor]

@@ -25,7 +25,8 @@ class VAE:
         crop: height and width of what is cut out around the shape.
         whole: share of the steps, the last ones, that learn whole frames.
         dim: channels at full size; Wan's has 96. 8 of them are 0.9 million parameters.
-        kl_weight: beside the mean L1 error, of the mean of each latent number's KL divergence.
+        mse_weight: of the mean square beside the mean L1 error, without which it learns slower.
+        kl_weight: of the mean of each latent number's KL divergence.
         measured: clips that no step saw, for the latents' statistics and the error.
     """
 
@@ -38,6 +39,7 @@ class VAE:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     dim: int = 8
+    mse_weight: float = 2.0
     kl_weight: float = 1e-4
     measured: int = 256
 
@@ -181,6 +183,8 @@ class Preset:
         seed: of weights, data and noise.
         checkpointing: keep one activation a block and compute the rest twice.
         compiled: let torch.compile make the blocks' kernels, where it pays: short sequences.
+        deterministic: leave out kernels whose sums depend on who comes first, which a GPU's
+            attention has in its backward pass. A resumed run then ends with the very same bits.
         save_every, sample_every: steps.
         note: what a user should know before starting it.
     """
@@ -198,6 +202,7 @@ class Preset:
     seed: int = 0
     checkpointing: bool = False
     compiled: bool = False
+    deterministic: bool = False
     save_every: int = 500
     sample_every: int = 500
     note: str = ""
@@ -218,11 +223,11 @@ class Preset:
 TOY_WORLD = {"context": 16, "text_channels": 64}
 
 TOY = Preset(
-    sizes=Sizes(dim=256, ffn_dim=1024, num_layers=6, in_channels=16),
+    sizes=Sizes(dim=256, ffn_dim=512, num_layers=5, in_channels=16),
     latent=(5, 32, 32),
     **TOY_WORLD,
-    vae=VAE(steps=2000, batch=32, crop=128),
-    data=Clips(samples=20480),
+    vae=VAE(steps=2600, batch=8, crop=128),
+    data=Clips(samples=10240),
     evaluate=Evaluation(),
     teacher=Teacher(steps=5000, batch=64, micro_batch=64),
     sla=SLA(steps=1500, batch=64, micro_batch=64, lr=1e-4),
@@ -243,7 +248,7 @@ TOY = Preset(
 
 # One expert of an image-to-video pair each, after Wan 2.2: both know all noise levels, as
 # consistency runs down to the data, but practise their own side of the boundary 0.9.
-I2V = dataclasses.replace(TOY, sizes=Sizes(dim=128, ffn_dim=512, num_layers=4, in_channels=36))
+I2V = dataclasses.replace(TOY, sizes=Sizes(dim=128, ffn_dim=256, num_layers=4, in_channels=36))
 
 CPU = Preset(
     sizes=Sizes(dim=128, ffn_dim=256, num_layers=2, in_channels=16),

@@ -16,7 +16,7 @@ import torch
 
 from .curves import draw_curves
 from .error import TrainingError, writing
-from .processes import agreed, mean_over_processes, rank, say
+from .processes import agreed, mean_over_processes, rank
 from .video_grid import save_grid
 
 STEP, SECONDS = "step", "seconds"

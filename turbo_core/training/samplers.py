@@ -1,5 +1,7 @@
 """Samples from a velocity: a teacher's with guidance and many steps, a student's in a few."""
 
+import itertools
+
 import torch
 
 from .noise_levels import shifted
@@ -36,7 +38,7 @@ def euler(velocity: Velocity, noise: torch.Tensor, levels: torch.Tensor) -> torc
     """
     levels = levels.to(noise.device, torch.float64)
     x = levels[0] * noise.double()
-    for level, lower in zip(levels, levels[1:], strict=False):
+    for level, lower in itertools.pairwise(levels):
         x = x - (level - lower) * velocity(x, level.expand(len(x)))
     return x.to(noise.dtype)
 

@@ -1,4 +1,4 @@
-"""The toy's examination: each way to sample, on the same prompts and noise, as one row of a table."""
+"""The toy's examination: each way to sample, on the same prompts and noise, as a row of a table."""
 
 import csv
 import io
@@ -68,6 +68,7 @@ class Examination:
         )
         self.rows: list[Row] = []
         self.teacher = self.reference = None  # latents of the same noise, and of other noise
+        self.teacher_videos: list[torch.Tensor] = []  # of the same noise, fp16
         self.floor = 0.0
 
     def set_teacher(self, sample: Sample) -> torch.Tensor:
@@ -75,6 +76,9 @@ class Examination:
         self.teacher = self.sampled(sample)
         self.reference = self.sampled(sample, self.other_noise)
         self.floor = sliced_distance(self.teacher, self.reference)
+        self.teacher_videos = [
+            self.decode(part).half() for part in self.teacher.split(self.at_once)
+        ]
         return self.teacher
 
     @torch.no_grad()
@@ -95,12 +99,12 @@ class Examination:
     def add(self, name: str, latents: torch.Tensor) -> Row:
         """Decode, read and measure."""
         readings, ratios, kept = [], [], []
-        for at in range(0, len(latents), self.at_once):
-            rows = slice(at, at + self.at_once)
-            videos = self.decode(latents[rows])
+        for part, teachers in zip(latents.split(self.at_once), self.teacher_videos, strict=True):
+            videos = self.decode(part)
             readings.append(read(videos))
-            ratios.append(psnr(videos, self.decode(self.teacher[rows])))
-            kept.append(videos[: max(0, 2 * self.shown - at)].cpu())
+            ratios.append(psnr(videos.half(), teachers))
+            if len(kept) * self.at_once < 2 * self.shown:
+                kept.append(videos.cpu())
         reading = Reading(*(torch.cat(parts) for parts in zip(*readings, strict=True)))
         where, sure = starts(reading, self.clips, self.frames)
         error = (latents - self.teacher).double().square().mean()
@@ -111,7 +115,7 @@ class Examination:
             "latent_mse": float(error),
             "psnr": float(torch.cat(ratios).mean()),
         }
-        self.rows.append(Row(name, measures, torch.cat(kept)[::2]))
+        self.rows.append(Row(name, measures, torch.cat(kept)[: 2 * self.shown : 2]))
         return self.rows[-1]
 
     def prompts(self) -> list[str]:
@@ -135,7 +139,7 @@ def half(videos: torch.Tensor) -> torch.Tensor:
 
 
 def captioned(videos: torch.Tensor, text: str) -> torch.Tensor:
-    """Videos [N, T, H, W, 3] in [0, 1] as uint8 with a line of text above, where Pillow is there."""
+    """Videos [N, T, H, W, 3] in [0, 1] as uint8, a line of text above where Pillow is there."""
     seen = (videos.clamp(0, 1) * 255).round().to(torch.uint8)
     if not has_pillow():
         return seen

@@ -13,7 +13,7 @@ from ..presets import VAE
 from .reader import read
 from .world import WORDS, Clips, draw, render, track
 
-COLUMNS = ("loss", "l1", "kl", "gradient_norm", "lr")
+COLUMNS = ("loss", "l1", "mse", "kl", "gradient_norm", "lr")
 HELD_OUT = 10**9  # samples from here on are for measuring; no training sees them
 
 
@@ -41,14 +41,17 @@ class VAETraining:
         seen, mean, log_variance = functional_call(
             self.network, weights, (clips.to(self.dtype), draws.generator("latents"))
         )
-        l1 = (seen.float() - clips).abs().mean()
+        error = seen.float() - clips
+        l1, mse = error.abs().mean(), error.square().mean()
         kl = divergence(mean.float(), log_variance.float()).mean()
-        loss = l1 + settings.kl_weight * kl
+        loss = l1 + settings.mse_weight * mse + settings.kl_weight * kl
         loss.backward()
         lr = cosine(settings.lr, n, settings.warmup, settings.steps)
         norm = self.learner.update(lr, n)
-        return {"loss": loss.detach(), "l1": l1.detach(), "kl": kl.detach(), "lr": lr} | {
-            "gradient_norm": norm
+        parts = {"loss": loss, "l1": l1, "mse": mse, "kl": kl}
+        return {name: part.detach() for name, part in parts.items()} | {
+            "gradient_norm": norm,
+            "lr": lr,
         }
 
     def _clips(self, n: int, draws: Draws) -> torch.Tensor:
