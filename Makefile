@@ -1,5 +1,6 @@
 # make demo   sets everything up and makes videos in a real ComfyUI server, from text and from a
-#             picture, with tiny random models; real checkpoints make real videos:
+#             picture, with the toy that was trained for it, and reads what they show;
+#             PICTURE=file.webp keeps them as one animated picture. Real checkpoints make real videos:
 #             CHECKPOINT=/path/model.pth from text,
 #             HIGH=/path/high.pth LOW=/path/low.pth IMAGE=/path/picture.png from a picture;
 #             the Wan VAE and the umT5 text encoder are then taken from the ComfyUI's models folder
@@ -18,7 +19,8 @@ PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
 
 demo:
 	$(PYTHON) tests/prepare.py tests/demo.py $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") \
-		$(if $(HIGH),--high "$(HIGH)") $(if $(LOW),--low "$(LOW)") $(if $(IMAGE),--image "$(IMAGE)")
+		$(if $(HIGH),--high "$(HIGH)") $(if $(LOW),--low "$(LOW)") $(if $(IMAGE),--image "$(IMAGE)") \
+		$(if $(PICTURE),--picture "$(PICTURE)")
 
 test:
 	$(PYTHON) tests/prepare.py -m pytest -c tests/pytest.ini -n auto --dist loadfile \

@@ -1,10 +1,14 @@
 """Makes videos in a real ComfyUI server: what `make demo` runs inside .venv.
 
+    python tests/demo.py [--picture FILE]
     python tests/demo.py [--checkpoint FILE] [--high FILE --low FILE [--image FILE]]
 
-Without checkpoints it makes tiny random models for text to video and image to video, so the videos
-are noise; the path they take through ComfyUI is the real one. With checkpoints it makes the video
-that they are for: --checkpoint from text, --high and --low, the two experts, from a picture.
+Without checkpoints it shows the toy of tests/data/toy, models that turbo_core/train.py trained on a
+world of coloured shapes, from text and from a picture. Of each video an analytic reader says what
+it shows, and the demo fails where that is not what the prompt said. --picture keeps the videos that
+do as one animated picture. Where the toy is missing, random models take the same way and make
+noise. With checkpoints it makes the video that they are for: --checkpoint from text, --high and
+--low, the two experts, from a picture.
 """
 
 import argparse
@@ -21,10 +25,11 @@ sys.path.append(str(ROOT / "tests" / "support"))
 
 import comfyui_install  # noqa: E402
 import tiny_models  # noqa: E402
+import toy_assets  # noqa: E402
+import toy_videos  # noqa: E402
 from comfyui_server import (  # noqa: E402
     ComfyServer,
     RejectedError,
-    Run,
     ServerError,
     combo_options,
     node_inputs,
@@ -33,14 +38,28 @@ from video import play  # noqa: E402
 
 WORKFLOWS = ROOT / "tests" / "host" / "workflows"
 BASE = ROOT / ".demo" / "server"
-# Frames, width and height of the tiny and of the real videos.
-TINY_VIDEO = {"t2v": (17, 256, 256), "i2v": (17, 336, 192)}
+# What the toy is asked for; the rest of each workflow is in its file.
+PROMPTS = {
+    "t2v": (
+        "a big red circle moves right slowly on black",
+        "a small yellow star bounces fast on navy",
+    ),
+    "i2v": ("a big blue square moves down slowly on gray",),
+}
+TOY_VIDEO = (toy_videos.FRAMES, toy_videos.PIXELS, toy_videos.PIXELS)
+# What makes a workflow of the toy's one of real models: prompt, frames, width and height, settings.
+REAL_PROMPTS = {
+    "t2v": "a red panda drums on a rooftop while snow falls over a city at night",
+    "i2v": "the picture comes to life, and the camera pushes in slowly",
+}
 REAL_VIDEO = {"t2v": (81, 832, 480), "i2v": (81, 1280, 720)}
-# What makes a workflow of tiny videos one of real videos.
 REAL_SETTINGS = {
-    "EmptyHunyuanLatentVideo": {"width": 832, "height": 480, "length": 81},
-    "WanAdaptiveResolution": {"resolution": "720p"},
-    "WanVideoLength": {"seconds": 5.0},
+    "t2v": {"EmptyHunyuanLatentVideo": {"width": 832, "height": 480, "length": 81}},
+    "i2v": {
+        "WanAdaptiveResolution": {"resolution": "720p", "aspect_ratio": "16:9"},
+        "WanVideoLength": {"seconds": 5.0},
+        "rCMSampler": {"mode": "ode"},
+    },
 }
 TEXT_ENCODER = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 VAE = "wan_2.1_vae.safetensors"
@@ -50,65 +69,130 @@ log = logging.getLogger("demo")
 
 def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    chosen, image = arguments()
+    chosen, image, picture = arguments()
     comfyui = comfyui_install.find()
     if comfyui is None:
         raise FileNotFoundError("no ComfyUI found: run `make demo`, or set COMFYUI_DIR")
-    put_picture(image)
+    put_picture(image if "i2v" in chosen else None, real="i2v" in chosen)
     if not chosen:
-        make_tiny_models(comfyui)
+        make_toys(comfyui)
     log.info("starting ComfyUI from %s", comfyui)
-    failed = 0
     with ComfyServer(comfyui, BASE, model_folders(comfyui, chosen)) as server:
         log.info("device: %s", server.get("/system_stats")["devices"][0]["name"])
-        for name in chosen or TINY_VIDEO:
-            workflow = real_workflow(server, name, chosen[name]) if chosen else tiny_workflow(name)
-            log.info("%s:", name)
-            run = server.run(workflow, progress_logger(workflow))
-            failed |= report(server, run, (REAL_VIDEO if chosen else TINY_VIDEO)[name])
+        return show_real(server, chosen) if chosen else show_toys(server, picture)
+
+
+def show_real(server: ComfyServer, chosen: dict[str, list[Path]]) -> int:
+    """The videos of the given checkpoints; 0, or 1 if one was not made."""
+    failed = 0
+    for name, checkpoints in chosen.items():
+        log.info("%s:", name)
+        workflow = real_workflow(server, name, checkpoints)
+        failed |= video_of(server, workflow, REAL_VIDEO[name]) is None
     return failed
 
 
-def arguments() -> tuple[dict[str, list[Path]], Path | None]:
-    """The checkpoints of each workflow that real ones are given for, and the picture."""
+def show_toys(server: ComfyServer, picture: Path | None) -> int:
+    """The toy's videos, each read; 0, or 1 if one was not made or shows something else.
+
+    Random models are asked for nothing: what the reader sees of theirs is told and does not count.
+    """
+    failed, agreed = 0, {}
+    for name, prompts in PROMPTS.items():
+        for prompt in prompts:
+            log.info("%s: %s", name, prompt)
+            file = video_of(server, toy_workflow(name, prompt), TOY_VIDEO)
+            if file is None:
+                failed = 1
+                continue
+            video = toy_videos.frames(file)
+            if agrees(prompt, video):
+                agreed[prompt] = video
+            elif toy_assets.is_trained(name):
+                failed = 1
+            else:
+                log.warning("the models are random, so nothing was to be expected of them")
+    if picture is not None and agreed:
+        toy_videos.write_picture(picture, agreed)
+        log.info("picture: %s", picture)
+    return failed
+
+
+def agrees(prompt: str, video) -> bool:
+    """Whether the reader sees in `video` what `prompt` said; it is told either way."""
+    said = toy_videos.seen(video)
+    log.info("the reader saw: %s", toy_videos.in_words(said))
+    wrong = toy_videos.wrong(prompt, said)
+    if wrong:
+        log.error("that is not what the prompt said: %s", "; ".join(wrong))
+    return not wrong
+
+
+def arguments() -> tuple[dict[str, list[Path]], Path | None, Path | None]:
+    """The checkpoints of each workflow that real ones are given for, and the two pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, help="a TurboDiffusion text-to-video file")
     parser.add_argument("--high", type=Path, help="the high-noise expert for image to video")
     parser.add_argument("--low", type=Path, help="the low-noise expert")
     parser.add_argument("--image", type=Path, help="the picture to animate")
+    parser.add_argument(
+        "--picture", type=Path, help="a .webp to write the toy's videos to, animated"
+    )
     given = parser.parse_args()
     if (given.high is None) != (given.low is None):
         parser.error("image to video needs both experts, got one of --high and --low")
-    for file in filter(None, vars(given).values()):
+    for file in filter(None, (given.checkpoint, given.high, given.low, given.image)):
         if not file.is_file():
             raise FileNotFoundError(f"no file at {file}")
     files = {"t2v": [given.checkpoint], "i2v": [given.high, given.low]}
-    return {name: paths for name, paths in files.items() if all(paths)}, given.image
+    return {name: paths for name, paths in files.items() if all(paths)}, given.image, given.picture
 
 
-def put_picture(image: Path | None) -> None:
-    """The picture for image to video, `image` or a drawn one, into the server's input folder."""
-    (loader,) = (n for n in tiny_workflow("i2v").values() if n["class_type"] == "LoadImage")
-    path = BASE / "input" / loader["inputs"]["image"]
-    tiny_models.write_picture(path)
+def put_picture(image: Path | None, real: bool) -> None:
+    """The picture for image to video into the server's input folder.
+
+    It is `image`, a drawn one for real models without it, or for the toy how its video begins.
+    """
+    path = BASE / "input" / node_inputs(workflow_file("i2v"), "LoadImage")["image"]
     if image is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(image, path)
+    elif real:
+        tiny_models.write_picture(path)
+    else:
+        toy_videos.write_first_frame(PROMPTS["i2v"][0], path)
 
 
-def make_tiny_models(comfyui: Path) -> None:
-    log.info("no checkpoints given: making tiny random ones")
+def make_toys(comfyui: Path) -> None:
+    """The trained toy's files, or random ones of its kind, in which the reader sees nothing."""
     models = BASE / "models"
-    vae = node_inputs(tiny_workflow("t2v"), "VAELoader")["vae_name"]
-    tiny_models.write_vae(comfyui, models / "vae" / vae)
     makers = {"t2v": tiny_models.t2v_checkpoint, "i2v": tiny_models.i2v_checkpoint}
     for name, make in makers.items():
-        for seed, loader in enumerate(loaders(tiny_workflow(name))):
+        if toy_assets.is_trained(name):
+            toy_assets.unpack(name, models)
+            continue
+        log.warning("%s: no trained toy in %s, so the models are random", name, toy_assets.FOLDER)
+        workflow = workflow_file(name)
+        vae = node_inputs(workflow, "VAELoader")["vae_name"]
+        tiny_models.write_vae(comfyui, models / "vae" / vae)
+        for seed, loader in enumerate(loaders(workflow)):
             path = models / "diffusion_models" / loader["checkpoint"]
             tiny_models.write_checkpoint(path, make(seed))
 
 
-def tiny_workflow(name: str) -> dict:
+def workflow_file(name: str) -> dict:
     return json.loads((WORKFLOWS / f"{name}_api.json").read_text(encoding="utf-8"))
+
+
+def toy_workflow(name: str, prompt: str) -> dict:
+    """The workflow for `prompt`, with the trained toy's files if there are any."""
+    workflow = workflow_file(name)
+    node_inputs(workflow, "TurboTestTextEncode")["text"] = prompt
+    if toy_assets.is_trained(name):
+        node_inputs(workflow, "VAELoader")["vae_name"] = toy_assets.PLACES["vae"].name
+        for loader, file in zip(loaders(workflow), toy_assets.CHECKPOINTS[name], strict=True):
+            loader["checkpoint"] = toy_assets.PLACES[file].name
+    return workflow
 
 
 def loaders(workflow: dict) -> list[dict]:
@@ -131,18 +215,17 @@ def model_folders(comfyui: Path, chosen: dict[str, list[Path]]) -> dict[str, lis
 
 def real_workflow(server: ComfyServer, name: str, checkpoints: list[Path]) -> dict:
     """The demo workflow at full size, with ComfyUI's own umT5 text encoder and Wan VAE."""
-    workflow = tiny_workflow(name)
-    text = node_inputs(workflow, "TurboTestTextEncode")["text"]
+    workflow = workflow_file(name)
     (encoder,) = (k for k, v in workflow.items() if v["class_type"] == "TurboTestTextEncode")
     clip_name = find_model(server, "CLIPLoader", "clip_name", r"umt5.*xxl", TEXT_ENCODER)
     vae_name = find_model(server, "VAELoader", "vae_name", r"wan.?2.1.vae", VAE)
-    workflow[encoder] = node("CLIPTextEncode", text=text, clip=["clip", 0])
+    workflow[encoder] = node("CLIPTextEncode", text=REAL_PROMPTS[name], clip=["clip", 0])
     workflow["clip"] = node("CLIPLoader", clip_name=clip_name, type="wan")
     node_inputs(workflow, "VAELoader")["vae_name"] = vae_name
     for loader, checkpoint in zip(loaders(workflow), checkpoints, strict=True):
         loader["checkpoint"] = checkpoint.name
     for settings in workflow.values():
-        settings["inputs"] |= REAL_SETTINGS.get(settings["class_type"], {})
+        settings["inputs"] |= REAL_SETTINGS[name].get(settings["class_type"], {})
     return workflow
 
 
@@ -176,20 +259,22 @@ def progress_logger(workflow: dict) -> Callable[[str, dict], None]:
     return show
 
 
-def report(server: ComfyServer, run: Run, wanted: tuple[int, int, int]) -> int:
+def video_of(server: ComfyServer, workflow: dict, wanted: tuple[int, int, int]) -> Path | None:
+    """The video that `workflow` makes, None if it makes none of `wanted` frames, width, height."""
+    run = server.run(workflow, progress_logger(workflow))
     if run.outcome != "execution_success":
         log.error("%s: %s\nserver log: %s", run.outcome, run.message, server.log_file)
-        return 1
+        return None
     told = [line for line in server.log_text().splitlines() if "forward passes" in line]
     log.info("%s", told[-1])
     (video,) = run.files
     found = play(video)
     if found != wanted:
         log.error("the video has %d frames of %dx%d, asked for %d of %dx%d", *found, *wanted)
-        return 1
+        return None
     log.info("%d frames of %dx%d in %.1f seconds", *found, run.seconds)
     log.info("video: %s", video)
-    return 0
+    return video
 
 
 if __name__ == "__main__":

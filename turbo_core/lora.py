@@ -40,6 +40,7 @@ ENDINGS = [
     (r"\.(hada_\w+|lokr_\w+|oft_blocks|rescale|[ab][12]\.weight)", r".\1"),
 ]
 MODULATION = ".diff_m"  # a difference of the parameter called modulation, in its module's name
+SCALES = {".alpha", ".dora_scale", ".reshape_weight"}  # that change nothing by themselves
 PAIRS = ((".lora_B.weight", ".lora_A.weight"), (".lora_up.weight", ".lora_down.weight"))
 
 # Wan 2.1's image branch in diffusers' names, which TurboDiffusion's checkpoints do not have.
@@ -202,6 +203,8 @@ def _add(lora: Lora, module: str, parts: Tensors, shapes: Shapes, settings: dict
 
 def _why_not(parts: Tensors, shape: tuple[int, ...] | None) -> str | None:
     """What is wrong with one module's tensors for a weight of this shape; None for no weight."""
+    if parts.keys() <= SCALES:
+        return "has scales of a LoRA only"
     if ".alpha" in parts and parts[".alpha"].numel() != 1:
         return "has an alpha that is no number"
     for up, down in PAIRS:

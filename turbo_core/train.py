@@ -42,6 +42,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--base", type=Path, metavar="FILE", help="checkpoint to start from")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="latents; default RUN/data")
+    parser.add_argument("--sla", type=Path, metavar="FILE", help="merge: instead of RUN's own")
+    parser.add_argument("--rcm", type=Path, metavar="FILE", help="merge: instead of RUN's own")
     parser.add_argument("--low", type=Path, metavar="RUN", help="evaluate: the low-noise expert's")
     parser.add_argument("--steps", type=int, metavar="N", help="default: the preset's")
     parser.add_argument(

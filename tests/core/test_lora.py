@@ -181,6 +181,7 @@ def test_a_lora_of_another_model_size():
         {"lora_A.weight": torch.ones(()), "lora_B.weight": torch.ones(256, 4)},
         {"lora_A.weight": torch.ones(0, 256), "lora_B.weight": torch.ones(256, 0)},
         {"lora_A.weight": torch.ones(4, 256), "alpha": torch.ones(3)},
+        {"alpha": torch.tensor(4.0), "dora_scale": torch.ones(256, 1)},
     ],
 )
 def test_halves_and_nonsense_are_left_out(parts):
@@ -211,7 +212,9 @@ def test_a_header_of_nonsense(header):
 
 def test_pefts_magnitudes_become_comfyuis():
     name = "base_model.model.blocks.0.self_attn.q"
-    lora = read_lora({f"{name}.lora_magnitude_vector": torch.ones(256)}, SHAPES)
+    halves = {"lora_A.weight": torch.ones(4, 256), "lora_B.weight": torch.ones(256, 4)}
+    file = {f"{name}.{half}": tensor for half, tensor in halves.items()}
+    lora = read_lora({**file, f"{name}.lora_magnitude_vector": torch.ones(256)}, SHAPES)
     assert lora.tensors["diffusion_model.blocks.0.self_attn.q.dora_scale"].shape == (256, 1)
 
 

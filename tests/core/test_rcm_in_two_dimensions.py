@@ -1,6 +1,8 @@
 """rCM on eight Gaussians: a student's few steps against as many of Euler's, and what breaks it.
 
-MEASURED
+Five seeds on three instruction sets of a CPU came at least 14.6, 7.3 and 2.7 times closer in 1, 2
+and 4 steps, where 10, 5 and 2 are asked for; without guidance 5.2, 2.6 and 1.4 times at most, and
+without an end of the warm-up 1.4, 0.6 and 0.4.
 """
 
 import pytest

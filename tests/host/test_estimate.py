@@ -73,8 +73,13 @@ def test_states_are_split_over_the_processes():
     assert one.states["fake score"]["moments"] == 8 * one.parameters
     assert four.states["fake score"]["moments"] == 2 * one.parameters
     assert four.activations == one.activations
+
+
+def test_enough_gpus_divide_the_batch():
+    large = PRESETS["14B-480P"]
     assert enough_gpus(PRESETS["1.3B-480P"], "sla") == 1
-    assert enough_gpus(PRESETS["14B-480P"], "rcm") > enough_gpus(PRESETS["14B-480P"], "sla") > 8
+    assert enough_gpus(large, "sla") == 16  # 9 have the memory, but 32 slots
+    assert enough_gpus(large, "sla", size=40e9) == 0  # the activations alone fill them
 
 
 def test_it_is_told_as_an_estimate():

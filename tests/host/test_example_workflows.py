@@ -128,6 +128,17 @@ def shrunk(prompt: dict) -> dict:
     return prompt
 
 
+def made_frames(server: ComfyServer, prompt: dict) -> np.ndarray:
+    """The frames that `prompt` makes, [frames, height, width, 3] uint8."""
+    images = node_inputs(prompt, "CreateVideo")["images"]
+    inputs = {"images": images, "filename_prefix": "frames"}
+    prompt["frames"] = {"class_type": "SaveImage", "inputs": inputs}
+    run = server.run(prompt)
+    assert run.outcome == "execution_success", run.message
+    pngs = sorted(file for file in run.files if file.suffix == ".png")
+    return np.stack([np.asarray(Image.open(file)) for file in pngs])
+
+
 def put_behind(prompt: dict, class_type: str, added: str, **inputs) -> None:
     """Put an `added` MODEL node between the only node of `class_type` and all that it feeds."""
     (source,) = (k for k, node in prompt.items() if node["class_type"] == class_type)
@@ -393,6 +404,7 @@ def test_the_demo_makes_a_video_from_a_picture(server):
         loader["inputs"]["checkpoint"] = name
     node_inputs(prompt, "VAELoader")["vae_name"] = dict(model_files(example))["VAELoader"]
     node_inputs(prompt, "LoadImage")["image"] = "example.png"
+    node_inputs(prompt, "WanAdaptiveResolution")["aspect_ratio"] = "16:9"
     run = server.run(shrunk(prompt))
     assert run.outcome == "execution_success", run.message
     (video,) = run.files
@@ -410,17 +422,25 @@ def test_the_loras_change_the_video(server):
         for node in prompt.values():
             if node["class_type"] == "LoraLoaderModelOnly":
                 node["inputs"]["strength_model"] = strength
-        images = node_inputs(prompt, "CreateVideo")["images"]
-        inputs = {"images": images, "filename_prefix": "frames"}
-        prompt["frames"] = {"class_type": "SaveImage", "inputs": inputs}
-        run = server.run(prompt)
-        assert run.outcome == "execution_success", run.message
-        pngs = sorted(file for file in run.files if file.suffix == ".png")
-        return np.stack([np.asarray(Image.open(file)) for file in pngs])
+        return made_frames(server, prompt)
 
     plain = frames("Image_to_video_A14B_720p")
     assert np.array_equal(frames("Image_to_video_with_LoRAs", strength=0.0), plain)
     assert not np.array_equal(frames("Image_to_video_with_LoRAs"), plain)
+
+
+@pytest.mark.server
+def test_a_workflow_of_version_0_1_0_makes_the_same_frames(server):
+    """Shared with 0.1.0, as it was an example then, with a node that repeated the defaults."""
+    old = load(ROOT / "tests" / "host" / "workflows" / "shared_with_0.1.0.json")
+    (sampler,) = (n for n in old["nodes"] if n["type"] == "rCMSampler")
+    assert sampler["properties"]["ver"] == "0.1.0"
+    both = old, WORKFLOWS["Text_to_video_1.3B_480p"]
+    prompts = [api_format(workflow, server.object_info()) for workflow in both]
+    assert [len(prompt) for prompt in prompts] == [13, 12]
+    for prompt in prompts:
+        node_inputs(prompt, "RandomNoise")["noise_seed"] = 5
+    assert np.array_equal(*(made_frames(server, small(prompt)) for prompt in prompts))
 
 
 @pytest.mark.server

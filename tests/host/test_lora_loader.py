@@ -84,6 +84,12 @@ def test_the_output_is_that_of_the_hosts_own_loader(load, model):
     assert torch.equal(in_comfyui.velocity(patched, x, context, 987.5), expected)
 
 
+def test_strength_0_leaves_it_as_it_is(load, model):
+    patched, report = load(_lora(), 0.0).args
+    assert patched is model
+    assert "strength 0\n" in report
+
+
 def test_the_alpha_of_a_header_scales_it(load):
     settings = json.dumps({"transformer.lora_alpha": 8})
     metadata = {"lora_adapter_metadata": settings}

@@ -1,17 +1,19 @@
-"""Merged models in ComfyUI: they load, quantize and run, and core nodes in one order make the same."""
+"""Merged models in ComfyUI: they load, quantize, run, and core nodes in one order make the same."""
+
+import argparse
 
 import goldens
 import in_comfyui
 import pytest
 import torch
 import trained_pair
-from in_comfyui import comfy
 from safetensors.torch import load_file, save_file
 from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.patch import wan_model
 from turbodiffusion_pack.turbo_core.host.quantize_model import quantize_model
 from turbodiffusion_pack.turbo_core.host.save import save_turbo_model
+from turbodiffusion_pack.turbo_core.host.stages import STAGES
 from turbodiffusion_pack.turbo_core.training.merge import merge_files
 
 KEY = "t2v.ragged"
@@ -79,6 +81,21 @@ def test_the_quantized_model_is_a_file_that_loads(merged, tmp_path):
     checkpoint = read_checkpoint(tmp_path / "int8.safetensors")
     assert checkpoint.quantized and checkpoint.has_sla
     assert velocity(load(tmp_path / "int8.safetensors")).isfinite().all()
+
+
+def test_the_command_merges_files_from_elsewhere(files, merged, tmp_path, capsys):
+    """And tells how large both updates are; the same command again says that it is through."""
+    args = argparse.Namespace(
+        preset="toy", out=tmp_path / "run", steps=None, seed=0, set=[], dry_run=False, **files
+    )
+    STAGES["merge"](args, torch.device("cpu"))
+    found, expected = load_file(tmp_path / "run/merge/model.safetensors"), load_file(merged)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    told = capsys.readouterr()
+    assert "cosine" in told.out + told.err and "block 1" in told.out + told.err
+    STAGES["merge"](args, torch.device("cpu"))
+    assert "is finished" in "".join(capsys.readouterr())
 
 
 def test_it_is_neither_of_the_two(files, merged):

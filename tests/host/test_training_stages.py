@@ -42,7 +42,7 @@ def stage(root: Path, name: str, *assignments: str, preset="toy-cpu", data=None,
     """Run a stage in `root`; its folder."""
     args = argparse.Namespace(
         preset=preset, out=root, base=base, data=data or root / "latents", steps=None, seed=0,
-        set=list(assignments), dry_run=False,
+        set=list(assignments), dry_run=False, sla=None, rcm=None,
     )  # fmt: skip
     STAGES[name](args, CPU)
     return root / name

@@ -43,4 +43,6 @@ def add_lora(model, path: str, strength: float):
         lines.append(DISTILLED)
     report = "\n".join([f"{file}, strength {strength:g}", *lines])
     log.info("TurboDiffusion: LoRA %s", report.replace("\n", "; "))
+    if strength == 0:
+        return model, report  # a patch of nothing would have INT8 weights quantized anew
     return comfy.sd.load_lora_for_models(model, None, lora.tensors, strength, 0)[0], report

@@ -73,17 +73,19 @@ def rcm(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def merge(args: argparse.Namespace, device: torch.device) -> None:
-    """RUN/merge/model.safetensors: the base with SLA's and rCM's updates."""
+    """RUN/merge/model.safetensors: the base with SLA's and rCM's updates, of RUN or elsewhere."""
     chosen(args, "sla")  # an unknown preset is refused as in every stage
     if args.dry_run:
         say("merge: reads three checkpoints tensor by tensor and writes one; nothing is started")
         return
     base = args.base or run_folder.RunFolder(args.out, "teacher").sibling("teacher") / MODEL
-    with run_folder.open(args.out, "merge", {"base": _base_name(args)}) as folder:
+    told = {"base": _base_name(args), "sla": str(args.sla or "sla"), "rcm": str(args.rcm or "rcm")}
+    with run_folder.open(args.out, "merge", told) as folder:
         if folder.finished is not None:
             say(f"{folder.path} is finished")
             return
-        sla_file, rcm_file = (folder.sibling(name) / MODEL for name in ("sla", "rcm"))
+        sla_file = args.sla or folder.sibling("sla") / MODEL
+        rcm_file = args.rcm or folder.sibling("rcm") / MODEL
 
         def write(part: Path) -> None:
             if rank() == 0:

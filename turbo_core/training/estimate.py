@@ -4,7 +4,6 @@ All of it is an estimate. States and work follow from shapes; activations from w
 keeps; time from a rate that is assumed, or measured with one product on the device there is.
 """
 
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -217,10 +216,13 @@ def _by_part(found: Estimate) -> str:
 
 
 def enough_gpus(preset: Preset, stage: str, size: float = 80e9) -> int:
-    """GPUs of `size` bytes that the stage fits on, if FSDP2 splits the states; 0 if none do."""
-    found = estimate(preset, stage)
+    """GPUs of `size` bytes that the stage fits on, its slots dealt evenly and its states split by
+    FSDP2; 0 if no number of them is enough."""
+    settings, found = settings_of(preset, stage), estimate(preset, stage)
     room = FILLED * size - found.activations
-    return math.ceil((_memory(found) - found.activations) / room) if room > 0 else 0
+    states = _memory(found) - found.activations
+    slots = settings.batch // settings.micro_batch
+    return next((n for n in range(1, slots + 1) if slots % n == 0 and states / n <= room), 0)
 
 
 def _room(device: torch.device) -> str:

@@ -254,24 +254,24 @@ CPU = Preset(
     sizes=Sizes(dim=128, ffn_dim=256, num_layers=2, in_channels=16),
     latent=(3, 16, 16),
     **TOY_WORLD,
-    vae=VAE(steps=30, batch=2, crop=64, warmup=5, measured=8),
-    data=Clips(samples=64, batch=4),
-    evaluate=Evaluation(prompts=4, at_once=4, teacher_steps=6),
-    teacher=Teacher(steps=100, batch=8, micro_batch=8, lr=2e-3, warmup=10),
-    sla=SLA(steps=50, batch=8, micro_batch=8, lr=5e-4, warmup=5),
+    vae=VAE(steps=10, batch=2, crop=32, warmup=2, measured=4, dim=4),
+    data=Clips(samples=32, batch=4),
+    evaluate=Evaluation(prompts=1, at_once=2, teacher_steps=4),
+    teacher=Teacher(steps=40, batch=8, micro_batch=8, lr=2e-3, warmup=10),
+    sla=SLA(steps=15, batch=8, micro_batch=8, lr=5e-4, warmup=5),
     rcm=RCM(
-        steps=60,
+        steps=20,
         batch=4,
         micro_batch=4,
         lr=5e-5,
         fake_lr=1e-5,
         warmup=5,
         level_mean=-0.25,  # -0.8 + ln sqrt 3
-        consistency_only=20,
+        consistency_only=8,
         guidance=2.5,
         dmd_weight=0.2,
     ),
-    save_every=20,
+    save_every=10,
     sample_every=1000,
     note="the toy's commands on two CPU cores; far too short to learn anything",
 )
@@ -296,9 +296,9 @@ PRESETS = {
         rcm=RCM(steps=10000, batch=64, micro_batch=1),
         checkpointing=True,
         save_every=100,
-        note="34 GB of states for sla, 57 GB for rcm, plus activations: one GPU of 80 GB for sla, "
-        "better two for rcm. SLA's paper trained 2000 steps of 64, rCM's 10000 iterations of 64 to "
-        "256",
+        note="1.42 B parameters: 34 GB of states for sla, 57 GB for rcm, plus activations. sla "
+        "fits one GPU of 80 GB, rcm wants two. SLA's paper trained 2000 steps of 64, rCM's 10000 "
+        "iterations of 64 to 256",
     ),
     "14B-480P": Preset(
         sizes=Sizes(dim=5120, ffn_dim=13824, num_layers=40, in_channels=16),
@@ -318,8 +318,8 @@ PRESETS = {
         ),
         checkpointing=True,
         save_every=100,
-        note="343 GB of states for sla, 572 GB for rcm, and activations on every GPU on top. Never "
-        "run by us: all of it is estimated",
+        note="14.3 B parameters: 343 GB of states for sla, 572 GB for rcm, plus about 38 GB of "
+        "activations on every GPU: from 16 GPUs of 80 GB on. Never run by us: estimates",
     ),
 }
 

@@ -1,12 +1,13 @@
-"""A text encoder for tests: the shape and the padding of umT5-XXL's output, without its weights."""
+"""A text encoder for tests: the toy world's words, each a vector of its own, and no weights."""
 
-import hashlib
+import sys
+from pathlib import Path
 
-import torch
 from comfy_api.latest import ComfyExtension, io
 
-TEXT_LENGTH = 512
-TEXT_DIM = 4096
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import pack  # noqa: F401
+from turbodiffusion_pack.turbo_core.training.toy.words import encode
 
 
 class TurboTestTextEncode(io.ComfyNode):
@@ -22,16 +23,7 @@ class TurboTestTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, text: str) -> io.NodeOutput:
-        embedding = torch.zeros(1, TEXT_LENGTH, TEXT_DIM)
-        for i, word in enumerate(text.split()[:TEXT_LENGTH]):
-            embedding[0, i] = word_vector(word)
-        return io.NodeOutput([[embedding, {}]])
-
-
-def word_vector(word: str) -> torch.Tensor:
-    """The same normal vector [4096] for the same word, in every process."""
-    seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little", signed=True)
-    return torch.randn(TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+        return io.NodeOutput([[encode(text)[None], {}]])
 
 
 class TestNodes(ComfyExtension):

@@ -1,0 +1,65 @@
+"""The toy in the repository: its files are made, unpacked and loaded, and it does as it is told."""
+
+import sys
+from pathlib import Path
+
+import comfyui_install
+import in_comfyui  # noqa: F401
+import pytest
+import torch
+import toy_assets
+import trained_pair
+from safetensors.torch import load_file, save_file
+from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
+from turbodiffusion_pack.turbo_core.training.merge import merge_files
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import demo
+
+TRAINED = all(toy_assets.is_trained(name) for name in toy_assets.CHECKPOINTS)
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """In place of tests/data/toy."""
+    monkeypatch.setattr(toy_assets, "FOLDER", tmp_path / "toy")
+    return tmp_path / "toy"
+
+
+def test_a_training_becomes_the_demos_files(folder, tmp_path, monkeypatch):
+    """A merged model in float32 in, an INT8 one with proj_l out, which the demo then asks for."""
+    files = trained_pair.write(trained_pair.trio(), tmp_path / "trio")
+    merged, vae_file = tmp_path / "merged.safetensors", tmp_path / "vae.safetensors"
+    merge_files(*(files[role] for role in trained_pair.ROLES), merged)
+    vae = {"conv.weight": torch.randn(3, 2)}
+    save_file(vae, vae_file)
+    command = ["toy_assets.py", "--t2v", str(merged), "--vae", str(vae_file)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert not toy_assets.is_trained("t2v")
+    toy_assets.main()
+    assert toy_assets.is_trained("t2v") and not toy_assets.is_trained("i2v")
+    toy_assets.unpack("t2v", tmp_path / "models")
+    model = read_checkpoint(tmp_path / "models" / toy_assets.PLACES["t2v"])
+    assert model.quantized and model.has_sla
+    small = load_file(tmp_path / "models" / toy_assets.PLACES["vae"])
+    assert torch.equal(small["conv.weight"], vae["conv.weight"])
+    workflow = demo.toy_workflow("t2v", "a red circle")
+    assert demo.loaders(workflow)[0]["checkpoint"] == toy_assets.PLACES["t2v"].name
+    assert demo.loaders(demo.toy_workflow("i2v", ""))[0]["checkpoint"].startswith("tiny_i2v")
+
+
+def test_the_files_fit_the_repository():
+    assert sum(path.stat().st_size for path in toy_assets.FOLDER.glob("*")) <= toy_assets.MOST
+
+
+@pytest.mark.server
+@pytest.mark.skipif(not TRAINED, reason="no trained toy in tests/data/toy")
+def test_the_toy_does_what_the_prompts_say(monkeypatch, tmp_path):
+    """`make demo` as it is: text and picture to video, read, and kept as a picture."""
+    if comfyui_install.find() is None:
+        pytest.skip("no ComfyUI found: run make test, or set COMFYUI_DIR to a ComfyUI folder")
+    monkeypatch.setattr(demo, "BASE", tmp_path / "server")
+    picture = tmp_path / "demo.webp"
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--picture", str(picture)])
+    assert demo.main() == 0
+    assert picture.exists()
