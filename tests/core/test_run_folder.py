@@ -76,6 +76,8 @@ def test_killed_before_any_change_on_disk_it_ends_with_the_same_weights(tmp_path
         if run.exitcode == 0:
             break
         assert run.exitcode in (-9, signal.SIGTERM)
+        for checkpoint in (tmp_path / str(event)).glob("dummy/checkpoints/step-????????"):
+            assert {file.name for file in checkpoint.iterdir()} == {".metadata", "__0_0.distcp"}
         train(tmp_path / str(event), 3, 1, Dummy())
         assert_same(tmp_path / str(event), tmp_path / "whole")
     assert event > 30  # as many moments to die in
