@@ -129,7 +129,7 @@ def test_a_name_that_one_lacks_is_refused(files, trained, tmp_path, target):
 def test_another_model_is_refused(files, trained, tmp_path, target):
     longer = trained_pair.base(layers=3)
     refuse(rewritten(files, tmp_path, "rcm", longer), target, "the rCM checkpoint has blocks.2")
-    wide = {n: t for n, t in trained["rcm"].items()}
+    wide = dict(trained["rcm"].items())
     for block in (0, 1):
         for name in ("ffn.0.weight", "ffn.0.bias"):
             wide[f"blocks.{block}.{name}"] = torch.cat([wide[f"blocks.{block}.{name}"]] * 2)
@@ -186,7 +186,7 @@ def test_a_value_that_is_not_finite_is_refused(files, trained, tmp_path, target)
 def test_no_file_is_lost(files, target, tmp_path):
     with pytest.raises(ValueError, match="is one of the files to merge"):
         merged({**files, "rcm": files["rcm"]}, files["rcm"], overwrite=True)
-    with pytest.raises(ValueError, match="must end in .safetensors"):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         merged(files, tmp_path / "merged.pth")
     target.write_bytes(b"older")
     with pytest.raises(FileExistsError):

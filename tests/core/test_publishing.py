@@ -89,8 +89,8 @@ def test_the_models_are_those_of_the_examples():
     used = {}
     for path in (ROOT / "example_workflows").glob("*.json"):
         for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
-            # One's own trained files are nowhere to be had.
-            for model in node["properties"].get("models", ()) if node["type"] == "TurboLoader" else ():
+            if node["type"] == "TurboLoader" and "models" in node["properties"]:  # no trained one
+                (model,) = node["properties"]["models"]
                 used[f"models/{model['directory']}/{model['name']}"] = model["url"]
     assert models == used
 

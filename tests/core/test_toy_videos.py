@@ -11,7 +11,7 @@ from turbodiffusion_pack.turbo_core.training.toy.words import VOCABULARY
 from turbodiffusion_pack.turbo_core.training.toy.world import WORDS, properties
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import demo  # noqa: E402
+import demo
 
 PROMPTS = [prompt for prompts in demo.PROMPTS.values() for prompt in prompts]
 

@@ -38,7 +38,7 @@ def test_a_stage_gets_arguments_and_device():
     [
         (TrainingError("no such data: make it"), "error: no such data: make it", 1),
         (ValueError("two\nlines"), "error: two lines", 1),
-        (FileNotFoundError(2, "No such file", "a.pth"), "error: [Errno 2] No such file: 'a.pth'", 1),
+        (FileNotFoundError(2, "No file", "a.pth"), "error: [Errno 2] No file: 'a.pth'", 1),
         (Stopped("stopped at step 3"), "stopped at step 3", 130),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has"),

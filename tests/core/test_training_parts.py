@@ -79,7 +79,7 @@ def test_log_normal_levels():
 def test_shifted_uniform_levels():
     level = shifted_uniform(20_000, 5.0, generator())
     uniform = level / (5 - 4 * level)  # the shift undone
-    assert 0 <= uniform.min() and uniform.max() <= 1
+    assert uniform.min() >= 0 and uniform.max() <= 1
     assert uniform.mean().item() == pytest.approx(1 / 2, abs=0.01)
     assert uniform.std().item() == pytest.approx(12**-0.5, abs=0.01)
 
@@ -163,7 +163,7 @@ def test_power_of_the_average(length, gamma):
 
 @pytest.mark.parametrize("length", [0.0, 0.3, -0.1, math.nan])
 def test_a_length_without_an_average_is_refused(length):
-    with pytest.raises(ValueError, match="between 0 and 0.288"):
+    with pytest.raises(ValueError, match=r"between 0 and 0\.288"):
         PowerEMA([], length)
 
 

@@ -2,18 +2,8 @@
 
 import math
 
-import pytest
 import torch
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
-from turbodiffusion_pack.turbo_core.training.ema import PowerEMA, decay, power_of
-from turbodiffusion_pack.turbo_core.training.noise_levels import log_normal, shifted_uniform
-from turbodiffusion_pack.turbo_core.training.samplers import (
-    euler,
-    falling,
-    few_steps,
-    guided,
-    shifted_levels,
-)
 from turbodiffusion_pack.turbo_core.training.trigflow import (
     angle_of,
     denoise,

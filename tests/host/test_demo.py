@@ -14,7 +14,7 @@ from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
 from turbodiffusion_pack.turbo_core.training.merge import merge_files
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import demo  # noqa: E402
+import demo
 
 TRAINED = all(toy_assets.is_trained(name) for name in toy_assets.CHECKPOINTS)
 

@@ -7,7 +7,6 @@ import in_comfyui
 import pytest
 import torch
 import trained_pair
-from in_comfyui import comfy
 from safetensors.torch import load_file, save_file
 from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model

@@ -6,9 +6,10 @@ import json
 import pytest
 from comfyui_install import ROOT
 from in_comfyui import comfy  # noqa: F401 - starts ComfyUI
-from locales import node_defs
 from turbodiffusion_pack.nodes import NODES
 from turbodiffusion_pack.nodes.schema import io
+
+from locales import node_defs
 
 CHINESE = json.loads((ROOT / "tests" / "data" / "zh.json").read_text(encoding="utf-8"))
 LANGUAGES = {"en": lambda text: text, "zh": CHINESE.__getitem__}

@@ -21,7 +21,7 @@ from turbodiffusion_pack.turbo_core.training import command
 # What each leaves behind, beside checkpoints and samples.
 OUTPUTS = {
     "vae": {"vae.safetensors"},
-    "data": {"data-00000.safetensors", "index.json", "unconditional.safetensors", "vae.safetensors"},
+    "data": {f"{x}.safetensors" for x in ("data-00000", "unconditional", "vae")} | {"index.json"},
     "teacher": {"model.safetensors"},
     "sla": {"model.safetensors"},
     "rcm": {"model.safetensors"},

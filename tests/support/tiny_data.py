@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from turbodiffusion_pack.turbo_core.training.batches import write_data
 
-
 SAMPLES = 32
 
 

@@ -28,9 +28,7 @@ PLACES = {
 # What each workflow of the demo needs: its checkpoints in order.
 CHECKPOINTS = {"t2v": ("t2v",), "i2v": ("high", "low")}
 # LZMA's bits for numbers of two bytes: a bf16 tensor packs to 0.67 of its size, else to 0.72.
-FILTERS = [
-    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 1, "pb": 1}
-]
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 1, "pb": 1}]
 
 
 def packed(name: str) -> Path:

@@ -16,7 +16,7 @@ MOST_BAD = 10  # steps in a row without a finite gradient, after which training 
 Values = dict[str, torch.Tensor | float]
 
 
-class Stopped(TrainingError):
+class Stopped(TrainingError):  # noqa: N818 - nothing went wrong
     """The user stopped the run (Ctrl-C, SIGTERM); its checkpoint is written."""
 
 

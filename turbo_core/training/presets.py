@@ -254,7 +254,7 @@ CPU = Preset(
     sizes=Sizes(dim=128, ffn_dim=256, num_layers=2, in_channels=16),
     latent=(3, 16, 16),
     **TOY_WORLD,
-    vae=VAE(steps=10, batch=2, crop=64, warmup=5, measured=4, dim=4),
+    vae=VAE(steps=10, batch=2, crop=32, warmup=2, measured=4, dim=4),
     data=Clips(samples=32, batch=4),
     evaluate=Evaluation(prompts=1, at_once=2, teacher_steps=4),
     teacher=Teacher(steps=40, batch=8, micro_batch=8, lr=2e-3, warmup=10),

@@ -1,8 +1,8 @@
 """What a person sees of a stage: a progress line, a CSV, its curves, and videos every so often.
 
-    RUN/sla/log.csv            a row per step; after a resume none is there twice and none is lost
-    RUN/sla/curves.png         the same, drawn
-    RUN/sla/samples/           step-00000500.webp, ...
+RUN/sla/log.csv            a row per step; after a resume none is there twice and none is lost
+RUN/sla/curves.png         the same, drawn
+RUN/sla/samples/           step-00000500.webp, ...
 """
 
 import csv
@@ -154,9 +154,7 @@ def _together(values: list[torch.Tensor | float]) -> torch.Tensor:
 
 
 def _numbers(row: dict[str, str]) -> dict[str, float]:
-    return {
-        name: int(text) if name == STEP else float(text) for name, text in row.items() if text
-    }
+    return {name: int(text) if name == STEP else float(text) for name, text in row.items() if text}
 
 
 def _duration(seconds: float) -> str:

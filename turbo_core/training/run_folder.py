@@ -1,10 +1,10 @@
 """The folder of one stage of a run: one run at a time, one set of settings, only whole outputs.
 
-    RUN/sla/lock               held while a run works here; the system frees it, however a run ends
-    RUN/sla/settings.json      what the stage was started with
-    RUN/sla/checkpoints/       the last two steps, see step_checkpoints.py
-    RUN/sla/<outputs>          appear when they are complete
-    RUN/sla/finished.json      comes last: outputs, their sizes, what the stage found out
+RUN/sla/lock               held while a run works here; the system frees it, however a run ends
+RUN/sla/settings.json      what the stage was started with
+RUN/sla/checkpoints/       the last two steps, see step_checkpoints.py
+RUN/sla/<outputs>          appear when they are complete
+RUN/sla/finished.json      comes last: outputs, their sizes, what the stage found out
 """
 
 import contextlib

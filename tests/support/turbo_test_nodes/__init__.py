@@ -6,8 +6,8 @@ from pathlib import Path
 from comfy_api.latest import ComfyExtension, io
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-import pack  # noqa: E402, F401
-from turbodiffusion_pack.turbo_core.training.toy.words import encode  # noqa: E402
+import pack  # noqa: F401
+from turbodiffusion_pack.turbo_core.training.toy.words import encode
 
 
 class TurboTestTextEncode(io.ComfyNode):
