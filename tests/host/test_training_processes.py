@@ -1,5 +1,6 @@
 """Two processes that share a network by FSDP2, beside one process with the same batch."""
 
+import argparse
 import csv
 import os
 import socket
@@ -9,10 +10,12 @@ import time
 from pathlib import Path
 
 import comfyui_install
+import in_comfyui  # noqa: F401 - ComfyUI comes into the process with it
 import pytest
 import tiny_data
 import torch
 from safetensors.torch import load_file, save_file
+from turbodiffusion_pack.turbo_core.host.stages import STAGES
 from turbodiffusion_pack.turbo_core.training import step_checkpoints
 from turbodiffusion_pack.turbo_core.training.initial_weights import initial_weights
 from turbodiffusion_pack.turbo_core.training.presets import PRESETS
@@ -24,8 +27,6 @@ STEPS = 5  # the student, twice by consistency alone, then with its scores; the 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     """A folder with data and a base that nothing of is zero."""
-    if comfyui_install.find() is None:
-        pytest.skip("no ComfyUI found, set COMFYUI_DIR or run make test")
     folder, preset = tmp_path_factory.mktemp("inputs"), PRESETS["toy-cpu"]
     tiny_data.write(folder / "latents", preset.latent)
     generator = torch.Generator().manual_seed(1)
@@ -35,24 +36,29 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
+def arguments(root: Path, inputs: Path) -> argparse.Namespace:
+    settings = ["micro_batch=2", f"steps={STEPS}", "consistency_only=2", "every=3", "save_every=1"]
+    return argparse.Namespace(
+        preset="toy-cpu", out=root, data=inputs / "latents", base=inputs / "base.safetensors",
+        set=settings, steps=None, seed=0, dry_run=False,
+    )  # fmt: skip
+
+
 def start(root: Path, inputs: Path, count: int) -> list[subprocess.Popen]:
     """The command's `count` processes, started as torchrun does."""
-    arguments = [
-        "rcm", "--preset", "toy-cpu", "--out", root, "--data", inputs / "latents", "--base",
-        inputs / "base.safetensors", "--comfyui", comfyui_install.find(), "--device", "cpu",
-    ]  # fmt: skip
-    for setting in ("micro_batch=2", f"steps={STEPS}", "consistency_only=2", "every=3"):
-        arguments += ["--set", setting]
+    args = arguments(root, inputs)
+    words = ["rcm", "--preset", args.preset, "--out", args.out, "--data", args.data]
+    words += ["--base", args.base, "--comfyui", comfyui_install.find(), "--device", "cpu"]
+    words += [word for setting in args.set for word in ("--set", setting)]
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
-            [sys.executable, str(COMMAND), *map(str, arguments), "--set", "save_every=1"],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else alone,
+            [sys.executable, str(COMMAND), *map(str, words)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -72,7 +78,6 @@ def rows(root: Path) -> list[dict[str, str]]:
 
 
 def test_killed_and_started_again_two_learn_what_one_learns(inputs, tmp_path):
-    alone = start(tmp_path / "one", inputs, 1)
     together = start(tmp_path / "two", inputs, 2)
     checkpoints = tmp_path / "two" / "rcm" / "checkpoints"
     deadline = time.monotonic() + 300
@@ -84,7 +89,8 @@ def test_killed_and_started_again_two_learn_what_one_learns(inputs, tmp_path):
         run.communicate()
     assert not (tmp_path / "two" / "rcm" / "finished.json").exists()
     finish(start(tmp_path / "two", inputs, 2))
-    finish(alone)
+    with torch.inference_mode(False):
+        STAGES["rcm"](arguments(tmp_path / "one", inputs), torch.device("cpu"))
 
     one, two = (load_file(tmp_path / n / "rcm" / "model.safetensors") for n in ("one", "two"))
     base = load_file(inputs / "base.safetensors")

@@ -297,7 +297,7 @@ PRESETS = {
         checkpointing=True,
         save_every=100,
         note="1.42 B parameters: 34 GB of states for sla, 57 GB for rcm, plus activations. sla "
-        "fits one GPU of 80 GB, rcm wants two. SLA's paper trained 2000 steps of 64, rCM's 10000 "
+        "fits one GPU of 80 GB, rcm fills one. SLA's paper trained 2000 steps of 64, rCM's 10000 "
         "iterations of 64 to 256",
     ),
     "14B-480P": Preset(
