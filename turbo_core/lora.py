@@ -42,6 +42,8 @@ ENDINGS = [
 MODULATION = ".diff_m"  # a difference of the parameter called modulation, in its module's name
 SCALES = {".alpha", ".dora_scale", ".reshape_weight"}  # that change nothing by themselves
 PAIRS = ((".lora_B.weight", ".lora_A.weight"), (".lora_up.weight", ".lora_down.weight"))
+MIDDLE = ".lora_mid.weight"  # of a convolution, between halves that need not have one rank
+DIFFERENCE = ".diff"
 
 # Wan 2.1's image branch in diffusers' names, which TurboDiffusion's checkpoints do not have.
 IMAGE_INSIDE = {
@@ -217,6 +219,11 @@ def _why_not(parts: Tensors, shape: tuple[int, ...] | None) -> str | None:
             wanted = [shape[0], math.prod(shape[1:])]
             if (found := [len(halves[0]), halves[1][0].numel()]) != wanted:
                 return f"is {wanted}, the LoRA is for {found}"
+            ranks = halves[0].shape[1], len(halves[1])
+            if ranks[0] != ranks[1] and MIDDLE not in parts:
+                return f"has halves of rank {ranks[0]} and {ranks[1]}"
+    if shape and DIFFERENCE in parts and parts[DIFFERENCE].shape != shape:
+        return f"is {list(shape)}, the difference is for {list(parts[DIFFERENCE].shape)}"
     return None
 
 

@@ -181,6 +181,8 @@ def test_a_lora_of_another_model_size():
         {"lora_A.weight": torch.ones(()), "lora_B.weight": torch.ones(256, 4)},
         {"lora_A.weight": torch.ones(0, 256), "lora_B.weight": torch.ones(256, 0)},
         {"lora_A.weight": torch.ones(4, 256), "alpha": torch.ones(3)},
+        {"lora_A.weight": torch.ones(4, 256), "lora_B.weight": torch.ones(256, 8)},
+        {"diff": torch.ones(256, 128)},
         {"alpha": torch.tensor(4.0), "dora_scale": torch.ones(256, 1)},
     ],
 )

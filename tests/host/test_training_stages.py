@@ -155,6 +155,14 @@ def stage_killed_after(saves: int, *args, **kwargs) -> None:
         stage(*args[:2], "save_every=1", *args[2:], **kwargs)
 
 
+def test_other_data_are_other_settings(run, tmp_path):
+    """A resumed run would go on with other samples and say nothing."""
+    base = run / "teacher" / "model.safetensors"
+    stage(tmp_path, "sla", "steps=1", data=run / "latents", base=base)
+    with pytest.raises(TrainingError, match="was started with other settings .data "):
+        stage(tmp_path, "sla", "steps=1", data=tmp_path / "others", base=base)
+
+
 def test_what_does_not_fit_is_refused(run, tmp_path):
     with pytest.raises(TrainingError, match="has latents"):
         stage(tmp_path, "teacher", preset="toy", data=run / "latents")

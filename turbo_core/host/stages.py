@@ -147,6 +147,7 @@ def _told(args: argparse.Namespace, preset: Preset, stage: str) -> dict:
         "preset": args.preset,
         "seed": preset.seed,
         "base": _base_name(args),
+        "data": str(args.data or "data"),
         "sizes": dataclasses.asdict(preset.sizes),
         stage: dataclasses.asdict(settings_of(preset, stage)),
     }
