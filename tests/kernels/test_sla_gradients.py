@@ -14,7 +14,7 @@ from attention import (
 from devices import BATCHES, DEVICE, LENGTHS
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
-from turbodiffusion_pack.kernels import checks
+from turbodiffusion_pack.kernels import checks, dispatch
 from turbodiffusion_pack.kernels.block_map import block_map
 from turbodiffusion_pack.kernels.linear_attention import FEATURE_MAPS
 from turbodiffusion_pack.kernels.sla import sla
@@ -30,6 +30,7 @@ BOUND = 5e-3
 def float64(monkeypatch):
     """Lets the references compute in float64, where no rounding hides a wrong formula."""
     monkeypatch.setattr(checks, "DTYPES", (torch.float64,))
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda device: "no kernel has float64")
 
 
 def inputs(batch, length, dim, dtype=torch.float64):
