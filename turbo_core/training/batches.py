@@ -1,6 +1,6 @@
 """The training data: a folder of latents and prompts, and what each step takes from it.
 
-    data/index.json                    {"samples": [4096, ...], "context": 512, ...}
+    data/index.json                    {"samples": [4096, ...]}, how many each file has
     data/data-00000.safetensors        latents [n, 16, T, H, W], contexts [n, N, C] and, for image
                                        to video, images [n, 20, T, H, W] (mask, then latent)
     data/unconditional.safetensors     context [N, C], what guidance and dropped prompts take: for

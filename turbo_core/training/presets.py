@@ -296,9 +296,7 @@ PRESETS = {
         rcm=RCM(steps=10000, batch=64, micro_batch=1),
         checkpointing=True,
         save_every=100,
-        note="1.42 B parameters: 34 GB of states for sla, 57 GB for rcm, plus activations. sla "
-        "fits one GPU of 80 GB, rcm wants two. SLA's paper trained 2000 steps of 64, rCM's 10000 "
-        "iterations of 64 to 256",
+        note="SLA's paper trained 2000 steps of 64, rCM's 10000 iterations of 64 to 256",
     ),
     "14B-480P": Preset(
         sizes=Sizes(dim=5120, ffn_dim=13824, num_layers=40, in_channels=16),
@@ -318,8 +316,7 @@ PRESETS = {
         ),
         checkpointing=True,
         save_every=100,
-        note="14.3 B parameters: 343 GB of states for sla, 572 GB for rcm, plus about 30 GB of "
-        "activations on every GPU: from 16 and 24 GPUs of 80 GB on. Never run by us: estimates",
+        note="never run by us: all of this is an estimate",
     ),
 }
 
