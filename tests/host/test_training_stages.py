@@ -19,6 +19,7 @@ from turbodiffusion_pack.turbo_core.training.batches import UNCONDITIONAL, Data
 from turbodiffusion_pack.turbo_core.training.error import TrainingError
 from turbodiffusion_pack.turbo_core.training.presets import PRESETS, override
 from turbodiffusion_pack.turbo_core.training.sla import SLATraining
+from turbodiffusion_pack.turbo_core.training.teacher import teacher_samples
 
 CPU = torch.device("cpu")
 
@@ -79,6 +80,20 @@ def test_sla_comes_closer_to_the_dense_teacher(run):
     training = SLATraining(student, teacher, Data(run / "latents", CPU), settings, seed=0)
     losses = [float(training.step(n)["loss"]) for n in range(20)]
     assert mean(losses[-5:]) < 0.5 * mean(losses[:2])
+
+
+def test_samples_of_sla_have_the_presets_guidance(run):
+    """A toy's is not Wan's."""
+    preset, data = PRESETS["toy-cpu"], Data(run / "latents", CPU)
+    network = build_network(preset.sizes)
+    load_weights(network, load_file(run / "teacher" / "model.safetensors"))
+    batch = data.take(torch.arange(1))
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    for guidance in (1.0, 5.0):
+        settings = dataclasses.replace(preset.sla, guidance=guidance)
+        found = SLATraining(network, network, data, settings, seed=0).sample(batch, noise)
+        wanted = teacher_samples(network, batch, data.unconditional, noise, guidance)
+        assert torch.equal(found, wanted)
 
 
 def test_sla_writes_what_turbo_loader_runs(run):

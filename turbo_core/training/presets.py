@@ -108,6 +108,7 @@ class SLA:
         block_q, block_k: rows in a query and a key block. TurboDiffusion trains 64 x 64 and runs
             other shapes; what was trained with is written into the file.
         feature_map: of the linear branch.
+        guidance: of the samples that are shown while training.
     """
 
     steps: int
@@ -123,6 +124,7 @@ class SLA:
     block_q: int = 64
     block_k: int = 64
     feature_map: str = "softmax"
+    guidance: float = 5.0
     ema_length: float = 0.1
 
 
@@ -230,7 +232,7 @@ TOY = Preset(
     data=Clips(samples=10240),
     evaluate=Evaluation(),
     teacher=Teacher(steps=5000, batch=64, micro_batch=64),
-    sla=SLA(steps=1500, batch=64, micro_batch=64, lr=1e-4),
+    sla=SLA(steps=1500, batch=64, micro_batch=64, lr=1e-4, guidance=2.5),
     rcm=RCM(
         steps=3200,
         batch=32,
@@ -258,7 +260,7 @@ CPU = Preset(
     data=Clips(samples=64, batch=4),
     evaluate=Evaluation(prompts=4, at_once=4, teacher_steps=6),
     teacher=Teacher(steps=100, batch=8, micro_batch=8, lr=2e-3, warmup=10),
-    sla=SLA(steps=50, batch=8, micro_batch=8, lr=5e-4, warmup=5),
+    sla=SLA(steps=50, batch=8, micro_batch=8, lr=5e-4, warmup=5, guidance=2.5),
     rcm=RCM(
         steps=60,
         batch=4,
