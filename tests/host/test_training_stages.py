@@ -3,21 +3,23 @@
 import argparse
 import csv
 import dataclasses
+import shutil
 from pathlib import Path
 
 import in_comfyui  # noqa: F401 - ComfyUI comes into the process with it
 import pytest
 import tiny_data
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.stages import STAGES
 from turbodiffusion_pack.turbo_core.host.wan_network import build_network, load_weights
-from turbodiffusion_pack.turbo_core.training.batches import Data
+from turbodiffusion_pack.turbo_core.training.batches import UNCONDITIONAL, Data
 from turbodiffusion_pack.turbo_core.training.error import TrainingError
 from turbodiffusion_pack.turbo_core.training.presets import PRESETS, override
 from turbodiffusion_pack.turbo_core.training.sla import SLATraining
+from turbodiffusion_pack.turbo_core.training.teacher import teacher_samples
 
 CPU = torch.device("cpu")
 
@@ -78,6 +80,20 @@ def test_sla_comes_closer_to_the_dense_teacher(run):
     training = SLATraining(student, teacher, Data(run / "latents", CPU), settings, seed=0)
     losses = [float(training.step(n)["loss"]) for n in range(20)]
     assert mean(losses[-5:]) < 0.5 * mean(losses[:2])
+
+
+def test_samples_of_sla_have_the_presets_guidance(run):
+    """A toy's is not Wan's."""
+    preset, data = PRESETS["toy-cpu"], Data(run / "latents", CPU)
+    network = build_network(preset.sizes)
+    load_weights(network, load_file(run / "teacher" / "model.safetensors"))
+    batch = data.take(torch.arange(1))
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    for guidance in (1.0, 5.0):
+        settings = dataclasses.replace(preset.sla, guidance=guidance)
+        found = SLATraining(network, network, data, settings, seed=0).sample(batch, noise)
+        wanted = teacher_samples(network, batch, data.unconditional, noise, guidance)
+        assert torch.equal(found, wanted)
 
 
 def test_sla_writes_what_turbo_loader_runs(run):
@@ -166,6 +182,10 @@ def test_other_data_are_other_settings(run, tmp_path):
 def test_what_does_not_fit_is_refused(run, tmp_path):
     with pytest.raises(TrainingError, match="has latents"):
         stage(tmp_path, "teacher", preset="toy", data=run / "latents")
+    latents = Path(shutil.copytree(run / "latents", tmp_path / "latents"))
+    save_file({"context": torch.zeros(5, 64)}, latents / UNCONDITIONAL)
+    with pytest.raises(TrainingError, match="4 tokens and an unconditional one of 5"):
+        stage(tmp_path / "b", "teacher", data=latents)
     with pytest.raises(TrainingError, match="cannot be dealt"):
         stage(tmp_path / "c", "teacher", "batch=7", data=run / "latents")
     with pytest.raises(ValueError, match="write NAME=VALUE with one of steps, batch"):

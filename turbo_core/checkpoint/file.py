@@ -86,28 +86,16 @@ def pth_content(path: Path) -> tuple[object, Locate | None]:
     return list_old(path) if start.startswith(PICKLE_START) else (None, None)
 
 
-def read_header_text(path: Path) -> dict[str, str]:
-    """The text that a .safetensors file has in its header, by name; empty where it has none.
-
-    Raises:
-        CheckpointError, OSError: as read_tensors.
-    """
-    if _first_bytes(path)[8:9] != SAFETENSORS_NINTH:
-        return {}
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
-        raise damaged(error) from error
-
-
 def read_metadata(path: Path) -> dict[str, str]:
     """What the header of a .safetensors file says of it; nothing for any other file or a folder.
 
     Raises:
         CheckpointError: truncated or damaged file.
+        OSError: the file cannot be read.
     """
-    if not path.is_file() or path.suffix not in (".safetensors", ".sft"):
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+        return {}
+    if _first_bytes(path)[8:9] != SAFETENSORS_NINTH:
         return {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -7,7 +7,7 @@ import comfy.sd
 from comfy.patcher_extension import WrappersMP
 
 from ..checkpoint import read_named_tensors
-from ..checkpoint.file import read_header_text
+from ..checkpoint.file import read_metadata
 from ..lora import describe, is_distillation, peft_settings, read_lora
 from .options import ADVICE
 from .patch import wan_model
@@ -32,7 +32,7 @@ def add_lora(model, path: str, strength: float):
     shapes = {n: tuple(t.shape) for n, t in wan_model(model).state_dict().items()}
     file = Path(path).name
     tensors = read_named_tensors(path)
-    lora = read_lora(tensors, shapes, peft_settings(read_header_text(Path(path))))
+    lora = read_lora(tensors, shapes, peft_settings(read_metadata(Path(path))))
     lines = describe(lora)
     if not lora.tensors:
         raise ValueError(

@@ -1,9 +1,10 @@
 """The training data: a folder of latents and prompts, and what each step takes from it.
 
-    data/index.json                    {"samples": [4096, ...], "context": 512, ...}
+    data/index.json                    {"samples": [4096, ...]}, how many each file has
     data/data-00000.safetensors        latents [n, 16, T, H, W], contexts [n, N, C] and, for image
                                        to video, images [n, 20, T, H, W] (mask, then latent)
-    data/unconditional.safetensors     context [N, C], what guidance and dropped prompts take
+    data/unconditional.safetensors     context [N, C], what guidance and dropped prompts take: for
+                                       Wan the features of its usual negative prompt
 
 Any float dtype; C is up to 4096 channels, those behind are 0. Latents are normalised as the network
 knows them. For your own data write the same with write_data.
@@ -112,7 +113,8 @@ class Data:
         return Batch(found["latents"].float(), _wide(found["contexts"]), image)
 
     def check(self, latent: tuple[int, int, int], image: bool) -> None:
-        """Raise a TrainingError unless samples are of this size, with a picture if one is due."""
+        """Raise a TrainingError unless samples are of this size, with a picture if one is due, and
+        as many tokens as the unconditional context."""
         found = self.files[0].get_slice("latents").get_shape()[1:], "images" in self.names
         wanted = [16, *latent], image
         if found != wanted:
@@ -122,6 +124,12 @@ class Data:
             raise TrainingError(
                 f"{self.folder} has {has}, this preset takes {takes}: choose other data or another "
                 "preset"
+            )
+        tokens = self.files[0].get_slice("contexts").get_shape()[1]
+        if tokens != len(self.unconditional):
+            raise TrainingError(
+                f"{self.folder} has prompts of {tokens} tokens and an unconditional one of "
+                f"{len(self.unconditional)}: write them again, padded alike"
             )
 
     def _read(self, indices: list[int]) -> Tensors:

@@ -108,6 +108,7 @@ class SLA:
         block_q, block_k: rows in a query and a key block. TurboDiffusion trains 64 x 64 and runs
             other shapes; what was trained with is written into the file.
         feature_map: of the linear branch.
+        guidance: of the samples that are shown while training.
     """
 
     steps: int
@@ -123,6 +124,7 @@ class SLA:
     block_q: int = 64
     block_k: int = 64
     feature_map: str = "softmax"
+    guidance: float = 5.0
     ema_length: float = 0.1
 
 
@@ -230,7 +232,7 @@ TOY = Preset(
     data=Clips(samples=10240),
     evaluate=Evaluation(),
     teacher=Teacher(steps=5000, batch=64, micro_batch=64),
-    sla=SLA(steps=1500, batch=64, micro_batch=64, lr=1e-4),
+    sla=SLA(steps=1500, batch=64, micro_batch=64, lr=1e-4, guidance=2.5),
     rcm=RCM(
         steps=3200,
         batch=32,
@@ -258,7 +260,7 @@ CPU = Preset(
     data=Clips(samples=32, batch=4),
     evaluate=Evaluation(prompts=1, at_once=2, teacher_steps=4),
     teacher=Teacher(steps=40, batch=8, micro_batch=8, lr=2e-3, warmup=10),
-    sla=SLA(steps=15, batch=8, micro_batch=8, lr=5e-4, warmup=5),
+    sla=SLA(steps=15, batch=8, micro_batch=8, lr=5e-4, warmup=5, guidance=2.5),
     rcm=RCM(
         steps=20,
         batch=4,
@@ -296,9 +298,7 @@ PRESETS = {
         rcm=RCM(steps=10000, batch=64, micro_batch=1),
         checkpointing=True,
         save_every=100,
-        note="1.42 B parameters: 34 GB of states for sla, 57 GB for rcm, plus activations. sla "
-        "fits one GPU of 80 GB, rcm fills one. SLA's paper trained 2000 steps of 64, rCM's 10000 "
-        "iterations of 64 to 256",
+        note="SLA's paper trained 2000 steps of 64, rCM's 10000 iterations of 64 to 256",
     ),
     "14B-480P": Preset(
         sizes=Sizes(dim=5120, ffn_dim=13824, num_layers=40, in_channels=16),
@@ -318,8 +318,7 @@ PRESETS = {
         ),
         checkpointing=True,
         save_every=100,
-        note="14.3 B parameters: 343 GB of states for sla, 572 GB for rcm, plus about 38 GB of "
-        "activations on every GPU: from 16 GPUs of 80 GB on. Never run by us: estimates",
+        note="never run by us: all of this is an estimate",
     ),
 }
 

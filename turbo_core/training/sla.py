@@ -60,4 +60,5 @@ class SLATraining:
 
     def sample(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
         """Latents of the batch's prompts with the weights as they are now."""
-        return teacher_samples(self.learner.network, batch, self.data.unconditional, noise)
+        network, guidance = self.learner.network, self.settings.guidance
+        return teacher_samples(network, batch, self.data.unconditional, noise, guidance)
