@@ -175,7 +175,7 @@ def test_other_data_are_other_settings(run, tmp_path):
     """A resumed run would go on with other samples and say nothing."""
     base = run / "teacher" / "model.safetensors"
     stage(tmp_path, "sla", "steps=1", data=run / "latents", base=base)
-    with pytest.raises(TrainingError, match="was started with other settings .data "):
+    with pytest.raises(TrainingError, match=r"was started with other settings .data "):
         stage(tmp_path, "sla", "steps=1", data=tmp_path / "others", base=base)
 
 

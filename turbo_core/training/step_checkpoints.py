@@ -164,17 +164,31 @@ def sync(folder: Path) -> None:
 
 
 def _read(path: Path, state: dict) -> None:
+    reader = _Reader(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(state, storage_reader=_Reader(path), planner=_Planner(), no_dist=not grouped())
+        try:
+            dcp.load(state, storage_reader=reader, planner=_Planner(), no_dist=not grouped())
+        except CheckpointException as error:
+            raise error from reader.problem  # torch 2.11 keeps that to itself
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads the description of a checkpoint without calling what a file names."""
+    """Reads the description of a checkpoint without calling what a file names.
+
+    Attributes:
+        problem: why it could not be read.
+    """
+
+    problem: Exception | None = None
 
     def read_metadata(self) -> dcp.Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _Unpickler(file).load()
+        try:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                metadata = _Unpickler(file).load()
+        except Exception as error:  # whatever a damaged pickle makes of itself
+            self.problem = error
+            raise
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
@@ -216,7 +230,7 @@ def _not_written(folder: Path, step: int, error: BaseException) -> str:
 def _cause(error: BaseException) -> BaseException:
     """What went wrong, beneath what torch makes of it."""
     if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+        error = error.__cause__ or next(iter(error.failures.values()))[0]
     while not isinstance(error, OSError) and isinstance(error.__context__, OSError):
         error = error.__context__
     return error
