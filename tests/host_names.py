@@ -29,7 +29,11 @@ VARIABLES = {
     "guider": "comfy.samplers.CFGGuider",
 }
 # Files whose variables of these names are something else.
-OTHERWISE = {"host/sampler.py": {"model"}, "host/projections.py": {"wan"}}
+OTHERWISE = {
+    "host/sampler.py": {"model"},
+    "host/projections.py": {"wan"},
+    "host/wan_vae.py": {"wan"},
+}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """One process, or several under torchrun: who speaks, and what all of them agree on."""
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -30,6 +31,7 @@ def processes(device: str) -> Iterator[torch.device]:
         yield _usable(_own(torch.device(device), together))
     finally:
         if together:
+            gc.collect()  # sharded networks hold the group, in circles: a thread of it outlived it
             dist.destroy_process_group()
 
 
