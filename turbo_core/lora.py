@@ -63,8 +63,8 @@ PEFT_SETTINGS = "lora_adapter_metadata"
 
 # Parts of the names that LoRAs are published under which distill a model to few steps.
 DISTILLATIONS = re.compile(
-    r"lightx2v|lightning|causvid|fastwan|accvid|self[-_]?forcing|step[-_]?distill|dmd|\brcm\b"
-    r"|turbo",
+    r"lightx2v|lightning|causvid|fastwan|accvid|self[-_]?forcing|step[-_]?distill|dmd|turbo"
+    r"|(?<![a-z])rcm(?![a-z])",
     re.IGNORECASE,
 )
 

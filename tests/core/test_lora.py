@@ -225,6 +225,8 @@ def test_distillations_go_by_their_names():
         "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors",
         "Wan22-Lightning/high_noise_model.safetensors",
         "Wan21_CausVid_14B_T2V_lora_rank32_v2.safetensors",
+        "Wan_2_1_T2V_14B_480p_rCM_lora_rank_64.safetensors",
     ):
         assert is_distillation(name)
+    assert not is_distillation("warcmaster.safetensors")
     assert not is_distillation("wan22_14b_i2v_orbit_high_noise.safetensors")
