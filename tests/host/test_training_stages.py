@@ -194,3 +194,11 @@ def test_what_does_not_fit_is_refused(run, tmp_path):
         override(PRESETS["toy"], "sla", ["lr=fast"])
     with pytest.raises(ValueError, match="has no teacher stage"):
         override(PRESETS["14B-480P"], "teacher", ["steps=3"])
+
+
+def test_an_index_that_counts_other_samples(tmp_path):
+    """More than its files hold would be looked up past their end."""
+    tiny_data.write(tmp_path, PRESETS["toy-cpu"].latent)
+    (tmp_path / "index.json").write_text('{"samples": [16, 40]}')
+    with pytest.raises(TrainingError, match=r"counts \[16, 40\] samples, its files hold \[16, "):
+        Data(tmp_path, torch.device("cpu"))

@@ -39,7 +39,9 @@ def vae(args: argparse.Namespace, device: torch.device) -> None:
         network = TrainableVAE(settings.dim).to(device)
         training = VAETraining(network, settings, preset.video, preset.seed)
         report = Report(folder.path, list(COLUMNS), settings.steps)
-        torch.backends.cudnn.benchmark = True  # few sizes, each met often
+        # Few sizes, each met often; the fastest convolution may be one that sums in any order.
+        torch.backends.cudnn.benchmark = not preset.deterministic
+        torch.backends.cudnn.deterministic = preset.deterministic
         train(
             folder,
             report,

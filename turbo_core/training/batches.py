@@ -92,6 +92,7 @@ class Data:
                 f"the data in {folder} cannot be read ({error}): run the data stage again, or "
                 "copy it back"
             ) from error
+        self._check_counts()
         self.names = sorted(self.files[0].keys())
         self.whole = None
         if sum(path.stat().st_size for path in paths) <= room:
@@ -130,6 +131,14 @@ class Data:
             raise TrainingError(
                 f"{self.folder} has prompts of {tokens} tokens and an unconditional one of "
                 f"{len(self.unconditional)}: write them again, padded alike"
+            )
+
+    def _check_counts(self) -> None:
+        found = [file.get_slice("latents").get_shape()[0] for file in self.files]
+        if found != self.counts:
+            raise TrainingError(
+                f"{self.folder / INDEX} counts {self.counts} samples, its files hold {found}: run "
+                "the data stage again, or write them again"
             )
 
     def _read(self, indices: list[int]) -> Tensors:
