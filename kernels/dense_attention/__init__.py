@@ -39,7 +39,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v):
-        return _attention(q, k, v)
+        # No view, as _attention's is: forward mode wants a view's tangent to lie as the view does.
+        return _attention(q, k, v).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -62,7 +63,7 @@ class _Attention(torch.autograd.Function):
         parts = zip((q * scale).split(rows, 2), (tq * scale).split(rows, 2), strict=True)
         with torch.autocast(q.device.type, enabled=False):
             t_out = [_rows_jvp(*part, k, v, tk, tv) for part in parts]
-        return torch.cat(t_out, 2).transpose(1, 2).to(ctx.dtype)
+        return torch.cat(t_out, 2).transpose(1, 2).to(ctx.dtype).contiguous()
 
 
 def _by_heads(x: torch.Tensor) -> torch.Tensor:

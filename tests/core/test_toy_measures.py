@@ -73,7 +73,13 @@ def test_shares_count_what_is_right():
 def test_starts_are_places_in_the_room():
     seen = clips(8)
     where, sure = measures.starts(reader.read(world.render(seen, FRAMES, PIXELS)), seen, FRAMES)
-    assert sure.all() and (where - seen.start).abs().max() < 0.02
+    first, count = world.places(seen, FRAMES)
+    assert sure.all() and torch.equal((where * count).floor(), (seen.start * count).floor())
+    assert ((where * count) % 1 - 0.5).abs().max() < 0.2  # of a place's width
+    centre, _ = world.track(seen, FRAMES)
+    assert torch.equal((centre[:, 0] * world.PLACES) % 1, torch.zeros(len(centre), 2))
+    low, high = world.room(seen, FRAMES)
+    assert (centre[:, 0] >= low).all() and (centre[:, 0] <= high).all() and (count >= 3).all()
 
 
 @pytest.fixture

@@ -84,8 +84,8 @@ def test_a_crop_is_a_part_of_the_whole():
 
 def test_motions_go_where_they_say():
     left, right, up, down, circles, bounces, grows, still = world.path(17)[:, 1]
-    assert left[-1].tolist() == [-0.4, 0, 0] and right[-1].tolist() == [0.4, 0, 0]
-    assert up[-1].tolist() == [0, -0.4, 0] and down[-1].tolist() == [0, 0.4, 0]
+    assert left[-1].tolist() == [-0.25, 0, 0] and right[-1].tolist() == [0.25, 0, 0]
+    assert up[-1].tolist() == [0, -0.25, 0] and down[-1].tolist() == [0, 0.25, 0]
     assert circles[:, 0].min() < -0.09 and circles[:, 1].max() > 0.19 and circles[1, 0] > 0
     assert bounces[4, 1] < -0.14 and abs(bounces[8, 1]) < 1e-6 and bounces[12, 1] < -0.14
     assert grows[-1, 2].exp() == pytest.approx(1.7) and not grows[:, :2].any()

@@ -90,10 +90,16 @@ def test_the_spread_is_that_of_all_latents(network):
     assert torch.allclose(deviation.float(), latents.movedim(1, 0).flatten(1).std(1), rtol=1e-4)
 
 
+def host_vae(file):
+    """ComfyUI's VAE as its loader has it, on the CPU in fp32, where both can be compared."""
+    tensors = in_comfyui.comfy.utils.load_torch_file(str(file))
+    return HostVAE(sd=tensors, device=CPU, dtype=torch.float32)
+
+
 def test_comfyui_loads_the_file_and_sees_the_same(file):
     """Its VAE node's encode and decode against ours."""
     clips = render(draw(0, 0, 1), *VIDEO)
-    host = HostVAE(sd=in_comfyui.comfy.utils.load_torch_file(str(file)))
+    host = host_vae(file)
     ours = LatentVAE(file, CPU)
     latents = ours.encode(toy_vae.pictures(clips))
     theirs = Wan21().process_in(host.encode(clips[0]))
@@ -105,7 +111,7 @@ def test_comfyui_loads_the_file_and_sees_the_same(file):
 def test_the_picture_is_given_as_comfyui_gives_it(file, tmp_path):
     """WanImageToVideo and the model's own concatenation against what the data stage writes."""
     clip = render(draw(0, 3, 1), *VIDEO)
-    host = HostVAE(sd=in_comfyui.comfy.utils.load_torch_file(str(file)))
+    host = host_vae(file)
     frames, pixels = VIDEO
     positive, *_ = WanImageToVideo.execute(
         [[torch.zeros(1, 16, 4096), {}]], [], host, pixels, pixels, frames, 1, clip[0, :1]

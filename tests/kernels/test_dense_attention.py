@@ -4,6 +4,8 @@ import goldens
 import pytest
 import torch
 from devices import DEVICE
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from turbodiffusion_pack.kernels import dense_attention
 from turbodiffusion_pack.kernels.dense_attention import attention_with_jvp
 
@@ -32,6 +34,19 @@ def test_the_tangent_is_that_of_the_formula(shape, monkeypatch):
     with torch.no_grad():
         out = torch.func.jvp(attention_with_jvp, tuple(x), (tq, tk, tv))
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=str)
+def test_dual_tensors_go_through_views_of_it(backend):
+    """As in a network: the heads are joined afterwards, whatever layout torch's kernel returns."""
+    q, k, v, tq, tk, tv = inputs(1, 64, 64, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    with sdpa_kernel(backend), forward_ad.dual_level():
+        pairs = zip((q, k, v), (tq, tk, tv), strict=True)
+        joined = attention_with_jvp(*(forward_ad.make_dual(*pair) for pair in pairs)).flatten(2)
+        out, tangent = forward_ad.unpack_dual(joined)
+    expected = torch.func.jvp(attention_with_jvp, (q, k, v), (tq, tk, tv))
+    assert out.shape == tangent.shape == (1, 64, 128)
+    torch.testing.assert_close(tangent, expected[1].flatten(2), rtol=1e-2, atol=1e-4)
 
 
 def test_keys_and_values_may_be_constant():

@@ -21,7 +21,7 @@ import pack  # noqa: F401
 from turbodiffusion_pack.turbo_core.training import loop, run_folder
 from turbodiffusion_pack.turbo_core.training.error import TrainingError
 from turbodiffusion_pack.turbo_core.training.gradients import norm_or_nothing
-from turbodiffusion_pack.turbo_core.training.processes import grouped, processes
+from turbodiffusion_pack.turbo_core.training.processes import count, grouped, processes
 from turbodiffusion_pack.turbo_core.training.report import Report
 from turbodiffusion_pack.turbo_core.training.trained import Trained
 
@@ -35,9 +35,10 @@ class Dummy:
         torch.manual_seed(0)
         self.network = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 4))
         if grouped():
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
-            fully_shard(self.network)
+            fully_shard(self.network, mesh=init_device_mesh("cpu", (count(),)))
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-2)
         self.average = {n: p.detach().clone() for n, p in self.network.named_parameters()}
         self.bad_steps = bad_steps

@@ -109,7 +109,9 @@ def run_error(model, run: Run, *, mode=None, sigma_max=None, noises=(1, 2, 3)) -
     data = goldens.load("rcm")
     noise = iter([data[f"{run.model}.noise{i}"] for i in noises])
     sampler = rcm_sampler(mode or run.mode)
-    sampler.extra_options["noise_sampler"] = lambda sigma, sigma_next: next(noise)
+    sampler.extra_options["noise_sampler"] = lambda sigma, sigma_next: next(noise).to(
+        in_comfyui.DEVICE
+    )
     sigmas = rcm_sigmas(run.steps, sigma_max or run.sigma_max)
     first, context, image = (data.get(f"{run.model}.{n}") for n in ("noise0", "context", "y"))
     out = in_comfyui.sample(model, sampler, sigmas, first, context, image=image)

@@ -67,7 +67,6 @@ def data(args: argparse.Namespace, device: torch.device) -> None:
         if folder.finished is not None:
             say(f"{folder.path} is finished")
             return
-        torch.backends.cudnn.benchmark = True
         encode = LatentVAE(file, device).encode
         made = shards(
             encode, settings, preset.video, preset.seed, preset.sizes.in_channels == 36, device

@@ -54,7 +54,7 @@ class Clips:
     """
 
     samples: int
-    batch: int = 64
+    batch: int = 16
 
 
 @dataclass(frozen=True)
@@ -225,13 +225,13 @@ class Preset:
 TOY_WORLD = {"context": 16, "text_channels": 64}
 
 TOY = Preset(
-    sizes=Sizes(dim=256, ffn_dim=512, num_layers=5, in_channels=16),
+    sizes=Sizes(dim=256, ffn_dim=384, num_layers=5, in_channels=16),
     latent=(5, 32, 32),
     **TOY_WORLD,
     vae=VAE(steps=2600, batch=8, crop=128),
     data=Clips(samples=10240),
     evaluate=Evaluation(),
-    teacher=Teacher(steps=5000, batch=64, micro_batch=64),
+    teacher=Teacher(steps=8000, batch=64, micro_batch=64, lr=8e-4, level_mean=0.8),
     sla=SLA(steps=1500, batch=64, micro_batch=64, lr=1e-4, guidance=2.5),
     rcm=RCM(
         steps=3200,
@@ -250,7 +250,12 @@ TOY = Preset(
 
 # One expert of an image-to-video pair each, after Wan 2.2: both know all noise levels, as
 # consistency runs down to the data, but practise their own side of the boundary 0.9.
-I2V = dataclasses.replace(TOY, sizes=Sizes(dim=128, ffn_dim=256, num_layers=4, in_channels=36))
+I2V = dataclasses.replace(
+    TOY,
+    sizes=Sizes(dim=128, ffn_dim=256, num_layers=4, in_channels=36),
+    sla=dataclasses.replace(TOY.sla, steps=1000),
+    rcm=dataclasses.replace(TOY.rcm, steps=2400),
+)
 
 CPU = Preset(
     sizes=Sizes(dim=128, ffn_dim=256, num_layers=2, in_channels=16),
@@ -281,10 +286,10 @@ CPU = Preset(
 PRESETS = {
     "toy": TOY,
     "toy-i2v-high": dataclasses.replace(
-        I2V, seed=1, teacher=Teacher(steps=4000, batch=64, micro_batch=64, level_mean=1.5)
+        I2V, seed=1, teacher=Teacher(steps=5000, batch=64, micro_batch=64, lr=8e-4, level_mean=1.5)
     ),
     "toy-i2v-low": dataclasses.replace(
-        I2V, seed=2, teacher=Teacher(steps=4000, batch=64, micro_batch=64, level_mean=0.0)
+        I2V, seed=2, teacher=Teacher(steps=5000, batch=64, micro_batch=64, lr=8e-4, level_mean=0.0)
     ),
     "toy-cpu": CPU,
     "toy-cpu-i2v": dataclasses.replace(

@@ -5,7 +5,7 @@ import torch
 from ..trigflow import Velocity
 from ..velocity import mixed
 from .reader import Reading
-from .world import STILL, WORDS, Clips, room
+from .world import PLACES, STILL, WORDS, Clips, places
 
 # Mean distance of two points of the unit square.
 UNIFORM_DISTANCE = 0.521405433164720678
@@ -31,10 +31,13 @@ def shares_right(reading: Reading, clips: Clips) -> Measures:
 
 
 def starts(reading: Reading, clips: Clips, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where in its room each video starts, [B, 2], and for which [B] that could be read."""
-    low, high = room(clips, frames)
+    """Where among its places each video starts, [B, 2], and for which [B] that could be read.
+
+    The n places of a row are at 1/2n, 3/2n, ... so that clips are close to uniform on the square.
+    """
+    first, count = places(clips, frames)
     sure = (reading.motion == clips.motion) & (reading.shape >= 0)
-    return (reading.start - low) / (high - low), sure
+    return (PLACES * reading.start - first + 0.5) / count, sure
 
 
 def energy_distance(points: torch.Tensor) -> float:

@@ -48,11 +48,14 @@ INNER = (math.cos(math.pi / 60), math.cos(math.pi / 4), math.cos(math.pi / 3), 0
 TURNED = (0.0, math.pi / 4, 0.0, 0.0)
 
 # Lengths are in frame widths. A shape's radius is that of the disc of the same area.
-RADII = (0.075, 0.12)
+RADII = (0.09, 0.15)
 FURTHEST = 1.56  # radii from its centre to the furthest point of any shape
 EDGE = 0.02  # what always stays free at the frame's edge
+# Starts lie on a grid, a token of the networks apart. On any pixel, there would be more looks of a
+# shape in tokens than a few million weights learn in minutes.
+PLACES = 16
 # How much of its motion a clip shows, slow and fast.
-WAY = (0.2, 0.4)
+WAY = (0.125, 0.25)
 TURNS, ORBIT = (0.75, 1.25), 0.1
 BOUNCES, HEIGHT = (1, 2), 0.15
 GROWTH = (1.3, 1.7)
@@ -67,7 +70,7 @@ class Clips(NamedTuple):
     motion: torch.Tensor
     speed: torch.Tensor
     background: torch.Tensor
-    start: torch.Tensor  # float32 [B, 2], x and y in [0, 1) of the room there is, see `room`
+    start: torch.Tensor  # float32 [B, 2], x and y in [0, 1) of the places there are, see `places`
 
     def to(self, device: torch.device | str) -> "Clips":
         """The same clips on `device`."""
@@ -81,7 +84,7 @@ class Clips(NamedTuple):
 def draw(seed: int, first: int, count: int) -> Clips:
     """The clips `first` to `first + count` of the world `seed`, on the CPU.
 
-    Every value of every property is as likely as any other, the start is uniform over the room.
+    Every value of every property is as likely as any other, the start is uniform over the places.
     """
     numbers = [_numbers(seed, index) for index in range(first, first + count)]
     numbers = torch.tensor(numbers, dtype=torch.float64).view(count, 8)
@@ -136,11 +139,22 @@ def room(clips: Clips, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     return margin - way[..., :2].amin(1), 1 - margin - way[..., :2].amax(1)
 
 
+def places(clips: Clips, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where in the room a clip may start: at first / PLACES and the `count` - 1 next ones.
+
+    Returns:
+        first and count, float32 [B, 2], of whole numbers.
+    """
+    low, high = room(clips, frames)
+    first = (PLACES * low).ceil()
+    return first, (PLACES * high).floor() - first + 1
+
+
 def track(clips: Clips, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The centre [B, frames, 2] and the radius [B, frames] of each clip's shape, float32."""
     way = path(frames).to(clips.start)[clips.motion, clips.speed]
-    low, high = room(clips, frames)
-    start = low + (high - low) * clips.start
+    first, count = places(clips, frames)
+    start = (first + torch.minimum((count * clips.start).floor(), count - 1)) / PLACES
     return start[:, None] + way[..., :2], _of(RADII, clips.size)[:, None] * way[..., 2].exp()
 
 
