@@ -1,8 +1,8 @@
 """Which implementation of an op runs: decided before the call, from declared constraints.
 
 An op has a torch reference, a Triton file with the same functions, and in some cases CUDA C++ that
-stands in for Triton, for Hopper or for all other cards. `choose` takes one of them and tells
-whoever listens.
+stands in for Triton: for Hopper, or by mma.sync for GeForce cards and A100. `choose` takes one of
+them and tells whoever listens.
 """
 
 import contextlib
@@ -18,6 +18,9 @@ from . import nvrtc
 
 OLDEST_TRITON = (3, 4)
 HOPPER = (9, 0)  # its compute capability
+# Major compute capabilities of the cards whose tensor cores know no faster instruction than
+# mma.sync. Data center Blackwell has one that Triton uses.
+BY_MMA_SYNC = (8, 12)
 
 try:
     import triton
@@ -94,7 +97,7 @@ def triton_unavailable(device: torch.device) -> str | None:
 
 
 def cuda_unavailable(device: torch.device) -> str | None:
-    """Why the CUDA C++ kernels cannot run on `device`; None where they can."""
+    """Why Hopper's CUDA C++ kernels cannot run on `device`; None where they can."""
     if capability(device) != HOPPER:
         return "they are for Hopper, sm_90"
     return triton_unavailable(device) or nvrtc.unavailable()
@@ -119,7 +122,7 @@ def choose(
             GPUs CUDA C++ stands in for Triton in the ops that have it.
         x: a tensor on the device the op runs on.
         reference, triton: the op's modules; triton is None where it cannot be imported.
-        hopper, mma: its modules in CUDA C++ for Hopper and for all other cards, whose
+        hopper, mma: its modules in CUDA C++ for Hopper and for cards of mma.sync, whose
             `unfit(*operands)` says why they cannot take them.
         unsupported: further reasons against Triton that the op declares, None where one does not
             hold.
@@ -147,10 +150,10 @@ def choose(
 def _cuda_for(
     card: tuple[int, int], hopper: ModuleType | None, mma: ModuleType | None
 ) -> ModuleType | None:
-    """Whichever of an op's modules in CUDA C++ is for this card; (0, 0) is no card."""
+    """Whichever of an op's modules in CUDA C++ is for this card."""
     if card == HOPPER:
         return hopper
-    return mma if card > (0, 0) else None
+    return mma if card[0] in BY_MMA_SYNC else None
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@
 //
 // Key blocks lie in memory as ldmatrix reads them, see `quantize` in mma.py.
 
-// Defined are HEAD_DIM, 64 or 128; FP8, whether values are e4m3, else float16; SHORT_SUMS; STAGES,
-// key blocks in shared memory; BF16, whether rows are bfloat16, else float16.
+// Defined are HEAD_DIM, 64 or 128; FP8, whether values are e4m3, else float16; SHORT_SUMS;
+// VALUE_LIMIT, the largest value; STAGES, key blocks in shared memory; BF16, whether rows are
+// bfloat16, else float16.
 
 #include "mma.cuh"
 
@@ -74,7 +75,7 @@ typedef int Scores[2][PART / 8][4];         // [32, PART]
 typedef u32 Weights[PARTS * DEPTHS][2][4];  // [32, BLOCK_K] e4m3 or float16
 typedef float Sums[2][HEAD_DIM / 8][4];     // [32, HEAD_DIM]
 
-// Where a lane's row of 16 bytes lies for `load_matrices`: four chunks of eight rows of WIDTH bytes.
+// Where a lane's 16 bytes lie for `load_matrices`: four chunks of eight rows of WIDTH bytes.
 // Rows of 128 bytes have eight chunks, whose second half is 64 bytes away, see `other_half`.
 template <int WIDTH> __device__ __forceinline__ u32 swizzled(int lane) {
     int row = lane % 8, turn = WIDTH == 128 ? row : row / 2;
@@ -209,8 +210,8 @@ __device__ __forceinline__ u32 scaled_weights(u32 packed, float factor) {
 #endif
 }
 
-// Raise row_max to what this part's scores do not exceed, and take all that is relative to it along:
-// the sums, and the block's first DONE depths of weights.
+// Raise row_max to what this part's scores do not exceed, and take along what is relative to it: the
+// sums, and the block's first DONE depths of weights.
 template <int DONE>
 __device__ __forceinline__ void raise_row_max(
     Rows& rows, Sums& acc, Weights& weights,

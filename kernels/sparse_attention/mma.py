@@ -1,4 +1,4 @@
-"""Low-bit sparse attention by mma.sync, on every card but Hopper, in CUDA C++: see mma.cu."""
+"""Low-bit sparse attention by mma.sync, for GeForce cards and A100, in CUDA C++: see mma.cu."""
 
 from pathlib import Path
 
@@ -13,22 +13,23 @@ from .reference import Int8Blocks, Quantized
 SOURCE = Path(__file__).with_suffix(".cu")
 THREADS = 128
 HEAD_DIMS = 64, 128
-BLOCKS = 128, 64  # rows in a query and a key block
+SHAPE = 128, 64  # rows in a query and a key block
 # In shared memory, by what values are in. Two programs share a multiprocessor, which has 100 KB.
 STAGES = {"fp8": 3, "fp16": 2}
 VALUE_LIMIT = 7.0  # 448 / 64: numbers round as if they went up to 448, but their sums fit float16
 FP8_NVRTC = 12, 8  # the oldest that multiplies fp8 with sums in float16
-# Their products are as fast with float32 sums; GeForce cards halve the rate.
-LONG_SUMS = (8, 0), (9, 0), (10, 0)
+# The cards of data centers multiply as fast with float32 sums; GeForce cards at half the rate.
+LONG_SUMS = (8, 0), (9, 0)
 
 
 def unfit(head_dim: int, block_q: int, block_k: int, pv: str) -> str | None:
     """Why the kernel cannot attend in these sizes; None where it can."""
-    if head_dim not in HEAD_DIMS or (block_q, block_k) != BLOCKS:
+    if head_dim not in HEAD_DIMS or (block_q, block_k) != SHAPE:
         found = f"{head_dim}, {block_q} and {block_k}"
         return f"head dim and rows of query and key blocks are {found}, not 128, 128 and 64"
     if pv == "fp8" and nvrtc.version() < FP8_NVRTC:
-        return "torch's NVRTC is {}.{}, fp8 needs 12.8".format(*nvrtc.version())
+        major, minor = nvrtc.version()
+        return f"torch's NVRTC is {major}.{minor}, and fp8 needs 12.8"
     return None
 
 
@@ -77,7 +78,7 @@ def constants(card: tuple[int, int], head_dim: int, pv: str, dtype: torch.dtype)
 
 def shared_bytes(head_dim: int, pv: str) -> int:
     """mma.cu's Shared: keys and values of as many blocks, and what is known of them."""
-    return STAGES[pv] * (BLOCKS[1] * head_dim * (2 if pv == "fp8" else 3) + 8)
+    return STAGES[pv] * (SHAPE[1] * head_dim * (2 if pv == "fp8" else 3) + 8)
 
 
 def _kernel(out: torch.Tensor, pv: str) -> nvrtc.Kernel:
