@@ -1,7 +1,8 @@
 """Which implementation of an op runs: decided before the call, from declared constraints.
 
-An op has a torch reference, a Triton file with the same functions, and in three cases CUDA C++
-that stands in for Triton on Hopper. `choose` takes one of them and tells whoever listens.
+An op has a torch reference, a Triton file with the same functions, and in some cases CUDA C++ that
+stands in for Triton: for Hopper, or by mma.sync for GeForce cards and A100. `choose` takes one of
+them and tells whoever listens.
 """
 
 import contextlib
@@ -17,6 +18,9 @@ from . import nvrtc
 
 OLDEST_TRITON = (3, 4)
 HOPPER = (9, 0)  # its compute capability
+# Major compute capabilities of the cards whose tensor cores know no faster instruction than
+# mma.sync. Data center Blackwell has one that Triton uses.
+BY_MMA_SYNC = (8, 12)
 
 try:
     import triton
@@ -93,7 +97,7 @@ def triton_unavailable(device: torch.device) -> str | None:
 
 
 def cuda_unavailable(device: torch.device) -> str | None:
-    """Why the CUDA C++ kernels cannot run on `device`; None where they can."""
+    """Why Hopper's CUDA C++ kernels cannot run on `device`; None where they can."""
     if capability(device) != HOPPER:
         return "they are for Hopper, sm_90"
     return triton_unavailable(device) or nvrtc.unavailable()
@@ -105,7 +109,8 @@ def choose(
     x: torch.Tensor,
     reference: ModuleType,
     triton: ModuleType | None,
-    cuda: ModuleType | None = None,
+    hopper: ModuleType | None = None,
+    mma: ModuleType | None = None,
     unsupported: tuple[str | None, ...] = (),
     operands: tuple = (),
 ) -> ModuleType:
@@ -114,10 +119,11 @@ def choose(
     Args:
         op: the op's name, for messages and the listener.
         backend: "auto" takes Triton where it can run; "triton" insists; "reference" avoids it. On
-            Hopper CUDA C++ stands in for Triton in the ops that have it.
+            GPUs CUDA C++ stands in for Triton in the ops that have it.
         x: a tensor on the device the op runs on.
         reference, triton: the op's modules; triton is None where it cannot be imported.
-        cuda: its module for Hopper, whose `unfit(*operands)` says why it cannot take them.
+        hopper, mma: its modules in CUDA C++ for Hopper and for cards of mma.sync, whose
+            `unfit(*operands)` says why they cannot take them.
         unsupported: further reasons against Triton that the op declares, None where one does not
             hold.
 
@@ -128,7 +134,7 @@ def choose(
     why = why_reference(op, backend, x, *unsupported)
     if why is not None:
         name, module = REFERENCE, reference
-    elif cuda is None or capability(x.device) != HOPPER:
+    elif (cuda := _cuda_for(capability(x.device), hopper, mma)) is None:
         name, module = TRITON, triton
     elif why := nvrtc.unavailable() or cuda.unfit(*operands):
         name, module = TRITON, triton
@@ -139,6 +145,15 @@ def choose(
     if not torch.compiler.is_compiling() and (tell := _listener.get()):
         tell(op, name, why)
     return module
+
+
+def _cuda_for(
+    card: tuple[int, int], hopper: ModuleType | None, mma: ModuleType | None
+) -> ModuleType | None:
+    """Whichever of an op's modules in CUDA C++ is for this card."""
+    if card == HOPPER:
+        return hopper
+    return mma if card[0] in BY_MMA_SYNC else None
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def prepare(
     if branch is not None:
         check_branch(x, branch)
     kernels = choose(
-        "prepare", backend, x, reference, triton_kernels, hopper,
+        "prepare", backend, x, reference, triton_kernels, hopper, hopper,
         unsupported=(not_contiguous(x), None if branch is None else float32_on_gpu(x)),
         operands=(x, cos, sin, out, branch),
     )  # fmt: skip

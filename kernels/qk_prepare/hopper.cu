@@ -1,12 +1,13 @@
 // RMSNorm, RoPE, block means, and for q also int8 blocks and the linear branch, in one pass.
 //
-// A program takes 128 rows of several heads: their cosines and sines wait in shared memory. A warp
-// takes 16 rows. Of its rows lane / 4 and lane / 4 + 8 a thread holds the channels
+// A program takes 128 rows of several heads: their cosines and sines wait in shared memory, or on
+// cards that have too little of it in the cache. A warp takes 16 rows. Of its rows lane / 4 and lane / 4 + 8 a thread holds the channels
 // 32 m + 8 (lane % 4) + {0 .. 7}, m = 0 .. 3. Products of 16 channels take them four by four, so
 // the other factor's rows come in the matching order, see `places` in hopper.py.
 
 // Defined are BLOCK, rows of a block; QUANTIZE, whether to make int8 blocks; LINEAR, whether `out`
-// gets the linear branch in place of the rows; BF16, whether rows are bfloat16, else float16.
+// gets the linear branch in place of the rows; TURNS, whether cosines and sines wait in shared
+// memory; BF16, whether rows are bfloat16, else float16.
 
 #include "hopper.cuh"
 
@@ -19,7 +20,9 @@ constexpr int MIX_STRIDE = HEAD_DIM + 8;  // in 16 bits: keeps rows in different
 #endif
 
 struct Shared {
+#if TURNS
     float turns[ROWS][HEAD_DIM + 4];  // cosine and sine of a pair, side by side
+#endif
 #if LINEAR
     u16 mix[HEAD_DIM * MIX_STRIDE];  // [channel out, place of channel in]
     float normalizer[HEAD_DIM];
@@ -122,11 +125,36 @@ __device__ __forceinline__ void load_rows(
         }
 }
 
+// The cosines and sines of a sample's rows from the program's first one on.
+struct Angles {
+    const float* cos;
+    const float* sin;
+    int cos_stride, sin_stride;
+};
+
+// Cosines and sines of a row's channels first + {0 .. 7}, for each pair side by side.
+__device__ __forceinline__ void load_turn(
+    float2 (&turn)[4], const Shared& shared, const Angles& angles, int row, int first, int inside
+) {
+#if TURNS
+    const float4* both = reinterpret_cast<const float4*>(&shared.turns[row][first]);
+    turn[0] = {both[0].x, both[0].y}, turn[1] = {both[0].z, both[0].w};
+    turn[2] = {both[1].x, both[1].y}, turn[3] = {both[1].z, both[1].w};
+#else
+    long long last = min(row, inside - 1);
+    float4 c = __ldg(
+        reinterpret_cast<const float4*>(angles.cos + last * angles.cos_stride + first / 2));
+    float4 s = __ldg(
+        reinterpret_cast<const float4*>(angles.sin + last * angles.sin_stride + first / 2));
+    turn[0] = {c.x, s.x}, turn[1] = {c.y, s.y}, turn[2] = {c.z, s.z}, turn[3] = {c.w, s.w};
+#endif
+}
+
 // Normalize, round, rotate, round: packed[half][4 m + i] holds the channels
 // 32 m + 8 pair + 2 i + {0, 1}.
 __device__ __forceinline__ void rotate(
-    u32 (&packed)[2][16], const uint4 (&tile)[2][4], const Shared& shared, const float* weight,
-    int row, int pair
+    u32 (&packed)[2][16], const uint4 (&tile)[2][4], const Shared& shared, const Angles& angles,
+    const float* weight, int row, int pair, int inside
 ) {
 #pragma unroll
     for (int m = 0; m < 4; m++) {
@@ -136,16 +164,15 @@ __device__ __forceinline__ void rotate(
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float norm = shared.norms[row + 8 * half];
-            const float4* turns =
-                reinterpret_cast<const float4*>(&shared.turns[row + 8 * half][first]);
+            float2 turn[4];
+            load_turn(turn, shared, angles, row + 8 * half, first, inside);
             const u32* raw = reinterpret_cast<const u32*>(&tile[half][m]);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float2 x = unpack(raw[i]);
                 float wa = i % 2 ? w[i / 2].z : w[i / 2].x, wb = i % 2 ? w[i / 2].w : w[i / 2].y;
                 float2 n = rounded(x.x * norm * wa, x.y * norm * wb);
-                float4 both = turns[i / 2];
-                float c = i % 2 ? both.z : both.x, s = i % 2 ? both.w : both.y;
+                float c = turn[i].x, s = turn[i].y;
                 packed[half][4 * m + i] = pack(n.x * c - n.y * s, n.x * s + n.y * c);
             }
         }
@@ -293,17 +320,18 @@ __device__ __forceinline__ void load_mix(
 
 // Cosines and sines of the rows, and their norms.
 __device__ __forceinline__ void load_turns(
-    Shared& shared, const float* norms, const float* cos, const float* sin,
-    int cos_stride, int sin_stride, int inside
+    Shared& shared, const float* norms, const Angles& angles, int inside
 ) {
+#if TURNS
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 2; i += THREADS) {
         int row = i / (HEAD_DIM / 2), pair = i % (HEAD_DIM / 2);
         float2 turn = {0, 0};
         if (row < inside)
-            turn = {cos[(long long)row * cos_stride + pair],
-                    sin[(long long)row * sin_stride + pair]};
+            turn = {angles.cos[(long long)row * angles.cos_stride + pair],
+                    angles.sin[(long long)row * angles.sin_stride + pair]};
         *reinterpret_cast<float2*>(&shared.turns[row][2 * pair]) = turn;
     }
+#endif
     if (threadIdx.x < ROWS)
         shared.norms[threadIdx.x] = threadIdx.x < inside ? norms[threadIdx.x] : 0;
 }
@@ -322,9 +350,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
     int sample = blockIdx.x / (groups * tiles);
     long long first = (long long)tile * ROWS;
     int inside = min(ROWS, (int)(length - first));
-    load_turns(shared, o.norms + sample * (long long)length + first,
-               o.cos + sample * (long long)o.cos_b + first * o.cos_l,
-               o.sin + sample * (long long)o.sin_b + first * o.sin_l, o.cos_l, o.sin_l, inside);
+    Angles angles = {o.cos + sample * (long long)o.cos_b + first * o.cos_l,
+                     o.sin + sample * (long long)o.sin_b + first * o.sin_l, o.cos_l, o.sin_l};
+    load_turns(shared, o.norms + sample * (long long)length + first, angles, inside);
 #if LINEAR
     // Keeps the normalizers, sums over all keys, in the range of float16.
     float unit = 32768.0f / max(32768, length);
@@ -344,7 +372,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
         load_mix(shared, o.mix + whole_head * HEAD_DIM * HEAD_DIM,
                  o.normalizer + whole_head * HEAD_DIM, unit);
 #endif
-        rotate(packed, raw, shared, o.weight + head * HEAD_DIM, row, pair);
+        rotate(packed, raw, shared, angles, o.weight + head * HEAD_DIM, row, pair, inside);
         if (head + 1 < last)
             load_rows(raw, head_rows += x_h / 8, x_l / 8, row, pair, inside);
         add_up(shared, packed, warp, lane);

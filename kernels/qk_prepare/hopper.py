@@ -1,4 +1,4 @@
-"""What prepares q and k on Hopper, in CUDA C++: see hopper.cu."""
+"""What prepares q and k on Hopper and on cards of mma.sync, in CUDA C++: see hopper.cu."""
 
 import functools
 from pathlib import Path
@@ -7,10 +7,10 @@ import torch
 
 from .. import nvrtc
 from ..checks import in_steps_of_16_bytes
-from ..dispatch import launching_on
+from ..dispatch import HOPPER, capability, launching_on
 from ..linear_attention import LinearBranch
 from ..linear_attention.triton import project_state
-from .triton import block_outputs, contiguous_pairs, row_norms
+from .triton import block_outputs, row_norms
 
 SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90"
@@ -20,6 +20,7 @@ HEADS = 8  # of a program at most, which reads its cosines from memory once
 THREADS = 256
 SHARED_BYTES = 128 * 132 * 4 + 128 * 4 + 8 * 128 * 4 + 8 * 4  # hopper.cu's Shared
 LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
+TURN_BYTES = 128 * 132 * 4  # of it cosines and sines, which on other cards stay in the cache
 Operands = nvrtc.operands(
     pointers="x norms weight cos sin out means integers scales mix normalizer bias",
     integers="x_b x_l x_h cos_b cos_l sin_b sin_l length heads blocks heads_each",
@@ -54,6 +55,13 @@ def aligned_copy(x: torch.Tensor) -> torch.Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
+def aligned_pairs(angles: torch.Tensor) -> torch.Tensor:
+    """cos or sin [B, L, D / 2] with its pairs side by side, where 16 bytes can be read at once."""
+    if angles.stride(-1) == 1 and in_steps_of_16_bytes(angles):
+        return angles
+    return angles.clone(memory_format=torch.contiguous_format)
+
+
 @functools.cache
 def places(device: torch.device) -> torch.Tensor:
     """The channel at each place of the products' 128 summands, [D] on `device`.
@@ -86,7 +94,7 @@ def prepare(
         mix = project_state(branch.state, branch.normalizer, branch.proj_weight, x.dtype)
         mix = mix.mT[..., places(x.device)].contiguous()
         mixed = mix, aligned_copy(branch.normalizer), aligned_copy(branch.proj_bias)
-    cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
+    cos, sin = (aligned_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
     groups = -(-heads // HEADS)
     tensors = x, norms, weight, cos, sin, out, means, integers, scales, *mixed
     operands = Operands(
@@ -101,6 +109,8 @@ def prepare(
 
 def _kernel(x: torch.Tensor, block: int, quantize: bool, linear: bool) -> nvrtc.Kernel:
     flags = {"BLOCK": block, "QUANTIZE": int(quantize), "LINEAR": int(linear)}
-    flags["BF16"] = int(x.dtype == torch.bfloat16)
-    shared = SHARED_BYTES + linear * LINEAR_BYTES
-    return nvrtc.load(SOURCE, "prepare", TARGET, shared, Operands, x.device.index, **flags)
+    card = capability(x.device)
+    flags |= {"TURNS": int(card == HOPPER), "BF16": int(x.dtype == torch.bfloat16)}
+    shared = SHARED_BYTES + linear * LINEAR_BYTES - (1 - flags["TURNS"]) * TURN_BYTES
+    target = TARGET if card == HOPPER else nvrtc.target_of(card, x.device)
+    return nvrtc.load(SOURCE, "prepare", target, shared, Operands, x.device.index, **flags)

@@ -11,10 +11,10 @@ from . import gradients_reference, reference
 from .reference import Int8Blocks
 
 if has_triton():
-    from . import gradients_triton, hopper
+    from . import gradients_triton, hopper, mma
     from . import triton as triton_kernels
 else:
-    hopper = gradients_triton = triton_kernels = None
+    hopper = mma = gradients_triton = triton_kernels = None
 
 PV_DTYPES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16}
 
@@ -194,7 +194,8 @@ def sage_attention(
         q: [B, L, H, D], or its int8 blocks of block_q rows where they are known already, as
             `qk_prepare` makes them.
         k, v, block_map, block_q, block_k, linear: see `sparse_attention`.
-        pv: "fp8" (e4m3) or "fp16"; None takes `default_pv`. Sums are float32 either way.
+        pv: "fp8" (e4m3) or "fp16"; None takes `default_pv`. Sums are float32 either way, but for
+            those within a key block on consumer cards, see mma.cu.
         k_mean: float32 [B, H, D], the mean of k over L if it is known already.
         v_max: float32 [B, H, D], max |v| over L if it is known already.
         backend: see `dispatch.choose`.
@@ -221,7 +222,7 @@ def sage_attention(
         check_shape("v_max", v_max, per_channel)
         v_max = v_max.float().contiguous()
     kernels = choose(
-        "sage_attention", backend, v, reference, triton_kernels, hopper,
+        "sage_attention", backend, v, reference, triton_kernels, hopper, mma,
         unsupported=(not_contiguous(*rows.values()), float32_on_gpu(v), _no_fp8(v, pv)),
         operands=(v.shape[-1], block_q, block_k, pv),
     )  # fmt: skip

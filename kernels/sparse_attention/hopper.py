@@ -45,7 +45,7 @@ def quantize(
     chunks at once. v's keys stand in the order in which a thread holds their weights.
     """
     arguments = q, k, v, k_mean, v_dtype, block_q, block_k, v_max
-    return triton_kernels.quantize(*arguments, for_hopper=True)
+    return triton_kernels.quantize(*arguments, swizzled=True)
 
 
 def sage_attention(

@@ -183,12 +183,15 @@ def round_block(x):
 
 
 @triton.jit
-def place_in_block(row, column, WIDTH: tl.constexpr, FOR_HOPPER: tl.constexpr):
-    """Where the bytes (row, column) of a block lie; rows of WIDTH bytes, see hopper.py."""
-    if FOR_HOPPER:
-        turn = row // (128 // WIDTH) % (WIDTH // 16)
-        place = row * WIDTH + ((column // 16) ^ turn) * 16 + column % 16
-        place = tl.max_contiguous(tl.multiple_of(place, [1, 16]), [1, 16])
+def place_in_block(
+    row, column, WIDTH: tl.constexpr, ITEM: tl.constexpr, SWIZZLED: tl.constexpr
+):  # fmt: skip
+    """Where (row, column) of a block lies; rows of WIDTH items of ITEM bytes, see hopper.py."""
+    if SWIZZLED:
+        chunk: tl.constexpr = 16 // ITEM
+        turn = row // (128 // (WIDTH * ITEM)) % (WIDTH // chunk)
+        place = row * WIDTH + ((column // chunk) ^ turn) * chunk + column % chunk
+        place = tl.max_contiguous(tl.multiple_of(place, [1, chunk]), [1, chunk])
     else:
         place = row * WIDTH + column
     return place
@@ -198,7 +201,7 @@ def place_in_block(row, column, WIDTH: tl.constexpr, FOR_HOPPER: tl.constexpr):
 def quantize_heads_kernel(
     x_ptr, center_ptr, integers_ptr, scales_ptr, length, heads, stride_xb, stride_xl, stride_xh,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, CENTERED: tl.constexpr,
-    FOR_HOPPER: tl.constexpr,
+    SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     block = head * tl.num_programs(0) + tl.program_id(0)
@@ -212,7 +215,7 @@ def quantize_heads_kernel(
         mean = tl.load(center_ptr + head * HEAD_DIM + channel)
         x = tl.where(row < length, x - mean, 0.0)
     rounded, scale = round_block(x)
-    place = place_in_block(tl.arange(0, BLOCK)[:, None], channel, HEAD_DIM, FOR_HOPPER)
+    place = place_in_block(tl.arange(0, BLOCK)[:, None], channel, HEAD_DIM, 1, SWIZZLED)
     tl.store(integers_ptr + block * (BLOCK * HEAD_DIM) + place, rounded)
     tl.store(scales_ptr + block, scale)
 
@@ -234,13 +237,13 @@ def channel_max_kernel(
 @triton.jit(do_not_specialize=["length", "heads"])
 def quantize_values_kernel(
     v_ptr, factors_ptr, values_ptr, length, heads, limit, stride_vb, stride_vl, stride_vh,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, FOR_HOPPER: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ITEM: tl.constexpr, SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     block = head * tl.num_programs(0) + tl.program_id(0)
     offset = tl.arange(0, BLOCK)
     key = offset
-    if FOR_HOPPER:
+    if SWIZZLED and ITEM == 1:
         # Of 32 keys a thread holds the weights of 2 in each 8, and multiplies 4 and 4 at once.
         key = offset // 16 * 16 + offset // 2 % 2 * 8 + offset // 4 % 4 * 2 + offset % 2
     row = tl.program_id(0) * BLOCK + key.to(tl.int64)[:, None]
@@ -249,7 +252,7 @@ def quantize_values_kernel(
     v = tl.load(v_ptr + row * stride_vl + channel[None, :], mask=row < length, other=0.0)
     factor = tl.load(factors_ptr + head * HEAD_DIM + channel)[None, :]
     scaled = tl.clamp(v.to(tl.float32) * factor, -limit, limit).to(values_ptr.dtype.element_ty)
-    place = place_in_block(channel[:, None], offset[None, :], BLOCK, FOR_HOPPER)
+    place = place_in_block(channel[:, None], offset[None, :], BLOCK, ITEM, SWIZZLED)
     tl.store(values_ptr + block * (HEAD_DIM * BLOCK) + place, tl.trans(scaled))  # [D, BLOCK]
 
 
@@ -328,17 +331,21 @@ def quantize(
     block_q: int,
     block_k: int,
     v_max: torch.Tensor | None = None,
-    for_hopper: bool = False,
+    swizzled: bool = False,
+    limit: float = VALUE_LIMIT,
 ) -> Quantized:
-    """q and k - k_mean in int8 with a scale per block, v with a scale per channel."""
+    """q and k - k_mean in int8 with a scale per block, v with a scale per channel.
+
+    `swizzled` lays k and v out as hopper.py says; v's largest number becomes `limit`.
+    """
     q_int, q_scale = q if isinstance(q, Int8Blocks) else quantize_heads(q, block_q)
-    k_int, k_scale = quantize_heads(k, block_k, k_mean.float().contiguous(), for_hopper)
-    values, v_scale = quantize_values(v, v_dtype, block_k, v_max, for_hopper)
+    k_int, k_scale = quantize_heads(k, block_k, k_mean.float().contiguous(), swizzled)
+    values, v_scale = quantize_values(v, v_dtype, block_k, v_max, swizzled, limit)
     return Quantized(q_int, q_scale * score_scale(k), k_int, k_scale, values, v_scale)
 
 
 def quantize_heads(
-    x: torch.Tensor, block: int, center: torch.Tensor | None = None, for_hopper: bool = False
+    x: torch.Tensor, block: int, center: torch.Tensor | None = None, swizzled: bool = False
 ) -> Int8Blocks:
     """x [B, L, H, D] less `center` [B, H, D] in int8, in blocks of rows of one head."""
     batch, length, heads, dim = x.shape
@@ -349,7 +356,7 @@ def quantize_heads(
     with launching_on(x):
         quantize_heads_kernel[blocks, batch * heads](
             x, center if centered else x, integers, scales, length, heads, *x.stride()[:3],
-            BLOCK=block, HEAD_DIM=dim, CENTERED=centered, FOR_HOPPER=for_hopper, **LAUNCH,
+            BLOCK=block, HEAD_DIM=dim, CENTERED=centered, SWIZZLED=swizzled, **LAUNCH,
         )  # fmt: skip
     return Int8Blocks(integers, scales)
 
@@ -359,7 +366,8 @@ def quantize_values(
     dtype: torch.dtype,
     block: int,
     v_max: torch.Tensor | None = None,
-    for_hopper: bool = False,
+    swizzled: bool = False,
+    limit: float = VALUE_LIMIT,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """v to `dtype` [B, H, N, D, block] and float32 [B, H, D], one scale per channel."""
     batch, length, heads, dim = v.shape
@@ -368,10 +376,10 @@ def quantize_values(
     amax = (channel_max(v, block) if v_max is None else v_max).clamp_min(1e-8)  # [B, H, D]
     with launching_on(v):
         quantize_values_kernel[blocks, batch * heads](
-            v, VALUE_LIMIT / amax, values, length, heads, VALUE_LIMIT, *v.stride()[:3],
-            BLOCK=block, HEAD_DIM=dim, FOR_HOPPER=for_hopper, **LAUNCH,
+            v, limit / amax, values, length, heads, limit, *v.stride()[:3],
+            BLOCK=block, HEAD_DIM=dim, ITEM=values.itemsize, SWIZZLED=swizzled, **LAUNCH,
         )  # fmt: skip
-    return values, amax / VALUE_LIMIT
+    return values, amax / limit
 
 
 def channel_max(v: torch.Tensor, rows: int) -> torch.Tensor:

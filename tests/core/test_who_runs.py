@@ -311,6 +311,7 @@ REFUSALS = [
         lambda: sage(heads(), a_map(64), block_q=64),
     ),
     ("sage_attention", TRITON, "the values are fp16", lambda: sage(heads(), pv="fp16")),
+    ("sage_attention", TRITON, "and fp8 needs 12.8", lambda: sage(heads())),
 ]
 
 
@@ -330,7 +331,8 @@ def hopper(monkeypatch):
     monkeypatch.setattr(dispatch, "triton_unavailable", lambda device: None)
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
-    names = {"reference": REFERENCE, "triton": TRITON, "hopper": CUDA}
+    monkeypatch.setattr(nvrtc, "version", lambda: sparse_attention.mma.FP8_NVRTC)
+    names = {"reference": REFERENCE, "triton": TRITON, "hopper": CUDA, "mma": CUDA}
     names |= {"gradients_reference": REFERENCE, "gradients_triton": TRITON}
     for module in list(sys.modules.values()):
         folder, _, name = getattr(module, "__name__", "").rpartition(".")
@@ -379,6 +381,9 @@ def test_nothing_refused(op, hopper):
 def test_a_refusal(op, name, reason, run, hopper, monkeypatch, caplog):
     if "sm_89" in reason:
         _pretend(monkeypatch, (8, 6))
+    if "12.8" in reason:
+        _pretend(monkeypatch, (8, 9))
+        monkeypatch.setattr(nvrtc, "version", lambda: (12, 6))
     launched, line = told(run)
     assert launched == name
     if name == REFERENCE:
@@ -408,14 +413,25 @@ def test_no_triton(op, hopper, monkeypatch):
     assert line.endswith("; kernels: torch reference, as no Triton here")
 
 
+BY_MMA = {"prepare", "sage_attention"}  # ops in CUDA C++ on cards of mma.sync
+
+
 @pytest.mark.parametrize("card", [(8, 0), (8, 9), (10, 0), (12, 0)], ids="sm_{0[0]}{0[1]}".format)
 @pytest.mark.parametrize("op", FITTING)
-def test_other_cards_run_triton_and_have_nothing_to_decline(op, card, hopper, monkeypatch, caplog):
+def test_other_cards_have_nothing_to_decline(op, card, hopper, monkeypatch, caplog):
     _pretend(monkeypatch, card)
     launched, line = told(FITTING[op][1])
-    assert launched == TRITON
-    assert line.endswith("; kernels: Triton")
+    assert launched == (CUDA if op in BY_MMA and card != (10, 0) else TRITON)
+    assert line.endswith(f"; kernels: {launched}")
     assert not [record for record in caplog.records if "slow" in record.message]
+
+
+def test_a_card_of_mma_declines_other_blocks(hopper, monkeypatch):
+    _pretend(monkeypatch, (8, 9))
+    launched, line = told(lambda: sage(heads(), a_map(64), block_q=64))
+    assert launched == TRITON
+    assert line.endswith("are 128, 64 and 64, not 128, 128 and 64")
+    assert told(lambda: sage(heads(), pv="fp16"))[0] == CUDA
 
 
 def test_every_op_and_every_declared_refusal_is_here():

@@ -1,9 +1,11 @@
 """What prepares q and k: the composition of its ops, and Triton against it."""
 
+import ahead_of_time
 import goldens
 import pytest
 import torch
 from devices import BATCHES, DEVICE, TRITON_DTYPES
+from turbodiffusion_pack.kernels import dispatch, nvrtc
 from turbodiffusion_pack.kernels.block_map import block_means
 from turbodiffusion_pack.kernels.linear_attention import (
     LinearBranch,
@@ -169,9 +171,10 @@ def test_gives_the_linear_branch_in_place_of_the_rows(feature_map, backend):
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("own_angles", [False, True])
 @pytest.mark.parametrize(("batch", "length", "heads"), [(1, 1, 1), (2, 300, 3), (2, 200, 11)])
-def test_cuda_on_hopper_equals_triton(batch, length, heads, own_angles, block, quantize, dtype):
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
+def test_cuda_equals_triton(batch, length, heads, own_angles, block, quantize, dtype):
+    card = dispatch.capability(torch.device(DEVICE))
+    if card != dispatch.HOPPER and card[0] not in dispatch.BY_MMA_SYNC:
+        pytest.skip("needs a Hopper GPU or one of mma.sync")
     x, *angles = random_projection(batch, length, heads, 128, dtype, own_angles)
     arguments = x, *angles, 1e-6, block, quantize
     rows, out = (torch.empty_like(x.contiguous()) for _ in range(2))
@@ -207,3 +210,22 @@ def test_long_videos_do_not_overflow_float16():
     exact = linear_attention(plain.rows.float(), *branch, backend="reference")
     found = prepare(x, *angles, quantize=True, branch=branch)
     assert goldens.relative_error(found.linear, exact) <= 2e-3
+
+
+# Bytes, with two programs of 256 threads on a multiprocessor.
+SPILLS = {(8, 6): 144, (8, 9): 64, (12, 0): 64}
+
+
+@pytest.mark.skipif(nvrtc.unavailable() is not None, reason="no NVRTC")
+@pytest.mark.parametrize("linear", [False, True], ids=["rows", "linear"])
+@pytest.mark.parametrize("card", SPILLS, ids="sm_{0[0]}{0[1]}".format)
+def test_two_programs_share_a_multiprocessor_of_100_kb(card, linear):
+    """Without cosines and sines in shared memory; all cards of mma.sync have that much."""
+    shared = hopper.SHARED_BYTES + linear * hopper.LINEAR_BYTES - hopper.TURN_BYTES
+    assert 2 * (shared + 1024) <= 100 * 1024
+    flags = {"BLOCK": 128, "QUANTIZE": 1, "LINEAR": int(linear), "TURNS": 0, "BF16": 1}
+    target = f"sm_{card[0]}{card[1]}"
+    binary = nvrtc.compile_file(hopper.SOURCE, target, shared, hopper.Operands, **flags)
+    used = ahead_of_time.resources(binary)
+    assert used["registers"] <= 128
+    assert used["stack"] + used["local"] <= SPILLS[card]

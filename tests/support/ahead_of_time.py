@@ -115,6 +115,9 @@ def runs(card: tuple[int, int]) -> Iterator[tuple[str, bool, Callable[[], None]]
         yield "attention", False, partial(wan.run_attention, LENGTH, values, *TILE, False)
         for tile in (TILE, *TILES) if card in TILE_CARDS else (TILE,):
             yield "attention", False, partial(wan.run_attention, LENGTH, values, *tile)
+    if card[0] in (8, 12):
+        for values in ("fp16", "fp8") if card >= ADA else ("fp16",):
+            yield "attention by CUDA", True, partial(wan.run_attention, LENGTH, values, *TILE)
     # Nothing is trained on blocks of 64 x 128, SageSLA's on Hopper.
     for tile in (TILE, *TILES[:2]) if card in TILE_CARDS else (TILE,):
         yield "training", False, partial(wan.run_training, LENGTH, 0.1, "cpu", *tile)
@@ -146,6 +149,18 @@ def measure(run: str, kernel) -> Compiled:
         spilled=used["stack"] + used["local"],
         matrix=sorted(set(MATRIX_INSTRUCTION.findall(kernel.asm["ptx"]))),
     )
+
+
+def products(cubin: bytes) -> set[str]:
+    """Names of the tensor core instructions in the machine code."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = triton.knobs.nvidia.nvdisasm.path, "-c", str(path)
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return set(re.findall(r"\b[A-Z]+MMA[.\w]*", code))
 
 
 def resources(cubin: bytes) -> dict[str, int]:

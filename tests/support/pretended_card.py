@@ -34,6 +34,8 @@ def pretended(card: Card, has_nvrtc: bool = False) -> Iterator[None]:
     _card, _has_nvrtc = card, has_nvrtc
     _let_triton_compile_for(card)
     with (
+        mock.patch.object(nvrtc, "version", lambda: (99, 0)),
+        mock.patch.object(nvrtc, "target_of", lambda card, device: "sm_{}{}".format(*card)),
         mock.patch.object(nvrtc, "load", lambda *_, **__: mock.Mock()),
         mock.patch.object(nvrtc, "address", lambda x: 0),
         mock.patch.object(nvrtc, "tensor_map", lambda x, box: nvrtc.TENSOR_MAP()),

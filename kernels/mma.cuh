@@ -1,0 +1,131 @@
+// What the kernels for mma.sync share (sm_80 and newer): copies, products, arithmetic.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+typedef signed char i8;
+
+// ---- shared memory ----
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// Starts a copy of 16 bytes, past the first level of cache.
+__device__ __forceinline__ void copy_16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+// Starts a copy of 4 bytes.
+__device__ __forceinline__ void copy_4(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Until all groups of this thread's copies but the last PENDING are there.
+template <int PENDING> __device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Four matrices of eight rows of 16 bytes: lane l names row l % 8 of matrix l / 8, and gets of
+// matrix i in x[i] the bytes 4 (l % 4) + {0 .. 3} of row l / 4.
+__device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(row) : "memory");
+}
+
+// ---- tensor cores: d = a b + c ----
+// Of a [16 rows, 32 bytes] a thread holds in a[0] row lane / 4, bytes 4 (lane % 4) + {0 .. 3}, in
+// a[1] row lane / 4 + 8, in a[2] and a[3] the same 16 bytes further; of b [32 bytes, 8 columns] in
+// b0 and b1 column lane / 4. Of the sums [16, 8] it has columns 2 (lane % 4) + {0, 1}, first of row
+// lane / 4, then of row lane / 4 + 8.
+
+__device__ __forceinline__ void mma_int8(
+    int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const int (&c)[4]
+) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1),
+          "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+__device__ __forceinline__ void mma_fp16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Sums in float16, two in a register.
+__device__ __forceinline__ void mma_fp16_short(
+    u32 (&d)[2], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[2]
+) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 "
+        "{%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%8, %9};"
+        : "=r"(d[0]), "=r"(d[1])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]));
+}
+
+// sm_89 and newer, PTX 8.7.
+__device__ __forceinline__ void mma_fp8_short(
+    u32 (&d)[2], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[2]
+) {
+    asm("mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16 "
+        "{%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%8, %9};"
+        : "=r"(d[0]), "=r"(d[1])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]));
+}
+
+// ---- arithmetic ----
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Pairs of bfloat16 or float16.
+
+__device__ __forceinline__ float2 pair_of(u32 packed, bool bf16) {
+    float2 x;
+    if (bf16)
+        x = {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
+    else
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+            : "=f"(x.x), "=f"(x.y) : "r"(packed));
+    return x;
+}
+
+__device__ __forceinline__ u32 packed_pair(float2 x, bool bf16) {
+    u32 packed;
+    if (bf16)
+        asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x.x), "f"(x.y));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x.x), "f"(x.y));
+    return packed;
+}
+
+// Four numbers as e4m3, the first in the lowest byte; sm_89 and newer.
+__device__ __forceinline__ u32 packed_fp8(float a, float b, float c, float d) {
+    u32 packed;
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n"
+        "}\n"
+        : "=r"(packed) : "f"(a), "f"(b), "f"(c), "f"(d));
+    return packed;
+}
+
+// Two e4m3 as float16, which holds every one of them.
+__device__ __forceinline__ u32 pair_of_fp8(u32 low_bytes) {
+    u32 packed;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l;}"
+        : "=r"(packed) : "r"(low_bytes));
+    return packed;
+}
