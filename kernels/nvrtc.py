@@ -64,6 +64,24 @@ def _encoded(
     return aligned
 
 
+def target_of(card: tuple[int, int], device: torch.device) -> str:
+    """What to compile for `device`, taken for a card of this compute capability.
+
+    Machine code; but where an older card is pretended PTX for that card, of which the driver makes
+    machine code for the one there is: the instructions are the older card's.
+    """
+    real = torch.cuda.get_device_capability(device)
+    return f"{'sm' if card == real else 'compute'}_{card[0]}{card[1]}"
+
+
+@functools.cache
+def version() -> tuple[int, int]:
+    """Of NVRTC, which is that of its CUDA toolkit."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check_nvrtc(_nvrtc(), _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return major.value, minor.value
+
+
 def address(x: torch.Tensor | None) -> int:
     """Where x lies on the GPU; 0, the null pointer, for None.
 
@@ -145,7 +163,7 @@ def compile_file(
     operands: type[ctypes.Structure],
     **constants: int,
 ) -> bytes:
-    """A file as machine code for `target` (as sm_90a); needs no GPU.
+    """A file as machine code for `target` (as sm_90a), or as PTX (compute_89); needs no GPU.
 
     `constants` are defined before its first line, and the sizes of what a launch passes:
     SHARED_BYTES and OPERANDS_BYTES.
@@ -155,7 +173,7 @@ def compile_file(
 
 
 def compile_cuda(source: str, target: str, **constants: int) -> bytes:
-    """CUDA C++ as machine code for one architecture; needs no GPU.
+    """CUDA C++ as machine code for one architecture, or as PTX for a virtual one; needs no GPU.
 
     Raises:
         RuntimeError: it does not compile; the message holds the compiler's.
@@ -168,7 +186,8 @@ def compile_cuda(source: str, target: str, **constants: int) -> bytes:
     flags += [f"--define-macro={name}={value}" for name, value in constants.items()]
     options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    output = _output(nvrtc, program, "ProgramLog" if failed else "CUBIN")
+    kind = "PTX" if target.startswith("compute") else "CUBIN"
+    output = _output(nvrtc, program, "ProgramLog" if failed else kind)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     if failed:
         told = output.rstrip(b"\0").decode(errors="replace").strip()

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/training_attention.py --shapes 14B-720P 1.3B-480P
     python tests/benchmarks/training_attention.py --tune --shapes 1.3B-480P
+    ... training_attention.py --card 8.9    as on an older card, see tests/support/older_cards.py
 
 Random heads of 128 channels in bfloat16. Prints ms and TFLOP/s of torch's backends and of our
 kernels, each on its own, then how many times as fast forward and backward are together. TFLOP/s
@@ -27,8 +28,9 @@ from triton.runtime.errors import OutOfResources
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 
+import older_cards
 import pack  # noqa: F401
-from gpu_timing import kernel_ms
+from gpu_timing import kernel_ms, measure_ceilings, why_not_timed
 from turbodiffusion_pack.kernels.block_map import block_map, selected_count
 from turbodiffusion_pack.kernels.sla import sla
 from turbodiffusion_pack.kernels.sparse_attention import (
@@ -154,9 +156,11 @@ def whole_sla(x: Operands) -> Callable | None:
         return torch.autograd.grad(out, [*leaves, *proj], x.d_out)
 
     try:
-        train()
+        why = why_not_timed(train)
     except RuntimeError as error:
-        sys.stdout.write(f"sla with gradients does not run here: {error}\n")
+        why = str(error)
+    if why:
+        sys.stdout.write(f"sla with gradients does not run here: {why}\n")
         return None
     return train
 
@@ -262,8 +266,8 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", choices=LOOPS, default=list(LOOPS))
     parser.add_argument("--pointers", action="store_true", help="tune without tensor maps too")
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    options = parser.parse_args()
-    sys.stdout.write(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    options = older_cards.parse(parser)
+    sys.stdout.write(measure_ceilings().lines())
     results = []
     for shape in options.shapes:
         for row in (tune if options.tune else measure)(shape, options):
