@@ -24,7 +24,7 @@ class Card(NamedTuple):
         return self.base_mhz / self.boost_mhz
 
 
-# On GeForce cards fp16 and fp8 products with fp32 sums run at half the rate of those with fp16 sums.
+# GeForce cards run fp16 and fp8 products with fp32 sums at half the rate of those with fp16 sums.
 CARDS = (
     # NVIDIA Ampere GA102 GPU architecture, whitepaper V2, appendix A, table 9 (RTX 3090).
     Card(
@@ -43,8 +43,8 @@ CARDS = (
         "RTX 5090", "NVIDIA GeForce RTX 5090", (12, 0), 170, 2017, 2407, 575,
         {INT8: 838, FP16: 209.5, FP16_SHORT: 419, FP8: 419, FP8_SHORT: 838}, 1792,
     ),
-    # NVIDIA A100 80GB datasheet (SXM) and NVIDIA A100 GPU architecture, whitepaper V1.0, table 1; its
-    # base clock from TechPowerUp's GPU database.
+    # NVIDIA A100 80GB datasheet (SXM) and A100 GPU architecture, whitepaper V1.0, table 1; its base
+    # clock from TechPowerUp's GPU database.
     Card(
         "A100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 1275, 1410, 400,
         {INT8: 624, FP16: 312, FP16_SHORT: 312}, 2039,

@@ -3,7 +3,7 @@
     COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/forward.py --models 1.3B-480P 14B-720P
     ... forward.py --models 14B-720P --steps 3    a whole diffusion beside its forward passes
     ... forward.py --compilations                 what gets compiled, and when
-    ... forward.py --card 8.6 --json 86.json      as on an older card, see tests/support/older_cards.py
+    ... forward.py --card 8.6 --json 86.json      as on an older card, for estimate.py
 
 Real shapes and layer counts, random INT8 weights made on the GPU, the MODEL built as TurboLoader
 builds it and driven as a sampler drives it. Prints medians, the share of the arithmetic floor, peak
@@ -58,7 +58,6 @@ from turbodiffusion_pack.turbo_core.host.patch import patch_attention  # noqa: E
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler  # noqa: E402
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas  # noqa: E402
 from turbodiffusion_pack.turbo_core.sla_settings import ATTENTIONS, SLASettings  # noqa: E402
-
 
 # Names of kernels, and what is in the names of torch's.
 LINEARS = "int8_linear", "linear_kernel"

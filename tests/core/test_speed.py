@@ -134,7 +134,9 @@ def test_rates_are_clocks_times_multiprocessors():
         assert card.tops[INT8] == pytest.approx(tops, rel=0.01), card.name
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"])
+@pytest.mark.parametrize(
+    "name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"]
+)
 def test_another_card_of_a_like_name_is_not_that_card(name):
     assert cards.named(name) is None
 

@@ -7,7 +7,7 @@ import cuda_kernels
 import pytest
 import torch
 from ahead_of_time import HOPPER, SHARED_LIMIT
-from cuda_kernels import KERNELS, captured, launch_linear, zeros
+from cuda_kernels import KERNELS, captured, zeros
 from devices import DEVICE
 from turbodiffusion_pack.kernels import ceilings, nvrtc
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
@@ -57,7 +57,9 @@ def test_fp8_of_mma_sync_is_emulated_on_hopper_and_data_center_blackwell(target)
     """Why `products_of` leaves it out there: the machine code has fp16 products in its place."""
     place = ceilings.PRODUCTS.index(ceilings.FP8_SHORT)
     sizes = {"shared_bytes": 0, "operands": ceilings.Operands}
-    ptx = nvrtc.compile_file(ceilings.SOURCE, target.replace("sm", "compute"), **sizes, PRODUCT=place)
+    ptx = nvrtc.compile_file(
+        ceilings.SOURCE, target.replace("sm", "compute"), **sizes, PRODUCT=place
+    )
     named = ahead_of_time.MATRIX_INSTRUCTION.findall(ptx.decode())
     assert set(named) == {"mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16"}
     cubin = nvrtc.compile_file(ceilings.SOURCE, target, **sizes, PRODUCT=place)
@@ -114,9 +116,9 @@ def test_operands_say_what_was_given(launches):
 
 
 def test_shared_memory_fits():
-    assert attention.SHARED_BYTES <= SHARED_LIMIT[HOPPER]
-    assert linear.SHARED_BYTES <= SHARED_LIMIT[HOPPER]
-    assert 2 * (prepare.SHARED_BYTES + prepare.LINEAR_BYTES) <= SHARED_LIMIT[HOPPER]
+    assert SHARED_LIMIT[HOPPER] >= attention.SHARED_BYTES
+    assert SHARED_LIMIT[HOPPER] >= linear.SHARED_BYTES
+    assert SHARED_LIMIT[HOPPER] >= 2 * (prepare.SHARED_BYTES + prepare.LINEAR_BYTES)
 
 
 @needs_nvrtc

@@ -153,8 +153,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     """Registers, bytes of stack and of local memory of a thread, and of shared memory of a block
     beside what a launch adds, as the cubin declares them.
 
-    Triton's wheel brings the tool, for cubins of NVRTC as well: NVRTC's own log tells spills, but is
-    made for people to read.
+    Triton's wheel brings the tool, for cubins of NVRTC as well, whose own log is for people.
     """
     import triton
 

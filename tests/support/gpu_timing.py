@@ -28,10 +28,12 @@ class Ceilings(NamedTuple):
 
     def value_tops(self, pv: str) -> float:
         """Of products with attention's values in "fp16" or "fp8", as this card runs them."""
-        if self.int8_tops != self.tops[INT8]:  # twice and as fast as INT8: Hopper's own
+        if self.int8_tops != self.tops[INT8]:  # this card's own: fp8's are as fast as INT8's
             return self.int8_tops / (2 if pv == "fp16" else 1)
         kinds = (FP8, FP8_SHORT) if pv == "fp8" else ()
-        return max((self.tops[kind] for kind in kinds if kind in self.tops), default=self.tops[FP16])
+        return max(
+            (self.tops[kind] for kind in kinds if kind in self.tops), default=self.tops[FP16]
+        )
 
     def lines(self) -> str:
         """What stands above every table."""
