@@ -34,7 +34,8 @@ def speed_lines(device: torch.device) -> list[str]:
     """
     if device.type != "cuda" or torch.version.hip:
         return ["Speed: not measured, as models run on no NVIDIA GPU"]
-    free = torch.cuda.mem_get_info(device)[0]
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + kept  # torch gives out again what it keeps
     if free < NEEDED:
         return [
             f"Speed: not measured, as {free / 2**30:.1f} GiB are free and {NEEDED / 2**30:.0f} are "

@@ -4,7 +4,7 @@
     python tests/benchmarks/training_attention.py --tune --shapes 1.3B-480P
     ... training_attention.py --card 8.9    as on an older card, see tests/support/older_cards.py
 
-Random heads of 128 channels in bfloat16. Prints ms and TFLOP/s of torch's backends and of our
+Random heads of 128 channels in bfloat16. Prints ms, TFLOP/s and their share of the card's best, of torch's backends and of our
 kernels, each on its own, then how many times as fast forward and backward are together. TFLOP/s
 count what a kernel multiplies: 2 products forward, 3 for q's gradient, 4 for k's and v's, 5 in a
 dense backward, 5 for a tangent.
@@ -242,10 +242,10 @@ def launched(kind: str, loop: GradientLoop | KeyLoop, tma: bool) -> Iterator[Non
         yield
 
 
-def show(result: dict) -> None:
+def show(result: dict, best: float) -> None:
     line = f"{result['shape']:10s} {result['what']:36s} {result['ms']:9.3f} ms"
     if "tflops" in result:
-        line += f" {result['tflops']:6.0f} TFLOP/s"
+        line += f" {result['tflops']:6.0f} TFLOP/s {result['tflops'] / best:6.1%}"
     if "times as fast as dense" in result:
         line += f"  {result['times as fast as dense']:.2f} times as fast as dense"
     if "difference" in result:
@@ -267,11 +267,12 @@ def main() -> None:
     parser.add_argument("--pointers", action="store_true", help="tune without tensor maps too")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     options = older_cards.parse(parser)
-    sys.stdout.write(measure_ceilings().lines())
+    ceilings = measure_ceilings()
+    sys.stdout.write(ceilings.lines())
     results = []
     for shape in options.shapes:
         for row in (tune if options.tune else measure)(shape, options):
-            show(row)
+            show(row, ceilings.value_tops("fp16"))
             results.append(row)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
