@@ -4,10 +4,10 @@
     python tests/benchmarks/training_attention.py --tune --shapes 1.3B-480P
     ... training_attention.py --card 8.9    as on an older card, see tests/support/older_cards.py
 
-Random heads of 128 channels in bfloat16. Prints ms, TFLOP/s and their share of the card's best, of torch's backends and of our
-kernels, each on its own, then how many times as fast forward and backward are together. TFLOP/s
-count what a kernel multiplies: 2 products forward, 3 for q's gradient, 4 for k's and v's, 5 in a
-dense backward, 5 for a tangent.
+Random heads of 128 channels in bfloat16. Prints ms, TFLOP/s and their share of the card's best, of
+torch's backends and of our kernels, each on its own, then how many times as fast forward and
+backward are together. TFLOP/s count what a kernel multiplies: 2 products forward, 3 for q's
+gradient, 4 for k's and v's, 5 in a dense backward, 5 for a tangent.
 """
 
 import argparse
