@@ -49,7 +49,7 @@ def pytest_report_header(config):
     if config.getoption("card"):
         import older_cards
 
-        return f"kernels run {older_cards.playing()}"
+        return f"kernels run {older_cards.playing() or 'as on this GPU'}"
 
 
 def pytest_collection_modifyitems(items):

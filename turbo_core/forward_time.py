@@ -86,8 +86,8 @@ class Session(NamedTuple):
     passes: dict[str, Parts]  # by model
 
 
-# By the card that was played: 99 KB of shared memory from sm_86 on, 163 KB before. fp8 is emulated on
-# an H100, so cards that have it are reckoned from the row with fp16 values. Put together from
+# By the card that was played: 99 KB of shared memory from sm_86 on, 163 KB before. fp8 is emulated
+# on an H100, so cards that have it are reckoned from the row with fp16 values. Put together from
 # forward.py as sm_89 (linears, text, rest) and attention.py as sm_80 (6.2 ms a layer).
 MEASURED: dict[tuple[int, int], Session] = {
     (8, 0): Session(
