@@ -73,7 +73,7 @@ def test_shares_count_what_is_right():
 def test_starts_are_places_in_the_room():
     seen = clips(8)
     where, sure = measures.starts(reader.read(world.render(seen, FRAMES, PIXELS)), seen, FRAMES)
-    first, count = world.places(seen, FRAMES)
+    _, count = world.places(seen, FRAMES)
     assert sure.all() and torch.equal((where * count).floor(), (seen.start * count).floor())
     assert ((where * count) % 1 - 0.5).abs().max() < 0.2  # of a place's width
     centre, _ = world.track(seen, FRAMES)
