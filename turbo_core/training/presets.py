@@ -232,7 +232,7 @@ TOY = Preset(
     data=Clips(samples=10240),
     evaluate=Evaluation(),
     teacher=Teacher(steps=8000, batch=64, micro_batch=64, lr=8e-4, level_mean=0.8),
-    sla=SLA(steps=1500, batch=64, micro_batch=64, lr=1e-4, guidance=2.5),
+    sla=SLA(steps=1500, batch=64, micro_batch=64, lr=1e-4, block_q=128, guidance=2.5),
     rcm=RCM(
         steps=3200,
         batch=32,
