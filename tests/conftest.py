@@ -32,6 +32,26 @@ if not torch.cuda.is_available():
     interpreter.speed_up()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--card", help="run the kernels as on an older card: 8.0, 8.6 or 8.9")
+
+
+def pytest_configure(config):
+    if card := config.getoption("card"):
+        import older_cards
+
+        if problem := older_cards.unplayable(card):
+            raise pytest.UsageError(f"--card {card}: {problem}")
+        older_cards.play(card)
+
+
+def pytest_report_header(config):
+    if config.getoption("card"):
+        import older_cards
+
+        return f"kernels run {older_cards.playing() or 'as on this GPU'}"
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in SLOWEST)
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):

@@ -22,6 +22,7 @@ from ..kernels.requantize import requantize_rows
 from ..kernels.rope import apply_rope
 from ..kernels.sla import sla, sla_from_projections
 from ..kernels.sparse_attention import default_pv
+from .speed import speed_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,6 +70,7 @@ def report(device: torch.device | None = None, comfyui: str | None = None) -> st
         *kernel_lines(choices),
         f"SageSLA here: int8 QK and {default_pv(device)} PV",
         *_trial_lines(runs, choices),
+        *speed_lines(device),
         *(f"To do: {advice}" for advice in _advice()),
     ]
     return HOMES.sub(r"\1...", "\n".join(lines))

@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +20,12 @@ HERE = Path(__file__).resolve().parent  # has an attention.py too
 sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE]
 sys.path.append(str(HERE.parent / "support"))
 
+import older_cards  # noqa: E402
 import pack  # noqa: E402, F401
 from attention import exact_linear, exact_sparse, random_proj, random_qkv  # noqa: E402
 from devices import DEVICE  # noqa: E402
 from goldens import relative_error  # noqa: E402
+from gpu_timing import why_not_timed  # noqa: E402
 from turbodiffusion_pack.kernels.block_map import block_map  # noqa: E402
 from turbodiffusion_pack.kernels.int8_linear import int8_linear  # noqa: E402
 from turbodiffusion_pack.kernels.int8_quant import quantize_blocks, quantize_rows  # noqa: E402
@@ -96,9 +99,13 @@ def attention_errors(length: int) -> dict[str, float]:
     whole = sparse + exact_linear(q, k, v, *proj, "softmax")
     errors = {}
     for name, bits in BITS.items():
-        out = sla(q, k, v, None, block_map=chosen, **bits)
+        run = partial(sla, q, k, v, block_map=chosen, **bits)
+        if DEVICE == "cuda" and (why := why_not_timed(lambda run=run: run(None))):
+            sys.stderr.write(f"{name} not measured: {why}\n")
+            continue
+        out = run(None)
         errors[f"{name}: softmax alone"] = relative_error(out, sparse)
-        out = sla(q, k, v, proj, block_map=chosen, **bits)
+        out = run(proj)
         errors[f"{name}: with the linear branch"] = relative_error(out, whole)
     return errors
 
@@ -122,7 +129,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--length", type=int, default=4000, help="tokens of attention")
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    options = parser.parse_args()
+    options = older_cards.parse(parser)
     with torch.inference_mode():
         results = {
             name: medians(lambda to=make: linear_errors(to), options.seeds)

@@ -1,9 +1,11 @@
 """Times sparse-linear attention on this GPU beside ComfyUI's and dense attention, and its kernels.
 
     python tests/benchmarks/attention.py --shapes 14B-720P 1.3B-480P --pv fp16 fp8
+    ... attention.py --card 8.6    as on an older card, see tests/support/older_cards.py
 
 Random projections, head dim 128. Prints ms, TOPS on the selected blocks and the share of what this
-card reaches at best; then the kernels of ours from the projections on. comfy-kitchen's
+card reaches at best: INT8 scores, and values in what they are multiplied in. Then the kernels of
+ours from the projections on. What has no kernel here is told, not timed. comfy-kitchen's
 `sol_attn` and `int8_attention` join where it is installed; they have no linear branch.
 """
 
@@ -11,15 +13,18 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 
 import kitchen
+import older_cards
 import pack  # noqa: F401
-from gpu_timing import Ceilings, kernel_ms, kernel_times, measure_ceilings
+from gpu_timing import Ceilings, kernel_ms, kernel_times, measure_ceilings, why_not_timed
 from turbodiffusion_pack.kernels.block_map import selected_count
 from turbodiffusion_pack.kernels.sla import sla, sla_from_projections
 from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES
@@ -45,29 +50,36 @@ def ours_whole(inputs: tuple, topk: float, pv: str) -> Callable:
     return lambda: sla_from_projections(*inputs, **options)
 
 
-def contenders(inputs: tuple, options) -> Iterator[tuple[str, bool, Callable]]:
-    """Name, whether it is sparse, and the call; all from normed and rotated q, k, v."""
+class Contender(NamedTuple):
+    """A way to attend, from normed and rotated q, k, v if not from the projections."""
+
+    name: str
+    sparse: bool
+    run: Callable
+    scores: str = "fp16"  # what scores are multiplied in
+    values: str = "fp16"
+
+
+def contenders(inputs: tuple, options) -> Iterator[Contender]:
     q, k, v, *_, proj = inputs
     topk = options.topk
     for pv in options.pv:
-        yield f"sagesla {pv}, from projections", True, ours_whole(inputs, topk, pv)
+        bits = {"scores": "int8", "values": pv}
+        whole = ours_whole(inputs, topk, pv)
+        yield Contender(f"sagesla {pv}, from projections", True, whole, **bits)
         low_bit = {"topk": topk, "low_bit": True, "pv": pv}
-        yield f"sagesla {pv}", True, lambda to=low_bit: sla(q, k, v, proj, **to)
-    yield "sla, 16 bit", True, lambda: sla(q, k, v, proj, topk=topk)
+        run = partial(sla, q, k, v, proj, **low_bit)
+        yield Contender(f"sagesla {pv}", True, run, **bits)
+    yield Contender("sla, 16 bit", True, partial(sla, q, k, v, proj, topk=topk))
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     if comfy := kitchen.find():
-        yield "comfy-kitchen sol_attn", True, lambda: comfy.sol_attn(q, k, v, topk_ratio=topk)
-        yield (
-            "comfy-kitchen sol_attn, no tail",
-            True,
-            lambda: comfy.sol_attn(q, k, v, topk_ratio=topk, tail=False),
-        )
-        yield "comfy-kitchen int8_attention", False, lambda: comfy.int8_attention(*heads_first)
-    yield (
-        "torch, dense 16 bit",
-        False,
-        lambda: torch.nn.functional.scaled_dot_product_attention(*heads_first),
-    )
+        sol = partial(comfy.sol_attn, q, k, v, topk_ratio=topk)
+        yield Contender("comfy-kitchen sol_attn", True, sol, "int8")
+        yield Contender("comfy-kitchen sol_attn, no tail", True, partial(sol, tail=False), "int8")
+        run = partial(comfy.int8_attention, *heads_first)
+        yield Contender("comfy-kitchen int8_attention", False, run, "int8")
+    dense = torch.nn.functional.scaled_dot_product_attention
+    yield Contender("torch, dense 16 bit", False, partial(dense, *heads_first))
 
 
 def operations(heads: int, length: int, topk: float, sparse: bool) -> float:
@@ -78,26 +90,47 @@ def operations(heads: int, length: int, topk: float, sparse: bool) -> float:
     return 4.0 * heads * DIM * length * keys
 
 
+def best_ms(operations: float, contender: Contender, ceilings: Ceilings) -> float:
+    """What both products, half of the operations each, take at this card's best, in ms."""
+    scores = ceilings.int8_tops if contender.scores == "int8" else ceilings.value_tops("fp16")
+    return 0.5e-9 * operations * (1 / scores + 1 / ceilings.value_tops(contender.values))
+
+
 def measure(shape: str, ceilings: Ceilings, options) -> Iterator[dict]:
     heads, length = SHAPES[shape]
     inputs = random_inputs(heads, length)
-    for name, sparse, run in contenders(inputs, options):
-        ms = kernel_ms(run, *((options.runs, 3) if sparse else (2, 1)))
-        tops = operations(heads, length, options.topk, sparse) / ms / 1e9
-        numbers = {"tops": round(tops), "share": round(tops / ceilings.int8_tops, 3)}
-        yield {"shape": shape, "what": name, "topk": options.topk, "ms": round(ms, 3), **numbers}
+    for contender in contenders(inputs, options):
+        row = {"shape": shape, "what": contender.name, "topk": options.topk}
+        if why := why_not_timed(contender.run):
+            yield row | {"not timed": why}
+            continue
+        ms = kernel_ms(contender.run, *((options.runs, 3) if contender.sparse else (2, 1)))
+        count = operations(heads, length, options.topk, contender.sparse)
+        share = best_ms(count, contender, ceilings) / ms
+        yield row | {"ms": round(ms, 3), "tops": round(count / ms / 1e9), "share": round(share, 3)}
     for pv in options.pv:
-        for row in kernel_times(ours_whole(inputs, options.topk, pv)):
-            what = f"  {row.calls} x {row.kernel[:60]}"
-            result = {"shape": shape, "what": what, "pv": pv, "ms": round(row.ms, 3)}
-            if row.gigabytes and "attention_kernel" not in row.kernel:
-                gbs = 1000 * row.gigabytes / row.ms
-                result |= {"gbs": round(gbs), "share": round(gbs / ceilings.copy_gbs, 3)}
-            yield result
+        yield from measure_kernels(shape, ours_whole(inputs, options.topk, pv), pv, ceilings)
+
+
+def measure_kernels(shape: str, run: Callable, pv: str, ceilings: Ceilings) -> Iterator[dict]:
+    """The kernels of SageSLA, where it runs in kernels."""
+    if why_not_timed(run):
+        return
+    for row in kernel_times(run):
+        what = f"  {row.calls} x {row.kernel[:60]}"
+        result = {"shape": shape, "what": what, "pv": pv, "ms": round(row.ms, 3)}
+        if row.gigabytes and "attention_kernel" not in row.kernel:
+            gbs = 1000 * row.gigabytes / row.ms
+            result |= {"gbs": round(gbs), "share": round(gbs / ceilings.copy_gbs, 3)}
+        yield result
 
 
 def show(result: dict) -> None:
-    line = f"{result['shape']:10s} {result['what']:48s} {result['ms']:9.3f} ms"
+    line = f"{result['shape']:10s} {result['what']:48s}"
+    if why := result.get("not timed"):
+        sys.stdout.write(f"{line} not timed: {why}\n")
+        return
+    line += f" {result['ms']:9.3f} ms"
     for unit, name in (("tops", "TOPS"), ("gbs", "GB/s")):
         if unit in result:
             line += f" {result[unit]:5d} {name} {result['share']:6.1%}"
@@ -111,9 +144,9 @@ def main() -> None:
     parser.add_argument("--topk", type=float, default=0.1)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    options = parser.parse_args()
+    options = older_cards.parse(parser)
     ceilings, results = measure_ceilings(), []
-    sys.stdout.write(f"{ceilings.int8_tops:.0f} TOPS and {ceilings.copy_gbs:.0f} GB/s at best\n")
+    sys.stdout.write(ceilings.lines())
     if kitchen.find() is None:
         sys.stdout.write("comfy-kitchen is not installed, or has no CUDA kernels here\n")
     with torch.inference_mode():

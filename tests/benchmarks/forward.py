@@ -3,77 +3,66 @@
     COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/forward.py --models 1.3B-480P 14B-720P
     ... forward.py --models 14B-720P --steps 3    a whole diffusion beside its forward passes
     ... forward.py --compilations                 what gets compiled, and when
+    ... forward.py --card 8.6 --json 86.json      as on an older card, for estimate.py
 
 Real shapes and layer counts, random INT8 weights made on the GPU, the MODEL built as TurboLoader
 builds it and driven as a sampler drives it. Prints medians, the share of the arithmetic floor, peak
-memory and a table of kernels with their share of what this card reaches at best.
+memory and a table of kernels with their share of what this card reaches at best. A pass of which an
+op has no kernel here is told, not timed.
 """
 
 import argparse
 import gc
 import json
 import math
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+import triton
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 arguments, sys.argv = sys.argv, sys.argv[:1]
 
+import older_cards  # noqa: E402
 import pack  # noqa: E402, F401
 from compilations import counted  # noqa: E402
 from gpu_timing import (  # noqa: E402
+    GPU,
     Ceilings,
     KernelTime,
     kernel_times,
     launch_ms,
     measure_ceilings,
     median_ms,
+    why_not_timed,
 )
 from in_comfyui import comfy  # noqa: E402
-from turbodiffusion_pack.kernels.block_map import selected_count  # noqa: E402
+from turbodiffusion_pack.kernels.dispatch import capability  # noqa: E402
+from turbodiffusion_pack.kernels.sparse_attention import default_pv  # noqa: E402
 from turbodiffusion_pack.turbo_core.checkpoint import Checkpoint  # noqa: E402
+from turbodiffusion_pack.turbo_core.forward_time import (  # noqa: E402
+    MODELS,
+    TEXT_LENGTH,
+    Parts,
+    Shape,
+    cross_attention_operations,
+    linear_operations,
+    self_attention_operations,
+)
 from turbodiffusion_pack.turbo_core.host.load import build_turbo_model  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler  # noqa: E402
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas  # noqa: E402
 from turbodiffusion_pack.turbo_core.sla_settings import ATTENTIONS, SLASettings  # noqa: E402
 
-
-class Shape(NamedTuple):
-    dim: int
-    ffn_dim: int
-    num_layers: int
-    in_channels: int
-    width: int
-    height: int
-    frames: int = 81
-
-    @property
-    def latent(self) -> tuple[int, int, int]:
-        return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
-
-    @property
-    def tokens(self) -> int:
-        t, h, w = self.latent
-        return t * (h // 2) * (w // 2)
-
-
-MODELS = {
-    "1.3B-480P": Shape(1536, 8960, 30, 16, 832, 480),
-    "14B-480P": Shape(5120, 13824, 40, 16, 832, 480),
-    "14B-720P": Shape(5120, 13824, 40, 16, 1280, 720),
-    "A14B-I2V-720P": Shape(5120, 13824, 40, 36, 1280, 720),
-}
-TEXT_LENGTH = 512
-BLOCK_K = 64
-DENSE_ATTENTION = "flash", "fmha", "cudnn"  # in the names of torch's kernels
+# Names of kernels, and what is in the names of torch's.
+LINEARS = "int8_linear", "linear_kernel"
+SPARSE_ATTENTION = "sage_attention", "sage_attention_kernel", "sparse_attention_kernel"
+DENSE_ATTENTION = "flash", "fmha", "cudnn"
 
 
 def random_checkpoint(shape: Shape) -> Checkpoint:
@@ -122,37 +111,42 @@ def random_checkpoint(shape: Shape) -> Checkpoint:
     return Checkpoint(tensors, scales, tuple(proj_l), dim, ffn, **sizes)
 
 
-def linear_operations(shape: Shape) -> float:
-    """Of the INT8 linears in one forward pass, those of the text features included."""
-    length, dim, ffn = shape.tokens, shape.dim, shape.ffn_dim
-    tokens = length * (6 * dim * dim + 2 * dim * ffn) + TEXT_LENGTH * 2 * dim * dim
-    return 2.0 * shape.num_layers * tokens
+def topk_of(settings: SLASettings) -> float | None:
+    """None where attention is dense."""
+    return None if settings.attention == "dense" else settings.topk
 
 
-def self_attention_operations(shape: Shape, settings: SLASettings) -> float:
-    """Of both products over the selected key blocks; over all keys where attention is dense."""
-    keys = shape.tokens
-    if settings.attention != "dense":
-        keys = BLOCK_K * selected_count(settings.topk, -(-keys // BLOCK_K))
-    return 4.0 * shape.num_layers * shape.tokens * shape.dim * keys
+def part_of(kernel: str) -> str:
+    """Which of forward_time.Parts a kernel belongs to, by its name."""
+    if kernel in LINEARS:
+        return "linear"
+    if kernel in SPARSE_ATTENTION:
+        return "attention"
+    return "text" if any(name in kernel for name in DENSE_ATTENTION) else "rest"
 
 
-def cross_attention_operations(shape: Shape) -> float:
-    return 4.0 * shape.num_layers * shape.tokens * shape.dim * TEXT_LENGTH
+def best_ms(part: str, shape: Shape, settings: SLASettings, ceilings: Ceilings) -> float:
+    """What the products of a part take at this card's best, in ms; 0 of what moves data."""
+    attended = self_attention_operations(shape, topk_of(settings)) / 1e9
+    scores = values = ceilings.value_tops("fp16")
+    if settings.attention == "sagesla":
+        scores, values = ceilings.int8_tops, ceilings.value_tops(default_pv(GPU))
+    if part == "linear":
+        return linear_operations(shape) / 1e9 / ceilings.int8_tops
+    if part == "attention":
+        return attended / 2 * (1 / scores + 1 / values)
+    if part == "text":
+        dense = attended if settings.attention == "dense" else 0
+        return (cross_attention_operations(shape) / 1e9 + dense) / ceilings.value_tops("fp16")
+    return 0
 
 
-def kernel_operations(kernel: str, shape: Shape, settings: SLASettings) -> float | None:
-    """Operations of a kernel that multiplies, by its name; None of one that moves data."""
-    if kernel in ("int8_linear", "linear_kernel"):
-        return linear_operations(shape)
-    if kernel in ("sage_attention", "sage_attention_kernel", "sparse_attention_kernel"):
-        return self_attention_operations(shape, settings)
-    if any(name in kernel for name in DENSE_ATTENTION):
-        dense = cross_attention_operations(shape)
-        if settings.attention == "dense":
-            dense += self_attention_operations(shape, settings)
-        return dense
-    return None
+def operations(part: str, shape: Shape, settings: SLASettings) -> float:
+    """Of a part of a forward pass; 0 of what moves data."""
+    attended = self_attention_operations(shape, topk_of(settings))
+    text = cross_attention_operations(shape)
+    text += attended if settings.attention == "dense" else 0
+    return {"linear": linear_operations(shape), "attention": attended, "text": text}.get(part, 0)
 
 
 def load(shape: Shape, settings: SLASettings):
@@ -200,11 +194,14 @@ def measure(name: str, settings: SLASettings, ceilings: Ceilings, options) -> di
     shape = MODELS[name]
     model = load(shape, settings)
     run = make_forward(model, shape)
+    if why := why_not_timed(run):
+        return {"model": name, "attention": settings.attention, "not timed": why}
     finite = bool(run().isfinite().all())
     torch.cuda.reset_peak_memory_stats()
     ms = median_ms(run, options.runs)
-    total = linear_operations(shape) + self_attention_operations(shape, settings)
-    tops = (total + cross_attention_operations(shape)) / ms / 1e9
+    parts = ("linear", "attention", "text") if settings.attention != "dense" else ("linear", "text")
+    tops = sum(operations(part, shape, settings) for part in parts) / ms / 1e9
+    floor = sum(best_ms(part, shape, settings, ceilings) for part in parts)
     result = {
         "model": name,
         "attention": settings.attention,
@@ -212,7 +209,7 @@ def measure(name: str, settings: SLASettings, ceilings: Ceilings, options) -> di
         "ms": round(ms, 1),
         "launch_ms": round(launch_ms(run, options.runs), 1),
         "tops": round(tops),
-        "share_of_floor": round(tops / options.peak, 3),
+        "share_of_floor": round(floor / ms, 3),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "finite": finite,
     }
@@ -220,8 +217,12 @@ def measure(name: str, settings: SLASettings, ceilings: Ceilings, options) -> di
         result |= measure_diffusion(model, shape, ms, options)
     if options.rows:
         rows = [rate(row, shape, settings, ceilings) for row in kernel_times(run)]
-        covered = sum(row["ms"] for row in rows)
-        result["between_kernels_ms"] = round(ms - covered, 1)
+        spent = dict.fromkeys(Parts._fields, 0.0)
+        for row in rows:
+            spent[part_of(row["kernel"])] += row["ms"]
+        result["parts"] = {part: round(ms, 1) for part, ms in spent.items()}
+        result["values"] = default_pv(GPU)
+        result["between_kernels_ms"] = round(ms - sum(spent.values()), 1)
         result["kernels"] = rows
     return result
 
@@ -241,9 +242,10 @@ def measure_diffusion(model, shape: Shape, forward_ms: float, options) -> dict:
 def rate(row: KernelTime, shape: Shape, settings: SLASettings, ceilings: Ceilings) -> dict:
     """A kernel with its work per second and its share of this card's best."""
     result = {"kernel": row.kernel, "calls": row.calls, "ms": round(row.ms, 3)}
-    if operations := kernel_operations(row.kernel, shape, settings):
-        tops = operations / row.ms / 1e9
-        result |= {"tops": round(tops), "share": round(tops / ceilings.int8_tops, 3)}
+    part = part_of(row.kernel)
+    if best := best_ms(part, shape, settings, ceilings):
+        tops = operations(part, shape, settings) / row.ms / 1e9
+        result |= {"tops": round(tops), "share": round(best / row.ms, 3)}
     elif row.gigabytes:
         gbs = 1000 * row.gigabytes / row.ms
         result |= {"gbs": round(gbs), "share": round(gbs / ceilings.copy_gbs, 3)}
@@ -296,10 +298,9 @@ def parse_options():
     parser.add_argument("--steps", type=int, default=0, help="also a diffusion of so many steps")
     parser.add_argument("--compilations", action="store_true", help="count them, in two layers")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--peak", type=float, default=1979, help="the card's INT8 TOPS on paper")
     parser.add_argument("--rows", type=int, default=20, help="kernels to list, 0 to skip them")
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    return parser.parse_args(arguments[1:])
+    return older_cards.parse(parser, arguments[1:])
 
 
 def main() -> None:
@@ -307,8 +308,9 @@ def main() -> None:
     results = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         if options.compilations:
-            os.environ["TRITON_CACHE_DIR"] = folder
+            triton.knobs.cache.dir = folder
         ceilings = None if options.compilations else measure_ceilings()
+        sys.stdout.write(ceilings.lines() if ceilings else "")
         for name in options.models:
             for attention in options.attention:
                 for topk in options.topk[: 1 if attention == "dense" else None]:
@@ -323,7 +325,8 @@ def main() -> None:
                     comfy.model_management.unload_all_models()
                     gc.collect()  # a model holds itself through its patched forwards
     if options.json:
-        everything = {"ceilings": ceilings and ceilings._asdict(), "results": results}
+        known = {"card": capability(GPU), "ceilings": ceilings and ceilings._asdict()}
+        everything = {**known, "results": results}
         options.json.write_text(json.dumps(everything, indent=1))
 
 

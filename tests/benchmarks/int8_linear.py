@@ -2,6 +2,7 @@
 
     python tests/benchmarks/int8_linear.py
     python tests/benchmarks/int8_linear.py --epilogue
+    ... int8_linear.py --card 8.9    as on an older card, see tests/support/older_cards.py
 
 Gaussian activations and weights. Prints ms, TOPS and the share of what this card reaches at best:
 with operands quantized already, with the activations' quantization included, and where
@@ -20,8 +21,9 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 
 import kitchen
+import older_cards
 import pack  # noqa: F401
-from gpu_timing import kernel_ms, measure_ceilings
+from gpu_timing import kernel_ms, measure_ceilings, why_not_timed
 from turbodiffusion_pack.kernels.int8_linear import int8_linear
 from turbodiffusion_pack.kernels.int8_quant import quantize_blocks, quantize_rows
 
@@ -71,8 +73,12 @@ def ours(granularity: str, quantize: Callable, x, w, bias, extra) -> Iterator[tu
 
 def measure(shape: tuple[int, int, int], ceiling: float, options) -> Iterator[dict]:
     for name, run in contenders(shape, options.epilogue):
+        result = {"shape": shape, "what": name}
+        if why := why_not_timed(run):
+            yield result | {"not timed": why}
+            continue
         ms = kernel_ms(run, options.runs)
-        result = {"shape": shape, "what": name, "ms": round(ms, 4)}
+        result["ms"] = round(ms, 4)
         if not name.endswith("'s quantization"):
             tops = 2e-9 * shape[0] * shape[1] * shape[2] / ms
             result |= {"tops": round(tops), "share": round(tops / ceiling, 3)}
@@ -81,7 +87,11 @@ def measure(shape: tuple[int, int, int], ceiling: float, options) -> Iterator[di
 
 def show(result: dict) -> None:
     shape = "x".join(map(str, result["shape"]))
-    line = f"{shape:17s} {result['what']:36s} {result['ms']:8.3f} ms"
+    line = f"{shape:17s} {result['what']:36s}"
+    if why := result.get("not timed"):
+        sys.stdout.write(f"{line} not timed: {why}\n")
+        return
+    line += f" {result['ms']:8.3f} ms"
     if "tops" in result:
         line += f" {result['tops']:5d} TOPS {result['share']:6.1%}"
     sys.stdout.write(line + "\n")
@@ -92,9 +102,9 @@ def main() -> None:
     parser.add_argument("--epilogue", action="store_true", help="gate, and add to the residual")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    options = parser.parse_args()
+    options = older_cards.parse(parser)
     ceilings = measure_ceilings()
-    sys.stdout.write(f"{ceilings.int8_tops:.0f} INT8 TOPS at best on this card, now\n")
+    sys.stdout.write(ceilings.lines())
     if kitchen.find() is None:
         sys.stdout.write("comfy-kitchen is not installed, or has no CUDA kernels here\n")
     results = []

@@ -24,7 +24,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 arguments, sys.argv = sys.argv[1:], sys.argv[:1]
 
 import in_comfyui  # noqa: E402, F401 - ComfyUI comes into the process with it
+import older_cards  # noqa: E402
 import pack  # noqa: E402, F401
+from gpu_timing import measure_ceilings, references_of  # noqa: E402
 from turbodiffusion_pack.turbo_core.checkpoint.sizes import TEXT_DIM  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.stages import (  # noqa: E402
     choose_kernels,
@@ -120,6 +122,8 @@ def report(stage: str, preset: Preset, device: torch.device, profiled: bool) -> 
     for kind, numbers in kinds_of_steps(stage, preset).items():
         if not numbers:
             continue
+        if in_torch := references_of(lambda n=numbers[0]: training.step(n)):
+            say(f"{kind} runs torch references, not kernels: {in_torch}")
         torch.cuda.reset_peak_memory_stats()
         seconds = measure(training.step, numbers)
         peak = torch.cuda.max_memory_allocated() / GIB
@@ -151,9 +155,9 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=("teacher", "sla", "rcm"), default=["sla"])
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--profile", action="store_true")
-    args = parser.parse_args(arguments)
+    args = older_cards.parse(parser, arguments)
     with processes("cuda") as device:
-        say(f"{count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
+        say(f"{count()} x {measure_ceilings().lines()}".rstrip())
         for stage in args.stages:
             preset = override(PRESETS[args.preset], stage, args.set)
             choose_kernels(preset, device)

@@ -2,11 +2,12 @@
 
     python tests/benchmarks/training_attention.py --shapes 14B-720P 1.3B-480P
     python tests/benchmarks/training_attention.py --tune --shapes 1.3B-480P
+    ... training_attention.py --card 8.9    as on an older card, see tests/support/older_cards.py
 
-Random heads of 128 channels in bfloat16. Prints ms and TFLOP/s of torch's backends and of our
-kernels, each on its own, then how many times as fast forward and backward are together. TFLOP/s
-count what a kernel multiplies: 2 products forward, 3 for q's gradient, 4 for k's and v's, 5 in a
-dense backward, 5 for a tangent.
+Random heads of 128 channels in bfloat16. Prints ms, TFLOP/s and their share of the card's best, of
+torch's backends and of our kernels, each on its own, then how many times as fast forward and
+backward are together. TFLOP/s count what a kernel multiplies: 2 products forward, 3 for q's
+gradient, 4 for k's and v's, 5 in a dense backward, 5 for a tangent.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from triton.runtime.errors import OutOfResources
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 
+import older_cards
 import pack  # noqa: F401
-from gpu_timing import kernel_ms
+from gpu_timing import kernel_ms, measure_ceilings, why_not_timed
 from turbodiffusion_pack.kernels.block_map import block_map, selected_count
 from turbodiffusion_pack.kernels.sla import sla
 from turbodiffusion_pack.kernels.sparse_attention import (
@@ -154,9 +156,11 @@ def whole_sla(x: Operands) -> Callable | None:
         return torch.autograd.grad(out, [*leaves, *proj], x.d_out)
 
     try:
-        train()
+        why = why_not_timed(train)
     except RuntimeError as error:
-        sys.stdout.write(f"sla with gradients does not run here: {error}\n")
+        why = str(error)
+    if why:
+        sys.stdout.write(f"sla with gradients does not run here: {why}\n")
         return None
     return train
 
@@ -238,10 +242,10 @@ def launched(kind: str, loop: GradientLoop | KeyLoop, tma: bool) -> Iterator[Non
         yield
 
 
-def show(result: dict) -> None:
+def show(result: dict, best: float) -> None:
     line = f"{result['shape']:10s} {result['what']:36s} {result['ms']:9.3f} ms"
     if "tflops" in result:
-        line += f" {result['tflops']:6.0f} TFLOP/s"
+        line += f" {result['tflops']:6.0f} TFLOP/s {result['tflops'] / best:6.1%}"
     if "times as fast as dense" in result:
         line += f"  {result['times as fast as dense']:.2f} times as fast as dense"
     if "difference" in result:
@@ -262,12 +266,13 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", choices=LOOPS, default=list(LOOPS))
     parser.add_argument("--pointers", action="store_true", help="tune without tensor maps too")
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    options = parser.parse_args()
-    sys.stdout.write(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    options = older_cards.parse(parser)
+    ceilings = measure_ceilings()
+    sys.stdout.write(ceilings.lines())
     results = []
     for shape in options.shapes:
         for row in (tune if options.tune else measure)(shape, options):
-            show(row)
+            show(row, ceilings.value_tops("fp16"))
             results.append(row)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))

@@ -1,6 +1,7 @@
 """Times a kernel over shapes and launch configurations, for the rows of kernels/tuning.py.
 
     python tests/benchmarks/tune.py int8_linear_rows int8_linear_blocks --json linear.json
+    ... tune.py int8_linear_rows --card 8.9    as on an older card, see tests/support/older_cards.py
 
 Prints every configuration with its time and its share of what this card reaches at best, and for
 each kind of shape the one that loses the least over all of them.
@@ -22,10 +23,11 @@ from triton.runtime.errors import OutOfResources
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 
+import older_cards
 import pack  # noqa: F401
-from gpu_timing import Ceilings, kernel_ms, measure_ceilings
+from gpu_timing import GPU, Ceilings, kernel_ms, measure_ceilings
+from turbodiffusion_pack.kernels import dispatch, int8_quant, norm, norm_quant
 from turbodiffusion_pack.kernels import int8_linear as linear
-from turbodiffusion_pack.kernels import int8_quant, norm, norm_quant
 from turbodiffusion_pack.kernels.tuning import RowLoop, Tile
 
 # Rows and columns of activations: 14B at 720p, 1.3B at 480p.
@@ -235,9 +237,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kernels", nargs="+", choices=KERNELS, metavar="KERNEL")
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    options = parser.parse_args()
+    options = older_cards.parse(parser)
     ceilings, everything = measure_ceilings(), []
-    sys.stdout.write(f"{ceilings.int8_tops:.0f} TOPS and {ceilings.copy_gbs:.0f} GB/s at best\n")
+    sys.stdout.write(ceilings.lines())
     with torch.inference_mode():
         for name in options.kernels:
             results = []
@@ -245,7 +247,7 @@ def main() -> None:
                 for result in measure(name, shape, ceilings):
                     show(result)
                     results.append(result)
-            card = torch.cuda.get_device_capability()
+            card = dispatch.capability(GPU)
             for kind, launch in best_launches(results).items():
                 sys.stdout.write(f"{name}: {card}, {kind}: {launch}\n")
             everything += results

@@ -3,7 +3,7 @@
 import goldens
 import pytest
 import torch
-from devices import BATCHES, DEVICE, LENGTHS
+from devices import BATCHES, CARD, DEVICE, LENGTHS
 from turbodiffusion_pack.kernels import dispatch, nvrtc
 from turbodiffusion_pack.kernels.int8_linear import hopper, int8_linear, triton_kernels
 from turbodiffusion_pack.kernels.int8_quant import (
@@ -36,7 +36,7 @@ def addressing(request, monkeypatch):
         monkeypatch.setattr(dispatch, "capability", lambda device: (8, 0))
     elif DEVICE == "cpu":
         monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
-    elif torch.cuda.get_device_capability() < (9, 0):
+    elif CARD < (9, 0):
         pytest.skip("this GPU has no tensor maps")
     monkeypatch.setattr(nvrtc, "unavailable", lambda: "it is switched off")
     maps = triton_kernels.TensorDescriptor
@@ -259,7 +259,7 @@ def test_triton_equals_the_reference_in_bf16(gate, batch, length, k, n, granular
 @pytest.fixture
 def on_hopper(monkeypatch):
     """Only the CUDA kernel may run, and has to."""
-    if DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0) or nvrtc.unavailable():
+    if DEVICE == "cpu" or CARD != (9, 0) or nvrtc.unavailable():
         pytest.skip("the CUDA kernel needs a Hopper GPU and NVRTC")
     launched, linear = [], hopper.linear
     monkeypatch.setattr(hopper, "linear", lambda *a: launched.append(a) or linear(*a))

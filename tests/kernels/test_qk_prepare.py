@@ -4,7 +4,7 @@ import ahead_of_time
 import goldens
 import pytest
 import torch
-from devices import BATCHES, DEVICE, TRITON_DTYPES
+from devices import BATCHES, CARD, DEVICE, TRITON_DTYPES
 from turbodiffusion_pack.kernels import dispatch, nvrtc
 from turbodiffusion_pack.kernels.block_map import block_means
 from turbodiffusion_pack.kernels.linear_attention import (
@@ -172,8 +172,7 @@ def test_gives_the_linear_branch_in_place_of_the_rows(feature_map, backend):
 @pytest.mark.parametrize("own_angles", [False, True])
 @pytest.mark.parametrize(("batch", "length", "heads"), [(1, 1, 1), (2, 300, 3), (2, 200, 11)])
 def test_cuda_equals_triton(batch, length, heads, own_angles, block, quantize, dtype):
-    card = dispatch.capability(torch.device(DEVICE))
-    if card != dispatch.HOPPER and card[0] not in dispatch.BY_MMA_SYNC:
+    if CARD != dispatch.HOPPER and CARD[0] not in dispatch.BY_MMA_SYNC:
         pytest.skip("needs a Hopper GPU or one of mma.sync")
     x, *angles = random_projection(batch, length, heads, 128, dtype, own_angles)
     arguments = x, *angles, 1e-6, block, quantize

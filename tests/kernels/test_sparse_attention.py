@@ -12,7 +12,7 @@ from attention import (
     random_qkv,
     selected_keys,
 )
-from devices import BATCHES, DEVICE, LENGTHS, TRITON_DTYPES
+from devices import BATCHES, CARD, DEVICE, LENGTHS, TRITON_DTYPES
 from turbodiffusion_pack.kernels.checks import in_steps_of_16_bytes
 from turbodiffusion_pack.kernels.dispatch import has_fp8
 from turbodiffusion_pack.kernels.sparse_attention import (
@@ -190,7 +190,7 @@ def test_triton_equals_the_reference_at_any_length(length, shape, pv):
 
 
 def need_hopper():
-    if torch.cuda.get_device_capability() != (9, 0):
+    if CARD != (9, 0):
         pytest.skip("needs a Hopper GPU")
 
 
@@ -271,7 +271,7 @@ def test_tensor_maps_read_what_pointers_read(length, shape, low_bit, monkeypatch
         arguments["pv"] = "fp16"
     monkeypatch.setattr(triton_kernels, "has_tma", lambda device: False)
     expected = attention(q, k, v, block_map, **arguments)
-    if DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0):
+    if DEVICE == "cpu" or CARD >= (9, 0):
         monkeypatch.setattr(triton_kernels, "has_tma", lambda device: True)
     assert in_steps_of_16_bytes(k) and in_steps_of_16_bytes(v)
     out = attention(q, k, v, block_map, **arguments)

@@ -41,6 +41,7 @@ TILE = 128, 128, 64
 TILES = ((64, 128, 64), (128, 64, 64), (128, 64, 128))
 TILE_CARDS = HOPPER, (12, 0)
 
+MACHINE_PRODUCT = re.compile(r"\b[A-Z]+MMA\.[\w.]+")
 MATRIX_INSTRUCTION = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*")
 
 
@@ -164,17 +165,33 @@ def products(cubin: bytes) -> set[str]:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, bytes of stack and of local memory of a thread, as the cubin declares them."""
+    """Registers, bytes of stack and of local memory of a thread, and of shared memory of a block
+    beside what a launch adds, as the cubin declares them.
+
+    Triton's wheel brings the tool, for cubins of NVRTC as well, whose own log is for people.
+    """
     import triton
 
+    tool = triton.knobs.nvidia.cuobjdump.path
+    report = _read_by([tool, "--dump-resource-usage"], cubin)
+    found = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", report)}
+    names = {"registers": "REG", "stack": "STACK", "local": "LOCAL", "shared": "SHARED"}
+    return {name: found[key] for name, key in names.items()}
+
+
+def machine_products(cubin: bytes) -> set[str]:
+    """The tensor core instructions of a cubin, as QMMA.16832.F16.E4M3.E4M3 of an fp8 product with
+    fp16 sums; what is only emulated has others than its PTX."""
+    import triton
+
+    text = _read_by([triton.knobs.nvidia.nvdisasm.path], cubin)
+    return set(MACHINE_PRODUCT.findall(text))
+
+
+def _read_by(command: list[str], cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        report = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)],
-            check=True,
-            capture_output=True,
-            text=True,
+        return subprocess.run(
+            [*command, str(path)], check=True, capture_output=True, text=True
         ).stdout
-    numbers = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
-    return {"registers": numbers["REG"], "stack": numbers["STACK"], "local": numbers["LOCAL"]}

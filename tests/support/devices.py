@@ -1,9 +1,12 @@
 """Where kernel tests run: compiled on a GPU if there is one, else in Triton's interpreter."""
 
+import pack  # noqa: F401
 import pytest
 import torch
+from turbodiffusion_pack.kernels import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CARD = dispatch.capability(torch.device(DEVICE, 0))  # (0, 0) without a GPU
 
 # The interpreter is wrong in bf16.
 TRITON_DTYPES = (

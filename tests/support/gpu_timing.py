@@ -8,28 +8,59 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
+import older_cards
+import pack  # noqa: F401
 import torch
+from turbodiffusion_pack.kernels import ceilings, dispatch
+from turbodiffusion_pack.kernels.ceilings import FP8, FP8_SHORT, FP16, INT8, kernel_ms
 
-QUEUE_CYCLES = 2_000_000  # about a millisecond, in which the CPU gets ahead
+GPU = torch.device("cuda", 0)
+# Cards with products of their own, faster than those of mma.sync.
+OWN_PRODUCTS = (9, 0), (10, 0)
 
 
 class Ceilings(NamedTuple):
     """What this card reaches at best."""
 
-    int8_tops: float  # of a large INT8 product
+    tops: dict[str, float]  # by product, see kernels/ceilings.py
+    int8_tops: float  # of those, or of a large INT8 product where the card has faster ones
     copy_gbs: float  # of a copy in memory, reading and writing
+
+    def value_tops(self, pv: str) -> float:
+        """Of products with attention's values in "fp16" or "fp8", as this card runs them."""
+        if self.int8_tops != self.tops[INT8]:  # this card's own: fp8's are as fast as INT8's
+            return self.int8_tops / (2 if pv == "fp16" else 1)
+        kinds = (FP8, FP8_SHORT) if pv == "fp8" else ()
+        return max(
+            (self.tops[kind] for kind in kinds if kind in self.tops), default=self.tops[FP16]
+        )
+
+    def lines(self) -> str:
+        """What stands above every table."""
+        products = ", ".join(f"{name} {tops:.0f}" for name, tops in self.tops.items())
+        text = f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n"
+        if played := older_cards.playing():
+            text += f"{played}\n"
+        text += f"at best, in T/s by mma.sync: {products}; copies at {self.copy_gbs:.0f} GB/s\n"
+        if self.int8_tops != self.tops[INT8]:
+            text += f"INT8 by this card's own products: {self.int8_tops:.0f} TOPS\n"
+        return text
 
 
 def median_ms(run: Callable, runs: int, calls: int = 1, warmups: int = 2) -> float:
     """Median time of one call over `runs` groups of `calls`, after some to warm up, in ms."""
-    times = [_group_ms(run, calls, 0) for _ in range(warmups + runs)]
+    times = [_group_ms(run, calls) for _ in range(warmups + runs)]
     return statistics.median(times[warmups:])
 
 
-def kernel_ms(run: Callable, runs: int = 7, calls: int = 5) -> float:
-    """As `median_ms`, without what launching costs the CPU: for kernels shorter than that."""
-    times = [_group_ms(run, calls, QUEUE_CYCLES) for _ in range(runs + 1)]
-    return statistics.median(times[1:])
+def _group_ms(run: Callable, calls: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls
 
 
 def launch_ms(run: Callable, runs: int) -> float:
@@ -44,21 +75,13 @@ def launch_ms(run: Callable, runs: int) -> float:
     return statistics.median(times)
 
 
-def _group_ms(run: Callable, calls: int, asleep: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    if asleep:
-        torch.cuda._sleep(asleep)
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / calls
-
-
 def measure_ceilings() -> Ceilings:
-    """What this card reaches now, in a second or so."""
-    return Ceilings(_int8_tops(75776, 5120, 13824), _copy_gbs(2**29))
+    """What this card reaches now, in two seconds or so."""
+    tops, copy_gbs = ceilings.measure(GPU)
+    int8 = tops[INT8]
+    if dispatch.capability(GPU) in OWN_PRODUCTS:
+        int8 = max(int8, _int8_tops(75776, 5120, 13824))
+    return Ceilings(tops, int8, copy_gbs)
 
 
 def _int8_tops(m: int, n: int, k: int) -> float:
@@ -77,10 +100,50 @@ def _int8_tops(m: int, n: int, k: int) -> float:
     return 2e-9 * m * n * k / min(ours, cublas)
 
 
-def _copy_gbs(size: int) -> float:
-    source = torch.empty(size, device="cuda", dtype=torch.int8)
-    target = torch.empty_like(source)
-    return 2e-6 * size / kernel_ms(lambda: target.copy_(source))
+class ReferenceRunsError(Exception):
+    """Raised in place of running an op's torch reference."""
+
+
+@contextlib.contextmanager
+def kernels_only() -> Iterator[None]:
+    """Meanwhile an op of ours that would run its torch reference raises.
+
+    Raises:
+        ReferenceRunsError: with the op, and why it has no kernel here.
+    """
+
+    def refuse(op: str, name: str, why: str | None) -> None:
+        if name == dispatch.REFERENCE:
+            raise ReferenceRunsError(f"{op} has no kernel here: {why}")
+
+    with dispatch.listening(refuse):
+        yield
+
+
+def why_not_timed(run: Callable[[], object]) -> str | None:
+    """Why the time of `run` would not be that of our kernels; None where it would be.
+
+    Runs it once, up to an op that falls back to its torch reference.
+    """
+    try:
+        with kernels_only():
+            run()
+    except ReferenceRunsError as error:
+        return str(error)
+    return None
+
+
+def references_of(run: Callable[[], object]) -> str:
+    """Which of our ops run their torch references in `run`, and why; empty where none does."""
+    found = {}
+
+    def note(op: str, name: str, why: str | None) -> None:
+        if name == dispatch.REFERENCE:
+            found[op] = why
+
+    with dispatch.listening(note):
+        run()
+    return "; ".join(f"{op}: {why}" for op, why in sorted(found.items()))
 
 
 class KernelTime(NamedTuple):

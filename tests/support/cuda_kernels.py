@@ -1,0 +1,179 @@
+"""Every kernel in CUDA C++ as the host code launches it on a card, without that card.
+
+A new .cu file gets a line in KERNELS.
+"""
+
+import ctypes
+import functools
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import ahead_of_time
+import older_cards
+import torch
+from ahead_of_time import CARDS, HOPPER
+from devices import DEVICE
+from turbodiffusion_pack.kernels import ceilings, nvrtc
+from turbodiffusion_pack.kernels.int8_linear import hopper as linear
+from turbodiffusion_pack.kernels.int8_linear import int8_linear
+from turbodiffusion_pack.kernels.linear_attention import LinearBranch
+from turbodiffusion_pack.kernels.qk_prepare import hopper as hopper_prepare
+from turbodiffusion_pack.kernels.qk_prepare import prepare
+from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
+from turbodiffusion_pack.kernels.sparse_attention import sage_attention
+
+FOLDER = Path(__file__).resolve().parents[2] / "kernels"
+DTYPES = torch.bfloat16, torch.float16
+
+Card = tuple[int, int]
+
+
+class Launch(NamedTuple):
+    """One launch of the host code: what it loaded, and what it passed to the kernel."""
+
+    source: Path
+    name: str
+    target: str
+    shared_bytes: int
+    constants: tuple[tuple[str, int], ...]
+    threads: int
+    operands: ctypes.Structure
+
+    @property
+    def built(self) -> tuple:
+        """All that decides on the machine code."""
+        return self.source, self.target, self.shared_bytes, type(self.operands), self.constants
+
+
+class Built(NamedTuple):
+    """One configuration of a kernel, compiled."""
+
+    registers: int  # a thread starts with
+    spilled: int  # bytes of a thread
+    shared: int  # bytes of a block
+    products: set[str]  # see ahead_of_time.machine_products
+
+
+def captured(monkeypatch, card: Card) -> list[Launch]:
+    """The launches that `card` would get from here on; nothing is compiled or runs."""
+    older_cards.pretend(monkeypatch, card)
+    found = []
+
+    def load(source, name, target, shared_bytes, operands, device, **constants):
+        def launch(programs, threads, given):
+            assert type(given) is operands
+            flags = tuple(constants.items())
+            found.append(Launch(source, name, target, shared_bytes, flags, threads, given))
+
+        return types.SimpleNamespace(launch=launch)
+
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
+    monkeypatch.setattr(nvrtc, "load", load)
+    monkeypatch.setattr(nvrtc, "target_of", lambda card, device: f"sm_{card[0]}{card[1]}")
+    monkeypatch.setattr(nvrtc, "address", lambda x: 0 if x is None else x.data_ptr())
+    monkeypatch.setattr(nvrtc, "tensor_map", lambda x, box: nvrtc.TENSOR_MAP(x.data_ptr(), box))
+    return found
+
+
+@functools.cache
+def built(*of: object) -> Built:
+    """What Launch.built describes, compiled; needs no GPU."""
+    source, target, shared_bytes, operands, constants = of
+    binary = nvrtc.compile_file(source, target, shared_bytes, operands, **dict(constants))
+    used = ahead_of_time.resources(binary)
+    return Built(
+        registers=used["registers"],
+        spilled=used["stack"] + used["local"],
+        shared=used["shared"] + shared_bytes,
+        products=ahead_of_time.machine_products(binary),
+    )
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+
+def launch_prepare(dtype, block=128, **options):
+    x, angles = zeros(1, 70, 1, 128, dtype=dtype), zeros(1, 70, 64)
+    prepare(x, zeros(128), angles, angles, block=block, backend="triton", **options)
+
+
+def launch_linear(dtype, **options):
+    x, w = zeros(1, 70, 128, dtype=torch.int8), zeros(128, 128, dtype=torch.int8)
+    int8_linear(x, zeros(1, 70), w, zeros(128), out_dtype=dtype, backend="triton", **options)
+
+
+def launch_attention(dtype, pv="fp8"):
+    heads = zeros(1, 70, 1, 128, dtype=dtype)
+    chosen = zeros(1, 1, 1, 2, dtype=torch.int32)
+    sage_attention(heads, heads, heads, chosen, pv, backend="triton")
+
+
+def every_prepare(card):
+    branch = LinearBranch(zeros(1, 1, 128, 128), zeros(1, 1, 128), zeros(128, 128), zeros(128))
+    for dtype in DTYPES:
+        launch_prepare(dtype, quantize=True, branch=branch)
+        launch_prepare(dtype, quantize=True)
+        launch_prepare(dtype)
+        launch_prepare(dtype, block=64)
+
+
+def every_linear(card):
+    for dtype in DTYPES:
+        launch_linear(dtype)
+
+
+def every_attention(card):
+    for dtype in DTYPES:
+        launch_attention(dtype)
+
+
+def every_product(card):
+    for name in ceilings.products_of(card):
+        kernel = ceilings._kernel(name, torch.device("cuda", 0))
+        kernel.launch(1, ceilings.THREADS, ceilings.Operands())
+
+
+class Kernel(NamedTuple):
+    """How to launch a kernel in every configuration that the host code may choose, and its limits.
+
+    `registers` are those a thread starts with, `spills` bytes of a thread, `products` what the
+    machine code for a card must have, `sizes` what Python and the file have to agree on.
+    """
+
+    launch: Callable[[Card], None]
+    cards: tuple[Card, ...]
+    registers: int
+    spills: int = 0
+    products: Callable[[Card], set[str]] = lambda card: set()
+    sizes: Mapping[str, int] = types.MappingProxyType({})
+
+
+def ceilings_products(card: Card) -> set[str]:
+    """Those that kernels/ceilings.py names."""
+    products = {"IMMA.16832.S8.S8", "HMMA.16816.F32", "HMMA.16816.F16"}
+    fp8 = {"QMMA.16832.F32.E4M3.E4M3", "QMMA.16832.F16.E4M3.E4M3"}
+    return products | fp8 if len(ceilings.products_of(card)) == 5 else products
+
+
+# By file. Attention's and the linear layer's multiplying warps on Hopper take more registers from
+# their program's pool than they start with; two programs of prepare share a multiprocessor, whose
+# spills cost less than they hide.
+KERNELS = {
+    "sparse_attention/hopper.cu": Kernel(
+        every_attention, (HOPPER,), 168,
+        sizes=dict(zip(("HEAD_DIM", "BLOCK_Q", "BLOCK_K"), attention.SHAPE, strict=True)),
+    ),
+    "int8_linear/hopper.cu": Kernel(
+        every_linear, (HOPPER,), 168, sizes={"TILE_L": linear.TILE_L, "TILE_N": linear.TILE_N}
+    ),
+    "qk_prepare/hopper.cu": Kernel(
+        every_prepare, (HOPPER,), 128, spills=32,
+        sizes={"HEAD_DIM": hopper_prepare.HEAD_DIM, "ROWS": hopper_prepare.ROWS},
+    ),
+    "ceilings.cu": Kernel(
+        every_product, CARDS, 64, products=ceilings_products, sizes={"CHAINS": ceilings.CHAINS}
+    ),
+}  # fmt: skip
