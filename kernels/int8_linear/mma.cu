@@ -157,12 +157,14 @@ __device__ __forceinline__ void copy_scales(
     Shared& shared, const Tile& tile, int slot, int step, const Operands& o
 ) {
     constexpr int rows = TILE_L / BLOCK, columns = TILE_N / BLOCK;
-    int at = threadIdx.x, k_blocks = parts(o.k, BLOCK), k = min(step, k_blocks - 1);
+    int at = threadIdx.x;
+    if (at >= rows + columns) return;
+    int k_blocks = parts(o.k, BLOCK), k = min(step, k_blocks - 1);
     if (at < rows) {
         int down = parts(o.length, BLOCK), block = min(tile.row / BLOCK + at, down - 1);
         copy_4(shared_address(&shared.row_scale[slot * rows + at]),
                o.x_scale + ((long long)tile.sample * down + block) * k_blocks + k);
-    } else if (at < rows + columns) {
+    } else {
         at -= rows;
         int block = min(tile.column / BLOCK + at, parts(o.n, BLOCK) - 1);
         copy_4(shared_address(&shared.column_scale[slot * columns + at]),
