@@ -229,6 +229,7 @@ def attention_launch(capability: Card, values: str, block_q: int, block_k: int) 
     return of_card(ATTENTION, capability)[values].launch(block_q, block_k)
 
 
+@functools.cache
 def linear_tile(capability: Card, by_blocks: bool) -> WarpTile:
     """Of the INT8 linear by mma.sync with a scale for each row, or for each block."""
     return of_card(MMA_LINEAR, capability)["blocks" if by_blocks else "rows"]

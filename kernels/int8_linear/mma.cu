@@ -2,14 +2,14 @@
 //
 // A persistent program takes one tile of TILE_L x TILE_N after another, a warp 64 x WARP_N of it.
 // Steps of STEP bytes of k are copied STAGES - 1 steps ahead, across the ends of tiles: the next
-// tile's first steps arrive while this one is finished. A warp holds its x of a product in
-// registers and takes w from shared memory as it goes; what comes next is read from there while
+// tile's first steps arrive while this one is finished. A warp keeps its x of a product in
+// registers and takes w from shared memory as it goes. What comes next is read from there while
 // products are under way.
 //
-// With a scale for each row of both the sums stay integers over all of k. With one for each block of
-// 128 x 128 (BLOCKS) a step is a block: sums of eight columns join float32 sums at its end.
+// With a scale for each row of both the sums stay integers over all of k. With one for each block
+// of 128 x 128 (BLOCKS) a step is a block: the sums of eight columns at a time join float32 sums.
 
-// Defined are WARPS_L and WARPS_N, the warps along L and N; WARP_N; STEP; STAGES; PROGRAMS, how many
+// Defined are WARPS_L and WARPS_N, warps along L and N; WARP_N; STEP; STAGES; PROGRAMS, how many
 // share a multiprocessor; BLOCKS; BF16, whether bias, residual and out are bfloat16, else float16.
 
 #include "mma.cuh"
@@ -197,7 +197,9 @@ __device__ __forceinline__ Places places() {
 }
 
 // Rows 16 m .. 16 m + 15 of the warp's x, at a depth of 32 bytes.
-__device__ __forceinline__ void load_x(u32 (&x)[4], u32 stage, const Places& at, int m, int depth) {
+__device__ __forceinline__ void load_x(
+    u32 (&x)[4], u32 stage, const Places& at, int m, int depth
+) {
     load_matrices(x, stage + (at.x ^ 32 * depth) + m * 16 * STEP);
 }
 
@@ -233,7 +235,8 @@ __device__ __forceinline__ void start(Shared& shared, const Copies& copies, cons
 __device__ __forceinline__ void multiply(
     Sums& sums, Shared& shared, int& slot, Copies& copies, int turn, const Operands& o
 ) {
-    constexpr int x_copies = (X_COPIES + GROUPS - 3) / (GROUPS - 2);  // after a group of columns
+    constexpr int between = GROUPS - 4;  // groups of columns during which x is copied
+    constexpr int at_once = (X_COPIES + between - 1) / between;
     const int zero[4] = {SUM_ZERO, SUM_ZERO, SUM_ZERO, SUM_ZERO};
     int warp = threadIdx.x / 32, next = turn == 2 ? 0 : turn + 1, count = steps(o);
     int row_block = warp / WARPS_N * WARP_L / BLOCK, column_block = warp % WARPS_N * WARP_N / BLOCK;
@@ -247,38 +250,38 @@ __device__ __forceinline__ void multiply(
     load_w(w[0], stage, at, 0);
 #pragma unroll 1
     for (int step = 0; step < count; step++) {
-        int x_step = step + STAGES, w_step = x_step - 1;
-        if (x_step == count) turn_x(copies, shared.tiles[next], o);
-        if (w_step == count) turn_w(copies, shared.tiles[next]);
-        bool ahead = w_step >= count;
-        if (x_step >= count) x_step -= count;
-        if (ahead) w_step -= count;
-        if (step == 1) copy_factors(shared, shared.tiles[turn], o);
-        copy_scales(shared, shared.tiles[ahead ? next : turn], before(slot), w_step, o);
         float scale = shared.row_scale[slot * (TILE_L / BLOCK) + row_block]
             * shared.column_scale[slot * (TILE_N / BLOCK) + column_block];
-        u32 x_to = stage, w_to = stage_address(shared, before(slot));
+        u32 following = stage_address(shared, after(slot));
+        int x_step = step + STAGES, w_step = x_step - 1;
+        bool ahead = w_step >= count;
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
             bool last = group + 1 == GROUPS;
-            if (group == 0) {
+            if (group == 1) {
+                __syncthreads();  // all have read this step's x and the last one's w
+                if (x_step == count) turn_x(copies, shared.tiles[next], o);
+                if (w_step == count) turn_w(copies, shared.tiles[next]);
+                if (x_step >= count) x_step -= count;
+                if (ahead) w_step -= count;
+                if (step == 1) copy_factors(shared, shared.tiles[turn], o);
+                copy_scales(shared, shared.tiles[ahead ? next : turn], before(slot), w_step, o);
+                u32 to = stage_address(shared, before(slot));
 #pragma unroll
-                for (int part = 0; part < W_COPIES; part++) copy_w(copies, w_to, w_step, part, o);
+                for (int part = 0; part < W_COPIES; part++) copy_w(copies, to, w_step, part, o);
                 copy_commit();
-            } else if (!last) {
-                if (group == 1) __syncthreads();  // all have read the step's x
+            }
+            if (group >= 2 && group < 2 + between) {
 #pragma unroll
-                for (int i = 0; i < x_copies; i++)
-                    if ((group - 1) * x_copies + i < X_COPIES)
-                        copy_x(copies, x_to, x_step, (group - 1) * x_copies + i, o);
-            } else {
+                for (int i = (group - 2) * at_once; i < (group - 1) * at_once; i++)
+                    if (i < X_COPIES) copy_x(copies, stage, x_step, i, o);
+            }
+            if (group + 2 == GROUPS) {
                 copy_commit();
                 copy_wait<PENDING>();
-                __syncthreads();  // the next step is there, and all have read this one's w
-                slot = after(slot);
-                stage = stage_address(shared, slot);
+                __syncthreads();  // the next step is there
             }
-            load_w(w[(group + 1) % 2], stage, at, (group + 1) % GROUPS);
+            load_w(w[(group + 1) % 2], last ? following : stage, at, (group + 1) % GROUPS);
             int sum[4][4];
 #pragma unroll
             for (int depth = 0; depth < DEPTHS; depth++)
@@ -290,7 +293,7 @@ __device__ __forceinline__ void multiply(
                         mma_int8(sum[m], x[m][depth], b[i], b[i + 1], sum[m]);
                     else
                         mma_int8(sum[m], x[m][depth], b[i], b[i + 1], zero);
-                    if (last) load_x(x[m][depth], stage, at, m, depth);
+                    if (last) load_x(x[m][depth], following, at, m, depth);
                 }
 #pragma unroll
             for (int m = 0; m < 4; m++)
@@ -300,6 +303,8 @@ __device__ __forceinline__ void multiply(
                     y = fmaf(__int_as_float(sum[m][i]) - SUM_ZERO_VALUE, scale, y);
                 }
         }
+        slot = after(slot);
+        stage = following;
     }
 }
 
@@ -411,7 +416,9 @@ struct Factors {
     float2 times, plus;
 };
 
-__device__ __forceinline__ Factors factors_of(const Shared& shared, int column, const Operands& o) {
+__device__ __forceinline__ Factors factors_of(
+    const Shared& shared, int column, const Operands& o
+) {
     float2 scale = {1, 1}, gate = {1, 1}, bias = {0, 0};
     if (!BLOCKS) scale = *reinterpret_cast<const float2*>(&shared.column_scale[column]);
     if (o.gate) gate = *reinterpret_cast<const float2*>(&shared.gate[column]);

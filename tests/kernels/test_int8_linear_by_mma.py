@@ -1,4 +1,4 @@
-"""INT8 linear by mma.sync: what it is launched with, that it compiles, and on a GPU what it gives."""
+"""INT8 linear by mma.sync: its operands, what it compiles to, and on a GPU what it gives."""
 
 import ahead_of_time
 import cuda_kernels
