@@ -16,6 +16,18 @@ __device__ __forceinline__ void copy_16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// The same of the first `bytes` of them, 0 to 16; the others become 0. Fetches a whole line of 128
+// bytes from memory, whose rest is copied soon.
+__device__ __forceinline__ void copy_16(u32 to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// Starts a copy of 8 bytes.
+__device__ __forceinline__ void copy_8(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+
 // Starts a copy of 4 bytes.
 __device__ __forceinline__ void copy_4(u32 to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");

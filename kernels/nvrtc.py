@@ -123,10 +123,18 @@ def unavailable() -> str | None:
     if torch.version.cuda is None:
         return "torch was built without CUDA"
     try:
-        compile_cuda('extern "C" __global__ void nothing() {}', "sm_90")
+        compile_cuda('extern "C" __global__ void nothing() {}', _this_card())
     except (OSError, RuntimeError) as error:
         return f"torch's NVRTC does not work ({error})"
     return None
+
+
+def _this_card() -> str:
+    """What to compile for on this machine: an older NVRTC does not know a newer card."""
+    if not torch.cuda.is_available():
+        return "sm_90"
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
 
 
 @functools.cache

@@ -33,6 +33,32 @@ class Tile(NamedTuple):
         return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
 
 
+class WarpTile(NamedTuple):
+    """Of int8_linear/mma.cu: a warp has 64 rows and `warp_n` columns of a program's tile.
+
+    `stages` steps of `step` bytes of k are in shared memory; `programs` share a multiprocessor.
+    """
+
+    warps_l: int
+    warps_n: int
+    warp_n: int
+    step: int
+    stages: int
+    programs: int = 1
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.warps_l
+
+    @property
+    def columns(self) -> int:
+        return self.warp_n * self.warps_n
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_l * self.warps_n
+
+
 class KeyLoop(NamedTuple):
     """Of an attention kernel, whose loop has `stages` key blocks of 64 rows on their way.
 
@@ -123,6 +149,20 @@ INT8_LINEAR: dict[Card, dict[str, Tile]] = {
     },
 }
 
+# The same by mma.sync, on all cards but those of data centers since Hopper. A multiprocessor reads
+# 128 bytes of shared memory a cycle: the larger a warp's part, the fewer it needs for a product.
+# sm_80 has 163 KB of shared memory a block, the others 99 KB.
+MMA_LINEAR: dict[Card, dict[str, WarpTile]] = {
+    (8, 0): {
+        "rows": WarpTile(4, 2, 96, step=64, stages=5),
+        "blocks": WarpTile(4, 2, 64, step=BLOCK, stages=3),
+    },
+    (8, 6): {
+        "rows": WarpTile(4, 2, 96, step=64, stages=3),
+        "blocks": WarpTile(4, 2, 64, step=BLOCK, stages=2),
+    },
+}
+
 # Attention in 16 bits, and in low bits by what its values are in. sm_80, sm_90 and sm_100 have 163
 # KB of shared memory a block or more, the others 99 KB.
 ATTENTION: dict[Card, dict[str, KeyLoop]] = {
@@ -187,6 +227,12 @@ ROPE = {"ROWS": 32, "num_warps": 4, "num_stages": 1}  # a row is one head of one
 def attention_launch(capability: Card, values: str, block_q: int, block_k: int) -> dict[str, int]:
     """Launch of an attention kernel on values in "16 bit", "fp16" or "fp8", see ATTENTION."""
     return of_card(ATTENTION, capability)[values].launch(block_q, block_k)
+
+
+@functools.cache
+def linear_tile(capability: Card, by_blocks: bool) -> WarpTile:
+    """Of the INT8 linear by mma.sync with a scale for each row, or for each block."""
+    return of_card(MMA_LINEAR, capability)["blocks" if by_blocks else "rows"]
 
 
 @functools.cache

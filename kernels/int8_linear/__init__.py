@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..checks import BLOCK
 from ..dispatch import choose, has_triton
-from . import hopper, reference
+from . import hopper, mma, reference
 
 if has_triton():
     from . import triton as triton_kernels
@@ -68,11 +68,9 @@ def int8_linear(
         return out
     bias = None if bias is None else bias.contiguous()
     operands = x_q, x_scale, w_q, w_scale.contiguous(), bias, gate, residual, out
-    cuda = hopper if x_scale.ndim == 2 else None  # blocks have no CUDA kernel
-    kernels = choose(
-        "int8_linear", backend, x_q, reference, triton_kernels, cuda, operands=operands
-    )
-    return kernels.linear(*operands)
+    on_hopper = hopper if x_scale.ndim == 2 else None  # blocks run in Triton there
+    modules = reference, triton_kernels, on_hopper, mma
+    return choose("int8_linear", backend, x_q, *modules, operands=operands).linear(*operands)
 
 
 def _check_operands(x_q: Tensor, w_q: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:

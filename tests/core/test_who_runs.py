@@ -413,7 +413,7 @@ def test_no_triton(op, hopper, monkeypatch):
     assert line.endswith("; kernels: torch reference, as no Triton here")
 
 
-BY_MMA = {"prepare", "sage_attention"}  # ops in CUDA C++ on cards of mma.sync
+BY_MMA = {"int8_linear", "prepare", "sage_attention"}  # ops in CUDA C++ on cards of mma.sync
 
 
 @pytest.mark.parametrize("card", [(8, 0), (8, 9), (10, 0), (12, 0)], ids="sm_{0[0]}{0[1]}".format)

@@ -15,9 +15,10 @@ import older_cards
 import torch
 from ahead_of_time import CARDS, HOPPER
 from devices import DEVICE
-from turbodiffusion_pack.kernels import ceilings, nvrtc
+from turbodiffusion_pack.kernels import ceilings, dispatch, nvrtc
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.int8_linear import int8_linear
+from turbodiffusion_pack.kernels.int8_linear import mma as mma_linear
 from turbodiffusion_pack.kernels.linear_attention import LinearBranch
 from turbodiffusion_pack.kernels.qk_prepare import hopper as hopper_prepare
 from turbodiffusion_pack.kernels.qk_prepare import prepare
@@ -100,9 +101,11 @@ def launch_prepare(dtype, block=128, **options):
     prepare(x, zeros(128), angles, angles, block=block, backend="triton", **options)
 
 
-def launch_linear(dtype, **options):
+def launch_linear(dtype, granularity="rows", **options):
     x, w = zeros(1, 70, 128, dtype=torch.int8), zeros(128, 128, dtype=torch.int8)
-    int8_linear(x, zeros(1, 70), w, zeros(128), out_dtype=dtype, backend="triton", **options)
+    scales = {"rows": (zeros(1, 70), zeros(128)), "blocks": (zeros(1, 1, 1), zeros(1, 1))}
+    x_scale, w_scale = scales[granularity]
+    int8_linear(x, x_scale, w, w_scale, out_dtype=dtype, backend="triton", **options)
 
 
 def launch_attention(dtype, pv="fp8"):
@@ -123,6 +126,12 @@ def every_prepare(card):
 def every_linear(card):
     for dtype in DTYPES:
         launch_linear(dtype)
+
+
+def every_linear_by_mma(card):
+    for dtype in DTYPES:
+        for granularity in ahead_of_time.GRANULARITIES:
+            launch_linear(dtype, granularity)
 
 
 def every_attention(card):
@@ -158,6 +167,10 @@ def ceilings_products(card: Card) -> set[str]:
     return products | fp8 if len(ceilings.products_of(card)) == 5 else products
 
 
+BY_MMA_SYNC = tuple(card for card in CARDS if card[0] in dispatch.BY_MMA_SYNC)
+# Bytes, read once a step of k: a thread has 192 sums.
+LINEAR_SPILLS = 48
+
 # By file. Attention's and the linear layer's multiplying warps on Hopper take more registers from
 # their program's pool than they start with; two programs of prepare share a multiprocessor, whose
 # spills cost less than they hide.
@@ -168,6 +181,10 @@ KERNELS = {
     ),
     "int8_linear/hopper.cu": Kernel(
         every_linear, (HOPPER,), 168, sizes={"TILE_L": linear.TILE_L, "TILE_N": linear.TILE_N}
+    ),
+    "int8_linear/mma.cu": Kernel(
+        every_linear_by_mma, BY_MMA_SYNC, 255, spills=LINEAR_SPILLS,
+        products=lambda card: {"IMMA.16832.S8.S8"}, sizes={"BLOCK": mma_linear.BLOCK},
     ),
     "qk_prepare/hopper.cu": Kernel(
         every_prepare, (HOPPER,), 128, spills=32,

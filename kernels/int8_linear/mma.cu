@@ -1,0 +1,509 @@
+// INT8 linear by mma.sync: x [B, L, K] times the transpose of w [N, K], and what follows it.
+//
+// A persistent program takes one tile of TILE_L x TILE_N after another, a warp 64 x WARP_N of it.
+// Steps of STEP bytes of k are copied STAGES - 1 steps ahead, across the ends of tiles: the next
+// tile's first steps arrive while this one is finished. A warp keeps its x of a product in
+// registers and takes w from shared memory as it goes. What comes next is read from there while
+// products are under way.
+//
+// With a scale for each row of both the sums stay integers over all of k. With one for each block
+// of 128 x 128 (BLOCKS) a step is a block: the sums of eight columns at a time join float32 sums.
+
+// Defined are WARPS_L and WARPS_N, warps along L and N; WARP_N; STEP; STAGES; PROGRAMS, how many
+// share a multiprocessor; BLOCKS; BF16, whether bias, residual and out are bfloat16, else float16.
+
+#include "mma.cuh"
+
+constexpr int WARP_L = 64;
+constexpr int TILE_L = WARPS_L * WARP_L;
+constexpr int TILE_N = WARPS_N * WARP_N;
+constexpr int THREADS = 32 * WARPS_L * WARPS_N;
+constexpr int TALL = 8;     // tiles along L that share weights before N moves on
+constexpr int BLOCK = 128;  // rows and columns that share a scale if BLOCKS
+// All threads copy 16 bytes each, this many rows.
+constexpr int CHUNKS = STEP / 16;
+constexpr int COPY_ROWS = THREADS / CHUNKS;
+constexpr int X_COPIES = TILE_L / COPY_ROWS;
+constexpr int W_COPIES = TILE_N / COPY_ROWS;
+constexpr int DEPTHS = STEP / 32;                 // products along a step
+constexpr int COLUMNS = BLOCKS ? 8 : 16;          // of w that a warp takes at once
+constexpr int GROUPS = WARP_N / COLUMNS;
+// Sums of a block add up on top of the bits of 1.5 * 2^23: as float32 they are 1.5 * 2^23 + sum.
+constexpr int SUM_ZERO = 0x4B400000;
+constexpr float SUM_ZERO_VALUE = 12582912.0f;
+static_assert(128 * 128 * BLOCK < 1 << 22);
+static_assert(TILE_L % COPY_ROWS == 0 && TILE_N % COPY_ROWS == 0 && COPY_ROWS % 8 == 0);
+static_assert(WARP_N % 32 == 0);  // for `store`
+static_assert(!BLOCKS || (STEP == BLOCK && BLOCK % WARP_N == 0));
+
+struct Stage {
+    i8 x[TILE_L * STEP];  // [TILE_L, STEP], swizzled
+    i8 w[TILE_N * STEP];  // [TILE_N, STEP], swizzled
+};
+
+struct Tile {
+    int sample, row, column;
+};
+
+struct Shared {
+    Stage stages[STAGES];
+    float gate[TILE_N];  // of the tile
+    u16 bias[TILE_N];
+    // Scales of the tile's columns and rows, or if BLOCKS of its blocks by stage.
+    float column_scale[BLOCKS ? STAGES * TILE_N / BLOCK : TILE_N];
+    float row_scale[BLOCKS ? STAGES * TILE_L / BLOCK : TILE_L];
+    Tile tiles[3];  // the one before, this and the next, in turns
+};
+
+struct Operands {
+    const i8* x;           // [B, L, K]
+    const float* x_scale;  // [B, L], or [B, L / BLOCK, K / BLOCK]
+    const i8* w;           // [N, K]
+    const float* w_scale;  // [N], or [N / BLOCK, K / BLOCK]
+    const u16* bias;       // [N] or null
+    const float* gate;     // [B, N] or null
+    const u16* residual;   // [B, L, N] or null
+    u16* out;              // [B, L, N]
+    int batch, length, n, k;
+    int x_b, x_l, w_n, gate_b, residual_b, residual_l, out_b, out_l;
+};
+
+static_assert(SHARED_BYTES == sizeof(Shared));
+static_assert(OPERANDS_BYTES == sizeof(Operands));
+
+// ---- tiles ----
+
+__device__ __forceinline__ int parts(int size, int part) { return (size + part - 1) / part; }
+
+__device__ __forceinline__ int tiles(const Operands& o) {
+    return o.batch * parts(o.n, TILE_N) * parts(o.length, TILE_L);
+}
+
+// Beyond the last tile it is that one again: it is copied and nothing else.
+__device__ __forceinline__ Tile tile_of(int index, const Operands& o) {
+    index = min(index, tiles(o) - 1);
+    int across = parts(o.n, TILE_N), down = parts(o.length, TILE_L), each = across * down;
+    int of_group = TALL * across, in_sample = index % each, in_group = in_sample % of_group;
+    int first = in_sample / of_group * TALL, many = min(TALL, down - first);
+    return {index / each, (first + in_group % many) * TILE_L, in_group / many * TILE_N};
+}
+
+// The steps of a tile. So many at least that copies are never two tiles ahead.
+__device__ __forceinline__ int steps(const Operands& o) {
+    return max(parts(o.k, STEP), STAGES + 1);
+}
+
+// ---- copies ----
+
+// Where 16 bytes of a row lie in a stage: eight rows of the same chunk meet all banks.
+__device__ __forceinline__ int swizzled(int row, int chunk) {
+    return row * STEP + (chunk ^ row / (128 / STEP) % CHUNKS) * 16;
+}
+
+// What a thread copies of x and w: a chunk of some rows.
+struct Copies {
+    u32 to;       // its place in a stage
+    const i8* x;  // the chunk in the sample's first row
+    int row, column;
+};
+
+__device__ __forceinline__ void turn_x(Copies& copies, const Tile& tile, const Operands& o) {
+    copies.x = o.x + (long long)tile.sample * o.x_b;
+    copies.row = tile.row + threadIdx.x / CHUNKS;
+}
+
+__device__ __forceinline__ void turn_w(Copies& copies, const Tile& tile) {
+    copies.column = tile.column + threadIdx.x / CHUNKS;
+}
+
+// Rows beyond the end are the last one again, k beyond the end is 0.
+__device__ __forceinline__ void copy_x(
+    const Copies& copies, u32 stage, int step, int part, const Operands& o
+) {
+    int k = step * STEP + threadIdx.x % CHUNKS * 16;
+    int row = min(copies.row + part * COPY_ROWS, o.length - 1);
+    copy_16(stage + copies.to + part * COPY_ROWS * STEP, copies.x + (long long)row * o.x_l + k,
+            max(min(o.k - k, 16), 0));
+}
+
+__device__ __forceinline__ void copy_w(
+    const Copies& copies, u32 stage, int step, int part, const Operands& o
+) {
+    int k = step * STEP + threadIdx.x % CHUNKS * 16;
+    int column = min(copies.column + part * COPY_ROWS, o.n - 1);
+    copy_16(stage + copies.to + (TILE_L + part * COPY_ROWS) * STEP,
+            o.w + (long long)column * o.w_n + k, max(min(o.k - k, 16), 0));
+}
+
+// What `store` needs of the tile's rows and columns.
+__device__ __forceinline__ void copy_factors(Shared& shared, const Tile& tile, const Operands& o) {
+    static_assert(THREADS >= TILE_L && THREADS >= TILE_N / 2);
+    int at = 2 * threadIdx.x, column = min(tile.column + at, o.n - 2);
+    if (at < TILE_N) {
+        const float* gate = o.gate + (long long)tile.sample * o.gate_b;
+        if (!BLOCKS) copy_8(shared_address(&shared.column_scale[at]), o.w_scale + column);
+        if (o.bias) copy_4(shared_address(&shared.bias[at]), o.bias + column);
+        if (o.gate) copy_8(shared_address(&shared.gate[at]), gate + column);
+    }
+    if (!BLOCKS && threadIdx.x < TILE_L) {
+        int row = min(tile.row + int(threadIdx.x), o.length - 1);
+        copy_4(shared_address(&shared.row_scale[threadIdx.x]),
+               o.x_scale + (long long)tile.sample * o.length + row);
+    }
+}
+
+// The scales of a step's blocks, if BLOCKS.
+__device__ __forceinline__ void copy_scales(
+    Shared& shared, const Tile& tile, int slot, int step, const Operands& o
+) {
+    constexpr int rows = TILE_L / BLOCK, columns = TILE_N / BLOCK;
+    int at = threadIdx.x;
+    if (at >= rows + columns) return;
+    int k_blocks = parts(o.k, BLOCK), k = min(step, k_blocks - 1);
+    if (at < rows) {
+        int down = parts(o.length, BLOCK), block = min(tile.row / BLOCK + at, down - 1);
+        copy_4(shared_address(&shared.row_scale[slot * rows + at]),
+               o.x_scale + ((long long)tile.sample * down + block) * k_blocks + k);
+    } else {
+        at -= rows;
+        int block = min(tile.column / BLOCK + at, parts(o.n, BLOCK) - 1);
+        copy_4(shared_address(&shared.column_scale[slot * columns + at]),
+               o.w_scale + (long long)block * k_blocks + k);
+    }
+}
+
+// ---- products ----
+
+__device__ __forceinline__ int after(int slot) { return slot + 1 == STAGES ? 0 : slot + 1; }
+__device__ __forceinline__ int before(int slot) { return slot ? slot - 1 : STAGES - 1; }
+
+__device__ __forceinline__ u32 stage_address(const Shared& shared, int slot) {
+    return shared_address(shared.stages) + slot * sizeof(Stage);
+}
+
+// Where this lane reads its warp's rows of x and w, in a stage.
+struct Places {
+    u32 x, w;
+};
+
+// x by 16 rows of 32 bytes; w too, but if BLOCKS by 8 rows of 64 bytes.
+__device__ __forceinline__ Places places() {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int x_row = warp / WARPS_N * WARP_L, w_row = warp % WARPS_N * WARP_N;
+    u32 x = swizzled(x_row + lane % 16, lane / 16);
+    u32 w = BLOCKS ? swizzled(w_row + lane % 8, lane / 8)
+                   : swizzled(w_row + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    return {x, TILE_L * STEP + w};
+}
+
+// Rows 16 m .. 16 m + 15 of the warp's x, at a depth of 32 bytes.
+__device__ __forceinline__ void load_x(
+    u32 (&x)[4], u32 stage, const Places& at, int m, int depth
+) {
+    load_matrices(x, stage + (at.x ^ 32 * depth) + m * 16 * STEP);
+}
+
+#if BLOCKS
+
+typedef float Sums[4][WARP_N / 8][4];
+constexpr int PENDING = 2 * STAGES - 3;  // groups of copies that need not be there yet
+
+// Eight of the warp's columns, all of a step.
+__device__ __forceinline__ void load_w(u32 (&w)[2][4], u32 stage, const Places& at, int group) {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        load_matrices(w[half], stage + (at.w ^ 64 * half) + group * COLUMNS * STEP);
+}
+
+// x is copied one step further ahead than w: it is in registers when its step begins.
+__device__ __forceinline__ void start(Shared& shared, const Copies& copies, const Operands& o) {
+#pragma unroll
+    for (int step = 0; step < STAGES; step++) {
+        u32 stage = stage_address(shared, step);
+#pragma unroll
+        for (int part = 0; part < X_COPIES; part++) copy_x(copies, stage, step, part, o);
+        copy_commit();
+        if (step + 1 == STAGES) break;
+        copy_scales(shared, shared.tiles[0], step, step, o);
+#pragma unroll
+        for (int part = 0; part < W_COPIES; part++) copy_w(copies, stage, step, part, o);
+        copy_commit();
+    }
+}
+
+// All of a tile's products.
+__device__ __forceinline__ void multiply(
+    Sums& sums, Shared& shared, int& slot, Copies& copies, int turn, const Operands& o
+) {
+    constexpr int between = GROUPS - 4;  // groups of columns during which x is copied
+    constexpr int at_once = (X_COPIES + between - 1) / between;
+    const int zero[4] = {SUM_ZERO, SUM_ZERO, SUM_ZERO, SUM_ZERO};
+    int warp = threadIdx.x / 32, next = turn == 2 ? 0 : turn + 1, count = steps(o);
+    int row_block = warp / WARPS_N * WARP_L / BLOCK, column_block = warp % WARPS_N * WARP_N / BLOCK;
+    Places at = places();
+    u32 stage = stage_address(shared, slot);
+    u32 x[4][DEPTHS][4], w[2][2][4];
+#pragma unroll
+    for (int m = 0; m < 4; m++)
+#pragma unroll
+        for (int depth = 0; depth < DEPTHS; depth++) load_x(x[m][depth], stage, at, m, depth);
+    load_w(w[0], stage, at, 0);
+#pragma unroll 1
+    for (int step = 0; step < count; step++) {
+        float scale = shared.row_scale[slot * (TILE_L / BLOCK) + row_block]
+            * shared.column_scale[slot * (TILE_N / BLOCK) + column_block];
+        u32 following = stage_address(shared, after(slot));
+        int x_step = step + STAGES, w_step = x_step - 1;
+        bool ahead = w_step >= count;
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+            bool last = group + 1 == GROUPS;
+            if (group == 1) {
+                __syncthreads();  // all have read this step's x and the last one's w
+                if (x_step == count) turn_x(copies, shared.tiles[next], o);
+                if (w_step == count) turn_w(copies, shared.tiles[next]);
+                if (x_step >= count) x_step -= count;
+                if (ahead) w_step -= count;
+                if (step == 1) copy_factors(shared, shared.tiles[turn], o);
+                copy_scales(shared, shared.tiles[ahead ? next : turn], before(slot), w_step, o);
+                u32 to = stage_address(shared, before(slot));
+#pragma unroll
+                for (int part = 0; part < W_COPIES; part++) copy_w(copies, to, w_step, part, o);
+                copy_commit();
+            }
+            if (group >= 2 && group < 2 + between) {
+#pragma unroll
+                for (int i = (group - 2) * at_once; i < (group - 1) * at_once; i++)
+                    if (i < X_COPIES) copy_x(copies, stage, x_step, i, o);
+            }
+            if (group + 2 == GROUPS) {
+                copy_commit();
+                copy_wait<PENDING>();
+                __syncthreads();  // the next step is there
+            }
+            load_w(w[(group + 1) % 2], last ? following : stage, at, (group + 1) % GROUPS);
+            int sum[4][4];
+#pragma unroll
+            for (int depth = 0; depth < DEPTHS; depth++)
+#pragma unroll
+                for (int m = 0; m < 4; m++) {
+                    const u32(&b)[4] = w[group % 2][depth / 2];
+                    int i = depth % 2 * 2;
+                    if (depth)
+                        mma_int8(sum[m], x[m][depth], b[i], b[i + 1], sum[m]);
+                    else
+                        mma_int8(sum[m], x[m][depth], b[i], b[i + 1], zero);
+                    if (last) load_x(x[m][depth], following, at, m, depth);
+                }
+#pragma unroll
+            for (int m = 0; m < 4; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float& y = sums[m][group][i];
+                    y = fmaf(__int_as_float(sum[m][i]) - SUM_ZERO_VALUE, scale, y);
+                }
+        }
+        slot = after(slot);
+        stage = following;
+    }
+}
+
+#else
+
+typedef int Sums[4][WARP_N / 8][4];
+constexpr int PENDING = STAGES - 2;
+
+// Sixteen of the warp's columns at a depth.
+__device__ __forceinline__ void load_w(
+    u32 (&w)[4], u32 stage, const Places& at, int group, int depth
+) {
+    load_matrices(w, stage + (at.w ^ 32 * depth) + group * COLUMNS * STEP);
+}
+
+__device__ __forceinline__ void copy_part(
+    const Copies& copies, u32 stage, int step, int part, const Operands& o
+) {
+    if (part < X_COPIES)
+        copy_x(copies, stage, step, part, o);
+    else if (part < X_COPIES + W_COPIES)
+        copy_w(copies, stage, step, part - X_COPIES, o);
+}
+
+__device__ __forceinline__ void start(Shared& shared, const Copies& copies, const Operands& o) {
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; step++) {
+#pragma unroll
+        for (int part = 0; part < X_COPIES + W_COPIES; part++)
+            copy_part(copies, stage_address(shared, step), step, part, o);
+        copy_commit();
+    }
+}
+
+// All of a tile's products.
+__device__ __forceinline__ void multiply(
+    Sums& sums, Shared& shared, int& slot, Copies& copies, int turn, const Operands& o
+) {
+    constexpr int turns = DEPTHS * GROUPS;
+    constexpr int at_once = (X_COPIES + W_COPIES + turns - 2) / (turns - 1);  // copies
+    static_assert(turns % 2 == 0);
+    int next = turn == 2 ? 0 : turn + 1, count = steps(o);
+    Places at = places();
+    u32 stage = stage_address(shared, slot);
+    u32 x[4][4], w[2][4];
+#pragma unroll
+    for (int m = 0; m < 4; m++) load_x(x[m], stage, at, m, 0);
+    load_w(w[0], stage, at, 0, 0);
+#pragma unroll 1
+    for (int step = 0; step < count; step++) {
+        int copied = step + STAGES - 1;
+        if (copied == count) {
+            turn_x(copies, shared.tiles[next], o);
+            turn_w(copies, shared.tiles[next]);
+        }
+        if (copied >= count) copied -= count;
+        if (step == 1) copy_factors(shared, shared.tiles[turn], o);
+        u32 to = stage_address(shared, before(slot));
+#pragma unroll
+        for (int i = 0; i < turns; i++) {
+            int depth = i / GROUPS, group = i % GROUPS;
+            if (i + 1 < turns) {
+#pragma unroll
+                for (int j = 0; j < at_once; j++)
+                    copy_part(copies, to, copied, i * at_once + j, o);
+            } else {
+                copy_commit();
+                copy_wait<PENDING>();
+                __syncthreads();  // the next step is there, and all have read this one
+                slot = after(slot);
+                stage = stage_address(shared, slot);
+            }
+            load_w(w[(i + 1) % 2], stage, at, (i + 1) % GROUPS, (i + 1) / GROUPS % DEPTHS);
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    int(&sum)[4] = sums[m][2 * group + n];
+                    mma_int8(sum, x[m], w[i % 2][2 * n], w[i % 2][2 * n + 1], sum);
+                }
+                if (group + 1 == GROUPS) load_x(x[m], stage, at, m, (depth + 1) % DEPTHS);
+            }
+        }
+    }
+}
+
+#endif
+
+// ---- output ----
+
+// Of 32 columns thread t of four holds columns 8 j + 2 t + {0, 1} in x[j], or 8 t + {0 .. 7}: from
+// either to the other.
+__device__ __forceinline__ void transpose(u32 (&x)[4]) {
+    bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        u32 got = __shfl_xor_sync(0xffffffff, odd ? x[i] : x[i + 1], 1);
+        (odd ? x[i] : x[i + 1]) = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        u32 got = __shfl_xor_sync(0xffffffff, upper ? x[i] : x[i + 2], 2);
+        (upper ? x[i] : x[i + 2]) = got;
+    }
+}
+
+// (sum row_scale column_scale + bias) gate + residual: what a sum is multiplied with, what is added.
+struct Factors {
+    float2 times, plus;
+};
+
+__device__ __forceinline__ Factors factors_of(
+    const Shared& shared, int column, const Operands& o
+) {
+    float2 scale = {1, 1}, gate = {1, 1}, bias = {0, 0};
+    if (!BLOCKS) scale = *reinterpret_cast<const float2*>(&shared.column_scale[column]);
+    if (o.gate) gate = *reinterpret_cast<const float2*>(&shared.gate[column]);
+    if (o.bias) bias = pair_of(*reinterpret_cast<const u32*>(&shared.bias[column]), BF16);
+    return {{scale.x * gate.x, scale.y * gate.y}, {bias.x * gate.x, bias.y * gate.y}};
+}
+
+template <bool RESIDUAL>
+__device__ __forceinline__ void store(
+    const Sums& sums, const Shared& shared, const Tile& tile, const Operands& o
+) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % 4;
+    int first_row = warp / WARPS_N * WARP_L + lane / 4;
+    int first_column = warp % WARPS_N * WARP_N;
+    const u16* residual = o.residual + (long long)tile.sample * o.residual_b + tile.column;
+    u16* out = o.out + (long long)tile.sample * o.out_b + tile.column;
+#pragma unroll
+    for (int group = 0; group < WARP_N / 32; group++) {
+        Factors factors[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            factors[j] = factors_of(shared, first_column + 32 * group + 8 * j + 2 * pair, o);
+        int column = first_column + 32 * group + 8 * pair;
+        bool column_inside = tile.column + column < o.n;
+#pragma unroll
+        for (int m = 0; m < 4; m += 2) {
+            u32 y[4][4] = {};  // of rows 16 m + 8 half, pairs of 16 bits
+#pragma unroll
+            for (int half = 0; RESIDUAL && half < 4; half++) {
+                int row = tile.row + first_row + 16 * m + 8 * half;
+                if (row < o.length && column_inside)
+                    *reinterpret_cast<uint4*>(y[half]) = *reinterpret_cast<const uint4*>(
+                        residual + (long long)row * o.residual_l + column);
+            }
+#pragma unroll
+            for (int half = 0; half < 4; half++) {
+                int in_tile = first_row + 16 * m + 8 * half, row = tile.row + in_tile;
+                float scale = BLOCKS ? 1.0f : shared.row_scale[in_tile];
+                if (RESIDUAL) transpose(y[half]);
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    auto& sum = sums[m + half / 2][4 * group + j];
+                    int i = half % 2 * 2;
+                    float2 x = {fmaf(sum[i] * scale, factors[j].times.x, factors[j].plus.x),
+                                fmaf(sum[i + 1] * scale, factors[j].times.y, factors[j].plus.y)};
+                    if (RESIDUAL) {
+                        float2 add = pair_of(y[half][j], BF16);
+                        x.x += add.x, x.y += add.y;
+                    }
+                    y[half][j] = packed_pair(x, BF16);
+                }
+                transpose(y[half]);
+                if (row < o.length && column_inside)
+                    *reinterpret_cast<uint4*>(out + (long long)row * o.out_l + column) =
+                        make_uint4(y[half][0], y[half][1], y[half][2], y[half][3]);
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
+    const __grid_constant__ Operands o
+) {
+    extern __shared__ __align__(128) char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    if (threadIdx.x == 0) shared.tiles[0] = tile_of(blockIdx.x, o);
+    __syncthreads();
+    Copies copies;
+    copies.to = swizzled(threadIdx.x / CHUNKS, threadIdx.x % CHUNKS);
+    turn_x(copies, shared.tiles[0], o);
+    turn_w(copies, shared.tiles[0]);
+    start(shared, copies, o);
+    copy_wait<PENDING>();
+    __syncthreads();
+    int slot = 0, turn = 0;
+    for (int index = blockIdx.x; index < tiles(o); index += gridDim.x) {
+        int next = turn == 2 ? 0 : turn + 1;
+        if (threadIdx.x == 0) shared.tiles[next] = tile_of(index + gridDim.x, o);
+        Sums sums = {};
+        multiply(sums, shared, slot, copies, turn, o);
+        if (o.residual)
+            store<true>(sums, shared, shared.tiles[turn], o);
+        else
+            store<false>(sums, shared, shared.tiles[turn], o);
+        turn = next;
+    }
+    copy_wait<0>();
+}

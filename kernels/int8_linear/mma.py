@@ -1,0 +1,70 @@
+"""The INT8 linear layer by mma.sync, for GeForce cards and A100, in CUDA C++: see mma.cu."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import nvrtc, tuning
+from ..checks import BLOCK
+from ..dispatch import capability, launching_on, multiprocessors
+from .hopper import unfit as unfit  # the same rows, columns and epilogues
+
+SOURCE = Path(__file__).with_suffix(".cu")
+Operands = nvrtc.operands(
+    pointers="x x_scale w w_scale bias gate residual out",
+    integers="batch length n k x_b x_l w_n gate_b residual_b residual_l out_b out_l",
+)
+
+
+def linear(
+    x_q: Tensor,
+    x_scale: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """`int8_linear` in either granularity, of what is not `unfit`."""
+    batch, length, k = x_q.shape
+    n = w_q.shape[0]
+    tile = tuning.linear_tile(capability(x_q.device), x_scale.ndim == 3)
+    tiles = batch * -(-length // tile.rows) * -(-n // tile.columns)
+    x_scale = x_scale.contiguous()
+    operands = Operands(
+        *map(nvrtc.address, (x_q, x_scale, w_q, w_scale, bias, gate, residual, out)),
+        batch, length, n, k, *x_q.stride()[:2], w_q.stride(0),
+        0 if gate is None else gate.stride(0),
+        *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
+    )  # fmt: skip
+    with launching_on(x_q):
+        kernel = _kernel(tile, x_scale.ndim == 3, out)
+        programs = tile.programs * multiprocessors(x_q.device)
+        kernel.launch(min(tiles, programs), tile.threads, operands)
+    return out
+
+
+def shared_bytes(tile: tuning.WarpTile, by_blocks: bool) -> int:
+    """mma.cu's Shared: the stages, gates and bias, scales and three tiles' places."""
+    rows, columns = tile.rows, tile.columns
+    scales = tile.stages * (rows + columns) // BLOCK if by_blocks else rows + columns
+    return tile.stages * (rows + columns) * tile.step + 6 * columns + 4 * scales + 36
+
+
+def constants(tile: tuning.WarpTile, by_blocks: bool, dtype: torch.dtype) -> dict[str, int]:
+    """What mma.cu is compiled with."""
+    return {
+        "WARPS_L": tile.warps_l, "WARPS_N": tile.warps_n, "WARP_N": tile.warp_n,
+        "STEP": tile.step, "STAGES": tile.stages, "PROGRAMS": tile.programs,
+        "BLOCKS": int(by_blocks), "BF16": int(dtype == torch.bfloat16),
+    }  # fmt: skip
+
+
+def _kernel(tile: tuning.WarpTile, by_blocks: bool, out: Tensor) -> nvrtc.Kernel:
+    target = nvrtc.target_of(capability(out.device), out.device)
+    return nvrtc.load(
+        SOURCE, "int8_linear", target, shared_bytes(tile, by_blocks), Operands, out.get_device(),
+        **constants(tile, by_blocks, out.dtype),
+    )  # fmt: skip
