@@ -411,7 +411,7 @@ __device__ __forceinline__ void transpose(u32 (&x)[4]) {
     }
 }
 
-// (sum row_scale column_scale + bias) gate + residual: what a sum is multiplied with, what is added.
+// (sum row_scale column_scale + bias) gate: what sum row_scale is multiplied with, what is added.
 struct Factors {
     float2 times, plus;
 };
