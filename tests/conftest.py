@@ -52,6 +52,7 @@ SLOWEST = (
     "test_example_workflows.py",
     "test_experts.py",
     "test_loader_memory.py",
+    "test_frontend.py",
 )
 
 

@@ -11,11 +11,10 @@ from itertools import combinations
 from pathlib import Path
 
 import comfyui_install
+import example_models
 import numpy as np
 import pytest
-import tiny_models
 import torch
-import trained_pair
 from comfyui_install import ROOT
 from comfyui_server import ComfyServer, combo_options, node_inputs
 from PIL import Image
@@ -33,7 +32,6 @@ from ui_workflow import (
 )
 from video import play
 
-EXAMPLES = ROOT / "example_workflows"
 SMALL = {"width": 160, "height": 96, "length": 9}
 # The same size and length, for the workflows that take them from a picture and from seconds.
 SMALL_BY_NODE = {
@@ -59,7 +57,7 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-WORKFLOWS = {path.stem: load(path) for path in sorted(EXAMPLES.glob("*.json"))}
+WORKFLOWS = example_models.examples()
 VIDEOS = [stem for stem, w in WORKFLOWS.items() if "CLIPLoader" in dict(model_files(w))]
 
 # Blueprints of subgraphs, and what of an example each of them leaves out.
@@ -82,33 +80,11 @@ def server(tmp_path_factory):
     if comfyui is None:
         pytest.skip("no ComfyUI found: run make test, or set COMFYUI_DIR to a ComfyUI folder")
     base = tmp_path_factory.mktemp("server")
-    for class_type, name in {file for w in WORKFLOWS.values() for file in model_files(w)}:
-        path = base / "models" / FOLDERS[class_type] / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if class_type == "VAELoader":
-            tiny_models.write_vae(comfyui, path)
-        elif class_type == "CLIPLoader":
-            path.touch()
-        else:
-            tiny_models.write_checkpoint(path, tensors(class_type, name))
-    tiny_models.write_picture(base / "input" / "example.png")
+    example_models.write(comfyui, base)
+    for name in (base / "models" / FOLDERS["CLIPLoader"]).iterdir():
+        name.write_bytes(b"")
     with ComfyServer(comfyui, base) as running:
         yield running
-
-
-def tensors(class_type: str, name: str) -> dict:
-    """A tiny stand-in for the model file `name`; the two of an expert pair differ."""
-    seed = int("low" in name)
-    if class_type == "LoraLoaderModelOnly":
-        return tiny_models.lora(seed)
-    if name in TRAINED:
-        start = tiny_models.stock_checkpoint()
-        if "sla" in name:
-            return trained_pair.with_proj_l(trained_pair.tuned(start, 1))
-        return trained_pair.tuned(start, 2)
-    if class_type == "UNETLoader":
-        return tiny_models.stock_checkpoint(seed)
-    return (tiny_models.i2v_checkpoint if "I2V" in name else tiny_models.t2v_checkpoint)(seed)
 
 
 def small(prompt: dict) -> dict:
@@ -151,10 +127,10 @@ def put_behind(prompt: dict, class_type: str, added: str, **inputs) -> None:
 
 def test_every_example_has_a_small_thumbnail():
     assert WORKFLOWS
-    names = {path.name for path in EXAMPLES.iterdir()}
+    names = {path.name for path in example_models.EXAMPLES.iterdir()}
     assert names == {f"{stem}.{end}" for stem in WORKFLOWS for end in ("json", "jpg")}
     for stem in WORKFLOWS:
-        thumbnail = EXAMPLES / f"{stem}.jpg"
+        thumbnail = example_models.EXAMPLES / f"{stem}.jpg"
         assert thumbnail.stat().st_size <= 40_000
         assert min(Image.open(thumbnail).size) >= 300
 

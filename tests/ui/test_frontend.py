@@ -1,7 +1,6 @@
 """The pack in ComfyUI's own frontend, in a headless Chromium: what a user sees and does.
 
-`-m "ui and not slow"` is what `make test` takes; the slow rest runs every video example from the
-page.
+`make test` leaves out the slow ones, which run every video example from the page.
 """
 
 import copy
@@ -33,9 +32,11 @@ SMALL = {
 VIDEO_SHOWN = """() => [...document.querySelectorAll("video, img")]
     .some(shown => shown.src.includes("type=output") && shown.src.includes(".mp4")
         && (shown.videoWidth || shown.naturalWidth) > 0)"""
-SHOWN_READ_ONLY = """text => [...document.querySelectorAll("textarea")]
-    .filter(area => area.value === text && area.getBoundingClientRect().height > 20)
-    .map(area => area.readOnly || area.disabled)"""
+SHOWN_READ_ONLY = """text => {
+    const shown = [...document.querySelectorAll("textarea")].filter(
+        area => area.value === text && area.getBoundingClientRect().height > 20);
+    return shown.length === 1 && (shown[0].readOnly || shown[0].disabled);
+}"""
 WIDGETS_SHOWN = """() => app.graph.nodes[0].widgets
     .filter(widget => !widget.hidden).map(widget => widget.name)"""
 
@@ -93,7 +94,7 @@ def within(box: list[float], group: list[float]) -> bool:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_opens_whole(server, page, nodes_2, name):
-    """Nothing is missing, nothing covers or leaves its place, Run would send what the tests send."""
+    """Nothing missing, covered or out of its place, and Run would send what the tests send."""
     workflow = EXAMPLES[name]
     page.drop(name, workflow)
     assert page.told_at_opening() == []
@@ -146,19 +147,24 @@ def test_run_makes_a_video_that_is_seen(page, name):
     page.drop(name, EXAMPLES[name])
     for class_type, values in SMALL.items():
         page.set_widgets(class_type, values)
+    page.look_at("SaveVideo")
     page.press_run()
-    page.page.wait_for_function(VIDEO_SHOWN, timeout=120_000)
+    page.page.wait_for_function(VIDEO_SHOWN, timeout=60_000)
 
 
 def test_what_was_saved_and_the_report_are_seen(page, nodes_2):
-    page.drop("quantize", EXAMPLES["Quantize_and_save"])
-    page.set_widgets("W8A8Quantize", {"report": True})
+    workflow = copy.deepcopy(EXAMPLES["Quantize_and_save"])
+    (quantize,) = (node for node in workflow["nodes"] if node["type"] == "W8A8Quantize")
+    # Not the same twice: ComfyUI 0.3.75 tells nothing of a node that it need not run again.
+    # Not set on the page: its Nodes 2.0, a beta then, show no widget that comes after a change.
+    quantize["widgets_values"] = ["exact" if nodes_2 else "fast", True]
+    page.drop("quantize", workflow)
     page.press_run()
     saved, report = page.text_on("TurboSaveCheckpoint"), page.text_on("W8A8Quantize")
     assert saved.startswith("diffusion_models") and saved.endswith(".safetensors")
     assert "blocks.0.self_attn.q" in report
     for text in (saved, report):
-        assert page.page.evaluate(SHOWN_READ_ONLY, text) == [True]
+        page.page.wait_for_function(SHOWN_READ_ONLY, arg=text)
 
 
 def test_the_doctors_text_is_seen(page, nodes_2):
@@ -167,7 +173,7 @@ def test_the_doctors_text_is_seen(page, nodes_2):
     page.press_run()
     text = page.text_on("TurboDoctor")
     assert text.startswith("TurboDiffusion for Wan ")
-    assert page.page.evaluate(SHOWN_READ_ONLY, text) == [True]
+    page.page.wait_for_function(SHOWN_READ_ONLY, arg=text)
     (saved,) = page.page.evaluate("() => app.graph.serialize().nodes")
     assert not saved.get("widgets_values")
     (sent,) = page.prompt().values()
@@ -183,16 +189,16 @@ def test_megapixels_are_shown_where_they_count(page, nodes_2):
     assert "megapixels" not in page.page.evaluate(WIDGETS_SHOWN)
 
 
+def test_the_node_library_lists_the_blueprints(page):
+    found = page.search_nodes("TurboDiffusion")
+    assert [name for name in BLUEPRINTS if name not in found] == []
+
+
 def test_every_help_page_opens(page):
     for name in HELP_PAGES:
         page.put_alone(name)
         title = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8").split("\n")[0]
         assert page.help_on(name).startswith(title.removeprefix("# "))
-
-
-def test_the_node_library_lists_the_blueprints(page):
-    found = page.search_nodes("TurboDiffusion")
-    assert [name for name in BLUEPRINTS if name not in found] == []
 
 
 def test_the_templates_have_their_thumbnails(page):
