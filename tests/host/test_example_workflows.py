@@ -132,7 +132,10 @@ def test_every_example_has_a_small_thumbnail():
     for stem in WORKFLOWS:
         thumbnail = example_models.EXAMPLES / f"{stem}.jpg"
         assert thumbnail.stat().st_size <= 40_000
-        assert min(Image.open(thumbnail).size) >= 300
+        width, height = Image.open(thumbnail).size
+        assert width == height >= 300, "the list of templates shows squares"
+    pictures = {path.read_bytes() for path in example_models.EXAMPLES.glob("*.jpg")}
+    assert len(pictures) == len(WORKFLOWS), "two examples have one picture"
 
 
 def test_links_connect_what_they_say(workflow):

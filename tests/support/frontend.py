@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from comfyui_install import ROOT
 from playwright.sync_api import Page, Route, expect, sync_playwright
@@ -79,6 +80,13 @@ TEXT = """kind => app.graph.nodes.find(node => node.comfyClass === kind)
     ?.widgets?.find(widget => widget.name === "text")?.value ?? "" """
 
 OWN_PICTURE = "shown => shown.naturalWidth > 0 && !shown.src.includes('default-template')"
+
+
+def skip_tutorial(base: Path) -> None:
+    """Set up a server's `base` so that its page opens with a graph, as every time but the first."""
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}), encoding="utf-8")
 
 
 class Frontend:

@@ -4,7 +4,6 @@
 """
 
 import copy
-import json
 from itertools import combinations
 
 import comfyui_install
@@ -54,9 +53,7 @@ def server(tmp_path_factory):
         pytest.skip("no ComfyUI found: run make test, or set COMFYUI_DIR to a ComfyUI folder")
     base = tmp_path_factory.mktemp("server")
     example_models.write(comfyui, base)
-    settings = base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}), encoding="utf-8")
+    frontend.skip_tutorial(base)
     with ComfyServer(comfyui, base) as running:
         yield running
 
