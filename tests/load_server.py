@@ -158,8 +158,13 @@ def honest(rng: random.Random, name: str) -> dict:
     return RandomPrompt(rng, name).prompt
 
 
-def damaged(rng: random.Random, classes: list[str]) -> dict:
-    """An honest prompt, with other nodes of ours in it, after one to four damages."""
+def damaged(rng: random.Random, classes: dict[str, set[str]], others: list[str]) -> dict:
+    """An honest prompt, with other nodes of ours in it, after one to four damages.
+
+    `others` are the nodes that may come in, `classes` all there are, with their inputs. A list for
+    an input that a node has not got is taken out again: ComfyUI does not look at it before the run,
+    where a link that leads nowhere ends its worker, whatever the node.
+    """
     prompt = honest(rng, "damaged")
     (model,) = (n["inputs"]["model"] for n in prompt.values() if n["class_type"] == "BasicGuider")
     extras = {
@@ -173,9 +178,12 @@ def damaged(rng: random.Random, classes: list[str]) -> dict:
     for key in rng.sample(list(extras), rng.randrange(2)):
         prompt[key] = extras[key]
     for _ in range(rng.randint(1, 4)):
-        damage(rng, prompt, classes)
+        damage(rng, prompt, others)
     for entry in prompt.values():
-        for name, value in entry["inputs"].items():
+        for name, value in list(entry["inputs"].items()):
+            known = name in classes.get(entry["class_type"], ())
+            if isinstance(value, list) and not known:
+                del entry["inputs"][name]
             if isinstance(value, (int, float)) and value > LARGEST.get(name, value):
                 entry["inputs"][name] = LARGEST[name]
     return prompt
@@ -188,7 +196,7 @@ def damage(rng: random.Random, prompt: dict, classes: list[str]) -> None:
     if kind == "node" and len(prompt) > 1:
         del prompt[key]
     elif kind == "class":
-        prompt[key]["class_type"] = rng.choice([*classes, "UnheardOf"])
+        prompt[key]["class_type"] = rng.choice(classes)
     elif inputs and kind == "input":
         del inputs[rng.choice(list(inputs))]
     elif inputs and kind == "link":
@@ -245,9 +253,10 @@ def say(text: str) -> None:
 def random_prompts(server: ComfyServer, count: int, seed: int) -> None:
     rng = random.Random(f"prompts {seed}")
     info = server.object_info()
+    classes = {name: set().union(*node["input"].values()) for name, node in info.items()}
     module = info["TurboLoader"]["python_module"]
-    classes = [name for name, known in info.items() if known["python_module"] == module]
-    classes += ["KSampler", "VAEDecode", "ModelMergeAdd", "PreviewAny"]
+    ours = [name for name, known in info.items() if known["python_module"] == module]
+    ours += ["KSampler", "VAEDecode", "ModelMergeAdd", "PreviewAny", "UnheardOf"]
     check = honest(random.Random(seed), "check")
     before, start, counts = made(server, check), time.perf_counter(), Counter()
     first = memory(server)
@@ -255,11 +264,11 @@ def random_prompts(server: ComfyServer, count: int, seed: int) -> None:
         ids = []
         for _ in range(min(PROMPT_BATCH, count - done)):
             try:
-                ids.append(server.queue(damaged(rng, classes)))
+                ids.append(server.queue(damaged(rng, classes, ours)))
             except RejectedError as error:
                 counts[f"refused with {error.status}"] += 1
         counts.update(map(outcome, wait(server, ids).values()))
-        if done % 1000 == 0:
+        if done % 500 == 0:
             shutil.rmtree(server.output, ignore_errors=True)
             say(f"  {done + PROMPT_BATCH} prompts: {dict(counts)}, {memory(server)} MB")
     if made(server, copy.deepcopy(check)) != before:
