@@ -1,10 +1,11 @@
-"""Takes the pictures of the example workflows again: screenshots of ComfyUI's own frontend.
+"""Takes the pictures of examples and help pages again: screenshots of ComfyUI's own frontend.
 
     COMFYUI_DIR=/path/ComfyUI python tests/thumbnails.py [NAME ...]
 
 Each shows some groups of the workflow close up and the whole of it below, as a square, which is how
 the list of templates has them. The workflows without a video are run first, on tiny models, so that
-their results are seen. Needs what tests/ui needs: playwright and Chromium.
+their results are seen. A help page shows some nodes of an example. Needs what tests/ui needs:
+playwright and Chromium.
 """
 
 import io
@@ -22,6 +23,7 @@ import pack  # noqa: F401
 from comfyui_server import ComfyServer
 from frontend import Frontend, frontend, skip_tutorial
 
+DOCS = comfyui_install.ROOT / "web" / "docs"
 SIDE, STRIP, GAP = 560, 150, 10  # pixels of a picture, of its lower part, between the parts
 BACKGROUND = (20, 20, 20)
 QUALITY = 75
@@ -34,6 +36,15 @@ CLOSE_UP = {
     "Image_to_video_A14B_720p": (1,),
     "Image_to_video_with_LoRAs": (0,),
 }
+# Of the node whose help page has a picture: the example that it is from, and which nodes.
+HELP = {
+    "W8A8Quantize": ("Quantize_and_save", {"UNETLoader", "W8A8Quantize", "TurboSaveCheckpoint"}),
+    "rCMSampler": (
+        "Text_to_video_1.3B_480p",
+        {"BasicGuider", "RandomNoise", "rCMSampler", "SamplerCustomAdvanced"},
+    ),
+}
+HELP_WIDTH, MARGIN = 800, 20  # pixels
 QUIET = {
     "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
     "Comfy.Minimap.Visible": False,
@@ -42,6 +53,10 @@ QUIET = {
 }
 SET = "async settings => { for (const [k, v] of Object.entries(settings)) "
 SET += "await app.extensionManager.setting.set(k, v); }"
+BOXES_OF = """kinds => app.graph.nodes.filter(node => kinds.includes(node.comfyClass)).map(node => {
+    const [x, y, width, height] = node.getBounding();
+    return [x, y, x + width, y + height];
+})"""
 # Shows the graph's box [left, top, right, bottom] in the free part of the page; gives the clip.
 SHOW = """([left, top, right, bottom]) => {
     const free = { x: 80, y: 170, width: 1780, height: 800 };
@@ -68,14 +83,31 @@ def main() -> None:
             page.set_style(False)
             page.page.evaluate(SET, QUIET)
             for name in names:
-                page.drop(name, examples[name])
-                if name not in CLOSE_UP:
-                    page.set_widgets("W8A8Quantize", {"report": True})
-                    page.press_run()
-                    page.text_on("TurboSaveCheckpoint")
-                picture(page, name).save(
-                    example_models.EXAMPLES / f"{name}.jpg", quality=QUALITY, optimize=True
-                )
+                open_and_run(page, name, examples[name])
+                save(picture(page, name), example_models.EXAMPLES / f"{name}.jpg")
+                for node, (example, kinds) in HELP.items():
+                    if example == name:
+                        save(close_up(page, kinds), DOCS / f"{node}.jpg")
+
+
+def open_and_run(page: Frontend, name: str, workflow: dict) -> None:
+    """Open an example, and run it if it makes no video."""
+    page.drop(name, workflow)
+    if name not in CLOSE_UP:
+        page.set_widgets("W8A8Quantize", {"report": True})
+        page.press_run()
+        page.text_on("TurboSaveCheckpoint")
+
+
+def save(image: Image.Image, path: Path) -> None:
+    image.save(path, quality=QUALITY, optimize=True)
+
+
+def close_up(page: Frontend, kinds: set[str]) -> Image.Image:
+    """The nodes of these classes, and what lies between them."""
+    left, top, right, bottom = around(page.page.evaluate(BOXES_OF, list(kinds)))
+    image = shot(page, [left - MARGIN, top - MARGIN, right + MARGIN, bottom + MARGIN])
+    return image.resize((HELP_WIDTH, round(image.height * HELP_WIDTH / image.width)))
 
 
 def picture(page: Frontend, name: str) -> Image.Image:

@@ -14,6 +14,7 @@ import comfyui_install
 import example_models
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from comfyui_install import ROOT
 from comfyui_server import ComfyServer, combo_options, node_inputs
@@ -388,6 +389,40 @@ def test_the_demo_makes_a_video_from_a_picture(server):
     assert run.outcome == "execution_success", run.message
     (video,) = run.files
     assert play(video) == (SMALL["length"], SMALL["width"], SMALL["height"])
+
+
+@pytest.mark.server
+def test_a_sparse_pair_of_other_makers_runs_as_the_help_page_says(server):
+    """LightX2V's NVFP4-Sparse, but for its 4 bits: SLA's block map, no projections, not rCM."""
+    models = server.base / "models" / "diffusion_models"
+    example = api_format(WORKFLOWS["Image_to_video_A14B_720p"], server.object_info())
+    prompt = small(example)
+    (switch,) = (k for k, n in prompt.items() if n["class_type"] == "Wan22ExpertSwitch")
+    for seed, expert in enumerate(("model_high", "model_low")):
+        name = f"sparse_{expert}.safetensors"
+        tensors = tiny_models.stock_checkpoint(seed, in_channels=tiny_models.I2V_CHANNELS)
+        tiny_models.write_checkpoint(models / name, tensors)
+        loader, sparse = prompt[switch]["inputs"][expert][0], f"sparse_{seed}"
+        inputs = {"unet_name": name, "weight_dtype": "default"}
+        prompt[loader] = {"class_type": "UNETLoader", "inputs": inputs}
+        settings = {"attention": "sagesla", "topk": 0.1, "dense_blocks": "", "dense_steps": 0}
+        inputs = {"model": [loader, 0], **settings, "backend": "auto"}
+        prompt[sparse] = {"class_type": "SLAAttentionPatch", "inputs": inputs}
+        prompt[switch]["inputs"][expert] = [sparse, 0]
+    inputs = {"model": [switch, 0], "shift": 7.0}
+    prompt["shift"] = {"class_type": "ModelSamplingSD3", "inputs": inputs}
+    (sampler,) = (k for k, n in prompt.items() if n["class_type"] == "SamplerCustomAdvanced")
+    (image,) = (k for k, n in prompt.items() if n["class_type"] == "WanImageToVideo")
+    wires = {"positive": [image, 0], "negative": [image, 1], "latent_image": [image, 2]}
+    settings = {"steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    inputs = {"model": ["shift", 0], **wires, **settings, "seed": 3, "denoise": 1.0}
+    prompt[sampler] = {"class_type": "KSampler", "inputs": inputs}
+    before = len(server.log_text())
+    assert made_frames(server, prompt).std() > 0
+    (line,) = (text for text in server.log_text()[before:].splitlines() if "SLA in 2 of 2" in text)
+    for noise in ("high", "low"):
+        assert f"{noise}-noise expert: 2 forward passes" in line
+    assert line.count("no proj_l so no linear branch") == 2
 
 
 @pytest.mark.server

@@ -36,6 +36,8 @@ SHOWN_READ_ONLY = """text => {
         area => area.value === text && area.getBoundingClientRect().height > 20);
     return shown.length === 1 && (shown[0].readOnly || shown[0].disabled);
 }"""
+PICTURES_SHOWN = """count => [...document.querySelectorAll(".node-help-content img")]
+    .filter(picture => picture.naturalWidth > 0).length === count"""
 WIDGETS_SHOWN = """() => app.graph.nodes[0].widgets
     .filter(widget => !widget.hidden).map(widget => widget.name)"""
 
@@ -194,8 +196,9 @@ def test_the_node_library_lists_the_blueprints(page):
 def test_every_help_page_opens(page):
     for name in HELP_PAGES:
         page.put_alone(name)
-        title = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8").split("\n")[0]
-        assert page.help_on(name).startswith(title.removeprefix("# "))
+        text = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert page.help_on(name).startswith(text.split("\n")[0].removeprefix("# "))
+        page.page.wait_for_function(PICTURES_SHOWN, arg=text.count("!["))
 
 
 def test_the_templates_have_their_thumbnails(page):
