@@ -134,7 +134,7 @@ class RandomPrompt:
         return self.add("attention", node("SLAAttentionPatch", model=model, **settings))
 
     def from_text(self) -> tuple[list, list]:
-        words = self.rng.choice(("a big red circle", "a small star"))
+        words = self.rng.choice(("a big red circle", "a small diamond"))
         text = self.add("text", node("TurboTestTextEncode", text=words))
         self.add("vae", node("VAELoader", vae_name="vae.safetensors"))
         return text, self.add("latent", node("EmptyHunyuanLatentVideo", **self.size()))
