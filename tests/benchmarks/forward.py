@@ -41,7 +41,7 @@ from gpu_timing import (  # noqa: E402
     why_not_timed,
 )
 from in_comfyui import comfy  # noqa: E402
-from turbodiffusion_pack.kernels.dispatch import capability  # noqa: E402
+from turbodiffusion_pack.kernels import dispatch  # noqa: E402
 from turbodiffusion_pack.kernels.sparse_attention import default_pv  # noqa: E402
 from turbodiffusion_pack.turbo_core.checkpoint import Checkpoint  # noqa: E402
 from turbodiffusion_pack.turbo_core.forward_time import (  # noqa: E402
@@ -325,7 +325,7 @@ def main() -> None:
                     comfy.model_management.unload_all_models()
                     gc.collect()  # a model holds itself through its patched forwards
     if options.json:
-        known = {"card": capability(GPU), "ceilings": ceilings and ceilings._asdict()}
+        known = {"card": dispatch.capability(GPU), "ceilings": ceilings and ceilings._asdict()}
         everything = {**known, "results": results}
         options.json.write_text(json.dumps(everything, indent=1))
 

@@ -187,6 +187,12 @@ def test_fp8_values_of_a_card_without_them_are_not_timed(monkeypatch):
     assert why_not_timed(lambda: sla(q, k, v, proj, topk=0.3, low_bit=True, pv="fp16")) is None
 
 
+def test_benchmarks_ask_for_the_card_when_it_is_played():
+    """A name that was imported before stays the real card's."""
+    files = Path(__file__).resolve().parents[1].joinpath("benchmarks").glob("*.py")
+    assert [f.name for f in files if "import capability" in f.read_text("utf-8")] == []
+
+
 def test_attention_is_rated_by_what_it_multiplies():
     module = benchmark("attention")
     ceilings = Ceilings({**TOPS, FP8: 800.0, FP8_SHORT: 1600.0}, 1000.0, 1.0)
