@@ -43,7 +43,7 @@ TORCH = {"torch", "torchvision", "torchaudio"}
 
 # By their presence Chromium is there; and how to get it where there is Debian's package manager.
 CHROMIUM = ("chromium", "chromium-browser")
-APT_SECONDS = 300
+APT_SECONDS = 120
 APT = (
     ["apt-get", "install", "--yes", "--no-install-recommends", "chromium"],
     ["apt-get", "update"],
