@@ -51,7 +51,7 @@ def measure(device: torch.device) -> Ceilings:
 
 
 def value_tops(tops: dict[str, float], pv: str) -> float:
-    """Of products with SageSLA's weights and values in "fp8" or "fp16", of a card that reaches `tops`.
+    """Of products with SageSLA's weights and values in "fp8" or "fp16"; the card reaches `tops`.
 
     Their sums are float16 where that is faster; emulated fp8 goes by the products of fp16.
     """

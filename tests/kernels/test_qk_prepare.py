@@ -1,11 +1,10 @@
 """What prepares q and k: the composition of its ops, and Triton against it."""
 
-import ahead_of_time
 import goldens
 import pytest
 import torch
 from devices import BATCHES, CARD, DEVICE, TRITON_DTYPES
-from turbodiffusion_pack.kernels import dispatch, nvrtc
+from turbodiffusion_pack.kernels import dispatch
 from turbodiffusion_pack.kernels.block_map import block_means
 from turbodiffusion_pack.kernels.linear_attention import (
     LinearBranch,

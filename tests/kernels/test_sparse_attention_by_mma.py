@@ -27,7 +27,7 @@ def need_fp8(pv):
 
 
 def swizzled(rows):
-    """Bytes [..., rows, width]: of 128 bytes in a row of shared memory, chunks of 16 trade places."""
+    """Bytes [..., rows, width], whose chunks of 16 trade places within every 128 bytes."""
     count, width = rows.shape[-2:]
     row = torch.arange(count, device=rows.device)
     chunk = torch.arange(width // 16, device=rows.device)
