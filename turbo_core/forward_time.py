@@ -8,7 +8,7 @@ the rows of MEASURED.
 from typing import NamedTuple
 
 from ..kernels.block_map import selected_count
-from ..kernels.ceilings import FP8, FP16, INT8
+from ..kernels.ceilings import FP8_SHORT, FP16, FP16_SHORT, INT8
 from ..kernels.tuning import of_card
 from .cards import Card
 
@@ -30,8 +30,9 @@ ASSUMPTIONS = (
     " multiprocessors x clock.",
     f"Kernels that move data take as on the H100 by a copy's speed, {COPY_SHARE:.0%} of the"
     f" published bandwidth; torch's attention to the text reaches {TEXT_SHARE:.0%}.",
-    "GeForce cards multiply fp16 and fp8 with fp32 sums at half the rate; fp8 values are taken to"
-    " cost beside their products what fp16 values cost.",
+    "GeForce cards multiply fp16 and fp8 with fp32 sums at half the rate: those of torch, not those"
+    " of SageSLA, whose sums there are fp16 (fp8 needs a torch of CUDA 12.8 or newer); fp8 values"
+    " are taken to cost beside their products what fp16 values cost.",
     "No weights are streamed, and Python keeps ahead of the card.",
 )
 
@@ -93,13 +94,11 @@ MEASURED: dict[tuple[int, int], Session] = {
     (8, 0): Session(
         {INT8: 1272, FP16: 633}, 2990, {"14B-480P": Parts(1120, 248, 23, 180)}
     ),
-    (8, 6): Session(
-        {INT8: 1272, FP16: 633}, 2990, {"14B-480P": Parts(1120, 248, 23, 180)}
-    ),
+    (8, 6): Session({INT8: 1285, FP16: 648}, 2988, {"14B-480P": Parts(931, 214, 25, 169)}),
 }  # fmt: skip
 
-# What our kernels multiply attention's weights and values in.
-VALUES = {(8, 0): FP16, (8, 9): FP8}
+# What our kernels multiply attention's weights and values in, see sparse_attention/mma.py.
+VALUES = {(8, 0): FP16, (8, 6): FP16_SHORT, (8, 9): FP8_SHORT}
 
 
 def linear_operations(shape: Shape) -> float:

@@ -128,7 +128,7 @@ def part_of(kernel: str) -> str:
 def best_ms(part: str, shape: Shape, settings: SLASettings, ceilings: Ceilings) -> float:
     """What the products of a part take at this card's best, in ms; 0 of what moves data."""
     attended = self_attention_operations(shape, topk_of(settings)) / 1e9
-    scores = values = ceilings.value_tops("fp16")
+    scores = values = ceilings.value_tops("16 bit")
     if settings.attention == "sagesla":
         scores, values = ceilings.int8_tops, ceilings.value_tops(default_pv(GPU))
     if part == "linear":
@@ -137,7 +137,7 @@ def best_ms(part: str, shape: Shape, settings: SLASettings, ceilings: Ceilings) 
         return attended / 2 * (1 / scores + 1 / values)
     if part == "text":
         dense = attended if settings.attention == "dense" else 0
-        return (cross_attention_operations(shape) / 1e9 + dense) / ceilings.value_tops("fp16")
+        return (cross_attention_operations(shape) / 1e9 + dense) / ceilings.value_tops("16 bit")
     return 0
 
 
