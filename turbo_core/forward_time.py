@@ -88,8 +88,9 @@ class Session(NamedTuple):
 
 
 # By the card that was played: 99 KB of shared memory from sm_86 on, 163 KB before. fp8 is emulated
-# on an H100, so cards that have it are reckoned from the row with fp16 values. Put together from
-# forward.py as sm_89 (linears, text, rest) and attention.py as sm_80 (6.2 ms a layer).
+# on an H100, so cards that have it are reckoned from the row with fp16 values. The first row is of
+# Triton's kernels, put together from forward.py as sm_89 (linears, text, rest) and attention.py as
+# sm_80 (6.2 ms a layer); `forward.py --card 8.6` gave the second.
 MEASURED: dict[tuple[int, int], Session] = {
     (8, 0): Session(
         {INT8: 1272, FP16: 633}, 2990, {"14B-480P": Parts(1120, 248, 23, 180)}
