@@ -96,7 +96,7 @@ class Frontend:
         self.page = page
         self.address = address
         self.errors: list[str] = []
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("console", self.note)
         page.route("**/*", self.only_this_server)
