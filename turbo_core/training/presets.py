@@ -231,21 +231,16 @@ TOY = Preset(
     vae=VAE(steps=2600, batch=8, crop=128),
     data=Clips(samples=10240),
     evaluate=Evaluation(),
-    # A shape shows through noise 50 times its latents: where it goes is decided up there.
-    teacher=Teacher(
-        steps=9000, batch=32, micro_batch=32, lr=8e-4, level_mean=1.4, level_std=1.7
-    ),
-    sla=SLA(steps=3500, batch=32, micro_batch=32, lr=4e-4, topk=0.2, block_q=128, guidance=2.5),
+    teacher=Teacher(steps=16000, batch=32, micro_batch=32, lr=8e-4, level_mean=0.8),
+    sla=SLA(steps=5000, batch=32, micro_batch=32, lr=4e-4, topk=0.2, block_q=128, guidance=2.5),
     rcm=RCM(
-        steps=2200,
+        steps=3200,
         batch=32,
         micro_batch=32,
         lr=1e-4,
         fake_lr=2e-5,
-        level_mean=1.5,
-        level_std=1.8,
+        level_mean=0.0,  # -0.8 + ln sqrt 5
         consistency_only=200,
-        every=2,
         guidance=2.5,
         dmd_weight=0.05,
     ),
@@ -259,7 +254,7 @@ I2V = dataclasses.replace(
     TOY,
     sizes=Sizes(dim=128, ffn_dim=256, num_layers=4, in_channels=36),
     sla=dataclasses.replace(TOY.sla, steps=3000),
-    rcm=dataclasses.replace(TOY.rcm, steps=2400, level_mean=0.0, level_std=1.6, every=5),
+    rcm=dataclasses.replace(TOY.rcm, steps=2400),
 )
 
 CPU = Preset(

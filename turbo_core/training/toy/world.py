@@ -51,11 +51,10 @@ TURNED = (0.0, math.pi / 4, 0.0, 0.0)
 # Lengths are in frame widths. A shape's radius is that of the disc of the same area.
 RADII = (0.09, 0.15)
 FURTHEST = 1.56  # radii from its centre to the furthest point of any shape
-EDGE = 0.01  # what always stays free at the frame's edge
-# Starts lie on a grid of quarter frames: a prompt leaves 1 to 9 of them open. On any pixel there
-# would be more looks of a shape in tokens than a few million weights learn in minutes, and on a
-# grid of one token up to 99 starts, between which a few-step student took two at once.
-PLACES = 4
+EDGE = 0.02  # what always stays free at the frame's edge
+# Starts lie on a grid, a token of the networks apart. On any pixel, there would be more looks of a
+# shape in tokens than a few million weights learn in minutes.
+PLACES = 16
 # How much of its motion a clip shows, slow and fast.
 WAY = (0.125, 0.25)
 TURNS, ORBIT = (0.75, 1.25), 0.1
