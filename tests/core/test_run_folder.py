@@ -195,11 +195,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
 @pytest.mark.parametrize("width", [16, None])
 def test_a_checkpoint_of_another_network(tmp_path, width):
     folder = make_checkpoints(tmp_path, 5)
-    other = Dummy(width or 8)
+    state = Dummy(width or 8).state
     if width is None:
-        del other.average["0.bias"]
+        del state["student_average"]["0.bias"]
     with pytest.raises(TrainingError, match="is of another network or optimizer"):
-        step_checkpoints.load(folder, other.state)
+        step_checkpoints.load(folder, state)
     assert step_checkpoints.steps_in(folder) == [5]
 
 
@@ -273,17 +273,19 @@ def test_settings_that_are_damaged(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
 def test_two_processes_go_on_from_one(tmp_path):
-    """FSDP2 shards what one process saved, and both processes end with the same weights as one."""
-    whole, dummy = Dummy(), Dummy()
+    """FSDP2 shards what one process saved, and both end with the same weights as one, though only
+    one of them had the batch that all have to drop."""
+    whole, dummy = Dummy(bad_steps=[9]), Dummy()
     train(tmp_path / "whole", 12, 3, whole)
     real, dummy.step = dummy.step, lambda n: real(n) if n < 7 else 1 / 0
     with pytest.raises(ZeroDivisionError):
         train(tmp_path, 12, 3, dummy)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [str(Path(dummy_training.__file__)), str(tmp_path), "12", "3"]
+    arguments = [str(Path(dummy_training.__file__)), str(tmp_path), "12", "3", "9"]
     run = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("going on from step 6 of 12") == 1  # one speaks for both
+    assert run.stderr.count("step 10: loss nan, gradient_norm nan, the batch was dropped") == 1
     newest = tmp_path / "dummy" / "checkpoints" / "step-00000012"
     assert {path.name for path in newest.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
     for name, tensor in weights(tmp_path / "whole").items():
