@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -177,6 +178,20 @@ def test_other_data_are_other_settings(run, tmp_path):
     stage(tmp_path, "sla", "steps=1", data=run / "latents", base=base)
     with pytest.raises(TrainingError, match=r"was started with other settings .data "):
         stage(tmp_path, "sla", "steps=1", data=tmp_path / "others", base=base)
+
+
+def test_how_it_is_computed_may_change_but_not_what(run, tmp_path):
+    """A folder of 0.4.0 says nothing of text_channels: it ran with the preset's."""
+    stage(tmp_path, "teacher", "steps=1", data=run / "latents")
+    stage(tmp_path, "teacher", "steps=1", "compiled=True", "context=20", data=run / "latents")
+    settings = tmp_path / "teacher" / "settings.json"
+    told = json.loads(settings.read_text())
+    assert told.pop("text_channels") == 64
+    for text in (settings.read_text(), json.dumps(told)):
+        settings.write_text(text)
+        stage(tmp_path, "teacher", "steps=1", data=run / "latents")
+        with pytest.raises(TrainingError, match=r"settings .text_channels 64, now 32\)"):
+            stage(tmp_path, "teacher", "steps=1", "text_channels=32", data=run / "latents")
 
 
 def test_what_does_not_fit_is_refused(run, tmp_path):

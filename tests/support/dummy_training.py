@@ -1,4 +1,6 @@
-"""A stage that trains a tiny network on noise: `torchrun dummy_training.py RUN STEPS SAVE_EVERY BAD`.
+"""A stage that trains a tiny network on noise.
+
+    torchrun dummy_training.py RUN STEPS SAVE_EVERY BAD
 
 It uses the frame of the real stages, has no ComfyUI, and takes little time, so that tests may kill
 it at any moment. With torchrun the network is sharded, and in the last process alone the batch of

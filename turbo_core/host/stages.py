@@ -19,7 +19,7 @@ from ..training.estimate import show
 from ..training.initial_weights import initial_weights
 from ..training.loop import train
 from ..training.merge import merge_files, table
-from ..training.presets import Preset, chosen, settings_of
+from ..training.presets import PRESETS, Preset, chosen, settings_of
 from ..training.processes import grouped, rank, say
 from ..training.rcm import RCMTraining
 from ..training.report import Report
@@ -110,7 +110,8 @@ def _train(args, device: torch.device, stage: str, columns: tuple[str, ...], beg
     if args.dry_run:
         show(args.preset, preset, stage, device)
         return
-    with run_folder.open(args.out, stage, _told(args, preset, stage)) as folder:
+    since = {"text_channels": PRESETS[args.preset].text_channels}
+    with run_folder.open(args.out, stage, _told(args, preset, stage), since) as folder:
         if folder.finished is not None:
             say(f"{folder.path} is finished")
             return
@@ -142,13 +143,19 @@ def _sampler(training, data: Data, settings, seed: int, decode) -> Callable | No
 
 
 def _told(args: argparse.Namespace, preset: Preset, stage: str) -> dict:
-    """All that decides what a stage computes; saving and drawing do not."""
+    """All that decides what a stage computes.
+
+    Saving and drawing do not, nor does how it is computed: compiled, with fewer activations kept or
+    on more GPUs it is the same training but for rounding, and a run may go on so. The data say how
+    many tokens a prompt has.
+    """
     return {
         "preset": args.preset,
         "seed": preset.seed,
         "base": _base_name(args),
         "data": str(args.data or "data"),
         "sizes": dataclasses.asdict(preset.sizes),
+        "text_channels": preset.text_channels,
         stage: dataclasses.asdict(settings_of(preset, stage)),
     }
 

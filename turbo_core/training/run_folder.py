@@ -94,12 +94,15 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open(root: Path, stage: str, settings: dict) -> Iterator[RunFolder]:
+def open(
+    root: Path, stage: str, settings: dict, since: dict[str, object] | None = None
+) -> Iterator[RunFolder]:
     """Open RUN/<stage> for this run alone; made if it is new.
 
     Args:
         root: RUN.
         settings: all that decides what the stage computes, as json can hold it.
+        since: those of them that folders of earlier versions lack, as those ran.
 
     Raises:
         TrainingError: another run works in it, it was started with other settings, or it cannot be
@@ -107,7 +110,7 @@ def open(root: Path, stage: str, settings: dict) -> Iterator[RunFolder]:
     """
     folder = RunFolder(root, stage)
     with contextlib.ExitStack() as held:
-        agreed(lambda: _take(folder.path, settings, held))
+        agreed(lambda: _take(folder.path, settings, since or {}, held))
         yield folder
 
 
@@ -123,7 +126,7 @@ def write_text(path: Path, text: str) -> None:
         step_checkpoints.sync(path.parent)
 
 
-def _take(path: Path, settings: dict, held: contextlib.ExitStack) -> None:
+def _take(path: Path, settings: dict, since: dict, held: contextlib.ExitStack) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         file = held.enter_context((path / LOCK).open("a+b"))
@@ -132,7 +135,7 @@ def _take(path: Path, settings: dict, held: contextlib.ExitStack) -> None:
             f"{path} cannot be written to ({error.strerror}): choose another --out"
         ) from error
     _lock(file, path)
-    _compare_or_record(path / SETTINGS, json.loads(json.dumps(settings)))
+    _compare_or_record(path / SETTINGS, json.loads(json.dumps(settings)), since)
     step_checkpoints.remove_parts(path / "checkpoints")
     shutil.rmtree(path / PART, ignore_errors=True)
 
@@ -159,11 +162,11 @@ def _lock(file: BinaryIO, path: Path) -> None:
     file.flush()
 
 
-def _compare_or_record(path: Path, settings: dict) -> None:
+def _compare_or_record(path: Path, settings: dict, since: dict) -> None:
     if not path.exists():
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
-    before, now = _flat(_read_json(path)), _flat(settings)
+    before, now = {**since, **_flat(_read_json(path))}, _flat(settings)
     changed = [name for name in {**before, **now} if _told(before, name) != _told(now, name)]
     if changed:
         list_ = ", ".join(
