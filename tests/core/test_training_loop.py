@@ -129,6 +129,17 @@ def test_a_grid_of_videos_moves(tmp_path):
     assert reds[0] < 30 and reds[-1] > 225 and reds == sorted(reds)
 
 
+def test_a_grid_that_may_not_be_large_is_saved_at_a_lower_quality(tmp_path):
+    videos = torch.rand(2, 3, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    save_grid(tmp_path / "best", videos)
+    best = (tmp_path / "best.webp").stat().st_size
+    save_grid(tmp_path / "small", videos, most=best - 1)
+    assert 0.4 * best < (tmp_path / "small.webp").stat().st_size < best
+    assert Image.open(tmp_path / "small.webp").n_frames == 3
+    save_grid(tmp_path / "least", videos, most=1)  # the worst, rather than none
+    assert (tmp_path / "least.webp").exists()
+
+
 def test_without_pillow_it_says_so_once_and_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pillow, "Image", None)
     monkeypatch.setattr(pillow, "_said", set())
