@@ -109,6 +109,23 @@ def train_with_little_room(root: str, told: str) -> None:
         Path(told).write_text(str(error))
 
 
+def finish_without_room(place: int, port: int, root: str) -> None:
+    """Be the process number `place` of two, of which the first finds the disk full at the end."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {**address, "RANK": str(place), "LOCAL_RANK": str(place)}
+    os.environ["TORCHELASTIC_RUN_ID"] = "test"
+
+    def write(path: Path) -> None:
+        if rank() == 0:
+            raise OSError(28, "No space left on device")
+
+    with processes("cpu"), run_folder.open(Path(root), "dummy", {}) as folder:
+        try:
+            folder.finish(write)
+        except TrainingError as error:
+            Path(root, f"told-{place}").write_text(f"{error.everywhere}: {error}")
+
+
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

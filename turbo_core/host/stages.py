@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import CheckpointError, read_checkpoint
-from ..checkpoint.sizes import Sizes
 from ..checkpoint.write import write_safetensors
 from ..training import rcm as rcm_training
 from ..training import run_folder
@@ -173,9 +172,14 @@ def _base(args: argparse.Namespace, preset: Preset) -> Tensors:
             f"{path.name} {'is quantized' if checkpoint.quantized else 'has SLA'}: train from the "
             "plain Wan model, in bf16 or fp32"
         )
-    found = Sizes(**{f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(Sizes)})
-    if found != preset.sizes:
-        raise CheckpointError(f"{path.name} is {found}, the preset {args.preset} {preset.sizes}")
+    wanted = dataclasses.asdict(preset.sizes)
+    found = {name: getattr(checkpoint, name) for name in wanted}
+    other = [f"{n} {found[n]}, not {wanted[n]}" for n in wanted if found[n] != wanted[n]]
+    if other:
+        raise CheckpointError(
+            f"{path.name} is no model of the preset {args.preset} ({'; '.join(other)}): choose "
+            "another preset or another --base"
+        )
     return checkpoint.tensors
 
 
@@ -223,9 +227,10 @@ def _save(path: Path, tensors: Tensors, about: dict[str, str]) -> None:
     """
     whole = {n: torch.empty(t.shape, device="meta") for n, t in wan_tensors(tensors).items()}
     values = ((n, _gathered(t)) for n, t in wan_tensors(tensors).items())
-    if rank() == 0:
-        write_safetensors(path, whole, values, about)
-    else:
+    try:
+        if rank() == 0:
+            write_safetensors(path, whole, values, about)
+    finally:  # where it fails too: the others gather all of them
         for _ in values:
             pass
 

@@ -1,7 +1,7 @@
 """The folder of one stage of a run: one run at a time, one set of settings, only whole outputs.
 
 RUN/sla/lock               held while a run works here; the system frees it, however a run ends
-RUN/sla/settings.json      what the stage was started with
+RUN/sla/settings.json      what the stage was started with, binding from the first checkpoint on
 RUN/sla/checkpoints/       the last two steps, see step_checkpoints.py
 RUN/sla/<outputs>          appear when they are complete
 RUN/sla/finished.json      comes last: outputs, their sizes, what the stage found out
@@ -82,12 +82,15 @@ class RunFolder:
         Raises:
             TrainingError: something could not be written; the checkpoints are whole.
         """
-        part = self.path / PART
+        part, problem = self.path / PART, None
         agreed(lambda: _empty(part))
         try:
-            with writing(self.path):
-                write(part)
-            agreed(lambda: _publish(part, self.path, facts))
+            try:
+                with writing(self.path):
+                    write(part)
+            except (ValueError, TrainingError) as error:  # the others are on their way to `agreed`
+                problem = error
+            agreed(lambda: _publish(part, self.path, facts, problem))
         finally:
             if rank() == 0:
                 shutil.rmtree(part, ignore_errors=True)
@@ -163,7 +166,9 @@ def _lock(file: BinaryIO, path: Path) -> None:
 
 
 def _compare_or_record(path: Path, settings: dict, since: dict) -> None:
-    if not path.exists():
+    folder = path.parent
+    begun = (folder / FINISHED).exists() or step_checkpoints.steps_in(folder / "checkpoints")
+    if not (begun and path.exists()):  # nothing depends on what an earlier try was started with
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     before, now = {**since, **_flat(_read_json(path))}, _flat(settings)
@@ -174,7 +179,7 @@ def _compare_or_record(path: Path, settings: dict, since: dict) -> None:
         )
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise TrainingError(
-            f"{path.parent} was started with other settings ({list_}{more}): use those, or another "
+            f"{folder} was started with other settings ({list_}{more}): use those, or another "
             "--out"
         )
 
@@ -222,7 +227,9 @@ def _empty(part: Path) -> None:
     part.mkdir()
 
 
-def _publish(part: Path, path: Path, facts: dict) -> None:
+def _publish(part: Path, path: Path, facts: dict, problem: Exception | None) -> None:
+    if problem:
+        raise problem
     outputs = {}
     for source in sorted(file for file in part.rglob("*") if file.is_file()):
         name = source.relative_to(part)
