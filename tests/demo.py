@@ -139,6 +139,10 @@ def arguments() -> tuple[dict[str, list[Path]], Path | None, Path | None]:
         "--picture", type=Path, help="a .webp to write the toy's videos to, animated"
     )
     given = parser.parse_args()
+    if given.picture and (given.checkpoint or given.high):
+        parser.error("--picture is of the toy's videos: leave the checkpoints out")
+    if given.picture and (given.picture.suffix != ".webp" or not given.picture.parent.is_dir()):
+        parser.error(f"--picture is a .webp in a folder that is there, got {given.picture}")
     if (given.high is None) != (given.low is None):
         parser.error("image to video needs both experts, got one of --high and --low")
     for file in filter(None, (given.checkpoint, given.high, given.low, given.image)):
@@ -185,14 +189,37 @@ def workflow_file(name: str) -> dict:
 
 
 def toy_workflow(name: str, prompt: str) -> dict:
-    """The workflow for `prompt`, with the trained toy's files if there are any."""
+    """The workflow for `prompt`, with the trained toy's files and its top-k if there is one."""
     workflow = workflow_file(name)
     node_inputs(workflow, "TurboTestTextEncode")["text"] = prompt
     if toy_assets.is_trained(name):
         node_inputs(workflow, "VAELoader")["vae_name"] = toy_assets.PLACES["vae"].name
         for loader, file in zip(loaders(workflow), toy_assets.CHECKPOINTS[name], strict=True):
             loader["checkpoint"] = toy_assets.PLACES[file].name
+        choose_topk(workflow, toy_assets.TOPK)
     return workflow
+
+
+def choose_topk(workflow: dict, topk: float) -> None:
+    """Have every model attend to a share `topk` of the key blocks: by the workflow's patch nodes,
+    or by one behind each loader."""
+    if not any(n["class_type"] == "SLAAttentionPatch" for n in workflow.values()):
+        for number in [k for k, n in workflow.items() if n["class_type"] == "TurboLoader"]:
+            insert_patch(workflow, number)
+    for entry in workflow.values():
+        if entry["class_type"] == "SLAAttentionPatch":
+            entry["inputs"]["topk"] = topk
+
+
+def insert_patch(workflow: dict, loader: str) -> None:
+    """An SLAAttentionPatch between a loader and all that takes its MODEL."""
+    patch = f"{loader} patched"
+    for entry in workflow.values():
+        for name, value in entry["inputs"].items():
+            if value == [loader, 0]:
+                entry["inputs"][name] = [patch, 0]
+    settings = node_inputs(workflow_file("t2v"), "SLAAttentionPatch")
+    workflow[patch] = node("SLAAttentionPatch", **settings | {"model": [loader, 0]})
 
 
 def loaders(workflow: dict) -> list[dict]:

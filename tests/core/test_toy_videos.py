@@ -88,9 +88,20 @@ def test_the_readmes_picture_plays_and_is_small(tmp_path):
     videos = {prompt: toy_videos.clip(prompt) for prompt in PROMPTS}
     toy_videos.write_picture(tmp_path / "demo.webp", videos)
     picture = toy_videos.Image.open(tmp_path / "demo.webp")
-    assert picture.n_frames == toy_videos.FRAMES
+    assert picture.format == "WEBP" and picture.n_frames == toy_videos.FRAMES
     assert picture.width >= len(videos) * toy_videos.PIXELS
     assert (tmp_path / "demo.webp").stat().st_size < 300_000
+    below = toy_videos.np.asarray(picture.convert("L"))[toy_videos.PIXELS :]
+    for at in range(len(videos)):  # a prompt stands under each video, and is not cut off
+        strip = below[:, at * (toy_videos.PIXELS + 4) :][:, : toy_videos.PIXELS]
+        assert strip[5:-5].min() < 80 and strip[:, [0, 1, -2, -1]].min() > 200
+
+
+def test_a_picture_too_large_for_a_readme_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_videos, "LARGEST_PICTURE", 1000)
+    with pytest.raises(ValueError, match="more than 1000"):
+        toy_videos.write_picture(tmp_path / "demo.webp", {PROMPTS[0]: toy_videos.clip(PROMPTS[0])})
+    assert not (tmp_path / "demo.webp").exists()
 
 
 def test_the_workflows_stand_at_the_demos_prompts():

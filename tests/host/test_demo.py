@@ -45,7 +45,35 @@ def test_a_training_becomes_the_demos_files(folder, tmp_path, monkeypatch):
     assert torch.equal(small["conv.weight"], vae["conv.weight"])
     workflow = demo.toy_workflow("t2v", "a red circle")
     assert demo.loaders(workflow)[0]["checkpoint"] == toy_assets.PLACES["t2v"].name
+    assert demo.node_inputs(workflow, "SLAAttentionPatch")["topk"] == 0.2
     assert demo.loaders(demo.toy_workflow("i2v", ""))[0]["checkpoint"].startswith("tiny_i2v")
+
+
+def test_both_trained_experts_attend_to_as_many_blocks_as_they_learnt_with(monkeypatch):
+    """The workflow that others take stays as it is: it has no patch nodes, and top-k 0.1."""
+    given = demo.workflow_file("i2v")
+    assert demo.toy_workflow("i2v", "") == given | {"4": demo.node("TurboTestTextEncode", text="")}
+    monkeypatch.setattr(toy_assets, "is_trained", lambda workflow: True)
+    workflow = demo.toy_workflow("i2v", "")
+    switch = demo.node_inputs(workflow, "Wan22ExpertSwitch")
+    for name, loader in (("model_high", "1"), ("model_low", "2")):
+        patch = workflow[switch[name][0]]
+        assert patch["class_type"] == "SLAAttentionPatch" and switch[name][1] == 0
+        assert patch["inputs"]["topk"] == 0.2 and patch["inputs"]["model"] == [loader, 0]
+    assert len(workflow) == len(given) + 2
+    assert demo.workflow_file("i2v") == given
+
+
+def test_a_picture_that_could_not_be_written_is_refused_first(monkeypatch, tmp_path, capsys):
+    for words in (
+        ["--picture", str(tmp_path / "toy.png")],
+        ["--picture", str(tmp_path / "no" / "toy.webp")],
+        ["--picture", str(tmp_path / "toy.webp"), "--checkpoint", __file__],
+    ):
+        monkeypatch.setattr(sys, "argv", ["demo.py", *words])
+        with pytest.raises(SystemExit):
+            demo.arguments()
+        assert "error: --picture is " in capsys.readouterr().err
 
 
 def test_the_files_fit_the_repository():

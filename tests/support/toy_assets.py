@@ -14,7 +14,9 @@ import tempfile
 from pathlib import Path
 
 import comfyui_install
+import pack  # noqa: F401
 from comfyui_install import ROOT
+from turbodiffusion_pack.turbo_core.training.presets import PRESETS
 
 FOLDER = ROOT / "tests" / "data" / "toy"
 MOST = 8_000_000  # bytes of all together
@@ -27,6 +29,7 @@ PLACES = {
 }
 # What each workflow of the demo needs: its checkpoints in order.
 CHECKPOINTS = {"t2v": ("t2v",), "i2v": ("high", "low")}
+TOPK = PRESETS["toy"].sla.topk  # they were trained with; the nodes' own is 0.1
 # LZMA's bits for numbers of two bytes: a bf16 tensor packs to 0.67 of its size, else to 0.72.
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 1, "pb": 1}]
 
@@ -95,8 +98,6 @@ def start_comfyui() -> None:
         raise SystemExit("no ComfyUI found: run `make demo`, or set COMFYUI_DIR")
     if "comfy" in sys.modules:
         return
-    import pack  # noqa: F401
-
     sys.path.insert(0, str(comfyui))
     sys.argv[1:] = ["--cpu"]
     import comfy.options
