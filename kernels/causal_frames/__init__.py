@@ -56,7 +56,9 @@ def causal_frames(
         raise ValueError(f"cache must be contiguous, got strides {list(cache.stride())}")
     _check_vector("causal_frames", "gamma", gamma, y)
     unsupported = (no_gradients(y, cache, gamma, bias, residual), _channels_apart(y, residual))
-    kernels = choose("causal_frames", backend, y, reference, triton_kernels, unsupported=unsupported)
+    kernels = choose(
+        "causal_frames", backend, y, reference, triton_kernels, unsupported=unsupported
+    )
     return kernels.causal_frames(y, cache, gamma, bias, residual, keep)
 
 

@@ -93,7 +93,8 @@ def test_pixels_of_zeros_stay_zeros(backend, dtype):
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_frames_grow_as_torch_upsamples(backend, dtype):
-    y, bias, residual = (random(*s, dtype=dtype) for s in ((2, 3, 5, 7, 16), (16,), (2, 3, 5, 7, 16)))
+    shape = 2, 3, 5, 7, 16
+    y, bias, residual = (random(*s, dtype=dtype) for s in (shape, shape[-1:], shape))
     out = resample_frames(y, bias, residual, split=2, scale=2, backend=backend)
     x = (y + bias + residual).permute(0, 4, 1, 2, 3)  # [B, C, T, H, W]
     doubled = x.reshape(2, 2, 8, 3, 5, 7)

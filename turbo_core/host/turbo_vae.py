@@ -1,8 +1,8 @@
 """TurboVAE: the host's Wan 2.1 VAE with our own way through its layers, on a copy of its VAE."""
 
-import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import comfy.model_management
 import comfy.sd
@@ -11,6 +11,7 @@ import torch
 from comfy.ldm.wan.vae import AttentionBlock, Resample, ResidualBlock, WanVAE
 from torch import Tensor
 
+from ...kernels.dispatch import triton_unavailable
 from ..staging import FromMemory, ToMemory
 from ..vae_strips import (
     COMFORTABLE,
@@ -54,6 +55,8 @@ def why_not(vae) -> str | None:
     """Why this VAE cannot run through our own functions; None where it can."""
     if type(vae) is not comfy.sd.VAE:
         return f"it is a {type(vae).__name__}, and only ComfyUI's own VAE is known"
+    if vae.device.type != "cpu" and (reason := triton_unavailable(vae.device)):
+        return reason
     model = vae.first_stage_model
     if type(model) is not WanVAE:
         kind = f"{type(model).__module__}.{type(model).__name__}"
@@ -78,6 +81,8 @@ class PieceByPiece:
         self.model = model
 
     def __getattr__(self, name: str):
+        if name == "model":  # nothing is there yet: somebody copies this object
+            raise AttributeError(name)
         return getattr(self.model, name)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -100,11 +105,19 @@ class TurboVAE(comfy.sd.VAE):
     def around(cls, vae: comfy.sd.VAE) -> "TurboVAE":
         """A VAE that shares the model, its patcher and its settings with `vae`."""
         turbo = cls.__new__(cls)
-        vars(turbo).update(vars(copy.copy(vae)))
+        vars(turbo).update(vars(vae))
         turbo.first_stage_model = PieceByPiece(vae.first_stage_model)
-        turbo.memory_used_decode = turbo._comfortable(turbo._decode_bytes)
-        turbo.memory_used_encode = turbo._comfortable(turbo._encode_bytes)
+        for estimate in ("memory_used_decode", "memory_used_encode"):
+            vars(turbo).pop(estimate)  # for the methods of that name
         return turbo
+
+    def memory_used_decode(self, shape: tuple, dtype: torch.dtype) -> float:
+        """Bytes beside the weights to decode latents [B, Z, T, H, W], see `_decode_bytes`."""
+        return _comfortable(partial(self._decode_bytes, shape, dtype))
+
+    def memory_used_encode(self, shape: tuple, dtype: torch.dtype) -> float:
+        """Bytes beside the weights to encode pixels [B, C, T, H, W], see `_encode_bytes`."""
+        return _comfortable(partial(self._encode_bytes, shape, dtype))
 
     def decode(self, samples_in: Tensor, vae_options: dict | None = None) -> Tensor:
         """Latents [B, Z, T, H, W] as video [B, 4 T - 3, 8 H, 8 W, C] in [0, 1].
@@ -147,10 +160,7 @@ class TurboVAE(comfy.sd.VAE):
 
     def _load(self, need: Callable, shape: tuple) -> int:
         """Load the model, and say how many strips fit beside it."""
-
-        def in_strips(count: int) -> float:
-            return need(shape, self.vae_dtype, count)
-
+        in_strips = partial(need, shape, self.vae_dtype)
         count = strips_within(in_strips, COMFORTABLE)
         comfy.model_management.load_models_gpu(
             [self.patcher],
@@ -211,15 +221,6 @@ class TurboVAE(comfy.sd.VAE):
             yield self.process_input(memory.copy(piece)).to(self.vae_dtype)
             tick()
 
-    def _comfortable(self, need: Callable) -> Callable:
-        """What the host asks before it loads the model: bytes for a shape and a dtype."""
-
-        def memory_used(shape: tuple, dtype: torch.dtype) -> float:
-            count = strips_within(lambda n: need(shape, dtype, n), COMFORTABLE)
-            return need(shape, dtype, count)
-
-        return memory_used
-
     def _decode_bytes(self, shape: tuple, dtype: torch.dtype, count: int) -> float:
         """Of latents [B, Z, T, H, W]; the videos of a batch follow each other."""
         whole, *levels = decoder_levels(self.first_stage_model.model)
@@ -231,6 +232,11 @@ class TurboVAE(comfy.sd.VAE):
         frames, height, width = shape[2:]
         latents = (frames + FRAMES - 1) // FRAMES, -(-height // LATENT), -(-width // LATENT)
         return video_bytes(levels, whole, latents, count, dtype.itemsize)
+
+
+def _comfortable(need: Callable[[int], float]) -> float:
+    """What need(count) gives for the count of strips that is taken where memory is plenty."""
+    return need(strips_within(need, COMFORTABLE))
 
 
 def in_pieces(video: Tensor) -> list[Tensor]:
