@@ -207,6 +207,7 @@ def test_a_user_can_cancel_between_pieces(turbo, monkeypatch, run):
             raise Interrupted
 
     name = "throw_exception_if_processing_interrupted"
+    monkeypatch.setattr(comfy.ops, "run_every_op", lambda: None)  # the few ops that are the host's
     monkeypatch.setattr(comfy.model_management, name, after_three)
     with pytest.raises(Interrupted):
         run(turbo)
