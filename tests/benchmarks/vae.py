@@ -21,14 +21,14 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 arguments, sys.argv = sys.argv, sys.argv[:1]
 
+import in_comfyui  # noqa: E402, F401 - starts ComfyUI
 import older_cards  # noqa: E402
 import pack  # noqa: E402, F401
-from gpu_timing import kernel_times  # noqa: E402
-from in_comfyui import comfy  # noqa: E402
-from tiny_models import VAE_CONFIG, vae_tensor  # noqa: E402
-
-from comfy.ldm.wan.vae import WanVAE  # noqa: E402, I001
+from comfy.ldm.wan.vae import WanVAE  # noqa: E402
+from comfy.model_management import load_models_gpu  # noqa: E402
 from comfy.sd import VAE  # noqa: E402
+from gpu_timing import kernel_times  # noqa: E402
+from tiny_models import VAE_CONFIG, vae_tensor  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.turbo_vae import TurboVAE, accelerate_vae  # noqa: E402
 
 DIM = 96
@@ -147,7 +147,7 @@ def main() -> None:
     with torch.inference_mode():
         host = random_vae(torch.bfloat16)
         turbo = accelerate_vae(host)
-        comfy.model_management.load_models_gpu([host.patcher])
+        load_models_gpu([host.patcher])
         compare_to_float32(host, turbo)
         for size in options.sizes:
             say(size)

@@ -123,8 +123,14 @@ class TurboVAE(comfy.sd.VAE):
         """Latents [B, Z, T, H, W] as video [B, 4 T - 3, 8 H, 8 W, C] in [0, 1].
 
         Raises:
+            ValueError: these are not latents of a Wan video.
             out of memory: if the smallest strips do not fit either.
         """
+        if samples_in.ndim != 5 or samples_in.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"the Wan 2.1 VAE decodes latents [B, {self.latent_channels}, T, H, W], got "
+                f"{list(samples_in.shape)}: connect the latents of a Wan model."
+            )
         return self._in_strips(self._decode, samples_in, self._decode_bytes, samples_in.shape)
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
@@ -195,7 +201,7 @@ class TurboVAE(comfy.sd.VAE):
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor, count: int) -> Tensor:
-        batch, frames, height, width, _ = pixels.shape
+        batch, _, height, width, _ = pixels.shape
         model = self.first_stage_model.model
         strips = [None]
         if count > 1 and not (height % LATENT or width % LATENT):
