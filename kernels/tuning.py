@@ -151,7 +151,8 @@ INT8_LINEAR: dict[Card, dict[str, Tile]] = {
 
 # The same by mma.sync, on all cards but those of data centers since Hopper. A multiprocessor reads
 # 128 bytes of shared memory a cycle: the larger a warp's part, the fewer it needs for a product.
-# sm_80 has 163 KB of shared memory a block, the others 99 KB.
+# sm_80 has 163 KB of shared memory a block, the others 99 KB. The fastest of those that were tried
+# on an H100 that plays these cards, see tests/benchmarks/NOTES.md.
 MMA_LINEAR: dict[Card, dict[str, WarpTile]] = {
     (8, 0): {
         "rows": WarpTile(4, 2, 96, step=64, stages=5),

@@ -72,6 +72,7 @@ SLOWEST = (
     "test_example_workflows.py",
     "test_experts.py",
     "test_loader_memory.py",
+    "test_frontend.py",
 )
 
 

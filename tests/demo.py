@@ -42,7 +42,7 @@ BASE = ROOT / ".demo" / "server"
 PROMPTS = {
     "t2v": (
         "a big red circle moves right slowly on black",
-        "a small yellow star bounces fast on navy",
+        "a small yellow diamond bounces fast on navy",
     ),
     "i2v": ("a big blue square moves down slowly on gray",),
 }

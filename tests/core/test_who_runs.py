@@ -332,7 +332,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
     monkeypatch.setattr(nvrtc, "version", lambda: sparse_attention.mma.FP8_NVRTC)
-    names = {"reference": REFERENCE, "triton": TRITON, "hopper": CUDA, "mma": CUDA}
+    names = {"reference": REFERENCE, "triton": TRITON, "hopper": CUDA, "mma": CUDA, "cuda": CUDA}
     names |= {"gradients_reference": REFERENCE, "gradients_triton": TRITON}
     for module in list(sys.modules.values()):
         folder, _, name = getattr(module, "__name__", "").rpartition(".")

@@ -11,11 +11,11 @@ from itertools import combinations
 from pathlib import Path
 
 import comfyui_install
+import example_models
 import numpy as np
 import pytest
 import tiny_models
 import torch
-import trained_pair
 from comfyui_install import ROOT
 from comfyui_server import ComfyServer, combo_options, node_inputs
 from PIL import Image
@@ -33,7 +33,6 @@ from ui_workflow import (
 )
 from video import play
 
-EXAMPLES = ROOT / "example_workflows"
 SMALL = {"width": 160, "height": 96, "length": 9}
 # The same size and length, for the workflows that take them from a picture and from seconds.
 SMALL_BY_NODE = {
@@ -59,7 +58,7 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-WORKFLOWS = {path.stem: load(path) for path in sorted(EXAMPLES.glob("*.json"))}
+WORKFLOWS = example_models.examples()
 VIDEOS = [stem for stem, w in WORKFLOWS.items() if "CLIPLoader" in dict(model_files(w))]
 
 # Blueprints of subgraphs, and what of an example each of them leaves out.
@@ -82,33 +81,11 @@ def server(tmp_path_factory):
     if comfyui is None:
         pytest.skip("no ComfyUI found: run make test, or set COMFYUI_DIR to a ComfyUI folder")
     base = tmp_path_factory.mktemp("server")
-    for class_type, name in {file for w in WORKFLOWS.values() for file in model_files(w)}:
-        path = base / "models" / FOLDERS[class_type] / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if class_type == "VAELoader":
-            tiny_models.write_vae(comfyui, path)
-        elif class_type == "CLIPLoader":
-            path.touch()
-        else:
-            tiny_models.write_checkpoint(path, tensors(class_type, name))
-    tiny_models.write_picture(base / "input" / "example.png")
+    example_models.write(comfyui, base)
+    for name in (base / "models" / FOLDERS["CLIPLoader"]).iterdir():
+        name.write_bytes(b"")
     with ComfyServer(comfyui, base) as running:
         yield running
-
-
-def tensors(class_type: str, name: str) -> dict:
-    """A tiny stand-in for the model file `name`; the two of an expert pair differ."""
-    seed = int("low" in name)
-    if class_type == "LoraLoaderModelOnly":
-        return tiny_models.lora(seed)
-    if name in TRAINED:
-        start = tiny_models.stock_checkpoint()
-        if "sla" in name:
-            return trained_pair.with_proj_l(trained_pair.tuned(start, 1))
-        return trained_pair.tuned(start, 2)
-    if class_type == "UNETLoader":
-        return tiny_models.stock_checkpoint(seed)
-    return (tiny_models.i2v_checkpoint if "I2V" in name else tiny_models.t2v_checkpoint)(seed)
 
 
 def small(prompt: dict) -> dict:
@@ -151,12 +128,15 @@ def put_behind(prompt: dict, class_type: str, added: str, **inputs) -> None:
 
 def test_every_example_has_a_small_thumbnail():
     assert WORKFLOWS
-    names = {path.name for path in EXAMPLES.iterdir()}
+    names = {path.name for path in example_models.EXAMPLES.iterdir()}
     assert names == {f"{stem}.{end}" for stem in WORKFLOWS for end in ("json", "jpg")}
     for stem in WORKFLOWS:
-        thumbnail = EXAMPLES / f"{stem}.jpg"
+        thumbnail = example_models.EXAMPLES / f"{stem}.jpg"
         assert thumbnail.stat().st_size <= 40_000
-        assert min(Image.open(thumbnail).size) >= 300
+        width, height = Image.open(thumbnail).size
+        assert width == height >= 300, "the list of templates shows squares"
+    pictures = {path.read_bytes() for path in example_models.EXAMPLES.glob("*.jpg")}
+    assert len(pictures) == len(WORKFLOWS), "two examples have one picture"
 
 
 def test_links_connect_what_they_say(workflow):
@@ -409,6 +389,40 @@ def test_the_demo_makes_a_video_from_a_picture(server):
     assert run.outcome == "execution_success", run.message
     (video,) = run.files
     assert play(video) == (SMALL["length"], SMALL["width"], SMALL["height"])
+
+
+@pytest.mark.server
+def test_a_sparse_pair_of_other_makers_runs_as_the_help_page_says(server):
+    """LightX2V's NVFP4-Sparse, but for its 4 bits: SLA's block map, no projections, not rCM."""
+    models = server.base / "models" / "diffusion_models"
+    example = api_format(WORKFLOWS["Image_to_video_A14B_720p"], server.object_info())
+    prompt = small(example)
+    (switch,) = (k for k, n in prompt.items() if n["class_type"] == "Wan22ExpertSwitch")
+    for seed, expert in enumerate(("model_high", "model_low")):
+        name = f"sparse_{expert}.safetensors"
+        tensors = tiny_models.stock_checkpoint(seed, in_channels=tiny_models.I2V_CHANNELS)
+        tiny_models.write_checkpoint(models / name, tensors)
+        loader, sparse = prompt[switch]["inputs"][expert][0], f"sparse_{seed}"
+        inputs = {"unet_name": name, "weight_dtype": "default"}
+        prompt[loader] = {"class_type": "UNETLoader", "inputs": inputs}
+        settings = {"attention": "sagesla", "topk": 0.1, "dense_blocks": "", "dense_steps": 0}
+        inputs = {"model": [loader, 0], **settings, "backend": "auto"}
+        prompt[sparse] = {"class_type": "SLAAttentionPatch", "inputs": inputs}
+        prompt[switch]["inputs"][expert] = [sparse, 0]
+    inputs = {"model": [switch, 0], "shift": 7.0}
+    prompt["shift"] = {"class_type": "ModelSamplingSD3", "inputs": inputs}
+    (sampler,) = (k for k, n in prompt.items() if n["class_type"] == "SamplerCustomAdvanced")
+    (image,) = (k for k, n in prompt.items() if n["class_type"] == "WanImageToVideo")
+    wires = {"positive": [image, 0], "negative": [image, 1], "latent_image": [image, 2]}
+    settings = {"steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    inputs = {"model": ["shift", 0], **wires, **settings, "seed": 3, "denoise": 1.0}
+    prompt[sampler] = {"class_type": "KSampler", "inputs": inputs}
+    before = len(server.log_text())
+    assert made_frames(server, prompt).std() > 0
+    (line,) = (text for text in server.log_text()[before:].splitlines() if "SLA in 2 of 2" in text)
+    for noise in ("high", "low"):
+        assert f"{noise}-noise expert: 2 forward passes" in line
+    assert line.count("no proj_l so no linear branch") == 2
 
 
 @pytest.mark.server

@@ -3,6 +3,7 @@
 import copy
 import json
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import comfyui_install
@@ -12,6 +13,7 @@ import tiny_models
 import torch
 from comfyui_server import ComfyServer, RejectedError, Run, combo_options, node_inputs
 from PIL import Image
+from safetensors.torch import load_file
 from video import play
 
 pytestmark = pytest.mark.server
@@ -53,6 +55,14 @@ def models(comfyui_dir, tmp_path_factory) -> dict[str, list[Path]]:
 @pytest.fixture(scope="module")
 def server(comfyui_dir, models, tmp_path_factory):
     with ComfyServer(comfyui_dir, tmp_path_factory.mktemp("server"), models) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def other(comfyui_dir, models, server, tmp_path_factory):
+    """A second server beside the first, with the same models and the same output folder."""
+    base = tmp_path_factory.mktemp("other")
+    with ComfyServer(comfyui_dir, base, models, server.output) as running:
         yield running
 
 
@@ -301,12 +311,32 @@ def test_the_doctor_tells_in_every_run(server):
     assert all(text.startswith("TurboDiffusion for Wan ") for text in shown)
 
 
-def test_same_seed_makes_the_same_frames_on_a_fresh_server(
-    server, comfyui_dir, models, tmp_path_factory
-):
+def test_same_seed_makes_the_same_frames_on_a_fresh_server(server, other):
     first = pixels(server.run(t2v({"RandomNoise": {"noise_seed": 13}})))
-    with ComfyServer(comfyui_dir, tmp_path_factory.mktemp("fresh"), models) as fresh:
-        other_seed = pixels(fresh.run(t2v({"RandomNoise": {"noise_seed": 14}})))
-        again = pixels(fresh.run(t2v({"RandomNoise": {"noise_seed": 13}})))
+    other_seed = pixels(other.run(t2v({"RandomNoise": {"noise_seed": 14}})))
+    again = pixels(other.run(t2v({"RandomNoise": {"noise_seed": 13}})))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other_seed)
+
+
+def test_two_servers_at_once_share_models_and_output(server, other):
+    """As one ComfyUI per GPU does: equal frames, and files saved under one name are both kept."""
+    workflows = []
+    for name in ("one", "two"):
+        workflow = t2v({"RandomNoise": {"noise_seed": 31}})
+        workflow["frames"]["inputs"]["filename_prefix"] = name
+        node_inputs(workflow, "SaveVideo")["filename_prefix"] = name
+        saved = {"model": [node_id("TurboLoader"), 0], "filename_prefix": "shared/model"}
+        workflow["saved"] = {"class_type": "TurboSaveCheckpoint", "inputs": saved}
+        workflows.append(workflow)
+    before = set(server.output.rglob("*"))
+    with ThreadPoolExecutor(2) as pool:
+        runs = pool.map(ComfyServer.run, (server, other), workflows)
+        one, two = map(pixels, runs)
+    assert np.array_equal(one, two)
+    made = sorted(file for file in set(server.output.rglob("*")) - before if "shared" in str(file))
+    files = [file for file in made if file.is_file()]
+    assert [file.suffix for file in files] == [".safetensors"] * 2
+    tensors, same = map(load_file, files)
+    assert tensors.keys() == same.keys()
+    assert all(torch.equal(tensor, same[name]) for name, tensor in tensors.items())

@@ -12,7 +12,7 @@ from devices import DEVICE
 from turbodiffusion_pack.kernels import ceilings, nvrtc
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.int8_linear import int8_linear
-from turbodiffusion_pack.kernels.qk_prepare import hopper as prepare
+from turbodiffusion_pack.kernels.qk_prepare import cuda as prepare
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
 
 needs_nvrtc = pytest.mark.skipif(
@@ -46,9 +46,10 @@ def test_what_is_launched_fits_the_card(file, card, monkeypatch):
     assert {target.rstrip("a") for _, target, *_ in chosen} == {f"sm_{card[0]}{card[1]}"}
     built = {of: cuda_kernels.built(*of) for of in chosen}
     assert [b for b in built.items() if b[1].registers > kernel.registers] == []
-    assert [b for b in built.items() if b[1].spilled > kernel.spills] == []
+    spills = kernel.spills_of_card.get(card, kernel.spills)
+    assert [b for b in built.items() if b[1].spilled > spills] == []
     assert [b for b in built.items() if b[1].shared > SHARED_LIMIT[card]] == []
-    assert kernel.products(card) <= {name for b in built.values() for name in b.products}
+    assert {name for b in built.values() for name in b.products} == kernel.products(card)
 
 
 @needs_nvrtc

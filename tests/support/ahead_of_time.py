@@ -42,6 +42,7 @@ TILES = ((64, 128, 64), (128, 64, 64), (128, 64, 128))
 TILE_CARDS = HOPPER, (12, 0)
 
 MACHINE_PRODUCT = re.compile(r"\b[A-Z]+MMA\.[\w.]+")
+TO_FP8 = re.compile(r"\bcvt\.\w*\.satfinite\.e4m3x2\.\w+")
 MATRIX_INSTRUCTION = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*")
 
 
@@ -49,7 +50,8 @@ class Compiled(NamedTuple):
     """One specialization of a kernel.
 
     `run` is the first of `runs` that launched it; `shared` counts bytes of a block, `registers` and
-    `spilled` (bytes) are a thread's; `matrix` are the tensor core instructions in the PTX.
+    `spilled` (bytes) are a thread's; `matrix` are the tensor core instructions in the PTX, `to_fp8`
+    its conversions to e4m3.
     """
 
     kernel: str
@@ -58,6 +60,7 @@ class Compiled(NamedTuple):
     registers: int
     spilled: int
     matrix: list[str]
+    to_fp8: list[str]
 
 
 def compile_for(card: tuple[int, int]) -> list[Compiled]:
@@ -150,19 +153,8 @@ def measure(run: str, kernel) -> Compiled:
         registers=used["registers"],
         spilled=used["stack"] + used["local"],
         matrix=sorted(set(MATRIX_INSTRUCTION.findall(kernel.asm["ptx"]))),
+        to_fp8=sorted(set(TO_FP8.findall(kernel.asm["ptx"]))),
     )
-
-
-def products(cubin: bytes) -> set[str]:
-    """Names of the tensor core instructions in the machine code."""
-    import triton
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        command = triton.knobs.nvidia.nvdisasm.path, "-c", str(path)
-        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return set(re.findall(r"\b[A-Z]+MMA[.\w]*", code))
 
 
 def resources(cubin: bytes) -> dict[str, int]:

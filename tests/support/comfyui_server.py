@@ -54,15 +54,20 @@ class ComfyServer:
 
     base: folder for its models, output, user and temp data; the ComfyUI folder is not written to.
     model_folders: further folders to search, by ComfyUI's folder name.
+    output: where results go, a folder in `base` if None.
     """
 
     def __init__(
-        self, comfyui: Path, base: Path, model_folders: dict[str, list[Path]] | None = None
+        self,
+        comfyui: Path,
+        base: Path,
+        model_folders: dict[str, list[Path]] | None = None,
+        output: Path | None = None,
     ):
         self.comfyui = comfyui
         self.base = base
         self.model_folders = model_folders or {}
-        self.output = base / "output"
+        self.output = output or base / "output"
         self.log_file = base / "server.log"
         self.client_id = uuid.uuid4().hex
 
@@ -102,6 +107,7 @@ class ComfyServer:
         paths = self.base / "search_paths.yaml"
         paths.write_text(search_paths(self.model_folders), encoding="utf-8")
         options = ["--port", str(port), "--base-directory", str(self.base)]
+        options += ["--output-directory", str(self.output)]
         options += ["--extra-model-paths-config", str(paths)]
         options += ["--disable-all-custom-nodes"]
         options += ["--whitelist-custom-nodes", ROOT.name, TEST_NODES.name]

@@ -72,13 +72,20 @@ def say(text: str) -> None:
 
 
 def quantize(source: Path, target: Path) -> None:
-    """The merged model in INT8, by the nodes' own code inside ComfyUI."""
+    """The merged model in INT8, by the nodes' own code inside ComfyUI; the rest in bf16."""
     start_comfyui()
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
     from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
     from turbodiffusion_pack.turbo_core.host.quantize_model import quantize_model
     from turbodiffusion_pack.turbo_core.host.save import save_turbo_model
 
-    save_turbo_model(quantize_model(load_turbo_model(str(source)))[0], target)
+    half = target.with_stem(f"{target.stem}_bf16")
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    save_file({n: t.to(torch.bfloat16) for n, t in load_file(source).items()}, half, metadata)
+    save_turbo_model(quantize_model(load_turbo_model(str(half)))[0], target)
 
 
 def start_comfyui() -> None:

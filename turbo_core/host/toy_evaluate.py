@@ -124,7 +124,7 @@ def examine(
     tuned = many_steps(models.network("sla"), unconditional, settings.teacher_steps)
     examination.add(f"SLA {settings.teacher_steps}", examination.sampled(tuned))
     add_students(examination, "merged", models.network("merge"), preset)
-    model = as_nodes.quantized(models.files("merge"))
+    model = as_nodes.quantized(models.files("merge"), preset.sla.topk)
     for steps in STEPS:
         latents = examination.sampled(through_nodes(model, steps, preset.seed))
         examination.add(f"INT8 nodes {steps}", latents)

@@ -1,15 +1,16 @@
 // RMSNorm, RoPE, block means, and for q also int8 blocks and the linear branch, in one pass.
 //
 // A program takes 128 rows of several heads: their cosines and sines wait in shared memory, or on
-// cards that have too little of it in the cache. A warp takes 16 rows. Of its rows lane / 4 and lane / 4 + 8 a thread holds the channels
-// 32 m + 8 (lane % 4) + {0 .. 7}, m = 0 .. 3. Products of 16 channels take them four by four, so
-// the other factor's rows come in the matching order, see `places` in hopper.py.
+// cards that have too little of it in the cache. A warp takes 16 rows. Of its rows lane / 4 and
+// lane / 4 + 8 a thread holds the channels 32 m + 8 (lane % 4) + {0 .. 7}, m = 0 .. 3. Products of
+// 16 channels take them four by four, so the other factor's rows come in the matching order, see
+// `places` in cuda.py.
 
 // Defined are BLOCK, rows of a block; QUANTIZE, whether to make int8 blocks; LINEAR, whether `out`
 // gets the linear branch in place of the rows; TURNS, whether cosines and sines wait in shared
 // memory; BF16, whether rows are bfloat16, else float16.
 
-#include "hopper.cuh"
+#include "mma.cuh"
 
 constexpr int HEAD_DIM = 128;
 constexpr int ROWS = 128;
@@ -66,12 +67,6 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void load_matrices(u32 (&b)[4], const u16* row) {
-    u32 address = static_cast<u32>(__cvta_generic_to_shared(row));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(address));
 }
 
 // Over the four threads of a row.
@@ -282,11 +277,11 @@ __device__ __forceinline__ void store_mixed(
 #pragma unroll
     for (int n = 0; n < 16; n++) {
         float d[4] = {0, 0, 0, 0};
-        const u16* from = shared.mix + (8 * n + lane % 8) * MIX_STRIDE + lane / 8 * 8;
+        u32 from = shared_address(shared.mix + (8 * n + lane % 8) * MIX_STRIDE + lane / 8 * 8);
 #pragma unroll
         for (int m = 0; m < 4; m++) {
             u32 b[4];
-            load_matrices(b, from + 32 * m);
+            load_matrices(b, from + 64 * m);
             u32 low[4] = {weights[0][4 * m], weights[1][4 * m],
                           weights[0][4 * m + 1], weights[1][4 * m + 1]};
             u32 high[4] = {weights[0][4 * m + 2], weights[1][4 * m + 2],
@@ -309,11 +304,8 @@ __device__ __forceinline__ void load_mix(
     Shared& shared, const u16* mix, const float* normalizer, float unit
 ) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < HEAD_DIM * HEAD_DIM / 8; i += THREADS) {
-        u32 to = static_cast<u32>(
-            __cvta_generic_to_shared(&shared.mix[i / 16 * MIX_STRIDE + i % 16 * 8]));
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(mix + 8 * i));
-    }
+    for (int i = threadIdx.x; i < HEAD_DIM * HEAD_DIM / 8; i += THREADS)
+        copy_16(shared_address(&shared.mix[i / 16 * MIX_STRIDE + i % 16 * 8]), mix + 8 * i);
     if (threadIdx.x < HEAD_DIM) shared.normalizer[threadIdx.x] = normalizer[threadIdx.x] * unit;
 }
 #endif

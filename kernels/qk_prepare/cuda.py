@@ -1,4 +1,4 @@
-"""What prepares q and k on Hopper and on cards of mma.sync, in CUDA C++: see hopper.cu."""
+"""What prepares q and k in CUDA C++, on Hopper and on cards of mma.sync: see cuda.cu."""
 
 import functools
 from pathlib import Path
@@ -18,7 +18,7 @@ HEAD_DIM = 128
 ROWS = 128  # of a program
 HEADS = 8  # of a program at most, which reads its cosines from memory once
 THREADS = 256
-SHARED_BYTES = 128 * 132 * 4 + 128 * 4 + 8 * 128 * 4 + 8 * 4  # hopper.cu's Shared
+SHARED_BYTES = 128 * 132 * 4 + 128 * 4 + 8 * 128 * 4 + 8 * 4  # cuda.cu's Shared
 LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
 TURN_BYTES = 128 * 132 * 4  # of it cosines and sines, which on other cards stay in the cache
 Operands = nvrtc.operands(
