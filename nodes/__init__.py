@@ -9,6 +9,7 @@ from .quantize import W8A8Quantize
 from .resolution import WanAdaptiveResolution, WanVideoLength
 from .sampler import RCMSampler
 from .save import TurboSaveCheckpoint
+from .vae import TurboVAE
 
 NODES = [
     TurboLoader,
@@ -18,6 +19,7 @@ NODES = [
     TurboSaveCheckpoint,
     RCMSampler,
     Wan22ExpertSwitch,
+    TurboVAE,
     WanAdaptiveResolution,
     WanVideoLength,
     TurboDoctor,

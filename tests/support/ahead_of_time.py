@@ -126,6 +126,7 @@ def runs(card: tuple[int, int]) -> Iterator[tuple[str, bool, Callable[[], None]]
     for tile in (TILE, *TILES[:2]) if card in TILE_CARDS else (TILE,):
         yield "training", False, partial(wan.run_training, LENGTH, 0.1, "cpu", *tile)
     yield "selection", False, partial(wan.run_selection, 2049)
+    yield "vae", False, partial(wan.run_vae, "cpu")
 
 
 @contextlib.contextmanager
