@@ -61,9 +61,9 @@ class Shortage(TorchDispatchMode):
     """Memory that runs out in the middle of something, until the prompt has ended.
 
     at: a node's id and how far its bar has come, 0 at its start, which it begins at.
-    operations: how many of torch's still pass.
-    room: bytes that are left then. On a GPU torch may take no more of its memory; elsewhere, where
-        memory cannot run out, every tensor larger than that raises what a GPU raises.
+    operations: how many of torch's still pass. From then on torch may take no more of the GPU.
+    room: without a GPU, where memory cannot run out, every tensor of more bytes than that raises
+        what it raises on a GPU.
     """
 
     def __init__(self, node: str, value: int, operations: int, room: int):
@@ -84,19 +84,18 @@ class Shortage(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.operations -= 1
         if self.operations == 0 and on_gpu():
-            leave(self.room)
+            refuse_more()
         out = function(*args, **(kwargs or {}))
         if self.operations < 0 and not on_gpu() and made_bytes(function, out) > self.room:
             raise memory.OOM_EXCEPTION("CUDA out of memory (pretended)")
         return out
 
 
-def leave(room: int) -> None:
-    """Let torch take no more than `room` bytes of the GPU's memory beside what it uses now."""
+def refuse_more() -> None:
+    """Let torch take no more of the GPU's memory, nor what it keeps for later."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + room) / total)
+    torch.cuda.set_per_process_memory_fraction(0.0)
 
 
 def made_bytes(function, out) -> int:
@@ -129,11 +128,12 @@ def resident() -> dict[str, int]:
 
 
 def now() -> dict[str, int]:
-    """`taken`, and bytes of all tensors that Python holds, wherever they are."""
+    """`taken` at this moment, and bytes of all tensors that Python holds, wherever they are."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
-    return taken() | {"tensors": sum(storages.values())}
+    held = taken() | {"tensors": sum(storages.values())}
+    return held | {"reserved": torch.cuda.memory_reserved()} if on_gpu() else held
 
 
 def readings() -> list[dict]:
