@@ -28,32 +28,39 @@ def on_gpu() -> bool:
     return memory.get_torch_device().type == "cuda"
 
 
+class Mark:
+    """A moment of the thread that runs the prompt, and one in the GPU's queue, which is later."""
+
+    def __init__(self):
+        self.wall = time.perf_counter()
+        self.event = torch.cuda.Event(enable_timing=True) if on_gpu() else None
+        if self.event:
+            self.event.record()
+
+    def since(self, other: "Mark") -> float:
+        """Seconds from `other` to here by the GPU's clock; without a GPU by the wall's."""
+        if self.event is None:
+            return self.wall - other.wall
+        self.event.synchronize()
+        return other.event.elapsed_time(self.event) / 1000
+
+
 class Reading:
     """What the server's process had taken when ComfyUI told `event`."""
 
     def __init__(self, event: str, told: dict):
         self.event, self.told = event, told
-        self.loading = Clock.loading
-        self.memory = taken()
-        self.wall = time.perf_counter()
-        self.mark = torch.cuda.Event(enable_timing=True) if on_gpu() else None
-        if self.mark:
-            self.mark.record()
+        self.memory, self.mark = taken(), Mark()
+        self.loads = len(Clock.loads)
+        if on_gpu():
             torch.cuda.reset_peak_memory_stats()
-
-    def since(self, other: "Reading") -> float:
-        """Seconds from `other` to here on the GPU, which Python is ahead of; else the wall's."""
-        if self.mark is None:
-            return self.wall - other.wall
-        self.mark.synchronize()
-        return other.mark.elapsed_time(self.mark) / 1000
 
 
 class Clock:
     """Of the prompt that runs, or the last one."""
 
     readings: list[Reading] = []
-    loading = 0.0  # seconds in which the host brought models to the GPU, since the server's start
+    loads: list[tuple[Mark, Mark]] = []  # starts and ends of the host's bringing models to the GPU
     shortage = None  # the Shortage to come, or the one that is on
 
 
@@ -139,23 +146,25 @@ def now() -> dict[str, int]:
 def readings() -> list[dict]:
     """Of the last prompt in order: event, node, value of max, seconds, loading, memory.
 
-    `seconds` count from its start; a step's are those when the GPU was done with it.
+    `seconds` count from its start; a step's are those when the GPU was done with it. `loading` are
+    those that went by so far while the host brought models to the GPU.
     """
     told, node = [], None
+    loads = [end.since(start) for start, end in Clock.loads]
     for reading in Clock.readings:
-        seconds = reading.wall
+        seconds = reading.mark.wall
         if reading.event == "progress" and node:
-            seconds = node.wall + reading.since(node)
+            seconds = node.wall + reading.mark.since(node)
         elif reading.event == "executing":
-            node = reading
+            node = reading.mark
         told.append(
             {
                 "event": reading.event,
                 "node": reading.told.get("node"),
                 "value": reading.told.get("value", 0),
                 "max": reading.told.get("max", 0),
-                "seconds": seconds - Clock.readings[0].wall,
-                "loading": reading.loading,
+                "seconds": seconds - Clock.readings[0].mark.wall,
+                "loading": sum(loads[: reading.loads]),
                 **reading.memory,
             }
         )
@@ -165,7 +174,7 @@ def readings() -> list[dict]:
 def hear(event: str, told: dict) -> None:
     """ComfyUI tells its client something, in the thread that runs the prompt."""
     if event == "execution_start":
-        Clock.readings = []
+        Clock.readings, Clock.loads = [], []
     Clock.readings.append(Reading(event, told))
     shortage = Clock.shortage
     if shortage and not shortage.begun and shortage.at == (told.get("node"), told.get("value", 0)):
@@ -194,11 +203,11 @@ def moved_bar(bar, value, total=None, preview=None):
 
 
 def timed_load(*args, **kwargs):
-    start = time.perf_counter()
+    start = Mark()
     try:
         return host_loads(*args, **kwargs)
     finally:
-        Clock.loading += time.perf_counter() - start
+        Clock.loads.append((start, Mark()))
 
 
 def install() -> None:
