@@ -176,12 +176,12 @@ def out_of_memory(server: ComfyServer, prompt: dict, place: Place) -> list[str]:
 
 
 def with_frames(prompt: dict) -> dict:
-    """The prompt with its frames saved one by one.
+    """The prompt with its frames saved one by one instead.
 
     The same frames make another video file at times: its encoder runs in many threads.
     """
     save = node("SaveImage", images=["images", 0], filename_prefix="frames")
-    return prompt | {"frames": save}
+    return {k: n for k, n in prompt.items() if k not in ("video", "file")} | {"frames": save}
 
 
 def run_out(server: ComfyServer, videos: Soak, vae: bool) -> bool:
@@ -210,7 +210,8 @@ def made(server: ComfyServer, prompt: dict) -> list[bytes]:
 
 
 def frames(run: Run) -> list[bytes]:
-    return [Image.open(file).tobytes() for file in sorted(run.files) if file.suffix == ".png"]
+    pictures = (file for file in sorted(run.files) if file.suffix == ".png")
+    return [Image.open(file).tobytes() for file in pictures]
 
 
 def say(text: str) -> None:
