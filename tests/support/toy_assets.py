@@ -31,7 +31,7 @@ PLACES = {
 CHECKPOINTS = {"t2v": ("t2v",), "i2v": ("high", "low")}
 TOPK = PRESETS["toy"].sla.topk  # they were trained with; the nodes' own is 0.1
 # LZMA's bits for numbers of two bytes: a bf16 tensor packs to 0.67 of its size, else to 0.72.
-FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 1, "pb": 1}]
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 2, "lp": 1, "pb": 2}]
 
 
 def packed(name: str) -> Path:
