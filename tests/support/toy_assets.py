@@ -39,13 +39,8 @@ def packed(name: str) -> Path:
     return FOLDER / f"{PLACES[name].name}.xz"
 
 
-def is_trained(workflow: str) -> bool:
-    """Whether all that `workflow`, t2v or i2v, needs is in the repository."""
-    return all(packed(name).exists() for name in ("vae", *CHECKPOINTS[workflow]))
-
-
 def unpack(workflow: str, models: Path) -> None:
-    """Write the files of `workflow` into ComfyUI's folder `models`."""
+    """Write the files of `workflow`, t2v or i2v, into ComfyUI's folder `models`."""
     for name in ("vae", *CHECKPOINTS[workflow]):
         path = models / PLACES[name]
         path.parent.mkdir(parents=True, exist_ok=True)
