@@ -41,9 +41,9 @@ BASE = ROOT / ".demo" / "server"
 PROMPTS = {
     "t2v": (
         "a big red circle moves right slowly on black",
-        "a small yellow diamond bounces fast on navy",
+        "a big yellow triangle grows fast on navy",
     ),
-    "i2v": ("a big blue square moves down slowly on gray",),
+    "i2v": ("a big blue circle moves down slowly on gray",),
 }
 TOY_VIDEO = (toy_videos.FRAMES, toy_videos.PIXELS, toy_videos.PIXELS)
 # What makes a workflow of the toy's one of real models: prompt, frames, width and height, settings.
