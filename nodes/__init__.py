@@ -9,6 +9,7 @@ from .quantize import W8A8Quantize
 from .resolution import WanAdaptiveResolution, WanVideoLength
 from .sampler import RCMSampler
 from .save import TurboSaveCheckpoint
+from .svi import WanSVIProImageToVideo
 
 NODES = [
     TurboLoader,
@@ -20,5 +21,6 @@ NODES = [
     Wan22ExpertSwitch,
     WanAdaptiveResolution,
     WanVideoLength,
+    WanSVIProImageToVideo,
     TurboDoctor,
 ]
