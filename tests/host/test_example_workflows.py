@@ -496,7 +496,7 @@ def test_it_runs_in_context_windows(server):
     options |= {"context_length": 17, "context_overlap": 5}
     options |= {"context_schedule": "standard_static", "fuse_method": "pyramid"}
     put_behind(prompt, "TurboLoader", "WanContextWindowsManual", **options)
-    node_inputs(prompt, "EmptyHunyuanLatentVideo")["length"] = 33
+    node_inputs(prompt, "EmptyHunyuanLatentVideo")["length"] = 21
     before = len(server.log_text())
     run = server.run(prompt)
     assert run.outcome == "execution_success", run.message
