@@ -17,6 +17,7 @@ HEAD_DIM = 128
 TEXT_DIM = 4096
 FREQ_DIM = 256
 PATCH = 16 * 1 * 2 * 2  # latent channels x the patch (1, 2, 2)
+T2V_CHANNELS = 16
 I2V_CHANNELS = 36  # 16 of the latent, 4 of a mask, 16 of the image
 BLOCK = 128
 VAE_CONFIG = {
@@ -40,7 +41,7 @@ def t2v_checkpoint(
     dim: int = 256,
     ffn: int = 512,
     layers: int = 2,
-    in_channels: int = 16,
+    in_channels: int = T2V_CHANNELS,
     device: str = "cpu",
 ) -> dict[str, torch.Tensor]:
     """A random Wan T2V state dict as TurboDiffusion's `-quant.pth` files hold it."""
