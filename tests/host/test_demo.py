@@ -82,10 +82,12 @@ def test_without_the_files_no_video_is_made(folder, tmp_path):
 
 @pytest.mark.server
 def test_the_toy_does_what_the_prompts_say(monkeypatch, tmp_path):
-    """`make demo` as it is: text and picture to video, read, and kept as a picture."""
+    """`make demo` with one prompt each: text and picture to video, read, and kept as a picture."""
     if comfyui_install.find() is None:
         pytest.skip("no ComfyUI found: run make test, or set COMFYUI_DIR to a ComfyUI folder")
     monkeypatch.setattr(demo, "BASE", tmp_path / "server")
+    few = {name: prompts[:1] for name, prompts in demo.PROMPTS.items()}
+    monkeypatch.setattr(demo, "PROMPTS", few)
     picture = tmp_path / "demo.webp"
     monkeypatch.setattr(sys, "argv", ["demo.py", "--picture", str(picture)])
     assert demo.main() == 0
