@@ -14,7 +14,7 @@ class TurboVAE(io.ComfyNode):
             display_name="Turbo VAE (TurboDiffusion)",
             category="model/patch/wan",
             description="Makes the Wan 2.1 VAE faster and lets it do with less memory. Pictures "
-            "and latents stay the same.",
+            "and latents are the same but for rounding.",
             search_aliases=["vae", "decode", "encode", "fast vae", "wan vae", "turbodiffusion"],
             essentials_category="Video Generation",
             inputs=[
