@@ -179,8 +179,7 @@ def _compare_or_record(path: Path, settings: dict, since: dict) -> None:
         )
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise TrainingError(
-            f"{folder} was started with other settings ({list_}{more}): use those, or another "
-            "--out"
+            f"{folder} was started with other settings ({list_}{more}): use those, or another --out"
         )
 
 
