@@ -5,6 +5,7 @@ import math
 import torch
 
 from .batches import Batch, Data, Draws
+from .initial_weights import still_time_features
 from .learner import Learner, warmed_up
 from .losses import (
     consistency_difference,
@@ -57,8 +58,8 @@ class RCMTraining:
     ):
         self.teacher, self.data, self.settings, self.seed = teacher, data, settings, seed
         adam = (settings.betas, settings.weight_decay)
-        self.student = Learner(student, *adam, settings.ema_length)
-        self.fake = Learner(fake, *adam)
+        self.student = Learner(student, *adam, settings.ema_length, still_time_features(student))
+        self.fake = Learner(fake, *adam, still=still_time_features(fake))
         self.slots = own_slots(settings.batch, settings.micro_batch)
 
     def step(self, n: int) -> Values:

@@ -3,6 +3,7 @@
 import torch
 
 from .batches import Batch, Data, Draws
+from .initial_weights import still_time_features
 from .learner import Learner, warmed_up
 from .losses import sla_regression
 from .noise_levels import log_normal
@@ -29,7 +30,9 @@ class SLATraining:
         seed: int,
     ):
         self.teacher, self.data, self.settings, self.seed = teacher, data, settings, seed
-        self.learner = Learner(student, settings.betas, settings.weight_decay, settings.ema_length)
+        adam = (settings.betas, settings.weight_decay)
+        still = still_time_features(student)
+        self.learner = Learner(student, *adam, settings.ema_length, still)
         self.slots = own_slots(settings.batch, settings.micro_batch)
 
     def step(self, n: int) -> Values:
