@@ -3,10 +3,12 @@
     COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/vae.py --sizes 832x480x81 1280x720x81
     ... vae.py --sizes 832x480x81 --strips 1 2 3    TurboVAE in so many strips as well
     ... vae.py --sizes 1280x720x81 --kernels        where TurboVAE's time goes
+    ... vae.py --cudnn                              TurboVAE without convolutions of its own
 
-Full width, random weights in bf16. Prints for decode and encode: the first run and the median of
-warm ones as a node sees them (memory to memory), the model alone, the highest memory that torch
-held on the GPU, and how far TurboVAE's result is from the host's and both from the host's in fp32.
+Full width, random weights in bf16. Prints for decode and encode: a first run of 9 frames, the
+median of runs as a node sees them (memory to memory), TurboVAE's model alone, the highest memory
+that torch held on the GPU, how far TurboVAE's result is from the host's, and how far the first 5
+frames of both are from the host's in fp32.
 """
 
 import argparse
@@ -29,19 +31,20 @@ from comfy.model_management import load_models_gpu  # noqa: E402
 from comfy.sd import VAE  # noqa: E402
 from gpu_timing import kernel_times  # noqa: E402
 from tiny_models import VAE_CONFIG, vae_tensor  # noqa: E402
+from turbodiffusion_pack.turbo_core.host import causal_vae  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.turbo_vae import TurboVAE, accelerate_vae  # noqa: E402
 
 DIM = 96
 GB = 1e9
 
 
-def random_vae(dtype: torch.dtype) -> VAE:
-    """The host's VAE at full width; whatever its dtype, its weights are those of bf16."""
+def random_vae() -> VAE:
+    """The host's VAE at full width in bf16."""
     with torch.device("meta"):
         shapes = {n: t.shape for n, t in WanVAE(**{**VAE_CONFIG, "dim": DIM}).state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     tensors = {n: vae_tensor(n, shape, generator).bfloat16() for n, shape in shapes.items()}
-    return VAE(sd={n: t.to(dtype) for n, t in tensors.items()}, dtype=dtype)
+    return VAE(sd=tensors, dtype=torch.bfloat16)
 
 
 def inputs(size: str) -> dict[str, torch.Tensor]:
@@ -50,37 +53,43 @@ def inputs(size: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 16, (frames + 3) // 4, height // 8, width // 8, generator=generator)
     coarse = torch.rand(1, 3, frames // 4 + 1, height // 16, width // 16, generator=generator)
-    video = torch.nn.functional.interpolate(coarse, (frames, height, width), mode="trilinear")
-    return {"decode": latents, "encode": video[0].movedim(0, -1).contiguous()}
+    size = frames, height, width
+    video = torch.nn.functional.interpolate(coarse.cuda(), size, mode="trilinear")
+    return {"decode": latents, "encode": video[0].movedim(0, -1).contiguous().cpu()}
 
 
-def timed(run: Callable, runs: int) -> tuple[torch.Tensor, float, float, float]:
-    """The result, the first time and the median of `runs` more in seconds, and the peak in GB."""
+def timed(run: Callable, runs: int) -> tuple[torch.Tensor, float, float]:
+    """The result, the median time of `runs` in seconds, and the peak in GB."""
     times = []
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(1 + runs):
+    for _ in range(runs):
         torch.cuda.synchronize()
         start = time.perf_counter()
         out = run()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return out, times[0], statistics.median(times[1:]), torch.cuda.max_memory_allocated() / GB
+    return out, statistics.median(times), torch.cuda.max_memory_allocated() / GB
 
 
 def model_seconds(vae: VAE, direction: str, x: torch.Tensor) -> float:
-    """The model alone, whole, from the GPU to the GPU."""
+    """The model alone, whole, from the GPU to the GPU; it is warm."""
     if direction == "encode":
         x = 2 * x.movedim(-1, 0).unsqueeze(0) - 1
     x = x.to(vae.device, vae.vae_dtype)
     run = getattr(vae.first_stage_model, direction)
-    return timed(lambda: run(x), 1)[2]
+    return timed(lambda: run(x), 1)[1]
+
+
+def beginning(direction: str, x: torch.Tensor, frames: int) -> torch.Tensor:
+    """Of what is decoded or encoded, so many frames of the video; causal layers see no more."""
+    return x[:, :, : (frames + 3) // 4] if direction == "decode" else x[:frames]
 
 
 def psnr(x: torch.Tensor, exact: torch.Tensor) -> float:
     """In dB; of latents, whose range is not 1, relative to their deviation."""
-    error = (x - exact).double().square().mean()
-    scale = 1.0 if exact.shape[-1] == 3 else exact.double().var()
-    return float(10 * (scale / error).log10())
+    x, exact = x.cuda(), exact.cuda()
+    scale = 1.0 if exact.shape[-1] == 3 else exact.float().var()
+    return float(10 * (scale / (x - exact).float().square().mean()).log10())
 
 
 def in_strips(turbo: TurboVAE, direction: str, x: torch.Tensor, count: int) -> Callable:
@@ -89,43 +98,50 @@ def in_strips(turbo: TurboVAE, direction: str, x: torch.Tensor, count: int) -> C
     return lambda: run(x, count)
 
 
-def measure(host: VAE, turbo: TurboVAE, direction: str, x: torch.Tensor, options) -> torch.Tensor:
+def measure(host: VAE, turbo: TurboVAE, direction: str, x: torch.Tensor, options) -> list:
     """Prints the lines of one direction; the host's result and TurboVAE's."""
     results = []
     for name, vae in (("ComfyUI", host), ("TurboVAE", turbo)):
-        out, first, median, peak = timed(lambda vae=vae: getattr(vae, direction)(x), options.runs)
+        run = getattr(vae, direction)
+        short = beginning(direction, x, 9)
+        first = timed(lambda run=run, short=short: run(short), 1)[1]
+        out, median, peak = timed(lambda run=run: run(x), options.runs)
         shape = x.shape if direction == "decode" else (1, 3, *x.shape[:3])
         asked = getattr(vae, f"memory_used_{direction}")(shape, vae.vae_dtype) / GB
-        alone = model_seconds(vae, direction, x)
-        say(
-            f"  {direction} {name:9} {median:6.2f} s ({first:.2f} first), model alone {alone:.2f}, "
-            f"peak {peak:.2f} GB, asked for {asked:.2f}"
-        )
+        line = f"  {direction} {name:9} {median:6.2f} s (9 frames at first {first:.2f}), "
+        if vae is turbo:
+            line += f"model alone {model_seconds(vae, direction, x):.2f}, "
+        say(f"{line}peak {peak:.2f} GB, asked for {asked:.2f}")
         results.append(out)
     say(f"  {direction} TurboVAE from ComfyUI: {psnr(results[1], results[0]):.1f} dB")
+    if direction == "decode":
+        frames = [psnr(*(out[:, t] for out in results)) for t in (0, 4, 16, -1)]
+        say(f"    frames 1, 5, 17 and the last: {', '.join(f'{dB:.0f}' for dB in frames)}")
     for count in options.strips:
-        out, _, median, peak = timed(in_strips(turbo, direction, x, count), 1)
+        out, median, peak = timed(in_strips(turbo, direction, x, count), 1)
         apart = psnr(out, results[1])
         say(f"    in {count} strips {median:6.2f} s, peak {peak:.2f} GB, {apart:.1f} dB from above")
     if options.kernels:
-        for row in kernel_times(lambda: getattr(turbo, direction)(x))[:16]:
-            say(f"    {row.ms:8.1f} ms {row.calls:6} x {row.kernel[:90]}")
+        rows = kernel_times(lambda: getattr(turbo, direction)(x))
+        say(f"    {sum(row.ms for row in rows):8.1f} ms in all")
+        for row in rows[:12]:
+            say(f"    {row.ms:8.1f} ms {row.calls:6} x {row.kernel[:100]}")
     return results
 
 
-def compare_to_float32(host: VAE, turbo: TurboVAE) -> None:
-    """How far bf16 is from fp32 in both, on a small video."""
-    exact, small = random_vae(torch.float32), inputs("416x240x17")
+def float32_of(host: VAE) -> VAE:
+    """The host's VAE with the same weights in fp32, and no TF32 in it."""
     torch.backends.cudnn.allow_tf32 = False
-    for direction, x in small.items():
-        wanted, ours, theirs = (getattr(v, direction)(x) for v in (exact, turbo, host))
-        say(
-            f"{direction} 416x240x17: ComfyUI in bf16 {psnr(theirs, wanted):.1f} dB from fp32, "
-            f"TurboVAE {psnr(ours, wanted):.1f}, the two {psnr(ours, theirs):.1f} apart"
-        )
-        frames = [f"{psnr(a, b):.0f}" for a, b in zip(ours[0], theirs[0], strict=True)]
-        if direction == "decode":
-            say(f"  frame by frame: {' '.join(frames)}")
+    tensors = {name: tensor.float() for name, tensor in host.get_sd().items()}
+    return VAE(sd=tensors, dtype=torch.float32)
+
+
+def compare_to_float32(exact: VAE, size: str, direction: str, x: torch.Tensor, results) -> None:
+    """How far both are from fp32, in their first 5 frames."""
+    wanted = getattr(exact, direction)(beginning(direction, x, 5))
+    axis = 1 if direction == "decode" else 2
+    theirs, ours = (psnr(out.narrow(axis, 0, wanted.shape[axis]), wanted) for out in results)
+    say(f"{direction} {size}: ComfyUI {theirs:.1f} dB from fp32, TurboVAE {ours:.1f}")
 
 
 def say(text: str) -> None:
@@ -136,23 +152,32 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["832x480x81", "1280x720x81"])
+    parser.add_argument("--directions", nargs="+", default=["decode", "encode"])
     parser.add_argument("--strips", nargs="*", type=int, default=[])
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--cudnn", action="store_true")
     parser.add_argument("--card", help="as on an older card, see tests/support/older_cards.py")
     options = parser.parse_args(arguments[1:])
     if options.card:
         older_cards.play(options.card)
+    if options.cudnn:
+        causal_vae.unfit = lambda *_: "not asked for"
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    done = []
     with torch.inference_mode():
-        host = random_vae(torch.bfloat16)
+        host = random_vae()
         turbo = accelerate_vae(host)
         load_models_gpu([host.patcher])
-        compare_to_float32(host, turbo)
         for size in options.sizes:
             say(size)
-            for direction, x in inputs(size).items():
-                measure(host, turbo, direction, x, options)
+            given = inputs(size)
+            for direction in options.directions:
+                x = given[direction]
+                done.append((size, direction, x, measure(host, turbo, direction, x, options)))
+        exact = float32_of(host)
+        for part in done:
+            compare_to_float32(exact, *part)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...kernels.causal_frames import causal_frames, resample_frames
+from ...kernels.frames_conv import frames_conv, packed, unfit
 from ..vae_strips import Level, Strip, halos
 from .weights import fetched, kept
 
@@ -49,6 +50,7 @@ class Layers:
 
     def __init__(self):
         self.caches = {}  # of a convolution over time: the frames before, [B, P, H, W, C]
+        self.packed = {}  # a convolution's weight and bias as our own kernel reads them
 
     def frames_for(self, conv, x: Frames, norm=None, keep: bool = False) -> Tensor:
         """What `conv` reads, and x its end, unless `keep`, which leaves it finished."""
@@ -64,17 +66,31 @@ class Layers:
             x.y = y
         return out
 
-    def causal(self, conv, x: Frames, norm=None, keep: bool = False) -> Frames:
-        return convolve(conv, self.frames_for(conv, x, norm, keep))
+    def causal(self, conv, x: Frames, norm=None) -> Frames:
+        return self.convolve(conv, self.frames_for(conv, x, norm))
 
     def block(self, block: ResidualBlock, x: Frames) -> Frames:
         norm1, _, conv1, norm2, _, _, conv2 = block.residual
-        h = self.causal(conv1, x, norm1, keep=True)
-        h = self.causal(conv2, h, norm2)
-        h.residual, *_ = x.take()
+        h = self.convolve(conv1, self.frames_for(conv1, x, norm1, keep=True))
+        frames = self.frames_for(conv2, h, norm2)
+        residual, *_ = x.take()
         if block.in_dim != block.out_dim:
-            h.residual = convolve(block.shortcut, h.residual).finished()
-        return h
+            residual = convolve(block.shortcut, residual).finished()
+        return self.convolve(conv2, frames, residual)
+
+    def convolve(self, conv, x: Tensor, residual: Tensor | None = None) -> Frames:
+        """A convolution of frames [B, T, H, W, C], those before them included, and what is added.
+
+        One of pictures convolves each of them.
+        """
+        if max(conv.stride) > 1 or unfit(x, conv.out_channels, residual):
+            y = convolve(conv, x) if len(conv.kernel_size) == 3 else convolve_pictures(conv, x, 1)
+            y.residual = residual
+            return y
+        if conv not in self.packed:
+            with fetched(conv, x.dtype, x.device) as (weight, bias):
+                self.packed[conv] = packed(weight), None if bias is None else bias.clone()
+        return Frames(frames_conv(x, *self.packed[conv], residual))
 
     def blocks(self, blocks: Iterable[ResidualBlock], x: Frames) -> Frames:
         for block in blocks:
@@ -92,7 +108,7 @@ class Layers:
         split = 1
         if layer.mode == "upsample3d" and not first:
             split, x = 2, self.causal(layer.time_conv, x)
-        return convolve_pictures(layer.resample[1], resample_frames(*x.take(), split, scale=2), 1)
+        return self.convolve(layer.resample[1], resample_frames(*x.take(), split, scale=2))
 
     def smaller(self, layer: Resample, x: Frames, first: bool) -> Frames:
         """Half as high and wide; but for the first piece half as many frames where it does so."""
@@ -100,7 +116,7 @@ class Layers:
         if layer.mode == "downsample2d":
             return x
         frames = self.frames_for(layer.time_conv, x)
-        return Frames(frames[:, 1:]) if first else convolve(layer.time_conv, frames)
+        return Frames(frames[:, 1:]) if first else self.convolve(layer.time_conv, frames)
 
     def head(self, head, x: Frames) -> Tensor:
         norm, _, conv = head
