@@ -16,6 +16,7 @@ from in_comfyui import DEVICE, DYNAMIC, comfy
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from turbodiffusion_pack.kernels import dispatch
+from turbodiffusion_pack.kernels.frames_conv import frames_conv
 from turbodiffusion_pack.nodes.vae import TurboVAE as Node
 from turbodiffusion_pack.turbo_core import vae_strips
 from turbodiffusion_pack.turbo_core.host import causal_vae, turbo_vae
@@ -87,6 +88,16 @@ def test_encodes_what_the_host_encodes(vae, turbo, frames, size):
     x = video(frames, 8 * size[0], 8 * size[1])
     expected = vae.encode(x)
     torch.testing.assert_close(turbo.encode(x), expected, rtol=ATOL, atol=ATOL)
+
+
+def test_with_convolutions_of_our_own_as_well(vae, turbo, monkeypatch):
+    """Those that add bias and residual by themselves; on Hopper they run by such."""
+    reference = partial(frames_conv, backend="reference")
+    monkeypatch.setattr(causal_vae, "frames_conv", reference)
+    monkeypatch.setattr(causal_vae, "unfit", lambda *_: None)
+    z, x = latents(9), video(9)
+    torch.testing.assert_close(turbo.decode(z), vae.decode(z), rtol=0, atol=ATOL)
+    torch.testing.assert_close(turbo.encode(x), vae.encode(x), rtol=ATOL, atol=ATOL)
 
 
 @pytest.mark.parametrize(("size", "count"), [((2, 23), 2), ((25, 1), 3), ((1, 30), 8)])
