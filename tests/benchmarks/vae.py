@@ -3,7 +3,7 @@
     COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/vae.py --sizes 832x480x81 1280x720x81
     ... vae.py --sizes 832x480x81 --strips 1 2 3    TurboVAE in so many strips as well
     ... vae.py --sizes 1280x720x81 --kernels        where TurboVAE's time goes
-    ... vae.py --cudnn                              TurboVAE without convolutions of its own
+    ... vae.py --cudnn                              TurboVAE by torch's convolutions and attention
 
 Full width, random weights in bf16. Prints for decode and encode: a first run of 9 frames, the
 median of runs as a node sees them (memory to memory), TurboVAE's model alone, the highest memory
@@ -26,6 +26,7 @@ arguments, sys.argv = sys.argv, sys.argv[:1]
 import in_comfyui  # noqa: E402, F401 - starts ComfyUI
 import older_cards  # noqa: E402
 import pack  # noqa: E402, F401
+from comfy.ldm.modules.diffusionmodules.model import pytorch_attention  # noqa: E402
 from comfy.ldm.wan.vae import WanVAE  # noqa: E402
 from comfy.model_management import load_models_gpu  # noqa: E402
 from comfy.sd import VAE  # noqa: E402
@@ -163,6 +164,7 @@ def main() -> None:
         older_cards.play(options.card)
     if options.cudnn:
         causal_vae.unfit = lambda *_: "not asked for"
+        causal_vae.attention_by_products = pytorch_attention
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     done = []
     with torch.inference_mode():

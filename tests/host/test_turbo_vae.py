@@ -100,6 +100,17 @@ def test_with_convolutions_of_our_own_as_well(vae, turbo, monkeypatch):
     torch.testing.assert_close(turbo.encode(x), vae.encode(x), rtol=ATOL, atol=ATOL)
 
 
+@pytest.mark.parametrize("scores", [1, 2**20])
+def test_attention_by_products_is_attention(monkeypatch, scores):
+    monkeypatch.setattr(causal_vae, "SCORES", scores)
+    q, k, v = torch.randn(3, 2, 24, 9, 16)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.flatten(2).transpose(1, 2) for x in (q, k, v))
+    )
+    ours = causal_vae.attention_by_products(q, k, v)
+    torch.testing.assert_close(ours.flatten(2).transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("size", "count"), [((2, 23), 2), ((25, 1), 3), ((1, 30), 8)])
 def test_strips_are_the_whole(turbo, monkeypatch, size, count):
     z, x = latents(9, *size), video(9, 8 * size[0], 8 * size[1])

@@ -19,6 +19,7 @@ from ..vae_strips import Level, Strip, halos
 from .weights import fetched, kept
 
 AT_ONCE = 2  # latent frames that the middle of the network runs together
+SCORES = 2**26  # of its attention at a time, 256 MB of float32
 
 
 class Frames:
@@ -99,9 +100,8 @@ class Layers:
 
     def middle(self, middle, x: Frames) -> Frames:
         before, attention, after = middle
-        x = self.block(before, x).finished()
-        x = attention(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
-        return self.block(after, Frames(x.contiguous()))
+        x = attend(attention, self.block(before, x).finished())
+        return self.block(after, Frames(x))
 
     def larger(self, layer: Resample, x: Frames, first: bool) -> Frames:
         """Twice as high and wide; but for the first piece twice as many frames where it does so."""
@@ -121,6 +121,32 @@ class Layers:
     def head(self, head, x: Frames) -> Tensor:
         norm, _, conv = head
         return self.causal(conv, x, norm).finished()
+
+
+def attend(attention, x: Tensor) -> Tensor:
+    """The host's attention block within each of the frames [B, T, H, W, C]."""
+    pictures = x.flatten(0, 1).permute(0, 3, 1, 2)
+    q, k, v = attention.to_qkv(attention.norm(pictures)).chunk(3, dim=1)
+    in_16_bits = x.is_cuda and x.dtype != torch.float32
+    run = attention_by_products if in_16_bits else attention.optimized_attention
+    pictures = pictures + attention.proj(run(q, k, v))
+    return pictures.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v over the pixels of pictures [N, C, H, W], some rows at a time.
+
+    Of one head with 384 channels torch's fused kernels know a slow one only.
+    """
+    size = q.shape[2:]
+    q, k, v = (x.flatten(2).transpose(1, 2) for x in (q, k, v))  # [N, H W, C]
+    rows = max(128, SCORES // (k.shape[0] * k.shape[1]) // 128 * 128)
+    exact = {} if q.dtype == torch.float32 else {"out_dtype": torch.float32}
+    parts = []
+    for part in q.split(rows, dim=1):
+        scores = torch.bmm(part, k.transpose(1, 2), **exact).mul_(k.shape[-1] ** -0.5)
+        parts.append(torch.bmm(scores.softmax(dim=-1).to(v.dtype), v))
+    return torch.cat(parts, dim=1).transpose(1, 2).unflatten(2, size)
 
 
 def convolve(conv, x: Tensor) -> Frames:
