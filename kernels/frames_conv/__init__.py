@@ -13,7 +13,7 @@ from . import hopper, reference
 
 
 def frames_conv(
-    x: Tensor,
+    x: Tensor | tuple[Tensor, Tensor, Tensor],
     weight: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -22,34 +22,48 @@ def frames_conv(
     """conv(x) + bias + residual, rounded after each: zeros around a frame, none before the first.
 
     Args:
-        x: `[B, KT - 1 + T, H, W, C]` fp32, fp16 or bf16.
+        x: `[B, KT - 1 + T, H, W, C]` contiguous, fp32, fp16 or bf16; or these frames in the three
+            parts that `causal_frames.frames_apart` gives.
         weight: `[KT, KH, KW, N, C]` in x's dtype, see `packed`; KH and KW odd.
         bias: `[N]` in x's dtype.
-        residual: `[B, T, H, W, N]` in x's dtype.
+        residual: `[B, T, H, W, N]` in x's dtype, its channels contiguous.
         backend: "cuda" or "reference".
 
     Returns:
         `[B, T, H, W, N]` contiguous, in x's dtype.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes or strides do not fit together.
         TypeError: x is of another dtype.
         RuntimeError: the CUDA kernel cannot run, see `unfit`.
     """
+    parts = x if isinstance(x, tuple) else (x,)
+    _check(parts, weight, residual)
+    if backend == "reference":
+        return reference.frames_conv(parts, weight, bias, residual)
+    if reason := unfit(parts[0], weight.shape[3]):
+        raise RuntimeError(f"frames_conv cannot run in CUDA: {reason}")
+    if not all(x.is_contiguous() for x in (*parts, weight)):
+        raise ValueError("frames_conv needs contiguous frames and weights")
+    if residual is not None and (
+        residual.stride(-1) != 1 or any(n % 8 for n in residual.stride()[:-1])
+    ):
+        raise ValueError(f"frames_conv cannot read a residual of strides {residual.stride()}")
+    return hopper.frames_conv(parts, weight, bias, residual)
+
+
+def _check(parts: tuple[Tensor, ...], weight: Tensor, residual: Tensor | None) -> None:
+    x = parts[0]
     check_dtype("frames_conv", x)
     if x.ndim != 5 or weight.ndim != 5 or x.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"frames_conv needs x [B, T, H, W, C] and weight [KT, KH, KW, N, C], got "
             f"{list(x.shape)} and {list(weight.shape)}"
         )
-    shape = [x.shape[0], x.shape[1] - weight.shape[0] + 1, *x.shape[2:4], weight.shape[3]]
+    frames = sum(part.shape[1] for part in parts) - weight.shape[0] + 1
+    shape = [x.shape[0], frames, *x.shape[2:4], weight.shape[3]]
     if residual is not None and list(residual.shape) != shape:
         raise ValueError(f"frames_conv needs residual {shape}, got {list(residual.shape)}")
-    if backend == "reference":
-        return reference.frames_conv(x, weight, bias, residual)
-    if reason := unfit(x, weight.shape[3], residual):
-        raise RuntimeError(f"frames_conv cannot run in CUDA: {reason}")
-    return hopper.frames_conv(x, weight, bias, residual)
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -61,16 +75,10 @@ def packed(weight: Tensor) -> Tensor:
     return taps.permute(2, 3, 4, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
-def unfit(x: Tensor, out_channels: int, residual: Tensor | None = None) -> str | None:
-    """Why the CUDA kernel cannot convolve x; None where it can."""
+def unfit(x: Tensor, out_channels: int) -> str | None:
+    """Why the CUDA kernel cannot convolve frames like x; None where it can."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"it multiplies 16 bits, x is {x.dtype}"
     if x.shape[-1] % hopper.DEPTH or out_channels % hopper.DEPTH:
         return f"channels are no multiples of {hopper.DEPTH}"
-    if not x.is_contiguous() or x.data_ptr() % 16:
-        return "the frames are not contiguous"
-    if residual is not None:
-        *pixels, channel = residual.stride()
-        if channel != 1 or any(step % 8 or step >= 2**31 for step in pixels):
-            return "the residual's pixels do not begin at multiples of 16 bytes"
     return cuda_unavailable(x.device)

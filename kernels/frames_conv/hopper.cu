@@ -36,11 +36,16 @@ struct alignas(64) TensorMap {
     u64 opaque[16];
 };
 
+// Of 64 channels at a time, and of 32 more.
 struct Operands {
-    TensorMap x_map, x_more_map, w_map, w_more_map;  // of x [F, H, W, C] and w [taps N, C]
-    const u16* bias;                                 // [N] or null
-    const u16* residual;                             // [B, T, H, W, N] or null
-    u16* y;                                          // [B, T, H, W, N]
+    TensorMap before_map, before_more_map;  // of the first frames [F, H, W, C], if in parts
+    TensorMap x_map, x_more_map;            // of those between, or of all
+    TensorMap after_map, after_more_map;    // of the last
+    TensorMap w_map, w_more_map;            // of w [taps N, C]
+    const u16* bias;                        // [N] or null
+    const u16* residual;                    // [B, T, H, W, N] or null
+    u16* y;                                 // [B, T, H, W, N]
+    int apart;  // of a sample's frames so many are the last ones, and at most the first; 0: none
     int batch, frames, height, width, channels, columns;
     int taps_t, taps_h, taps_w;
     int residual_b, residual_t, residual_h, residual_w;
@@ -97,15 +102,30 @@ __device__ __forceinline__ void copy_w(
         : "memory");
 }
 
+// Where a frame of a sample's input is.
+struct Place {
+    const TensorMap &map, &more;
+    int frame;
+};
+
+__device__ __forceinline__ Place place_of(int sample, int frame, const Operands& o) {
+    int apart = o.apart;
+    if (!apart) return {o.x_map, o.x_more_map, sample * (o.frames + o.taps_t - 1) + frame};
+    if (frame >= o.frames)
+        return {o.after_map, o.after_more_map, sample * apart + frame - o.frames};
+    if (frame < apart)
+        return {o.before_map, o.before_more_map, sample * min(apart, o.frames) + frame};
+    return {o.x_map, o.x_more_map, sample * (o.frames - apart) + frame - apart};
+}
+
 __device__ __forceinline__ void copy_stages(Shared& shared, const Operands& o) {
     Ring<STAGES> ring;
     int taps = o.taps_t * o.taps_h * o.taps_w;
     for (int index = blockIdx.x; index < tiles(o); index += gridDim.x) {
         Tile tile = tile_of(index, o);
-        int first = tile.sample * (o.frames + o.taps_t - 1) + tile.frame;
 #pragma unroll 1
         for (int tap = 0; tap < taps; tap++) {
-            int frame = first + tap / (o.taps_h * o.taps_w);
+            Place x = place_of(tile.sample, tile.frame + tap / (o.taps_h * o.taps_w), o);
             int row = tile.row + tap / o.taps_w % o.taps_h - o.taps_h / 2;
             int across = tile.across + tap % o.taps_w - o.taps_w / 2;
             int columns = tap * o.columns + tile.column;
@@ -115,8 +135,8 @@ __device__ __forceinline__ void copy_stages(Shared& shared, const Operands& o) {
                 u64* full = &shared.full[ring.stage];
                 Stage& stage = shared.stages[ring.stage];
                 barrier_expect(full, sizeof(Stage));
-                copy_x(stage.x, o.x_map, c, across, row, frame, full);
-                copy_x(stage.x_more, o.x_more_map, c + 64, across, row, frame, full);
+                copy_x(stage.x, x.map, c, across, row, x.frame, full);
+                copy_x(stage.x_more, x.more, c + 64, across, row, x.frame, full);
                 copy_w(stage.w, o.w_map, c, columns, full);
                 copy_w(stage.w_more, o.w_more_map, c + 64, columns, full);
             }

@@ -443,7 +443,7 @@ def test_full_width_on_a_gpu(wide):
     z, x = latents(9, 30, 52), video(9, 240, 416)
     with dispatch.listening(lambda op, name, why: told.update({op: name})):
         pixels, encoded = turbo.decode(z), turbo.encode(x)
-    assert told == {"causal_frames": dispatch.TRITON, "resample_frames": dispatch.TRITON}
+    assert set(told.values()) == {dispatch.TRITON}
     assert pixels.device.type == "cpu"
     wanted = exact.decode(z), exact.encode(x)
     assert psnr(pixels, wanted[0]) >= psnr(half.decode(z), wanted[0]) - 0.5

@@ -29,14 +29,23 @@ def operands(size, channels, out_channels, taps, dtype=torch.bfloat16):
     return x, weight.to(dtype), random(out_channels, dtype=dtype), wider[:, :, :, 2:-4]
 
 
+def in_parts(x):
+    """As `frames_apart` gives them, of two frames before."""
+    frames = x.shape[1] - 2
+    first = min(2, frames)
+    return tuple(part.clone() for part in x.split((first, frames - first, 2), dim=1))
+
+
 @pytest.mark.parametrize("taps", TAPS)
 def test_the_reference_is_torchs_convolution(taps):
     x, weight, bias, residual = operands((2, 2, 5, 7), 8, 12, taps, torch.float32)
     sides = 0, taps[1] // 2, taps[2] // 2
     y = functional.conv3d(x.movedim(-1, 1), weight, bias, padding=sides).movedim(1, -1) + residual
-    ours = frames_conv(x, packed(weight), bias, residual, backend="reference")
-    assert ours.is_contiguous()
-    torch.testing.assert_close(ours, y, rtol=1e-5, atol=1e-5)
+    given = (x,) if taps[0] == 1 else (x, in_parts(x))
+    for frames in given:
+        ours = frames_conv(frames, packed(weight), bias, residual, backend="reference")
+        assert ours.is_contiguous()
+        torch.testing.assert_close(ours, y, rtol=1e-5, atol=1e-5)
 
 
 def test_a_convolution_of_pictures():
@@ -60,30 +69,33 @@ def test_what_does_not_fit_together_is_refused():
 
 def test_what_the_kernel_cannot_convolve(monkeypatch):
     captured(monkeypatch, HOPPER)
-    x, odd = random(1, 3, 4, 6, 96), random(1, 1, 4, 6, 97)
+    x, weight, y = random(1, 3, 4, 6, 96), packed(random(96, 96, 3, 3, 3)), random(1, 1, 4, 6, 97)
     assert unfit(x, 96) is None
-    assert unfit(x, 192, random(1, 1, 4, 6, 192)) is None
     assert "it multiplies 16 bits" in unfit(x.float(), 96)
     assert "no multiples of 96" in unfit(x, 3)
-    assert "not contiguous" in unfit(x[:, :, :, 1:], 96)
-    assert "do not begin at" in unfit(x, 96, odd[..., 1:])
+    with pytest.raises(ValueError, match="needs contiguous frames"):
+        frames_conv(x[:, :, :, 1:], weight)
+    with pytest.raises(ValueError, match="cannot read a residual of strides"):
+        frames_conv(x, weight, residual=y[..., 1:])
     captured(monkeypatch, (8, 9))
     assert "they are for Hopper" in unfit(x, 96)
 
 
 def test_a_launch_says_what_was_given(monkeypatch):
     launches = captured(monkeypatch, HOPPER)
-    x, weight, bias, residual = operands((1, 2, 20, 40), 96, 192, (3, 1, 1))
-    y = frames_conv(x, packed(weight), bias, residual)
+    x, weight, bias, residual = operands((1, 3, 20, 40), 96, 192, (3, 1, 1))
+    parts = in_parts(x)
+    y = frames_conv(parts, packed(weight), bias, residual)
     (launch,) = launches
     given = launch.operands
-    assert list(given.x_map[:5]) == [x.data_ptr(), 1, 8, 16, 64]
+    maps = given.before_map, given.x_map, given.after_map
+    assert [list(map[:5]) for map in maps] == [[x.data_ptr(), 1, 8, 16, 64] for x in parts]
     assert list(given.w_more_map[1:3]) == [192, 32]
     pointers = given.bias, given.residual, given.y
     assert pointers == (bias.data_ptr(), residual.data_ptr(), y.data_ptr())
     sizes = given.batch, given.frames, given.height, given.width, given.channels, given.columns
-    assert sizes == (1, 2, 20, 40, 96, 192)
-    assert (given.taps_t, given.taps_h, given.taps_w) == (3, 1, 1)
+    assert sizes == (1, 3, 20, 40, 96, 192)
+    assert (given.apart, given.taps_t, given.taps_h, given.taps_w) == (2, 3, 1, 1)
     steps = given.residual_b, given.residual_t, given.residual_h, given.residual_w
     assert steps == residual.stride()[:4]
 
@@ -117,3 +129,11 @@ def test_a_part_is_bit_for_bit_what_the_whole_is():
     whole = frames_conv(x, packed(weight))
     part = frames_conv(x[:, 1:, 7:, 3:].contiguous(), packed(weight))
     assert torch.equal(part[:, :, 1:, 1:], whole[:, 1:, 8:, 4:])
+
+
+@on_hopper
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+def test_frames_in_parts_are_the_frames(frames):
+    x, weight, bias, residual = operands((2, frames, 30, 40), 96, 192, (3, 3, 3))
+    whole = frames_conv(x, packed(weight), bias, residual)
+    assert torch.equal(frames_conv(in_parts(x), packed(weight), bias, residual), whole)

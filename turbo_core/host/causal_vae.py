@@ -13,7 +13,7 @@ from comfy.ldm.wan.vae import Resample, ResidualBlock
 from torch import Tensor
 from torch.nn import functional
 
-from ...kernels.causal_frames import causal_frames, resample_frames
+from ...kernels.causal_frames import causal_frames, frames_apart, resample_frames
 from ...kernels.frames_conv import frames_conv, packed, unfit
 from ..vae_strips import Level, Strip, halos
 from .weights import fetched, kept
@@ -53,45 +53,56 @@ class Layers:
         self.caches = {}  # of a convolution over time: the frames before, [B, P, H, W, C]
         self.packed = {}  # a convolution's weight and bias as our own kernel reads them
 
-    def frames_for(self, conv, x: Frames, norm=None, keep: bool = False) -> Tensor:
-        """What `conv` reads, and x its end, unless `keep`, which leaves it finished."""
-        y = x.y
+    def cache_of(self, conv, y: Tensor) -> Tensor:
         if conv not in self.caches:
             before = conv.kernel_size[0] - conv.stride[0]
             shape = y.shape[0], before, *y.shape[2:]
             self.caches[conv] = torch.zeros(shape, dtype=y.dtype, device=y.device)
+        return self.caches[conv]
+
+    def frames_for(self, conv, x: Frames, norm=None, keep: bool = False, apart: bool = False):
+        """What `conv` reads, and x its end, unless `keep`, which leaves it finished."""
+        y, run = x.y, frames_apart if apart else causal_frames
         gamma = None if norm is None else norm.gamma.to(y).flatten()
-        out = causal_frames(y, self.caches[conv], gamma, x.bias, x.residual, keep)
+        out = run(y, self.cache_of(conv, y), gamma, x.bias, x.residual, keep)
         x.take()
         if keep:
             x.y = y
         return out
 
-    def causal(self, conv, x: Frames, norm=None) -> Frames:
-        return self.convolve(conv, self.frames_for(conv, x, norm))
+    def causal(
+        self, conv, x: Frames, norm=None, keep: bool = False, residual: Tensor | None = None
+    ) -> Frames:
+        """conv(norm(x)) of x and the frames before; the end of x, unless `keep`, see above."""
+        if unfit(x.y, conv.out_channels):
+            y = convolve(conv, self.frames_for(conv, x, norm, keep))
+            y.residual = residual
+            return y
+        parts = self.frames_for(conv, x, norm, keep, apart=True)
+        self.caches[conv] = parts[2]
+        return self.convolve(conv, parts, residual)
+
+    def pictures(self, conv, x: Tensor) -> Frames:
+        """A convolution of each of the frames [B, T, H, W, C]."""
+        if unfit(x, conv.out_channels):
+            return convolve_pictures(conv, x, 1)
+        return self.convolve(conv, x)
+
+    def convolve(self, conv, x: Tensor | tuple, residual: Tensor | None = None) -> Frames:
+        """By our own kernel, which adds the bias and the residual."""
+        if conv not in self.packed:
+            like = x[0] if isinstance(x, tuple) else x
+            with fetched(conv, like.dtype, like.device) as (weight, bias):
+                self.packed[conv] = packed(weight), None if bias is None else bias.clone()
+        return Frames(frames_conv(x, *self.packed[conv], residual))
 
     def block(self, block: ResidualBlock, x: Frames) -> Frames:
         norm1, _, conv1, norm2, _, _, conv2 = block.residual
-        h = self.convolve(conv1, self.frames_for(conv1, x, norm1, keep=True))
-        frames = self.frames_for(conv2, h, norm2)
+        h = self.causal(conv1, x, norm1, keep=True)
         residual, *_ = x.take()
         if block.in_dim != block.out_dim:
             residual = convolve(block.shortcut, residual).finished()
-        return self.convolve(conv2, frames, residual)
-
-    def convolve(self, conv, x: Tensor, residual: Tensor | None = None) -> Frames:
-        """A convolution of frames [B, T, H, W, C], those before them included, and what is added.
-
-        One of pictures convolves each of them.
-        """
-        if max(conv.stride) > 1 or unfit(x, conv.out_channels, residual):
-            y = convolve(conv, x) if len(conv.kernel_size) == 3 else convolve_pictures(conv, x, 1)
-            y.residual = residual
-            return y
-        if conv not in self.packed:
-            with fetched(conv, x.dtype, x.device) as (weight, bias):
-                self.packed[conv] = packed(weight), None if bias is None else bias.clone()
-        return Frames(frames_conv(x, *self.packed[conv], residual))
+        return self.causal(conv2, h, norm2, residual=residual)
 
     def blocks(self, blocks: Iterable[ResidualBlock], x: Frames) -> Frames:
         for block in blocks:
@@ -108,7 +119,7 @@ class Layers:
         split = 1
         if layer.mode == "upsample3d" and not first:
             split, x = 2, self.causal(layer.time_conv, x)
-        return self.convolve(layer.resample[1], resample_frames(*x.take(), split, scale=2))
+        return self.pictures(layer.resample[1], resample_frames(*x.take(), split, scale=2))
 
     def smaller(self, layer: Resample, x: Frames, first: bool) -> Frames:
         """Half as high and wide; but for the first piece half as many frames where it does so."""
@@ -116,7 +127,7 @@ class Layers:
         if layer.mode == "downsample2d":
             return x
         frames = self.frames_for(layer.time_conv, x)
-        return Frames(frames[:, 1:]) if first else self.convolve(layer.time_conv, frames)
+        return Frames(frames[:, 1:]) if first else convolve(layer.time_conv, frames)
 
     def head(self, head, x: Frames) -> Tensor:
         norm, _, conv = head
