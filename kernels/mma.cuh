@@ -26,6 +26,18 @@ __device__ __forceinline__ void copy_4(u32 to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
+// The same where `now`, without a branch.
+__device__ __forceinline__ void copy_4_if(bool now, u32 to, const void* from) {
+    asm volatile("{.reg .pred now; setp.ne.b32 now, %2, 0;\n"
+                 "@now cp.async.ca.shared.global [%0], [%1], 4;}"
+                 ::"r"(to), "l"(from), "r"(int(now)) : "memory");
+}
+
+// Starts to fetch a line of 128 bytes into L2.
+__device__ __forceinline__ void fetch_line(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
+}
+
 __device__ __forceinline__ void copy_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }

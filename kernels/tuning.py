@@ -164,6 +164,10 @@ MMA_LINEAR: dict[Card, dict[str, WarpTile]] = {
     },
 }
 
+# The heads of a program of qk_prepare/cuda.cu, at most. On Hopper their cosines wait in shared
+# memory; measured on an H100 that plays the others.
+PREPARE_HEADS: dict[Card, int] = {(8, 0): 4, (9, 0): 8, (12, 0): 4}
+
 # Attention in 16 bits, and in low bits by what its values are in. sm_80, sm_90 and sm_100 have 163
 # KB of shared memory a block or more, the others 99 KB.
 ATTENTION: dict[Card, dict[str, KeyLoop]] = {

@@ -9,6 +9,7 @@ from .quantize import W8A8Quantize
 from .resolution import WanAdaptiveResolution, WanVideoLength
 from .sampler import RCMSampler
 from .save import TurboSaveCheckpoint
+from .svi import WanSVIProImageToVideo
 from .vae import TurboVAE
 
 NODES = [
@@ -22,5 +23,6 @@ NODES = [
     TurboVAE,
     WanAdaptiveResolution,
     WanVideoLength,
+    WanSVIProImageToVideo,
     TurboDoctor,
 ]

@@ -1,5 +1,6 @@
 """Makes the pack importable, shares the cores out, skips what needs a GPU where there is none."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -60,6 +61,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, so no garbage collection need look at it: tests ask for many,
+    ComfyUI for more, and each went through a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 # A worker has ComfyUI and torch in about 1 GB of memory.

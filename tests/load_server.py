@@ -1,6 +1,7 @@
 """Puts a live ComfyUI server under load: nothing may end it, fill its memory or change its frames.
 
     python tests/load_server.py [--prompts 10000] [--runs 1000] [--seed 1] [--again 12]
+                                [--server=--cache-classic]
 
 Two parts, on tiny random models and the CPU or GPU that there is:
 
@@ -318,6 +319,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1000, help="runs with random cancels")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--again", type=int, default=12, help="runs to make in a fresh process")
+    parser.add_argument("--server", action="append", default=[], help="an option of ComfyUI's")
     args = parser.parse_args()
     comfyui = comfyui_install.find()
     if comfyui is None:
@@ -325,7 +327,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         write_models(comfyui, base)
-        with ComfyServer(comfyui, base) as server:
+        with ComfyServer(comfyui, base, options=tuple(args.server)) as server:
             if args.prompts:
                 random_prompts(server, args.prompts, args.seed)
             kept = random_runs(server, args.runs, args.seed, args.again) if args.runs else {}

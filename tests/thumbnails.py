@@ -35,6 +35,8 @@ CLOSE_UP = {
     "Text_to_video_KSampler": (1, 2),
     "Image_to_video_A14B_720p": (1,),
     "Image_to_video_with_LoRAs": (0,),
+    "Image_to_video_NVFP4_Sparse": (0,),
+    "Image_to_video_long_SVI_2.0_Pro": (3,),
 }
 # Of the node whose help page has a picture: the example that it is from, and which nodes.
 HELP = {

@@ -89,7 +89,7 @@ def _kernels(
         raise ValueError(f"cache must be contiguous, got strides {list(cache.stride())}")
     _check_vector(op, "gamma", gamma, y)
     unsupported = (no_gradients(y, cache, gamma, bias, residual), _channels_apart(y, residual))
-    return choose(op, backend, y, reference, triton_kernels, unsupported=unsupported)
+    return choose("causal_frames", backend, y, reference, triton_kernels, unsupported=unsupported)
 
 
 def resample_frames(

@@ -1,6 +1,7 @@
 """The main job in a real ComfyUI server, queued over HTTP and followed on the websocket."""
 
 import copy
+import importlib.util
 import json
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,11 @@ from pathlib import Path
 import comfyui_install
 import numpy as np
 import pytest
+import random_models
+import server_clock
 import tiny_models
 import torch
+from clock_workflows import PICTURE, Video
 from comfyui_server import ComfyServer, RejectedError, Run, combo_options, node_inputs
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,6 +32,20 @@ SIZE = {"width": 160, "height": 96, "length": 9}
 DENSE = {"SLAAttentionPatch": {"attention": "dense"}}  # the fastest without a GPU
 TINY = {"width": 64, "height": 64, "length": 5}
 LARGE = {"width": 256, "height": 256, "length": 17}
+
+
+def benchmark(name: str):
+    """A module of tests/benchmarks; support has files of the same names."""
+    path = HERE.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CLOCK, SOAK = benchmark("whole_clock"), benchmark("soak")
+VIDEO, EXPERTS = (Video(shape, 4) for shape in (SOAK.TINY, SOAK.TINY._replace(in_channels=36)))
+SUMS = "start to pixels", "whole"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +67,7 @@ def models(comfyui_dir, tmp_path_factory) -> dict[str, list[Path]]:
     whole = (folder / CHECKPOINT).read_bytes()
     (folder / "truncated.pth").write_bytes(whole[: len(whole) // 2])
     torch.save(without(tensors, "blocks.1.ffn.0.scale"), folder / "no_scale.pth")
+    write_clock_models(folder)
     return {"diffusion_models": [folder], "vae": [folder]}
 
 
@@ -64,6 +83,16 @@ def other(comfyui_dir, models, server, tmp_path_factory):
     base = tmp_path_factory.mktemp("other")
     with ComfyServer(comfyui_dir, base, models, server.output) as running:
         yield running
+
+
+def write_clock_models(folder: Path) -> None:
+    """Those that the prompts of tests/benchmarks/whole_clock.py name."""
+    jobs = VIDEO.jobs(["ours", "stock"]) + EXPERTS.jobs(["ours", "stock"])
+    for _, file, kind, sizes in jobs:
+        if kind != "vae":
+            tensors = random_models.WRITERS[kind](**sizes)
+            random_models.write_safetensors(folder / file, tensors)
+    (folder / VIDEO.vae).write_bytes((folder / VAE).read_bytes())
 
 
 def without(tensors: dict, name: str) -> dict:
@@ -267,6 +296,35 @@ def test_size_and_length_come_from_nodes(server):
     node_inputs(workflow, "EmptyHunyuanLatentVideo").update(links)
     node_inputs(workflow, "CreateVideo")["fps"] = ["length", 1]
     assert pixels(server.run(workflow)).shape == (5, 80, 144, 3)
+
+
+def test_the_clock_takes_a_video_apart(server):
+    """tests/benchmarks/whole_clock.py, each way of its prompts once."""
+    tiny_models.write_picture(server.base / "input" / PICTURE, 128, 96)
+    options = CLOCK.parse_options(["--runs", "0"])
+    for video, way in ((VIDEO, "ours"), (VIDEO, "stock + pack"), (EXPERTS, "stock")):
+        result = CLOCK.measure(server, video, way, False, options)
+        assert "failed" not in result, result
+        parts = result["first"]
+        expected = {"load", "decode", "file", *(f"step {i}" for i in range(1, 5))}
+        assert expected <= parts.keys()
+        assert all(parts[name].seconds > 0 for name in expected)
+        summed = sum(part.seconds for name, part in parts.items() if name not in SUMS)
+        assert summed == pytest.approx(parts["whole"].seconds)
+        assert 0 < parts["start to pixels"].seconds < parts["whole"].seconds
+        assert ("picture" in parts) == (video is EXPERTS)
+        assert parts["step 1"].resident > parts["step 1"].mapped > 0
+
+
+def test_runs_that_are_out_of_memory_leave_nothing(server):
+    """tests/benchmarks/soak.py, where running out is pretended: in a step, switch and decoder."""
+    tiny_models.write_picture(server.base / "input" / PICTURE, 128, 96)
+    prompt, other = (SOAK.with_frames(EXPERTS.prompt("ours", seed, False)) for seed in (1, 2))
+    expected, before = SOAK.made(server, prompt), server_clock.now(server)["tensors"]
+    for name, place in SOAK.PLACES.items():
+        assert SOAK.out_of_memory(server, other, place) == [], name
+        assert SOAK.made(server, prompt) == expected, name
+    assert server_clock.now(server)["tensors"] - before < SOAK.ROOM
 
 
 def test_loaders_of_an_older_pack_are_stood_for(server):

@@ -165,9 +165,14 @@ def test_constants_are_defined():
     assert nvrtc.compile_cuda(source, "sm_90", SIZE=7)
 
 
-def test_the_places_of_a_product_are_a_permutation():
-    places = prepare.places(torch.device("cpu"))
-    assert sorted(places.tolist()) == list(range(prepare.HEAD_DIM))
+def test_a_thread_gives_products_the_channels_that_it_holds():
+    """And of four products' columns it gets as many, side by side."""
+    columns, summands = (x.flatten() for x in prepare.order(torch.device("cpu")))
+    held = torch.arange(prepare.HEAD_DIM).view(4, 4, 8)  # [tile of 32, thread, channel]
+    # [tile, product, half of its summands, thread, pair] and [tile, product, thread, pair]
+    given = summands.view(4, 2, 2, 4, 2).permute(0, 3, 1, 2, 4).flatten(2)
+    left = columns.view(4, 4, 4, 2).permute(0, 2, 1, 3).flatten(2)
+    assert given.equal(held) and left.equal(held)
 
 
 def test_a_torch_without_cuda_says_so(monkeypatch):

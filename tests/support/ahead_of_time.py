@@ -1,15 +1,13 @@
 """Compiles the pack's kernels for a card as the host code launches them, without a GPU.
 
 The test process runs Triton's interpreter, so the work happens in a process of its own, which
-pretends the card; it prints one JSON line per compiled kernel.
+pretends the card.
 """
 
 import contextlib
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,8 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-SUPPORT = Path(__file__).resolve().parent
-ROOT = SUPPORT.parent.parent
+import fresh_process
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Shared memory one block may use, in bytes (CUDA programming guide, technical specifications).
 SHARED_LIMIT = {
@@ -64,27 +63,13 @@ class Compiled(NamedTuple):
 
 
 def compile_for(card: tuple[int, int]) -> list[Compiled]:
-    """Every kernel that the host code launches on `card`.
-
-    Raises:
-        RuntimeError: one does not compile.
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    worker = subprocess.run(
-        [sys.executable, "-c", "import ahead_of_time as a; a.work()", *map(str, card)],
-        cwd=SUPPORT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if worker.returncode:
-        raise RuntimeError(f"a kernel does not compile:\n{worker.stderr[-8000:]}")
-    return [Compiled(**json.loads(line)) for line in worker.stdout.splitlines()]
+    """Every kernel that the host code launches on `card`."""
+    return fresh_process.call(_compile_for, card)
 
 
-def work():
-    """Body of the worker: makes all `runs` and writes what Triton compiled for them to stdout."""
-    card = int(sys.argv[1]), int(sys.argv[2])
+def _compile_for(card: tuple[int, int]) -> list[Compiled]:
+    """Makes all `runs`; gives what Triton compiled for them."""
+    os.environ.pop("TRITON_INTERPRET", None)
     import torch
     import triton
     from pretended_card import pretended
@@ -93,13 +78,11 @@ def work():
     triton.knobs.compilation.disable_line_info = True  # sooner done, the same machine code
     found = {}
     for name, has_nvrtc, run in runs(card):
-        sys.stderr.write(f"{name}\n")
         with pretended(card, has_nvrtc), compiled_only() as kernels:
             run()
         for kernel in kernels:
             found.setdefault(kernel.hash, (name, kernel))
-    for run, kernel in found.values():
-        sys.stdout.write(json.dumps(measure(run, kernel)._asdict()) + "\n")
+    return [measure(run, kernel) for run, kernel in found.values()]
 
 
 def runs(card: tuple[int, int]) -> Iterator[tuple[str, bool, Callable[[], None]]]:
@@ -177,7 +160,8 @@ def machine_products(cubin: bytes) -> set[str]:
     fp16 sums; what is only emulated has others than its PTX."""
     import triton
 
-    text = _read_by([triton.knobs.nvidia.nvdisasm.path], cubin)
+    # Nothing here follows jumps, so it need not either.
+    text = _read_by([triton.knobs.nvidia.nvdisasm.path, "--no-dataflow"], cubin)
     return set(MACHINE_PRODUCT.findall(text))
 
 

@@ -55,6 +55,7 @@ class ComfyServer:
     base: folder for its models, output, user and temp data; the ComfyUI folder is not written to.
     model_folders: further folders to search, by ComfyUI's folder name.
     output: where results go, a folder in `base` if None.
+    options: further ones for ComfyUI's command line.
     """
 
     def __init__(
@@ -63,11 +64,13 @@ class ComfyServer:
         base: Path,
         model_folders: dict[str, list[Path]] | None = None,
         output: Path | None = None,
+        options: tuple[str, ...] = (),
     ):
         self.comfyui = comfyui
         self.base = base
         self.model_folders = model_folders or {}
         self.output = output or base / "output"
+        self.options = options
         self.log_file = base / "server.log"
         self.client_id = uuid.uuid4().hex
 
@@ -115,7 +118,7 @@ class ComfyServer:
         options += ["--database-url", "sqlite:///:memory:"]
         if not torch.cuda.is_available():
             options += ["--cpu"]
-        return [sys.executable, str(self.comfyui / "main.py"), *options]
+        return [sys.executable, str(self.comfyui / "main.py"), *options, *self.options]
 
     def wait_until_up(self) -> None:
         deadline = time.monotonic() + START_SECONDS

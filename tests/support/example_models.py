@@ -32,10 +32,10 @@ def write(comfyui: Path, base: Path) -> None:
 
 def tensors(class_type: str, name: str) -> dict[str, torch.Tensor]:
     """What stands in for the model file `name`; the two of an expert pair differ."""
-    seed = int("low" in name)
+    seed = int("low" in name.lower())
     if class_type == "CLIPLoader":
         return {WORDS: torch.zeros(1)}
-    if class_type == "LoraLoaderModelOnly":
+    if FOLDERS[class_type] == "loras":
         return tiny_models.lora(seed)
     if name in TRAINED:
         start = tiny_models.stock_checkpoint()
@@ -43,5 +43,6 @@ def tensors(class_type: str, name: str) -> dict[str, torch.Tensor]:
             return trained_pair.with_proj_l(trained_pair.tuned(start, 1))
         return trained_pair.tuned(start, 2)
     if class_type == "UNETLoader":
-        return tiny_models.stock_checkpoint(seed)
+        channels = tiny_models.I2V_CHANNELS if "I2V" in name else tiny_models.T2V_CHANNELS
+        return tiny_models.stock_checkpoint(seed, in_channels=channels)
     return (tiny_models.i2v_checkpoint if "I2V" in name else tiny_models.t2v_checkpoint)(seed)

@@ -213,10 +213,15 @@ class Frontend:
         self.page.get_by_role("button", name="Templates").last.click()
         dialog = self.page.get_by_role("dialog")
         dialog.get_by_text(pack, exact=True).click()
-        self.page.wait_for_timeout(1000)
-        pictures = dialog.locator("img").all()
-        loaded = [each for each in pictures if each.evaluate(OWN_PICTURE)]
-        return sorted(each.get_attribute("alt") for each in loaded)
+        self.page.mouse.move(960, 500)
+        names = set()
+        for _ in range(2):  # what is out of sight is not in the page, or has no picture
+            self.page.wait_for_timeout(1000)
+            pictures = dialog.locator("img").all()
+            loaded = [each for each in pictures if each.evaluate(OWN_PICTURE)]
+            names |= {each.get_attribute("alt") for each in loaded}
+            self.page.mouse.wheel(0, 5000)
+        return sorted(names)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from .wan_vae import LatentVAE
 MODEL, VAE_FILE = "model.safetensors", "vae.safetensors"
 STEPS = (4, 2, 1)  # of the students, and of Euler beside them
 SHOWN = ("clips", "teacher", "Euler 4", "SLA", "rCM 4", "rCM 1", "merged 4", "INT8 nodes 4")
+LARGEST_PICTURE = 400_000  # bytes of stages.webp, which a page may show
 SHIFTS = (1.0, 3.0, 5.0)  # Euler takes the best of them
 Network = Callable[..., torch.Tensor]
 
@@ -229,7 +230,8 @@ def _write(part: Path, examination: Examination, text: str) -> None:
     (part / "table.md").write_text(text, encoding="utf-8", newline="\n")
     (part / "table.csv").write_text(as_csv(examination.rows), encoding="utf-8", newline="\n")
     shown = [row for row in examination.rows if row.name.startswith(SHOWN)]
-    save_grid(part / "stages", pictures(shown), len(shown))
+    grid = pictures(shown, examination.prompts())
+    save_grid(part / "stages", grid, 1 + len(shown), LARGEST_PICTURE)
 
 
 def _encoded(

@@ -177,7 +177,7 @@ class Preset:
     Attributes:
         sizes: of the transformer.
         latent: frames, height and width of the latents.
-        context: tokens of a prompt.
+        context: tokens of a prompt, for the estimate; the data say how many there are.
         sla, rcm: the stages' recipes.
         teacher: None where a finished checkpoint is the teacher.
         vae, data, evaluate: the toy world's.
