@@ -13,13 +13,13 @@ import signal
 import sys
 from collections.abc import Callable, Container
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch._dynamo  # the first optimizer would import it, in each process of `started` anew
 from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parent))
+import fresh_process
 import pack  # noqa: F401
 from turbodiffusion_pack.turbo_core.training import loop, run_folder
 from turbodiffusion_pack.turbo_core.training.error import TrainingError
@@ -133,13 +133,11 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 def started(target: Callable, *arguments: object) -> multiprocessing.Process:
     """A process that does target(*arguments), which a test may kill; started within moments.
 
-    It is a fork of a server that has torch and this module, which Python 3.11 finds by PYTHONPATH.
+    It is a fork of a server that has torch and, if it was the first to ask for one, this module.
     """
-    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-    context.set_forkserver_preload([__name__])
+    context = fresh_process.context(__name__)
     process = context.Process(target=target, args=arguments, daemon=True)
-    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent)):
-        process.start()
+    process.start()
     return process
 
 
