@@ -35,13 +35,13 @@ def frames_conv(
     Raises:
         ValueError: shapes or strides do not fit together.
         TypeError: x is of another dtype.
-        RuntimeError: the CUDA kernel cannot run, see `unfit`.
+        RuntimeError: the CUDA kernel cannot run, see `left_to_cudnn`.
     """
     parts = x if isinstance(x, tuple) else (x,)
     _check(parts, weight, residual)
     if backend == "reference":
         return reference.frames_conv(parts, weight, bias, residual)
-    if reason := unfit(parts[0], weight.shape[3]):
+    if reason := left_to_cudnn(parts[0], weight.shape[3]):
         raise RuntimeError(f"frames_conv cannot run in CUDA: {reason}")
     if not all(x.is_contiguous() for x in (*parts, weight)):
         raise ValueError("frames_conv needs contiguous frames and weights")
@@ -75,8 +75,8 @@ def packed(weight: Tensor) -> Tensor:
     return taps.permute(2, 3, 4, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
-def unfit(x: Tensor, out_channels: int) -> str | None:
-    """Why the CUDA kernel cannot convolve frames like x; None where it can."""
+def left_to_cudnn(x: Tensor, out_channels: int) -> str | None:
+    """Why our kernel does not convolve frames like x; None where it does."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"it multiplies 16 bits, x is {x.dtype}"
     if x.shape[-1] % hopper.DEPTH or out_channels % hopper.DEPTH:

@@ -30,7 +30,7 @@ def shared_bytes(columns: int) -> int:
 def frames_conv(
     parts: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """`frames_conv` of what is not `unfit`, in one part or three."""
+    """`frames_conv` of what is not `left_to_cudnn`, in one part or three."""
     batch, _, height, width, channels = parts[0].shape
     taps_t, taps_h, taps_w, out_channels, _ = weight.shape
     frames = sum(part.shape[1] for part in parts) - taps_t + 1

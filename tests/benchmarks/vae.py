@@ -163,7 +163,7 @@ def main() -> None:
     if options.card:
         older_cards.play(options.card)
     if options.cudnn:
-        causal_vae.unfit = lambda *_: "not asked for"
+        causal_vae.left_to_cudnn = lambda *_: "not asked for"
         causal_vae.attention_by_products = pytorch_attention
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     done = []

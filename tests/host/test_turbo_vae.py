@@ -94,7 +94,7 @@ def test_with_convolutions_of_our_own_as_well(vae, turbo, monkeypatch):
     """Those that add bias and residual by themselves; on Hopper they run by such."""
     reference = partial(frames_conv, backend="reference")
     monkeypatch.setattr(causal_vae, "frames_conv", reference)
-    monkeypatch.setattr(causal_vae, "unfit", lambda *_: None)
+    monkeypatch.setattr(causal_vae, "left_to_cudnn", lambda *_: None)
     z, x = latents(9), video(9)
     torch.testing.assert_close(turbo.decode(z), vae.decode(z), rtol=0, atol=ATOL)
     torch.testing.assert_close(turbo.encode(x), vae.encode(x), rtol=ATOL, atol=ATOL)

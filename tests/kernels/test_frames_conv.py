@@ -6,7 +6,7 @@ from cuda_kernels import captured
 from devices import CARD, DEVICE
 from torch.nn import functional
 from turbodiffusion_pack.kernels.dispatch import HOPPER
-from turbodiffusion_pack.kernels.frames_conv import frames_conv, packed, unfit
+from turbodiffusion_pack.kernels.frames_conv import frames_conv, left_to_cudnn, packed
 
 on_hopper = pytest.mark.skipif(CARD != HOPPER, reason="needs a Hopper GPU")
 
@@ -70,15 +70,15 @@ def test_what_does_not_fit_together_is_refused():
 def test_what_the_kernel_cannot_convolve(monkeypatch):
     captured(monkeypatch, HOPPER)
     x, weight, y = random(1, 3, 4, 6, 96), packed(random(96, 96, 3, 3, 3)), random(1, 1, 4, 6, 97)
-    assert unfit(x, 96) is None
-    assert "it multiplies 16 bits" in unfit(x.float(), 96)
-    assert "no multiples of 96" in unfit(x, 3)
+    assert left_to_cudnn(x, 96) is None
+    assert "it multiplies 16 bits" in left_to_cudnn(x.float(), 96)
+    assert "no multiples of 96" in left_to_cudnn(x, 3)
     with pytest.raises(ValueError, match="needs contiguous frames"):
         frames_conv(x[:, :, :, 1:], weight)
     with pytest.raises(ValueError, match="cannot read a residual of strides"):
         frames_conv(x, weight, residual=y[..., 1:])
     captured(monkeypatch, (8, 9))
-    assert "they are for Hopper" in unfit(x, 96)
+    assert "they are for Hopper" in left_to_cudnn(x, 96)
 
 
 def test_a_launch_says_what_was_given(monkeypatch):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...kernels.causal_frames import causal_frames, frames_apart, resample_frames
-from ...kernels.frames_conv import frames_conv, packed, unfit
+from ...kernels.frames_conv import frames_conv, left_to_cudnn, packed
 from ..vae_strips import Level, Strip, halos
 from .weights import fetched, kept
 
@@ -74,7 +74,7 @@ class Layers:
         self, conv, x: Frames, norm=None, keep: bool = False, residual: Tensor | None = None
     ) -> Frames:
         """conv(norm(x)) of x and the frames before; the end of x, unless `keep`, see above."""
-        if unfit(x.y, conv.out_channels):
+        if left_to_cudnn(x.y, conv.out_channels):
             y = convolve(conv, self.frames_for(conv, x, norm, keep))
             y.residual = residual
             return y
@@ -84,7 +84,7 @@ class Layers:
 
     def pictures(self, conv, x: Tensor) -> Frames:
         """A convolution of each of the frames [B, T, H, W, C]."""
-        if unfit(x, conv.out_channels):
+        if left_to_cudnn(x, conv.out_channels):
             return convolve_pictures(conv, x, 1)
         return self.convolve(conv, x)
 
