@@ -16,6 +16,8 @@ import torch
 from ahead_of_time import ADA, CARDS, HOPPER
 from devices import DEVICE
 from turbodiffusion_pack.kernels import ceilings, dispatch, nvrtc
+from turbodiffusion_pack.kernels.frames_conv import frames_conv
+from turbodiffusion_pack.kernels.frames_conv import hopper as conv
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.int8_linear import int8_linear
 from turbodiffusion_pack.kernels.int8_linear import mma as mma_linear
@@ -76,8 +78,13 @@ def captured(monkeypatch, card: Card) -> list[Launch]:
     monkeypatch.setattr(nvrtc, "load", load)
     monkeypatch.setattr(nvrtc, "target_of", lambda card, device: f"sm_{card[0]}{card[1]}")
     monkeypatch.setattr(nvrtc, "address", lambda x: 0 if x is None else x.data_ptr())
-    monkeypatch.setattr(nvrtc, "tensor_map", lambda x, box: nvrtc.TENSOR_MAP(x.data_ptr(), box))
+    monkeypatch.setattr(nvrtc, "tensor_map", noted_map)
     return found
+
+
+def noted_map(x: torch.Tensor, box: int | tuple[int, ...]) -> ctypes.Array:
+    """In place of a tensor map, what it is made of."""
+    return nvrtc.TENSOR_MAP(x.data_ptr(), *(box if isinstance(box, tuple) else (box,)))
 
 
 @functools.cache
@@ -154,6 +161,12 @@ def every_state(card):
         key_value_state(heads, heads, backend="triton")
 
 
+def every_convolution(card):
+    # Each takes seconds to compile, and dtypes differ in a few instructions at the end.
+    for dtype, columns in zip(DTYPES, (96, 192), strict=True):
+        frames_conv(zeros(1, 3, 4, 4, 96, dtype=dtype), zeros(3, 3, 3, columns, 96, dtype=dtype))
+
+
 def every_product(card):
     for name in ceilings.products_of(card):
         kernel = ceilings._kernel(name, torch.device("cuda", 0))
@@ -218,6 +231,11 @@ KERNELS = {
     "int8_linear/hopper.cu": Kernel(
         every_linear, (HOPPER,), 168, products=lambda card: {"IGMMA.64x256x32.S8.S8"},
         sizes={"TILE_L": linear.TILE_L, "TILE_N": linear.TILE_N},
+    ),
+    "frames_conv/hopper.cu": Kernel(
+        every_convolution, (HOPPER,), 168,
+        products=lambda card: {"HGMMA.64x96x16.F32.BF16", "HGMMA.64x192x16.F32"},
+        sizes={"ACROSS": conv.ACROSS, "DEPTH": conv.DEPTH, "STAGES": conv.STAGES},
     ),
     "qk_prepare/cuda.cu": Kernel(
         every_prepare, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card=PREPARE_SPILLS,
