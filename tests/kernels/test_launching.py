@@ -189,7 +189,7 @@ def test_what_the_driver_refuses_is_raised(monkeypatch):
 
 @launching.launched
 @triton.jit(do_not_specialize=["length"])
-def scale_kernel(x_ptr, y_ptr, length, factor, stride_x, stride_y, BLOCK: tl.constexpr):
+def scale_kernel(x_ptr, y_ptr, length, factor, stride_x, stride_y, BLOCK: tl.constexpr):  # noqa: N803
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + index * stride_x, mask=index < length, other=0.0)
     tl.store(y_ptr + index * stride_y, x * factor, mask=index < length)
