@@ -9,6 +9,8 @@ import ctypes
 import functools
 import struct
 
+import torch
+
 from .checks import Remembered
 from .dispatch import launching_on
 from .driver import start
@@ -90,10 +92,12 @@ class Launched:
     """
 
     def __init__(self, kernel):
-        self.kernel, self.ready = kernel, Remembered()
+        self.kernel, self.ready, self.only_triton = kernel, Remembered(), None
         self.tensors = sum(name.endswith("_ptr") for name in kernel.arg_names)
 
     def __getitem__(self, grid: tuple[int, ...]):
+        if torch.compiler.is_compiling():  # which knows Triton's kernels, and no addresses
+            return self.kernel[grid]
         return functools.partial(self.launch, grid)
 
     def launch(self, grid: tuple[int, ...], *arguments, **constants) -> None:
@@ -116,7 +120,9 @@ class Launched:
         with launching_on(tensors[0]):
             compiled = self.kernel[grid](*arguments, **constants)
         usual = together % 16 == 0 and len(set(devices)) == 1 and devices[0] >= 0
-        if usual and why_triton(compiled) is None:
+        if usual and self.only_triton is None:
+            self.only_triton = why_triton(compiled)
+        if usual and self.only_triton is None:
             named = dict(zip(self.kernel.arg_names, arguments, strict=False)) | constants
             self.ready.put(key, Ready(compiled, named, devices[0]))
 

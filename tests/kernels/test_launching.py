@@ -156,6 +156,15 @@ def test_tensors_that_are_not_on_one_gpu_are_left_to_triton(started, cards):
     assert started == []
 
 
+def test_torch_compile_sees_tritons_kernel(started, monkeypatch):
+    plain = Kernel(compiled())
+    kernel = launching.launched(plain)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for _ in range(2):
+        launch(kernel, rows(3), rows(3, torch.float32))
+    assert len(plain.launches) == 2
+
+
 def test_threads_do_not_share_what_they_pack_into(started, monkeypatch):
     kernel = launching.launched(Kernel(compiled()))
     x, y, other = rows(3), rows(3, torch.float32), rows(3)
