@@ -160,12 +160,9 @@ def load(model):
 
 
 def node_patch(model):
-    changed = model.clone()
     head = model.model.diffusion_model.head
-    changed.add_object_patch(
-        "diffusion_model.head.forward", lambda x, e: -type(head).forward(head, x, e)
-    )
-    return load(changed)
+    head.forward = lambda x, e: -type(head).forward(head, x, e)
+    return model
 
 
 def hooked(model):
@@ -195,13 +192,15 @@ def undone(model):
     wan = model.model.diffusion_model
     wan.blocks[1].norm2._forward_hooks.clear()
     wan.head._compiled_call_impl = None
+    wan.head.__dict__.pop("forward", None)
     wan.head.head.weight_function = []
 
 
 CHANGES = {
     "a LoRA": lora,
-    "other settings": lambda model: load(patched(model, topk=1.0)),
-    "dense attention": lambda model: load(patch_attention(model, SLASettings("dense"))),
+    "other settings": lambda model: patched(model, topk=1.0),  # of the same weights
+    "other settings, loaded": lambda model: load(patched(model, topk=1.0)),
+    "dense attention": lambda model: patch_attention(model, SLASettings("dense")),
     "a node's patch": node_patch,
     "a hook": hooked,
     "a weight elsewhere": moved,
@@ -329,6 +328,16 @@ def test_no_graph_of_weights_that_the_host_moves(loaded, graphs):
             for module in model.model.diffusion_model.modules():
                 if not in_comfyui.DYNAMIC:
                     module.__dict__.pop("_v", None)
+
+
+@needs_resident
+def test_no_graph_of_blocks_that_the_host_computes(paths, graphs):
+    model = load(patched(load_turbo_model(paths[1])))
+    with run_report.run() as report:
+        passes(model)
+    assert graphs == []
+    assert report.counts.no_graph == {"its weights are not INT8"}
+    assert "no CUDA graph: its weights are not INT8" in report.line()
 
 
 def test_no_graph_on_a_cpu():

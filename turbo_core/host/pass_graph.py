@@ -211,6 +211,7 @@ class Graph:
         torch.cuda.empty_cache()
 
 
+@torch.compiler.disable(recursive=False)  # as block.block_forward
 def forward(executor, options: dict, named: dict) -> torch.Tensor:
     """A Wan model's forward pass, a DIFFUSION_MODEL wrapper's `executor`, or its graph's replay.
 
