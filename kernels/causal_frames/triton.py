@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import launching_on
+from ..launching import launched
 from .reference import smallest
 
 VALUES = 4096  # that a program holds at once
@@ -55,13 +55,12 @@ def _run(y, cache, after, gamma, bias, residual, out, keep: bool, **options: boo
     batch, frames, height, width, channels = y.shape
     launch = _launch(channels)
     grid = triton.cdiv(height * width, launch["BLOCK_P"]), batch
-    with launching_on(y):
-        causal_frames_kernel[grid](
-            y, cache, after, gamma, bias, residual, out, frames, height, width,
-            channels**0.5, smallest(y.dtype), *y.stride()[:4], *_strides(residual),
-            BEFORE=cache.shape[1], KEEP=keep and not (bias is None and residual is None),
-            **options, **launch,
-        )  # fmt: skip
+    causal_frames_kernel[grid](
+        y, cache, after, gamma, bias, residual, out, frames, height, width,
+        channels**0.5, smallest(y.dtype), *y.stride()[:4], *_strides(residual),
+        BEFORE=cache.shape[1], KEEP=keep and not (bias is None and residual is None),
+        **options, **launch,
+    )  # fmt: skip
 
 
 def resample_frames(
@@ -73,11 +72,10 @@ def resample_frames(
     out = torch.empty(shape, dtype=y.dtype, device=y.device)
     launch = _launch(channels // split)
     grid = triton.cdiv(rows * columns, launch["BLOCK_P"]), split * frames, batch
-    with launching_on(y):
-        resample_frames_kernel[grid](
-            y, bias, residual, out, split * frames, height, width, rows, columns,
-            *y.stride()[:4], *_strides(residual), SPLIT=split, SCALE=scale, **launch,
-        )  # fmt: skip
+    resample_frames_kernel[grid](
+        y, bias, residual, out, split * frames, height, width, rows, columns,
+        *y.stride()[:4], *_strides(residual), SPLIT=split, SCALE=scale, **launch,
+    )  # fmt: skip
     return out
 
 
@@ -115,6 +113,7 @@ def norm_silu(x, gamma, scale, eps, dtype: tl.constexpr):
     return x / (1 + tl.exp(-x))
 
 
+@launched
 @triton.jit(do_not_specialize=["frames", "height", "width"])
 def causal_frames_kernel(
     y_ptr, cache_ptr, after_ptr, gamma_ptr, bias_ptr, residual_ptr, out_ptr, frames, height, width,
@@ -161,6 +160,7 @@ def causal_frames_kernel(
         tl.store(after_ptr + slot * step + offset, x, mask=inside & (slot >= 0))
 
 
+@launched
 @triton.jit(do_not_specialize=["frames", "height", "width", "rows", "columns"])
 def resample_frames_kernel(
     y_ptr, bias_ptr, residual_ptr, out_ptr, frames, height, width, rows, columns,

@@ -60,29 +60,32 @@ def _unless_it_steps_aside(
 
 
 def _fused(block, index, x, e, freqs, context, transformer_options):
+    # Not as attributes: those of a module take ten times as long to find, and this is every block.
+    parts = block._modules
+    attn, cross_attn, ffn = parts["self_attn"], parts["cross_attn"], parts["ffn"]._modules
     shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(block, e, x.device)
-    granularity, eps, dtype = block.ffn[0].granularity, block.eps, x.dtype
+    granularity, eps, dtype = ffn["0"].granularity, block.eps, x.dtype
     x = x.contiguous()  # the first block gets the patch embedding channels first; then no copy
 
-    attn = block.self_attn
     n = layer_norm_quant(x, granularity, scale=scale1, shift=shift1, eps=eps)
-    q, k, v = (int8_product(op, n, dtype) for op in (attn.q, attn.k, attn.v))  # [B, L, C]
+    q, k, v = (int8_product(attn._modules[name], n, dtype) for name in "qkv")  # [B, L, C]
     del n
     y = attend(attn, index, q, k, v, freqs, transformer_options)
     del q, k, v
-    x = int8_product(attn.o, quantize(y, granularity), dtype, gate=gate1, residual=x)
+    y = quantize(y, granularity)
+    x = int8_product(attn._modules["o"], y, dtype, gate=gate1, residual=x)
 
-    attn = block.cross_attn
-    weight, bias = float32_weights(block.norm3, x.device)
+    linears = cross_attn._modules
+    weight, bias = float32_weights(parts["norm3"], x.device)
     n = layer_norm_quant(x, granularity, weight=weight, bias=bias, eps=eps)
     name = f"text in {granularity}"
     text = once(transformer_options, name, context, lambda c: quantize(c, granularity))
-    y = _cross_attend(attn, int8_product(attn.q, n, dtype), text, transformer_options)
+    y = _cross_attend(cross_attn, int8_product(linears["q"], n, dtype), text, transformer_options)
     del n
-    int8_product(attn.o, quantize(y, granularity), dtype, residual=x, out=x)
+    int8_product(linears["o"], quantize(y, granularity), dtype, residual=x, out=x)
     del y
 
-    up, down = (int8_weights(block.ffn[i], dtype, x.device) for i in (0, 2))
+    up, down = (int8_weights(ffn[name], dtype, x.device) for name in "02")
     for part in x.split(_part_length(x.shape[1]), dim=1):
         n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
         h = quantize(int8_linear(*n, *up, dtype), granularity, activation="gelu_tanh")
@@ -104,9 +107,10 @@ def _modulation(block, e, device) -> tuple[torch.Tensor, ...]:
 
 def _cross_attend(attn, q, text: Operands, transformer_options) -> torch.Tensor:
     """Attention of the queries q [B, L, C] to the quantized text, by the host's own attention."""
-    k, v = (int8_product(op, text, q.dtype) for op in (attn.k, attn.v))
-    q = rms_norm(q, float32_weights(attn.norm_q, q.device)[0], attn.eps)
-    k = rms_norm(k, float32_weights(attn.norm_k, q.device)[0], attn.eps)
+    parts = attn._modules
+    k, v = (int8_product(parts[name], text, q.dtype) for name in "kv")
+    q = rms_norm(q, float32_weights(parts["norm_q"], q.device)[0], attn.eps)
+    k = rms_norm(k, float32_weights(parts["norm_k"], q.device)[0], attn.eps)
     return host_attention(attn, q, k, v, transformer_options)
 
 
@@ -114,26 +118,24 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
     """What keeps a block from running fused; None where nothing does."""
     if type(block) is not comfy.ldm.wan.model.WanAttentionBlock:
         return f"it is a {type(block).__name__}"
-    if type(block.cross_attn) is not comfy.ldm.wan.model.WanT2VCrossAttention:
-        return f"its cross-attention is a {type(block.cross_attn).__name__}"
+    attn, cross_attn, ffn = (block._modules[name] for name in ("self_attn", "cross_attn", "ffn"))
+    if type(cross_attn) is not comfy.ldm.wan.model.WanT2VCrossAttention:
+        return f"its cross-attention is a {type(cross_attn).__name__}"
     if e.ndim == 4 and e.shape[1] != 1:
         return "timesteps differ between tokens"
     if transformer_options.get("patches", {}).keys() & {"attn1_patch", "attn2_patch"}:
         return "a node patches its attention"
-    if not is_ours(block.self_attn.forward):
+    if not is_ours(attn.forward):
         return "a node patches its self-attention"
-    attentions = block.self_attn, block.cross_attn
-    for attn in attentions:
-        if reason := missing_parts(attn):
-            return reason
-    # Not as attributes: those of a module take ten times as long to find, and this is every block.
-    ffn = block.ffn._modules
+    attentions = attn, cross_attn
+    if reason := missing_parts(attn) or missing_parts(cross_attn):
+        return reason
     linears = [attn._modules[name] for attn in attentions for name in "qkvo"]
-    for linear in (*linears, ffn["0"], ffn["2"]):
+    for linear in (*linears, ffn._modules["0"], ffn._modules["2"]):
         if not isinstance(linear, Linear) or not is_int8(linear._parameters["weight"]):
             return "its weights are not INT8"
     norms = [attn._modules[name] for attn in attentions for name in ("norm_q", "norm_k")]
-    parts = block.cross_attn, block.ffn, *linears, *norms, block.norm1, block.norm2, block.norm3
-    if not all(map(is_stock, parts)):
+    norms += [block._modules[name] for name in ("norm1", "norm2", "norm3")]
+    if not all(map(is_stock, (cross_attn, ffn, *linears, *norms))):
         return "a node patches a part of it"
     return None

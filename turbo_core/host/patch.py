@@ -15,8 +15,10 @@ from ...kernels.checks import float32_on_gpu
 from ...kernels.dispatch import why_reference
 from .. import run_report
 from ..sla_settings import SLASettings
+from . import pass_graph
 from .block import block_forward
 from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, THIS_PASS
+from .pass_graph import POSITIONAL
 from .patch_owner import is_ours, mark_as_ours, owner_of
 from .self_attention import self_attention
 
@@ -85,8 +87,12 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
     ):
         patched.remove_wrappers_with_key(kind, ATTENTION)
         patched.add_wrapper_with_key(kind, ATTENTION, wrapper)
-    if not patched.callbacks.get(CallbacksMP.ON_CLONE, {}).get(ATTENTION):
-        patched.add_callback_with_key(CallbacksMP.ON_CLONE, ATTENTION, _rebind_clone)
+    for kind, callback in (
+        (CallbacksMP.ON_CLONE, _rebind_clone),
+        (CallbacksMP.ON_DETACH, _drop_graph),
+    ):
+        if not patched.callbacks.get(kind, {}).get(ATTENTION):
+            patched.add_callback_with_key(kind, ATTENTION, callback)
     return patched
 
 
@@ -108,6 +114,10 @@ def _rebind_clone(original, clone) -> None:
     # A clone for another device or for torch.compile has its own copy of the model.
     if clone.model is not original.model:
         _bind_blocks(clone)
+
+
+def _drop_graph(patcher, unpatch_all) -> None:
+    pass_graph.drop(patcher.model.diffusion_model)
 
 
 def _bind(function, module: torch.nn.Module, index: int):
@@ -136,13 +146,13 @@ def _around_run(executor, *args, **kwargs):
 
 @torch.compiler.disable(recursive=False)  # as block.block_forward
 def _around_forward(
-    executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **kwargs
+    executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **rest
 ):
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     _report_forward(executor.class_obj.blocks)
     ours = {THIS_PASS: _this_pass(transformer_options), MADE_ONCE: {}}
-    transformer_options = {**transformer_options, **ours}
-    return executor(x, timestep, context, clip_fea, concat, transformer_options, **kwargs)
+    given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
+    return pass_graph.forward(executor, {**transformer_options, **ours}, given | rest)
 
 
 @torch.compiler.disable

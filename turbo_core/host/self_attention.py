@@ -72,8 +72,8 @@ def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tens
     attention follows.
     """
     settings, why_dense = _choose(attn, index, transformer_options)
-    q_weight, _ = float32_weights(attn.norm_q, q.device)
-    k_weight, _ = float32_weights(attn.norm_k, q.device)
+    q_weight, _ = float32_weights(attn._modules["norm_q"], q.device)
+    k_weight, _ = float32_weights(attn._modules["norm_k"], q.device)
     rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
     heads = _heads(attn)
     if why_dense:
@@ -140,7 +140,8 @@ def _sla_options(settings: SLASettings) -> dict:
 
 def _projection(attn, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Weight and bias of proj_l, None where the checkpoint had none."""
-    return float32_weights(attn.proj_l, device) if hasattr(attn, "proj_l") else None
+    proj_l = attn._modules.get("proj_l")
+    return None if proj_l is None else float32_weights(proj_l, device)
 
 
 def _norm(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -153,6 +154,6 @@ def _norm(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 def _note_sla(attn, index: int, settings: SLASettings, x: torch.Tensor) -> None:
     """Tell the report which attention runs, in a few words."""
     bits = f"int8 QK and {default_pv(x.device)} PV" if settings.attention == "sagesla" else "16 bit"
-    branch = "" if hasattr(attn, "proj_l") else ", no proj_l so no linear branch"
+    branch = "" if "proj_l" in attn._modules else ", no proj_l so no linear branch"
     how = f"{settings.attention} top-k {settings.topk:g} ({bits}{branch})"
     run_report.note_sla(index, how)
