@@ -93,6 +93,12 @@ def warmed_up(lr: float, step: int, warmup: int) -> float:
     return lr * min(1.0, (step + 1) / max(1, warmup))
 
 
+def falling_at_last(lr: float, step: int, warmup: int, steps: int, fall: float) -> float:
+    """As warmed_up, and over the last share `fall` of the steps it falls linearly to 0."""
+    left = (steps - step) / max(1, fall * steps)
+    return warmed_up(lr, step, warmup) * min(1.0, left)
+
+
 def cosine(lr: float, step: int, warmup: int, steps: int) -> float:
     """As warmed_up, and falls to 0 at `steps` along a cosine."""
     return warmed_up(lr, step, warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))

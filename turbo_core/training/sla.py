@@ -4,7 +4,7 @@ import torch
 
 from .batches import Batch, Data, Draws
 from .initial_weights import still_time_features
-from .learner import Learner, warmed_up
+from .learner import Learner, falling_at_last
 from .losses import sla_regression
 from .noise_levels import log_normal
 from .presets import SLA
@@ -37,8 +37,9 @@ class SLATraining:
 
     def step(self, n: int) -> Values:
         """Update number n, from 0."""
+        settings = self.settings
         values = accumulated(self.slots, lambda slot: self._learn(n, slot))
-        lr = warmed_up(self.settings.lr, n, self.settings.warmup)
+        lr = falling_at_last(settings.lr, n, settings.warmup, settings.steps, settings.fall)
         return {**values, "gradient_norm": self.learner.update(lr, n), "lr": lr}
 
     def _learn(self, n: int, slot: int) -> tuple[torch.Tensor, Values]:
