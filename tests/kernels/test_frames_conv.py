@@ -8,7 +8,11 @@ from torch.nn import functional
 from turbodiffusion_pack.kernels.dispatch import HOPPER
 from turbodiffusion_pack.kernels.frames_conv import frames_conv, left_to_cudnn, packed
 
-on_hopper = pytest.mark.skipif(CARD != HOPPER, reason="needs a Hopper GPU")
+
+def on_hopper(test):
+    """A GPU test of an H100 or H200, and of no older card that it plays."""
+    return pytest.mark.gpu(pytest.mark.skipif(CARD != HOPPER, reason="needs a Hopper GPU")(test))
+
 
 TAPS = ((3, 3, 3), (1, 3, 3), (3, 1, 1))
 CHANNELS = ((96, 96), (192, 96), (192, 192), (192, 384))
