@@ -95,7 +95,7 @@ def sla_from_projections(
     norms: Pair,
     rotation: Pair,
     proj: Pair | None,
-    eps: float = 1e-6,
+    eps: float | Pair = 1e-6,
     topk: float = 0.1,
     low_bit: bool = False,
     block_map: torch.Tensor | None = None,
@@ -114,7 +114,8 @@ def sla_from_projections(
         norms: weights [H * D] of q's and k's RMSNorm over all heads, any float dtypes.
         rotation: cos and sin [1 or B, L, D / 2] float32; see `apply_rope`. Pairs that lie side by
             side (stride 1) save a copy.
-        eps: of both norms.
+        eps: of both norms. Where q and k are some of the heads that these are taken over: the row
+            norms of both, see `prepare`.
         proj, topk, low_bit, block_map, pv, backend: see `sla`. Blocks have 128 and 64 rows, the
             feature map is "softmax".
 
@@ -128,11 +129,13 @@ def sla_from_projections(
     # The kernels need pairs side by side; copied here, so that q and k share the copy.
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in rotation)
     q_norm, k_norm = norms
-    rotated = prepare(k, k_norm, cos, sin, eps, BLOCK_K, out=k, backend=backend)
+    q_rows, k_rows = (None, None) if isinstance(eps, float) else eps
+    eps = eps if isinstance(eps, float) else 0.0
+    rotated = prepare(k, k_norm, cos, sin, eps, BLOCK_K, False, k, None, k_rows, backend)
     keys = _keys(k, v, rotated.means, proj, "softmax", low_bit, BLOCK_K, backend)
     # In 16 bits attention reads the rotated q, which then cannot make room for its linear branch.
     branch = keys.branch if low_bit else None
-    queries = prepare(q, q_norm, cos, sin, eps, BLOCK_Q, low_bit, q, branch, backend)
+    queries = prepare(q, q_norm, cos, sin, eps, BLOCK_Q, low_bit, q, branch, q_rows, backend)
     return _attend(queries, keys, topk, low_bit, block_map, pv, BLOCK_Q, BLOCK_K, backend)
 
 
