@@ -18,8 +18,10 @@ from .gradients import GRADIENTS, records_graph
 from .int8_tensor import is_int8
 from .once import once
 from .operations import Linear, int8_product, int8_weights
+from .options import SPLIT
 from .patch_owner import is_ours, is_stock
 from .self_attention import attend, host_attention, missing_parts
+from .split_block import split_attend
 from .versions import unrecorded
 from .weights import float32_weights
 
@@ -62,15 +64,12 @@ def _unless_it_steps_aside(
 def _fused(block, index, x, e, freqs, context, transformer_options):
     shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(block, e, x.device)
     granularity, eps, dtype = block.ffn[0].granularity, block.eps, x.dtype
+    split = transformer_options.get(SPLIT)
+    x = x if split is None else split.tokens_into(index, x)
     x = x.contiguous()  # the first block gets the patch embedding channels first; then no copy
 
-    attn = block.self_attn
-    n = layer_norm_quant(x, granularity, scale=scale1, shift=shift1, eps=eps)
-    q, k, v = (int8_product(op, n, dtype) for op in (attn.q, attn.k, attn.v))  # [B, L, C]
-    del n
-    y = attend(attn, index, q, k, v, freqs, transformer_options)
-    del q, k, v
-    x = int8_product(attn.o, quantize(y, granularity), dtype, gate=gate1, residual=x)
+    y = _self_attend(block, index, x, scale1, shift1, freqs, transformer_options)
+    x = int8_product(block.self_attn.o, y, dtype, gate=gate1, residual=x)
 
     attn = block.cross_attn
     weight, bias = float32_weights(block.norm3, x.device)
@@ -87,7 +86,20 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
         n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
         h = quantize(int8_linear(*n, *up, dtype), granularity, activation="gelu_tanh")
         int8_linear(*h, *down, dtype, gate=gate2, residual=part, out=part)
-    return x
+    return x if split is None else split.tokens_out_of(index, x, freqs.shape[1])
+
+
+def _self_attend(block, index, x, scale, shift, freqs, transformer_options) -> Operands:
+    """Self-attention of x [B, L, C], normed and modulated, as `o` takes it."""
+    attn, granularity, dtype = block.self_attn, block.ffn[0].granularity, x.dtype
+    n = layer_norm_quant(x, granularity, scale=scale, shift=shift, eps=block.eps)
+    if SPLIT in transformer_options:
+        return split_attend(attn, index, n, granularity, dtype, freqs, transformer_options)
+    q, k, v = (int8_product(op, n, dtype) for op in (attn.q, attn.k, attn.v))  # [B, L, C]
+    del n
+    y = attend(attn, index, q, k, v, freqs, transformer_options)
+    del q, k, v
+    return quantize(y, granularity)
 
 
 def _part_length(length: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from ...kernels.int8_linear import int8_linear
 from ...kernels.requantize import requantize_rows
 from .. import run_report
+from ..parallel.shares import in_blocks
 from .epilogue import Operands, activated, added, int8_linear_with, quantize
 from .gradients import records_graph
 from .int8_tensor import is_int8, pack, requantize, unpack
@@ -16,11 +17,17 @@ from .versions import unrecorded
 from .weights import fetched, kept
 
 
-def int8_product(op: "Linear", x: Operands, dtype: torch.dtype, **epilogue) -> torch.Tensor:
-    """The INT8 linear layer `op` on quantized activations; `epilogue` as int8_linear takes it."""
+def int8_product(
+    op: "Linear", x: Operands, dtype: torch.dtype, channels: slice | None = None, **epilogue
+) -> torch.Tensor:
+    """The INT8 linear layer `op` on quantized activations; `epilogue` as int8_linear takes it.
+
+    `channels` are the output channels to compute, whole blocks of 128; None computes all.
+    """
     comfy.ops.run_every_op()
     with fetched(op, dtype, x[0].device) as (weight, bias):
-        operands = _weight_operands(weight, op.granularity)
+        operands = _weight_operands(weight, op.granularity, channels)
+        bias = bias if channels is None or bias is None else bias[channels]
         y = int8_linear(*x, *operands, bias, out_dtype=dtype, **epilogue)
     run_report.note_int8(op.granularity, op)
     return y
@@ -38,11 +45,15 @@ def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
     return *operands, kept_bias
 
 
-def _weight_operands(weight: torch.Tensor, granularity: str) -> Operands:
+def _weight_operands(
+    weight: torch.Tensor, granularity: str, channels: slice | None = None
+) -> Operands:
     """The weight in the granularity it multiplies in; it is float after a LoRA while streamed."""
     if not is_int8(weight):
-        return quantize(weight, granularity)
+        return quantize(weight if channels is None else weight[channels], granularity)
     q, scale = unpack(weight)
+    if channels is not None:
+        q, scale = q[channels], scale[in_blocks(channels) if scale.ndim == 2 else channels]
     if granularity == "rows" and scale.ndim == 2:
         return requantize_rows(q, scale)
     return q, scale

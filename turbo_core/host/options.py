@@ -14,6 +14,10 @@ THIS_PASS = "turbodiffusion.pass"
 # In the transformer_options of one forward pass: what its blocks share, see once.py.
 MADE_ONCE = "turbodiffusion.made"
 
+# In the transformer_options of one forward pass that several GPUs share: its Split, see
+# split_block.py. The DIFFUSION_MODEL wrapper that puts it there goes by the same key.
+SPLIT = "turbodiffusion.split"
+
 # In a MODEL's transformer_options: the sigma_max, a float, that the scheduler `rcm` starts from.
 SIGMA_MAX = "turbodiffusion.sigma_max"
 

@@ -1,12 +1,14 @@
 """Wan's self-attention as SLA: from the host's module and options to kernels/."""
 
 import dataclasses
+from typing import NamedTuple
 
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from ...kernels.norm import rms_norm
+from ...kernels.qk_prepare import prepare
 from ...kernels.rope import apply_rope
 from ...kernels.sla import sla, sla_from_projections
 from ...kernels.sparse_attention import default_pv
@@ -22,6 +24,8 @@ from .weights import float32_weights
 
 # What an attention is made of; a host may merge q, k and v into one Linear.
 PARTS = {*"qkvo", "norm_q", "norm_k"}
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @torch.compiler.disable(recursive=False)  # as block.block_forward
@@ -65,33 +69,58 @@ def _sparse(attn, index: int, settings: SLASettings, x, freqs, transformer_optio
     return attn.o(y)
 
 
-def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tensor:
+class SomeHeads(NamedTuple):
+    """Of an attention, heads that are computed without the others."""
+
+    channels: slice  # theirs, of all
+    row_norms: tuple[torch.Tensor, torch.Tensor]  # q's and k's over all heads, see qk_prepare
+
+
+def attend(
+    attn, index, q, k, v, freqs, transformer_options: dict, some: SomeHeads | None = None
+) -> torch.Tensor:
     """Self-attention of block `index` from its projections q, k, v [B, L, C], before `o`.
 
     Overwrites q and k. For the fused block: RMSNorm and RoPE happen in here, SLA or the host's
-    attention follows.
+    attention follows. q, k and v may be those of `some` heads.
     """
     settings, why_dense = _choose(attn, index, transformer_options)
-    q_weight, _ = float32_weights(attn.norm_q, q.device)
-    k_weight, _ = float32_weights(attn.norm_k, q.device)
+    channels, norms = some or (slice(None), attn.eps)
+    weights = [float32_weights(op, q.device)[0][channels] for op in (attn.norm_q, attn.norm_k)]
     rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
-    heads = _heads(attn)
+    q, k, v = (x.unflatten(2, (-1, attn.head_dim)) for x in (q, k, v))
     if why_dense:
         run_report.note_dense(index, why_dense)
-        q = apply_rope(rms_norm(q, q_weight, attn.eps).unflatten(2, heads), *rotation)
-        k = apply_rope(rms_norm(k, k_weight, attn.eps).unflatten(2, heads), *rotation)
-        return host_attention(attn, q.flatten(2), k.flatten(2), v, transformer_options)
+        rotated = _rotated if some is None else _rotated_by_norms
+        q, k = rotated((q, k), weights, norms, rotation)
+        q, k, v = (x.flatten(2) for x in (q, k, v))
+        return host_attention(attn, q, k, v, transformer_options)
     _note_sla(attn, index, settings, q)
-    q, k, v = (x.unflatten(2, heads) for x in (q, k, v))
-    weights = (q_weight, k_weight), rotation, _projection(attn, q.device)
-    options = {"eps": attn.eps, **_sla_options(settings)}
-    return sla_from_projections(q, k, v, *weights, **options).flatten(2)
+    options = {"eps": norms, **_sla_options(settings)}
+    projection = _projection(attn, q.device)
+    return sla_from_projections(q, k, v, weights, rotation, projection, **options).flatten(2)
+
+
+def _rotated(both: Pair, weights: Pair, eps: float, rotation: Pair) -> list[torch.Tensor]:
+    """q and k [B, L, H, D] after RMSNorm and RoPE."""
+    return [
+        apply_rope(rms_norm(x.flatten(2), weight, eps).view(x.shape), *rotation)
+        for x, weight in zip(both, weights, strict=True)
+    ]
+
+
+def _rotated_by_norms(both: Pair, weights: Pair, norms: Pair, rotation: Pair) -> list[torch.Tensor]:
+    """The same of some heads, by the norms of rows of all; in place."""
+    return [
+        prepare(x, weight, *rotation, out=x, row_norms=norm).rows
+        for x, weight, norm in zip(both, weights, norms, strict=True)
+    ]
 
 
 def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:
-    """ComfyUI's own attention of q, k, v [B, L, C], as `attn` would call it."""
+    """ComfyUI's own attention of q, k, v [B, L, C], as `attn` would call it; C is of any heads."""
     options = {"transformer_options": transformer_options, **preferred_attention(attn)}
-    return optimized_attention(q, k, v, heads=attn.num_heads, **options)
+    return optimized_attention(q, k, v, heads=q.shape[2] // attn.head_dim, **options)
 
 
 def missing_parts(attn) -> str | None:

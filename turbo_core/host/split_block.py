@@ -1,0 +1,86 @@
+"""The fused block on several GPUs: some tokens of all channels, in attention all of some heads.
+
+What travels is INT8 that the block makes anyway: the normed activations to every rank, each of
+which multiplies the rows of q, k and v that make its heads, and attention's output to the ranks
+whose tokens it is of. In attention nothing is reduced over ranks, as its block map, its linear
+branch and its scales are each one head's. Three numbers of a token are of all heads: the sums of
+squares that q and k are normed by, and, with a scale per token, the largest output.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ...kernels.int8_quant import quantize_blocks, quantize_rows
+from ...kernels.qk_prepare import square_sums
+from ..parallel.exchange import Ranks, columns_to_rows, gather, largest, summed
+from ..parallel.shares import head_shares, in_blocks, token_shares
+from .epilogue import Operands
+from .operations import int8_product
+from .options import SPLIT
+from .self_attention import SomeHeads, attend
+
+
+class Split(NamedTuple):
+    """One forward pass of `blocks` blocks that `ranks` share."""
+
+    ranks: Ranks
+    blocks: int
+
+    def tokens_into(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """What block `index` takes of x: the first one this rank's tokens of [B, L, C]."""
+        if index > 0:
+            return x
+        return x[:, token_shares(x.shape[1], self.ranks.count)[self.ranks.rank]]
+
+    def tokens_out_of(self, index: int, x: torch.Tensor, length: int) -> torch.Tensor:
+        """What block `index` gives of its x [B, l, C]: the last one all tokens, [B, L, C]."""
+        if index < self.blocks - 1:
+            return x
+        return gather(self.ranks, [x], [token_shares(length, self.ranks.count)])[0]
+
+
+def split_attend(
+    attn, index, n: Operands, granularity: str, dtype, freqs, transformer_options: dict
+) -> Operands:
+    """Self-attention of block `index`, from this rank's tokens of its input to those of its output.
+
+    `n` is [B, l, C] in INT8, its scales in `granularity`; so is the result, which `o` takes. The
+    rotation `freqs` [1, L, 1, D/2, 2, 2] is that of all tokens.
+    """
+    ranks = transformer_options[SPLIT].ranks
+    shares = _operand_shares(token_shares(freqs.shape[1], ranks.count), granularity)
+    channels = _channels(attn, ranks)
+    n = gather(ranks, list(n), shares)
+    q, k, v = (int8_product(op, n, dtype, channels) for op in (attn.q, attn.k, attn.v))
+    del n
+    some = SomeHeads(channels, _row_norms(attn, ranks, q, k))
+    y = attend(attn, index, q, k, v, freqs, transformer_options, some)  # [B, L, c]
+    del q, k, v
+    if granularity == "blocks":
+        return tuple(columns_to_rows(ranks, list(quantize_blocks(y)), shares))
+    amax = torch.linalg.vector_norm(y, torch.inf, dim=-1, dtype=torch.float32)  # [B, L]
+    y, scale = quantize_rows(y, amax=largest(ranks, amax))
+    own = shares[0][ranks.rank]
+    return columns_to_rows(ranks, [y], shares[:1])[0], scale[:, own].contiguous()
+
+
+def _operand_shares(tokens: list[slice], granularity: str) -> list[list[slice]]:
+    """Each rank's rows of quantized activations and of their scales."""
+    return [tokens, tokens if granularity == "rows" else [in_blocks(share) for share in tokens]]
+
+
+def _channels(attn, ranks: Ranks) -> slice:
+    """Those of this rank's heads."""
+    heads = head_shares(attn.num_heads, ranks.count)[ranks.rank]
+    return slice(heads.start * attn.head_dim, heads.stop * attn.head_dim)
+
+
+def _row_norms(attn, ranks: Ranks, *projections: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """1 / root mean square over all heads of each row of this rank's [B, L, c], float32 [B, L].
+
+    Heads add up in float64: whichever rank has them, float32 gets the same sum.
+    """
+    sums = [square_sums(x.unflatten(2, (-1, attn.head_dim))).double().sum(-1) for x in projections]
+    mean_squares = summed(ranks, torch.stack(sums)) / (attn.num_heads * attn.head_dim)
+    return tuple((mean_squares + attn.eps).rsqrt().float())

@@ -1,0 +1,95 @@
+"""What ranks tell each other, over torch.distributed: NCCL between GPUs, gloo between CPUs."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks(NamedTuple):
+    """The processes that work on one video, as one of them sees them."""
+
+    group: dist.ProcessGroup | None  # None where this one is alone
+    rank: int = 0
+    count: int = 1
+
+
+def ranks_of(group: dist.ProcessGroup | None = None) -> Ranks:
+    """The ranks of a process group that this process is in; of all processes if None."""
+    group = dist.group.WORLD if group is None else group
+    return Ranks(group, dist.get_rank(group), dist.get_world_size(group))
+
+
+def gather(ranks: Ranks, own: list[torch.Tensor], shares: list[list[slice]]) -> list[torch.Tensor]:
+    """Every rank's share of some tensors, put together on every rank, in one exchange.
+
+    Args:
+        own: this rank's shares, each [B, l, ...] and contiguous.
+        shares: for each tensor the rows of every rank.
+
+    Returns:
+        [B, L, ...] each.
+    """
+    outgoing, incoming, whole = [], [], []
+    for x, rows in zip(own, shares, strict=True):
+        full = x.new_empty(x.shape[0], rows[-1].stop, *x.shape[2:])
+        full[:, rows[ranks.rank]] = x
+        outgoing += [[sample] * ranks.count for sample in x]
+        incoming += [[sample[r] for r in rows] for sample in full]
+        whole.append(full)
+    swap(ranks, outgoing, incoming)
+    return whole
+
+
+def columns_to_rows(
+    ranks: Ranks, own: list[torch.Tensor], shares: list[list[slice]]
+) -> list[torch.Tensor]:
+    """From all rows of some columns to some rows of all columns, in one exchange.
+
+    Args:
+        own: this rank's columns, each [B, L, c] and contiguous, as many on every rank.
+        shares: for each tensor the rows of every rank.
+
+    Returns:
+        [B, l, ranks * c] each.
+    """
+    outgoing, incoming, parts = [], [], []
+    for x, rows in zip(own, shares, strict=True):
+        mine = x[:, rows[ranks.rank]]
+        found = [mine if r == ranks.rank else torch.empty_like(mine) for r in range(ranks.count)]
+        outgoing += [[sample[r] for r in rows] for sample in x]
+        incoming += [[part[b] for part in found] for b in range(len(x))]
+        parts.append(found)
+    swap(ranks, outgoing, incoming)
+    return [torch.cat(found, -1) for found in parts]
+
+
+def summed(ranks: Ranks, x: torch.Tensor) -> torch.Tensor:
+    """The sum of x over ranks, in place."""
+    if ranks.count > 1:
+        dist.all_reduce(x, group=ranks.group)
+    return x
+
+
+def largest(ranks: Ranks, x: torch.Tensor) -> torch.Tensor:
+    """The largest of x over ranks, in place; infinite where one is NaN, which NCCL would drop."""
+    if ranks.count > 1:
+        torch.nan_to_num(x, nan=torch.inf, posinf=torch.inf, out=x)
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=ranks.group)
+    return x
+
+
+def swap(
+    ranks: Ranks, outgoing: list[list[torch.Tensor]], incoming: list[list[torch.Tensor]]
+) -> None:
+    """Send outgoing[i][r] to each other rank r, whose parts for this one fill incoming[i][r]."""
+    operations = []
+    for sent, received in zip(outgoing, incoming, strict=True):
+        for peer in range(ranks.count):
+            if peer != ranks.rank:
+                to = dist.get_global_rank(ranks.group, peer)
+                operations.append(dist.P2POp(dist.isend, sent[peer], to, ranks.group))
+                operations.append(dist.P2POp(dist.irecv, received[peer], to, ranks.group))
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
