@@ -65,24 +65,24 @@ SPARSE_ATTENTION = "sage_attention", "sage_attention_kernel", "sparse_attention_
 DENSE_ATTENTION = "flash", "fmha", "cudnn"
 
 
-def random_checkpoint(shape: Shape) -> Checkpoint:
-    """Weights of the right shapes and sizes on the GPU, scaled so that activations stay normal."""
+def random_checkpoint(shape: Shape, device: str = "cuda") -> Checkpoint:
+    """Weights of the right shapes and sizes on `device`, scaled so that activations stay normal."""
     tensors, scales, proj_l = {}, {}, []
     dim, ffn = shape.dim, shape.ffn_dim
 
     def normal(*size, std=1.0, dtype=torch.bfloat16):
-        return (torch.randn(*size, device="cuda") * std).to(dtype)
+        return (torch.randn(*size, device=device) * std).to(dtype)
 
     def linear(name, out, inner):
         tensors[f"{name}.weight"] = normal(out, inner, std=inner**-0.5)
         tensors[f"{name}.bias"] = normal(out, std=0.02)
 
     def int8_linear(name, out, inner):
-        weight = torch.randn(out, inner, device="cuda") * 32
+        weight = torch.randn(out, inner, device=device) * 32
         tensors[f"{name}.weight"] = weight.round_().clamp_(-128, 127).to(torch.int8)
         tensors[f"{name}.bias"] = normal(out, std=0.02)
         blocks = math.ceil(out / 128), math.ceil(inner / 128)
-        scales[name] = torch.full(blocks, inner**-0.5 / 32, device="cuda")
+        scales[name] = torch.full(blocks, inner**-0.5 / 32, device=device)
 
     tensors["patch_embedding.weight"] = normal(dim, shape.in_channels, 1, 2, 2, std=0.1)
     tensors["patch_embedding.bias"] = normal(dim, std=0.02)
@@ -98,13 +98,13 @@ def random_checkpoint(shape: Shape) -> Checkpoint:
             for name in "qkvo":
                 int8_linear(f"{block}.{attention}.{name}", dim, dim)
             for norm in ("norm_q", "norm_k"):
-                tensors[f"{block}.{attention}.{norm}.weight"] = torch.ones(dim, device="cuda")
-        tensors[f"{block}.norm3.weight"] = torch.ones(dim, device="cuda")
-        tensors[f"{block}.norm3.bias"] = torch.zeros(dim, device="cuda")
+                tensors[f"{block}.{attention}.{norm}.weight"] = torch.ones(dim, device=device)
+        tensors[f"{block}.norm3.weight"] = torch.ones(dim, device=device)
+        tensors[f"{block}.norm3.bias"] = torch.zeros(dim, device=device)
         int8_linear(f"{block}.ffn.0", ffn, dim)
         int8_linear(f"{block}.ffn.2", dim, ffn)
         weight = normal(128, 128, std=0.05, dtype=torch.float32)
-        proj_l.append((weight, torch.zeros(128, device="cuda")))
+        proj_l.append((weight, torch.zeros(128, device=device)))
     tensors["head.modulation"] = normal(1, 2, dim, std=0.1)
     linear("head.head", 64, dim)
     sizes = {"num_layers": shape.num_layers, "in_channels": shape.in_channels}
@@ -149,9 +149,9 @@ def operations(part: str, shape: Shape, settings: SLASettings) -> float:
     return {"linear": linear_operations(shape), "attention": attended, "text": text}.get(part, 0)
 
 
-def load(shape: Shape, settings: SLASettings):
+def load(shape: Shape, settings: SLASettings, device: str = "cuda"):
     """A MODEL of random weights on the GPU, built as TurboLoader and SLAAttentionPatch build it."""
-    model = build_turbo_model(random_checkpoint(shape))
+    model = build_turbo_model(random_checkpoint(shape, device))
     return patched(model, settings)
 
 
@@ -162,17 +162,19 @@ def patched(model, settings: SLASettings):
     return model
 
 
-def make_forward(model, shape: Shape, text_length: int = TEXT_LENGTH) -> Callable:
+def make_forward(
+    model, shape: Shape, text_length: int = TEXT_LENGTH, device: str = "cuda"
+) -> Callable:
     """A function that runs one forward pass on a random latent and a random prompt."""
     channels = [16, shape.in_channels - 16]
-    x, concat = (torch.randn(1, c, *shape.latent, device="cuda") for c in channels)
+    x, concat = (torch.randn(1, c, *shape.latent, device=device) for c in channels)
     options = {**model.model_options["transformer_options"], "wrappers": model.wrappers}
     inputs = {
         "c_concat": concat if concat.shape[1] else None,
-        "c_crossattn": torch.randn(1, text_length, 4096, device="cuda") * 0.1,
+        "c_crossattn": torch.randn(1, text_length, 4096, device=device) * 0.1,
         "transformer_options": options,
     }
-    sigma = torch.tensor([0.9338], device="cuda")
+    sigma = torch.tensor([0.9338], device=device)
     return lambda: model.model.apply_model(x, sigma, **inputs)
 
 

@@ -7,7 +7,6 @@ of ranks.
 
 import contextlib
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -29,6 +28,7 @@ from turbodiffusion_pack.turbo_core.sla_settings import SLASettings  # noqa: E40
 
 SIZES = {"dim": 768, "ffn": 512, "layers": 2}  # six heads, for two ranks and for three
 LATENT = 5, 18, 20  # 450 tokens: 3 whole blocks of 128 and one of 66
+SHARES = {2: (256, 194), 3: (256, 128, 66)}  # of them, by the number of ranks
 CHANNELS = {"t2v": 16, "i2v": 36}
 CASES = [
     (model, attention, granularity)
@@ -95,9 +95,6 @@ def differing(alone: Seen, shared: Seen, ranks: Ranks) -> list[str]:
     return wrong
 
 
-SHARES = {2: (256, 194), 3: (256, 128, 66)}
-
-
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.double().norm())
 
@@ -115,8 +112,18 @@ def shared_run(model, ranks: Ranks, given: dict) -> tuple[torch.Tensor, Seen]:
         return velocity(split_over(model, ranks), **given), seen
 
 
-def measure(model, given: dict, groups: list[Ranks]) -> list[dict]:
-    """Of one case: how far each group is from one process, with the exchange and without."""
+def mutants_of(model, ranks: Ranks, given: dict, alone: torch.Tensor) -> dict[str, float]:
+    """How far a rank is from one that reduces nothing over ranks: not the norms, not the maxima."""
+    alike = {"summed": lambda ranks, x: x * ranks.count, "largest": lambda ranks, x: x}
+    distances = {}
+    for name, instead in alike.items():
+        with mock.patch.object(split_block, name, instead):
+            distances[f"not {name}"] = relative(velocity(split_over(model, ranks), **given), alone)
+    return distances
+
+
+def measure(model, given: dict, groups: list[Ranks], mutants: bool) -> list[dict]:
+    """Of one case: how far each group is from one rank, and from one process without ranks."""
     ordinary = velocity(model, **given)
     alone, seen_alone = shared_run(model, Ranks(None), given)
     rows = []
@@ -128,10 +135,8 @@ def measure(model, given: dict, groups: list[Ranks]) -> list[dict]:
             "from one rank": relative(shared, alone),
             "from one process": relative(shared, ordinary),
         }
-        with mock.patch.object(split_block, "summed", lambda ranks, x: x * ranks.count):
-            mine["own norms"] = relative(velocity(split_over(model, ranks), **given), alone)
-        with mock.patch.object(split_block, "largest", lambda ranks, x: x):
-            mine["own scales"] = relative(velocity(split_over(model, ranks), **given), alone)
+        if mutants:
+            mine |= mutants_of(model, ranks, given, alone)
         of_all = [None] * ranks.count
         dist.all_gather_object(of_all, mine, group=ranks.group)
         rows.append({"ranks": ranks.count, **{name: [m[name] for m in of_all] for name in mine}})
@@ -139,25 +144,23 @@ def measure(model, given: dict, groups: list[Ranks]) -> list[dict]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     pair = dist.new_group([0, 1])
     groups = [ranks_of(pair)] if dist.get_rank() < 2 else []
     groups.append(ranks_of())
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        for name, attention, granularity in CASES:
+        for case in CASES:
+            name, attention, granularity = case
             path = Path(folder) / f"{name}.safetensors"
             if not path.exists():
                 write_checkpoint(path, t2v_checkpoint(3, **SIZES, in_channels=CHANNELS[name]))
             model = load_turbo_model(str(path), granularity)
             model = patch_attention(model, SLASettings(attention, topk=0.4))
-            for row in measure(model, inputs(name), groups):
+            for row in measure(model, inputs(name), groups, mutants=case == CASES[0]):
                 if dist.get_rank() == 0:
-                    case = {"case": f"{name} {attention} {granularity}"}
-                    sys.stdout.write(json.dumps(case | row) + "\n")
+                    sys.stdout.write(json.dumps({"case": " ".join(case)} | row) + "\n")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

@@ -50,7 +50,7 @@ def split_attend(
     """
     ranks = transformer_options[SPLIT].ranks
     shares = _operand_shares(token_shares(freqs.shape[1], ranks.count), granularity)
-    channels = _channels(attn, ranks)
+    channels = channels_of(attn, ranks)
     n = gather(ranks, list(n), shares)
     q, k, v = (int8_product(op, n, dtype, channels) for op in (attn.q, attn.k, attn.v))
     del n
@@ -70,8 +70,8 @@ def _operand_shares(tokens: list[slice], granularity: str) -> list[list[slice]]:
     return [tokens, tokens if granularity == "rows" else [in_blocks(share) for share in tokens]]
 
 
-def _channels(attn, ranks: Ranks) -> slice:
-    """Those of this rank's heads."""
+def channels_of(attn, ranks: Ranks) -> slice:
+    """The channels of this rank's heads."""
     heads = head_shares(attn.num_heads, ranks.count)[ranks.rank]
     return slice(heads.start * attn.head_dim, heads.stop * attn.head_dim)
 
