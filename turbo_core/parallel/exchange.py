@@ -1,5 +1,6 @@
 """What ranks tell each other, over torch.distributed: NCCL between GPUs, gloo between CPUs."""
 
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,20 @@ def ranks_of(group: dist.ProcessGroup | None = None) -> Ranks:
     """The ranks of a process group that this process is in; of all processes if None."""
     group = dist.group.WORLD if group is None else group
     return Ranks(group, dist.get_rank(group), dist.get_world_size(group))
+
+
+def join(backend: str, store: str, rank: int, count: int, seconds: float) -> Ranks:
+    """Join the others of a group, who meet in the file `store`; as torch's default group.
+
+    Args:
+        backend: "gloo", or "cpu:gloo,cuda:nccl".
+        seconds: after which an exchange gives up.
+    """
+    dist.init_process_group(
+        backend, store=dist.FileStore(store, count), rank=rank, world_size=count,
+        timeout=timedelta(seconds=seconds),
+    )  # fmt: skip
+    return ranks_of()
 
 
 def gather(ranks: Ranks, own: list[torch.Tensor], shares: list[list[slice]]) -> list[torch.Tensor]:

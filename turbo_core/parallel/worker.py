@@ -1,0 +1,60 @@
+"""A worker: does one job after the other that its parent tells it, and ends when the parent does.
+
+    python worker.py DESCRIPTOR    started by workers.py, with its end of a connection
+"""
+
+import importlib
+import os
+import queue
+import sys
+import threading
+import traceback
+import types
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACK = "turbodiffusion_wan"
+
+
+def main() -> None:
+    """Join the other ranks, then do jobs until there is nobody to give them."""
+    connection = Connection(int(sys.argv[1]))
+    told = connection.recv()
+    sys.argv[1:] = told["arguments"]
+    sys.path[:] = [*told["paths"], *(p for p in sys.path if Path(p).resolve() != ROOT)]
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
+    pack = types.ModuleType(PACK)
+    pack.__path__ = [str(ROOT)]
+    sys.modules[PACK] = pack
+    jobs = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, jobs), daemon=True).start()
+    exchange = importlib.import_module(f"{PACK}.turbo_core.parallel.exchange")
+    connection.send((True, "ready"))
+    ranks = exchange.join(**told["group"])
+    while True:
+        name, arguments = jobs.get()
+        try:
+            answer = True, _function(name)(ranks, *arguments)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        connection.send(answer)
+
+
+def _listen(connection: Connection, jobs: queue.SimpleQueue) -> None:
+    """Hand jobs on. Where the parent is gone, end at once, whatever the worker is waiting for."""
+    try:
+        while True:
+            jobs.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _function(name: str):
+    """The function "module:function"; a module that begins with a dot is the pack's."""
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module, PACK), function)
+
+
+if __name__ == "__main__":
+    main()
