@@ -185,7 +185,8 @@ def measure(name: str, scheme: str, ranks: Ranks, options) -> dict:
     exchange = exchange_alone(scheme, shape, ranks, dtype)
     found["exchange"] = slowest(time_ms(exchange, options.runs))
     shares = token_shares(shape.tokens, ranks.count)
-    mine = torch.zeros(1, shape.tokens, shape.dim, dtype=dtype, device=DEVICE)[:, shares[ranks.rank]]
+    tokens = shares[ranks.rank].stop - shares[ranks.rank].start
+    mine = torch.zeros(1, tokens, shape.dim, dtype=dtype, device=DEVICE)
     found["last_gather"] = slowest(time_ms(lambda: gather(ranks, [mine], [shares]), options.runs))
     one, all_of_it = (shape.num_layers * found[key] for key in ("one", "shared"))
     result = {

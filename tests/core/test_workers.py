@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import worker_jobs
 from turbodiffusion_pack.turbo_core.parallel.workers import WorkerError, Workers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
@@ -25,7 +26,11 @@ def workers():
 def total(workers, value: int) -> int:
     """The sum of what ranks 1 and 2 have."""
     own = torch.zeros(1, dtype=torch.int64)
-    workers.together(JOB + "add_up", (value,), lambda ranks: dist.all_reduce(own, group=ranks.group))
+
+    def add(ranks):
+        dist.all_reduce(own, group=ranks.group)
+
+    workers.together(JOB + "add_up", (value,), add)
     return int(own)
 
 
@@ -37,6 +42,15 @@ def test_workers_stay_from_job_to_job(workers):
     assert total(workers, 5) == 15
     processes = list(workers.processes)
     assert total(workers, 7) == 21 and workers.processes == processes
+
+
+def test_ranks_can_meet_again_after_the_start(workers):
+    """As NCCL does, at its first exchange."""
+    workers.together(JOB + "meet_in_another_group", (), worker_jobs.meet_in_another_group)
+    folder = Path(workers.folder.name)
+    assert folder.exists()
+    workers.stop()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +119,8 @@ import time; time.sleep(600)
 )
 def test_no_worker_outlives_a_parent_that_is_killed(parts):
     code = PARENT.format(support=str(SUPPORT), **parts)
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         pid = int(parent.stdout.readline())
         assert running(pid)
         parent.kill()

@@ -12,6 +12,11 @@ def add_up(ranks, value: int) -> None:
     dist.all_reduce(torch.tensor([value * ranks.rank]), group=ranks.group)
 
 
+def meet_in_another_group(ranks) -> None:
+    """Make a group, through the store."""
+    dist.barrier(dist.new_group(range(ranks.count)))
+
+
 def fail(ranks) -> None:
     """As a rank that is out of memory, while the others wait for it."""
     if ranks.rank == 1:

@@ -27,13 +27,13 @@ def split_over(model, ranks: Ranks):
     wan_model(model)
 
     def around_forward(
-        executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **others
+        executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **more
     ):
         options = transformer_options or {}
         wan = executor.class_obj
         if why_not_split(wan, x, timestep, context, options, ranks) is None:
             options = {**options, SPLIT: Split(ranks, len(wan.blocks))}
-        return executor(x, timestep, context, clip_fea, concat, options, **others)
+        return executor(x, timestep, context, clip_fea, concat, options, **more)
 
     patched = model.clone()
     patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, SPLIT)

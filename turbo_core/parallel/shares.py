@@ -44,7 +44,7 @@ def in_blocks(share: slice) -> slice:
 
 
 def _even(count: int, ranks: int) -> list[slice]:
-    """`count` things shared out in order, the first ranks with one more where it does not divide."""
+    """`count` things shared out in order, the first ranks with one more where some are left."""
     each, more = divmod(count, ranks)
     ends = [0]
     for rank in range(ranks):

@@ -53,6 +53,7 @@ class Workers:
         self.processes: list[subprocess.Popen] = []
         self.connections: list[connection.Connection] = []
         self.ranks: Ranks | None = None
+        self.folder: tempfile.TemporaryDirectory | None = None  # where they meet
 
     def together(self, job: str, arguments: tuple, own: Callable[[Ranks], T]) -> T:
         """own(ranks) here while every worker does `job` with its ranks and `arguments`.
@@ -91,28 +92,31 @@ class Workers:
             end.close()
         if self.ranks is not None:
             dist.destroy_process_group()
-        self.processes, self.connections, self.ranks = [], [], None
+        if self.folder is not None:
+            self.folder.cleanup()
+        self.processes, self.connections, self.ranks, self.folder = [], [], None, None
 
     def _stop_watched(self, watch: "_Watch") -> None:
-        """End all workers, and so the watch, before the connections that it waits for are closed."""
+        """End all workers, and so the watch, before the connections it waits for are closed."""
         self._end()
         watch.thread.join()
         self.stop()
 
     def _start(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            group = {"backend": self.backend, "store": str(Path(folder) / "ranks")}
-            group |= {"count": self.count, "seconds": self.seconds}
-            try:
-                for rank in range(1, self.count):
-                    self._start_one({**self.told, "group": {**group, "rank": rank}})
-                ready = _Watch(self.connections, self._end)
-                if not ready.wait(self.seconds):
-                    raise WorkerError(ready.failure or "the workers do not start")
-                self.ranks = join(**group, rank=0)
-            except BaseException:
-                self.stop()
-                raise
+        # For as long as there is the group: NCCL meets there at its first exchange only.
+        self.folder = tempfile.TemporaryDirectory()
+        group = {"backend": self.backend, "store": str(Path(self.folder.name) / "ranks")}
+        group |= {"count": self.count, "seconds": self.seconds}
+        try:
+            for rank in range(1, self.count):
+                self._start_one({**self.told, "group": {**group, "rank": rank}})
+            ready = _Watch(self.connections, self._end)
+            if not ready.wait(self.seconds):
+                raise WorkerError(ready.failure or "the workers do not start")
+            self.ranks = join(**group, rank=0)
+        except BaseException:
+            self.stop()
+            raise
 
     def _start_one(self, told: dict) -> None:
         ours, theirs = Pipe()
