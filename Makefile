@@ -5,7 +5,9 @@
 #             HIGH=/path/high.pth LOW=/path/low.pth IMAGE=/path/picture.png from a picture;
 #             the Wan VAE and the umT5 text encoder are then taken from the ComfyUI's models folder
 # make test   sets everything up and runs all tests, several at a time where there is no GPU;
-#             ARGS="-k name" selects some, ARGS=-n0 runs them in one process
+#             ARGS="-k name" selects some, ARGS=-n0 runs them in one process, ARGS="-m slow" runs what
+#             else is left out. The pages are tried in Chromium, which the system's package manager
+#             installs where it may; without it tests/ui is skipped
 #
 # COMFYUI_DIR=/path/ComfyUI picks the ComfyUI to run in, COMFYUI_PACKAGES="comfy-kitchen==0.2.40"
 # other versions of its packages, DYNAMIC_VRAM=1 a newer one's dynamic VRAM (without a GPU a
@@ -24,4 +26,4 @@ demo:
 
 test:
 	$(PYTHON) tests/prepare.py -m pytest -c tests/pytest.ini -n auto --dist loadfile \
-		--no-loadscope-reorder tests $(ARGS)
+		--no-loadscope-reorder -m "not slow" tests $(ARGS)

@@ -50,6 +50,15 @@ def measure(device: torch.device) -> Ceilings:
         )
 
 
+def value_tops(tops: dict[str, float], pv: str) -> float:
+    """Of products with SageSLA's weights and values in "fp8" or "fp16"; the card reaches `tops`.
+
+    Their sums are float16 where that is faster; emulated fp8 goes by the products of fp16.
+    """
+    kinds = (FP16, FP16_SHORT, FP8, FP8_SHORT) if pv == "fp8" else (FP16, FP16_SHORT)
+    return max(tops[kind] for kind in kinds if kind in tops)
+
+
 def products_of(card: tuple[int, int]) -> tuple[str, ...]:
     """The products that the tensor cores of this compute capability take through mma.sync.
 

@@ -1,15 +1,8 @@
-// What the Hopper kernels share: barriers, products in the tensor cores, arithmetic.
+// What the Hopper kernels share: barriers and products in the tensor cores.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-typedef signed char i8;
+#include "arithmetic.cuh"
 
 // ---- barriers in shared memory ----
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
 
 __device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;"
@@ -103,39 +96,3 @@ template <int N> __device__ __forceinline__ void hold(float (&x)[N]) {
 #define R64(x, i) R16(x, i), R16(x, i + 16), R16(x, i + 32), R16(x, i + 48)
 #define F4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
 #define F16(x, i) F4(x, i), F4(x, i + 4), F4(x, i + 8), F4(x, i + 12)
-
-// ---- arithmetic ----
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// The larger of both, NaN where one is: one instruction, like the fmaxf that ignores NaN.
-__device__ __forceinline__ float max_or_nan(float x, float y) {
-    float larger;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
-    return larger;
-}
-
-// Pairs of bfloat16 or float16.
-
-__device__ __forceinline__ float2 pair_of(u32 packed, bool bf16) {
-    float2 x;
-    if (bf16)
-        x = {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
-    else
-        asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-            : "=f"(x.x), "=f"(x.y) : "r"(packed));
-    return x;
-}
-
-__device__ __forceinline__ u32 packed_pair(float2 x, bool bf16) {
-    u32 packed;
-    if (bf16)
-        asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x.x), "f"(x.y));
-    else
-        asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x.x), "f"(x.y));
-    return packed;
-}

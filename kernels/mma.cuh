@@ -1,15 +1,8 @@
 // What the kernels for mma.sync share (sm_80 and newer): copies, products, arithmetic.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-typedef signed char i8;
+#include "arithmetic.cuh"
 
 // ---- shared memory ----
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
 
 // Starts a copy of 16 bytes, past the first level of cache.
 __device__ __forceinline__ void copy_16(u32 to, const void* from) {
@@ -31,6 +24,18 @@ __device__ __forceinline__ void copy_8(u32 to, const void* from) {
 // Starts a copy of 4 bytes.
 __device__ __forceinline__ void copy_4(u32 to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+// The same where `now`, without a branch.
+__device__ __forceinline__ void copy_4_if(bool now, u32 to, const void* from) {
+    asm volatile("{.reg .pred now; setp.ne.b32 now, %2, 0;\n"
+                 "@now cp.async.ca.shared.global [%0], [%1], 4;}"
+                 ::"r"(to), "l"(from), "r"(int(now)) : "memory");
+}
+
+// Starts to fetch a line of 128 bytes into L2.
+__device__ __forceinline__ void fetch_line(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
 }
 
 __device__ __forceinline__ void copy_commit() {
@@ -94,31 +99,11 @@ __device__ __forceinline__ void mma_fp8_short(
 
 // ---- arithmetic ----
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// Pairs of bfloat16 or float16.
-
-__device__ __forceinline__ float2 pair_of(u32 packed, bool bf16) {
-    float2 x;
-    if (bf16)
-        x = {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
-    else
-        asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-            : "=f"(x.x), "=f"(x.y) : "r"(packed));
-    return x;
-}
-
-__device__ __forceinline__ u32 packed_pair(float2 x, bool bf16) {
-    u32 packed;
-    if (bf16)
-        asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x.x), "f"(x.y));
-    else
-        asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x.x), "f"(x.y));
-    return packed;
+// The larger of both, NaN where one is: one instruction, like the fmaxf that ignores NaN.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+    return larger;
 }
 
 // Four numbers as e4m3, the first in the lowest byte; sm_89 and newer.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 # What the kernels include.
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "mma.cuh"))
+HEADERS = tuple(map(Path(__file__).with_name, ("arithmetic.cuh", "hopper.cuh", "mma.cuh")))
 TENSOR_MAP = ctypes.c_uint64 * 16
 
 

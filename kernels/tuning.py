@@ -151,7 +151,8 @@ INT8_LINEAR: dict[Card, dict[str, Tile]] = {
 
 # The same by mma.sync, on all cards but those of data centers since Hopper. A multiprocessor reads
 # 128 bytes of shared memory a cycle: the larger a warp's part, the fewer it needs for a product.
-# sm_80 has 163 KB of shared memory a block, the others 99 KB.
+# sm_80 has 163 KB of shared memory a block, the others 99 KB. The fastest of those that were tried
+# on an H100 that plays these cards, see tests/benchmarks/NOTES.md.
 MMA_LINEAR: dict[Card, dict[str, WarpTile]] = {
     (8, 0): {
         "rows": WarpTile(4, 2, 96, step=64, stages=5),
@@ -162,6 +163,10 @@ MMA_LINEAR: dict[Card, dict[str, WarpTile]] = {
         "blocks": WarpTile(4, 2, 64, step=BLOCK, stages=2),
     },
 }
+
+# The heads of a program of qk_prepare/cuda.cu, at most. On Hopper their cosines wait in shared
+# memory; measured on an H100 that plays the others.
+PREPARE_HEADS: dict[Card, int] = {(8, 0): 4, (9, 0): 8, (12, 0): 4}
 
 # Attention in 16 bits, and in low bits by what its values are in. sm_80, sm_90 and sm_100 have 163
 # KB of shared memory a block or more, the others 99 KB.

@@ -9,6 +9,8 @@ from .quantize import W8A8Quantize
 from .resolution import WanAdaptiveResolution, WanVideoLength
 from .sampler import RCMSampler
 from .save import TurboSaveCheckpoint
+from .svi import WanSVIProImageToVideo
+from .vae import TurboVAE
 
 NODES = [
     TurboLoader,
@@ -18,7 +20,9 @@ NODES = [
     TurboSaveCheckpoint,
     RCMSampler,
     Wan22ExpertSwitch,
+    TurboVAE,
     WanAdaptiveResolution,
     WanVideoLength,
+    WanSVIProImageToVideo,
     TurboDoctor,
 ]

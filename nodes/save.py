@@ -42,11 +42,20 @@ class TurboSaveCheckpoint(io.ComfyNode):
     def execute(cls, model, filename_prefix):
         output = folder_paths.get_output_directory()
         _check_inside(output, filename_prefix)
-        folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, output)
-        path = Path(folder, f"{name}_{counter:05}_.safetensors")
         metadata = workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
-        save_turbo_model(model, path, metadata)
+        path = _numbered(filename_prefix, output)
+        try:
+            save_turbo_model(model, path, metadata)
+        except FileExistsError:  # another server took the number while this one wrote
+            path = _numbered(filename_prefix, output)
+            save_turbo_model(model, path, metadata)
         return io.NodeOutput(ui=ui.PreviewText(os.path.relpath(path, output)))
+
+
+def _numbered(filename_prefix: str, output: str) -> Path:
+    """The file with the next number that is free."""
+    folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, output)
+    return Path(folder, f"{name}_{counter:05}_.safetensors")
 
 
 def _check_inside(output: str, filename_prefix: str) -> None:

@@ -1,5 +1,6 @@
 """Makes the pack importable, shares the cores out, skips what needs a GPU where there is none."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -62,6 +63,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+def pytest_collection_finish():
+    """What is imported by now stays, so no garbage collection need look at it: tests ask for many,
+    ComfyUI for more, and each went through a million objects."""
+    gc.collect()
+    gc.freeze()
+
+
 # A worker has ComfyUI and torch in about 1 GB of memory.
 MOST_WORKERS = 4
 # A worker takes one file after the other. These take longest, so they come first, and the workers
@@ -72,6 +80,7 @@ SLOWEST = (
     "test_example_workflows.py",
     "test_experts.py",
     "test_loader_memory.py",
+    "test_frontend.py",
 )
 
 

@@ -32,6 +32,8 @@ VARIABLES = {
 OTHERWISE = {
     "host/sampler.py": {"model"},
     "host/projections.py": {"wan"},
+    "host/causal_vae.py": {"block", "model"},
+    "host/turbo_vae.py": {"model"},
     "host/wan_vae.py": {"wan"},
 }
 

@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -40,6 +41,14 @@ NOT_NEEDED = {"comfyui-workflow-templates", "comfyui-embedded-docs"}
 # These come from tests/requirements.txt, so that no requirement of ComfyUI's can move torch.
 TORCH = {"torch", "torchvision", "torchaudio"}
 
+# By their presence Chromium is there; and how to get it where there is Debian's package manager.
+CHROMIUM = ("chromium", "chromium-browser")
+APT_SECONDS = 120
+APT = (
+    ["apt-get", "install", "--yes", "--no-install-recommends", "chromium"],
+    ["apt-get", "update"],
+)
+
 log = logging.getLogger("prepare")
 
 
@@ -47,6 +56,8 @@ def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     create_venv()
     install()
+    if "pytest" in sys.argv:
+        install_chromium()
     return subprocess.call([str(PYTHON), *sys.argv[1:]], cwd=ROOT)
 
 
@@ -84,6 +95,28 @@ def install() -> None:
     # Without its dependencies: it names one torch version, yet runs beside newer ones.
     minor = int(torch.split(".")[1])
     pip_install(["--no-deps", f"torchaudio<2.{minor + 1}"], torch=torch)
+
+
+def install_chromium() -> None:
+    """Chromium for tests/ui where the system's package manager may; without it they are skipped."""
+    if any(map(shutil.which, CHROMIUM)):
+        return
+    may = shutil.which("apt-get") and os.geteuid() == 0
+    install, update = APT
+    if may and (apt(install) or (apt(update) and apt(install))):
+        return
+    log.warning("no Chromium: the tests in tests/ui are skipped. apt-get install chromium helps")
+
+
+def apt(command: list[str]) -> bool:
+    """Whether this command of the package manager went well."""
+    log.info("%s", " ".join(command))
+    options = {"capture_output": True, "stdin": subprocess.DEVNULL, "timeout": APT_SECONDS}
+    options["env"] = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        return subprocess.run(command, **options).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def comfyui_requirements(comfyui: Path) -> list[str]:

@@ -5,6 +5,7 @@ Made to be pasted into a bug report: no paths, no names of people or machines, n
 
 import collections
 import contextlib
+import itertools
 import logging
 import platform
 import re
@@ -200,8 +201,9 @@ def _triton() -> str:
 
 def _device_lines(device: torch.device) -> list[str]:
     """Each GPU with its memory and whether it was measured; the one that models run on."""
-    lines = [_gpu_line(i) for i in range(torch.cuda.device_count())]
-    lines += [] if lines else ["GPU: none that torch can use"]
+    count = torch.cuda.device_count()
+    lines = [_gpu_line(i) for i in range(count)] or ["GPU: none that torch can use"]
+    lines += [_peer_line(count)] if count > 1 else []
     if device.type != "cuda":
         return [*lines, f"Models run on: {device}"]
     free = torch.cuda.mem_get_info(device)[0] / GIB
@@ -215,6 +217,15 @@ def _gpu_line(index: int) -> str:
     architecture = "" if torch.version.hip else f", sm_{card[0]}{card[1]}"
     state = card_state(properties.name, card)
     return f"GPU {index}: {properties.name}{architecture}, {memory}, {state}"
+
+
+def _peer_line(count: int) -> str:
+    """Which pairs of GPUs reach each other's memory without going through the host's."""
+    pairs = list(itertools.combinations(range(count), 2))
+    reach = torch.cuda.can_device_access_peer
+    found = [f"{a}-{b}" for a, b in pairs if reach(a, b) and reach(b, a)]
+    told = "every pair" if len(found) == len(pairs) else ", ".join(found) or "none"
+    return f"Peer access between GPUs: {told}"
 
 
 def _trial_lines(runs: dict[str, Callable[[str], torch.Tensor]], choices: set[Choice]) -> list[str]:

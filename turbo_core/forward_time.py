@@ -8,7 +8,7 @@ the rows of MEASURED.
 from typing import NamedTuple
 
 from ..kernels.block_map import selected_count
-from ..kernels.ceilings import FP8, FP16, INT8
+from ..kernels.ceilings import FP8_SHORT, FP16, FP16_SHORT, INT8
 from ..kernels.tuning import of_card
 from .cards import Card
 
@@ -30,8 +30,9 @@ ASSUMPTIONS = (
     " multiprocessors x clock.",
     f"Kernels that move data take as on the H100 by a copy's speed, {COPY_SHARE:.0%} of the"
     f" published bandwidth; torch's attention to the text reaches {TEXT_SHARE:.0%}.",
-    "GeForce cards multiply fp16 and fp8 with fp32 sums at half the rate; fp8 values are taken to"
-    " cost beside their products what fp16 values cost.",
+    "GeForce cards multiply fp16 and fp8 with fp32 sums at half the rate: those of torch, not those"
+    " of SageSLA, whose sums there are fp16 (fp8 needs a torch of CUDA 12.8 or newer); fp8 values"
+    " are taken to cost beside their products what fp16 values cost.",
     "No weights are streamed, and Python keeps ahead of the card.",
 )
 
@@ -87,19 +88,18 @@ class Session(NamedTuple):
 
 
 # By the card that was played: 99 KB of shared memory from sm_86 on, 163 KB before. fp8 is emulated
-# on an H100, so cards that have it are reckoned from the row with fp16 values. Put together from
-# forward.py as sm_89 (linears, text, rest) and attention.py as sm_80 (6.2 ms a layer).
+# on an H100, so cards that have it are reckoned from the row with fp16 values. The first row is of
+# Triton's kernels, put together from forward.py as sm_89 (linears, text, rest) and attention.py as
+# sm_80 (6.2 ms a layer); `forward.py --card 8.6` gave the second.
 MEASURED: dict[tuple[int, int], Session] = {
     (8, 0): Session(
         {INT8: 1272, FP16: 633}, 2990, {"14B-480P": Parts(1120, 248, 23, 180)}
     ),
-    (8, 6): Session(
-        {INT8: 1272, FP16: 633}, 2990, {"14B-480P": Parts(1120, 248, 23, 180)}
-    ),
+    (8, 6): Session({INT8: 1285, FP16: 648}, 2988, {"14B-480P": Parts(931, 214, 25, 169)}),
 }  # fmt: skip
 
-# What our kernels multiply attention's weights and values in.
-VALUES = {(8, 0): FP16, (8, 9): FP8}
+# What our kernels multiply attention's weights and values in, see sparse_attention/mma.py.
+VALUES = {(8, 0): FP16, (8, 6): FP16_SHORT, (8, 9): FP8_SHORT}
 
 
 def linear_operations(shape: Shape) -> float:

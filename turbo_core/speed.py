@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..kernels import ceilings, dispatch
-from ..kernels.ceilings import FP8, FP8_SHORT, FP16, INT8, Ceilings, kernel_ms
+from ..kernels.ceilings import INT8, Ceilings, kernel_ms
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_quant import quantize_rows
 from ..kernels.sla import sla_from_projections
@@ -59,7 +59,8 @@ def _measured_lines(device: torch.device) -> list[str]:
         attention = attention_tops(device)
     except TorchRunsError as problem:
         return [*lines, f"Speed of our kernels: none, as {problem}"]
-    floor = 2 / (1 / best.tops[INT8] + 1 / _value_tops(best, device))
+    values = ceilings.value_tops(best.tops, default_pv(device))
+    floor = 2 / (1 / best.tops[INT8] + 1 / values)
     return [
         *lines,
         f"Speed of int8_linear: {linear:.0f} TOPS, {linear / best.tops[INT8]:.0%} of mma.sync's",
@@ -80,12 +81,6 @@ def _passes(best: Ceilings, linear: float, attention: float) -> str:
         ms = forward_time.estimate_here(model, linear, attention, best.tops, best.copy_gbs)
         found += [] if ms is None else [f"{model} {ms / 1000:.2f} s"]
     return ", ".join(found)
-
-
-def _value_tops(best: Ceilings, device: torch.device) -> float:
-    """Of products with attention's values; emulated fp8 goes by those of fp16."""
-    kinds = (FP8, FP8_SHORT) if default_pv(device) == "fp8" else ()
-    return max((best.tops[kind] for kind in kinds if kind in best.tops), default=best.tops[FP16])
 
 
 def linear_tops(device: torch.device) -> float:

@@ -2,9 +2,10 @@
 //
 // A persistent program takes one tile of TILE_L x TILE_N after another, a warp 64 x WARP_N of it.
 // Steps of STEP bytes of k are copied STAGES - 1 steps ahead, across the ends of tiles: the next
-// tile's first steps arrive while this one is finished. A warp keeps its x of a product in
-// registers and takes w from shared memory as it goes. What comes next is read from there while
-// products are under way.
+// tile's first steps arrive while this one is finished. So the loop over steps is two, one that
+// copies this tile's and one that copies the next one's, neither with a branch. A warp keeps its x
+// of a product in registers and takes w from shared memory as it goes. What comes next is read from
+// there while products are under way, and copies are started behind it: it must not wait for them.
 //
 // With a scale for each row of both the sums stay integers over all of k. With one for each block
 // of 128 x 128 (BLOCKS) a step is a block: the sums of eight columns at a time join float32 sums.
@@ -18,7 +19,7 @@ constexpr int WARP_L = 64;
 constexpr int TILE_L = WARPS_L * WARP_L;
 constexpr int TILE_N = WARPS_N * WARP_N;
 constexpr int THREADS = 32 * WARPS_L * WARPS_N;
-constexpr int TALL = 8;     // tiles along L that share weights before N moves on
+constexpr int TALL = 4;     // tiles along L that share weights before N moves on
 constexpr int BLOCK = 128;  // rows and columns that share a scale if BLOCKS
 // All threads copy 16 bytes each, this many rows.
 constexpr int CHUNKS = STEP / 16;
@@ -28,6 +29,7 @@ constexpr int W_COPIES = TILE_N / COPY_ROWS;
 constexpr int DEPTHS = STEP / 32;                 // products along a step
 constexpr int COLUMNS = BLOCKS ? 8 : 16;          // of w that a warp takes at once
 constexpr int GROUPS = WARP_N / COLUMNS;
+constexpr int PENDING = STAGES - 2;               // steps on their way when the next one is there
 // Sums of a block add up on top of the bits of 1.5 * 2^23: as float32 they are 1.5 * 2^23 + sum.
 constexpr int SUM_ZERO = 0x4B400000;
 constexpr float SUM_ZERO_VALUE = 12582912.0f;
@@ -107,12 +109,9 @@ struct Copies {
     int row, column;
 };
 
-__device__ __forceinline__ void turn_x(Copies& copies, const Tile& tile, const Operands& o) {
+__device__ __forceinline__ void turn_copies(Copies& copies, const Tile& tile, const Operands& o) {
     copies.x = o.x + (long long)tile.sample * o.x_b;
     copies.row = tile.row + threadIdx.x / CHUNKS;
-}
-
-__device__ __forceinline__ void turn_w(Copies& copies, const Tile& tile) {
     copies.column = tile.column + threadIdx.x / CHUNKS;
 }
 
@@ -152,23 +151,49 @@ __device__ __forceinline__ void copy_factors(Shared& shared, const Tile& tile, c
     }
 }
 
-// The scales of a step's blocks, if BLOCKS.
+// The scales of a step's blocks, if BLOCKS. A branch would hold up the warp: threads that have
+// nothing to copy name a scale too.
 __device__ __forceinline__ void copy_scales(
     Shared& shared, const Tile& tile, int slot, int step, const Operands& o
 ) {
     constexpr int rows = TILE_L / BLOCK, columns = TILE_N / BLOCK;
-    int at = threadIdx.x;
-    if (at >= rows + columns) return;
-    int k_blocks = parts(o.k, BLOCK), k = min(step, k_blocks - 1);
-    if (at < rows) {
-        int down = parts(o.length, BLOCK), block = min(tile.row / BLOCK + at, down - 1);
-        copy_4(shared_address(&shared.row_scale[slot * rows + at]),
-               o.x_scale + ((long long)tile.sample * down + block) * k_blocks + k);
-    } else {
-        at -= rows;
-        int block = min(tile.column / BLOCK + at, parts(o.n, BLOCK) - 1);
-        copy_4(shared_address(&shared.column_scale[slot * columns + at]),
-               o.w_scale + (long long)block * k_blocks + k);
+    int at = threadIdx.x, own = at < rows ? at : at - rows;
+    int down = parts(o.length, BLOCK), across = parts(o.n, BLOCK), k_blocks = parts(o.k, BLOCK);
+    int block = (at < rows ? tile.row : tile.column) / BLOCK + own;
+    block = min(block, (at < rows ? down : across) - 1) + (at < rows ? tile.sample * down : 0);
+    const float* from = at < rows ? o.x_scale : o.w_scale;
+    u32 to = at < rows ? shared_address(&shared.row_scale[slot * rows + own])
+                       : shared_address(&shared.column_scale[slot * columns + own]);
+    copy_4_if(at < rows + columns, to,
+              from + (long long)block * k_blocks + min(step, k_blocks - 1));
+}
+
+// MANY of the parts of a step's copies, from `first` on: those of x, then those of w.
+template <int MANY>
+__device__ __forceinline__ void copy_parts(
+    const Copies& copies, u32 stage, int step, int first, const Operands& o
+) {
+#pragma unroll
+    for (int i = 0; i < MANY; i++) {
+        int part = first + i;
+        if (part < X_COPIES)
+            copy_x(copies, stage, step, part, o);
+        else if (part < X_COPIES + W_COPIES)
+            copy_w(copies, stage, step, part - X_COPIES, o);
+    }
+}
+
+// Starts to fetch the tile's residual into L2, by lines of 128 bytes.
+__device__ __forceinline__ void fetch_residual(const Tile& tile, const Operands& o) {
+    constexpr int lines = TILE_N / 64;  // of a row
+    static_assert(TILE_L * lines % THREADS == 0);
+    const u16* residual = o.residual + (long long)tile.sample * o.residual_b;
+#pragma unroll
+    for (int first = 0; first < TILE_L * lines; first += THREADS) {
+        int line = first + threadIdx.x;
+        int row = tile.row + line / lines, column = tile.column + line % lines * 64;
+        if (o.residual && row < o.length && column < o.n)
+            fetch_line(residual + (long long)row * o.residual_l + column);
     }
 }
 
@@ -176,6 +201,7 @@ __device__ __forceinline__ void copy_scales(
 
 __device__ __forceinline__ int after(int slot) { return slot + 1 == STAGES ? 0 : slot + 1; }
 __device__ __forceinline__ int before(int slot) { return slot ? slot - 1 : STAGES - 1; }
+__device__ __forceinline__ int next_turn(int turn) { return turn == 2 ? 0 : turn + 1; }
 
 __device__ __forceinline__ u32 stage_address(const Shared& shared, int slot) {
     return shared_address(shared.stages) + slot * sizeof(Stage);
@@ -196,6 +222,15 @@ __device__ __forceinline__ Places places() {
     return {x, TILE_L * STEP + w};
 }
 
+// The copies of this tile are all under way: those of the next follow, and what `store` needs.
+__device__ __forceinline__ void turn_to_next(
+    Copies& copies, Shared& shared, int turn, const Operands& o
+) {
+    turn_copies(copies, shared.tiles[next_turn(turn)], o);
+    copy_factors(shared, shared.tiles[turn], o);
+    fetch_residual(shared.tiles[turn], o);
+}
+
 // Rows 16 m .. 16 m + 15 of the warp's x, at a depth of 32 bytes.
 __device__ __forceinline__ void load_x(
     u32 (&x)[4], u32 stage, const Places& at, int m, int depth
@@ -203,10 +238,23 @@ __device__ __forceinline__ void load_x(
     load_matrices(x, stage + (at.x ^ 32 * depth) + m * 16 * STEP);
 }
 
+// Ends a step's copies, and waits until the next step is there and all have read this one.
+__device__ __forceinline__ void end_step() {
+    copy_commit();
+    copy_wait<PENDING>();
+    __syncthreads();
+}
+
 #if BLOCKS
 
+// The one barrier of a step comes when all of its w is in registers: the step STAGES further on is
+// then copied to its place, COPIED_LAST parts during the last group of columns, the others during
+// the first MIDDLE groups of the next step.
+constexpr int MIDDLE = 2;
+constexpr int COPIED_LAST = (X_COPIES + W_COPIES) / 3;
+constexpr int COPIED_EACH = (X_COPIES + W_COPIES - COPIED_LAST + MIDDLE - 1) / MIDDLE;
+
 typedef float Sums[4][WARP_N / 8][4];
-constexpr int PENDING = 2 * STAGES - 3;  // groups of copies that need not be there yet
 
 // Eight of the warp's columns, all of a step.
 __device__ __forceinline__ void load_w(u32 (&w)[2][4], u32 stage, const Places& at, int group) {
@@ -215,103 +263,119 @@ __device__ __forceinline__ void load_w(u32 (&w)[2][4], u32 stage, const Places& 
         load_matrices(w[half], stage + (at.w ^ 64 * half) + group * COLUMNS * STEP);
 }
 
-// x is copied one step further ahead than w: it is in registers when its step begins.
 __device__ __forceinline__ void start(Shared& shared, const Copies& copies, const Operands& o) {
 #pragma unroll
-    for (int step = 0; step < STAGES; step++) {
-        u32 stage = stage_address(shared, step);
-#pragma unroll
-        for (int part = 0; part < X_COPIES; part++) copy_x(copies, stage, step, part, o);
-        copy_commit();
-        if (step + 1 == STAGES) break;
+    for (int step = 0; step < STAGES - 1; step++) {
         copy_scales(shared, shared.tiles[0], step, step, o);
-#pragma unroll
-        for (int part = 0; part < W_COPIES; part++) copy_w(copies, stage, step, part, o);
+        copy_parts<X_COPIES + W_COPIES>(copies, stage_address(shared, step), step, 0, o);
         copy_commit();
     }
+    copy_scales(shared, shared.tiles[0], STAGES - 1, STAGES - 1, o);
+    copy_parts<COPIED_LAST>(copies, stage_address(shared, STAGES - 1), STAGES - 1, 0, o);
 }
 
-// All of a tile's products.
-__device__ __forceinline__ void multiply(
-    Sums& sums, Shared& shared, int& slot, Copies& copies, int turn, const Operands& o
+__device__ __forceinline__ void multiply_depth(
+    int (&sum)[4], const u32 (&x)[4], const u32 (&w)[2][4], int depth
 ) {
-    constexpr int between = GROUPS - 4;  // groups of columns during which x is copied
-    constexpr int at_once = (X_COPIES + between - 1) / between;
     const int zero[4] = {SUM_ZERO, SUM_ZERO, SUM_ZERO, SUM_ZERO};
-    int warp = threadIdx.x / 32, next = turn == 2 ? 0 : turn + 1, count = steps(o);
-    int row_block = warp / WARPS_N * WARP_L / BLOCK, column_block = warp % WARPS_N * WARP_N / BLOCK;
-    Places at = places();
-    u32 stage = stage_address(shared, slot);
-    u32 x[4][DEPTHS][4], w[2][2][4];
+    u32 low = w[depth / 2][depth % 2 * 2], high = w[depth / 2][depth % 2 * 2 + 1];
+    if (depth)
+        mma_int8(sum, x, low, high, sum);
+    else
+        mma_int8(sum, x, low, high, zero);
+}
+
+__device__ __forceinline__ void add_scaled(
+    Sums& sums, const int (&sum)[4][4], int group, float scale
+) {
 #pragma unroll
     for (int m = 0; m < 4; m++)
 #pragma unroll
-        for (int depth = 0; depth < DEPTHS; depth++) load_x(x[m][depth], stage, at, m, depth);
-    load_w(w[0], stage, at, 0);
-#pragma unroll 1
-    for (int step = 0; step < count; step++) {
-        float scale = shared.row_scale[slot * (TILE_L / BLOCK) + row_block]
+        for (int i = 0; i < 4; i++) {
+            float& y = sums[m][group][i];
+            y = fmaf(__int_as_float(sum[m][i]) - SUM_ZERO_VALUE, scale, y);
+        }
+}
+
+// All of a tile's products. The loop begins in the middle of a step: there nothing is on its way
+// from shared memory, for what the compiler waits at a loop's end.
+__device__ __forceinline__ void multiply(
+    Sums& sums, Shared& shared, int& slot, Copies& copies, int turn, const Operands& o
+) {
+    int warp = threadIdx.x / 32;
+    int row_block = warp / WARPS_N * WARP_L / BLOCK, column_block = warp % WARPS_N * WARP_N / BLOCK;
+    Places at = places();
+    u32 stage = stage_address(shared, slot), following = 0;
+    float scale = 0;
+    int copied = STAGES - 1, copied_turn = turn;  // the step that is copied, and its tile
+    u32 x[4][DEPTHS][4], w[2][2][4];
+    auto first_groups = [&] {
+        following = stage_address(shared, after(slot));
+        scale = shared.row_scale[slot * (TILE_L / BLOCK) + row_block]
             * shared.column_scale[slot * (TILE_N / BLOCK) + column_block];
-        u32 following = stage_address(shared, after(slot));
-        int x_step = step + STAGES, w_step = x_step - 1;
-        bool ahead = w_step >= count;
+        u32 to = stage_address(shared, before(slot));
 #pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
+        for (int group = 0; group < MIDDLE; group++) {
+            load_w(w[(group + 1) % 2], stage, at, group + 1);
+            copy_parts<COPIED_EACH>(copies, to, copied, COPIED_LAST + COPIED_EACH * group, o);
+            int sum[4][4];
+#pragma unroll
+            for (int depth = 0; depth < DEPTHS; depth++)
+#pragma unroll
+                for (int m = 0; m < 4; m++)
+                    multiply_depth(sum[m], x[m][depth], w[group % 2], depth);
+            add_scaled(sums, sum, group, scale);
+        }
+        copied++;
+    };
+    auto last_groups = [&] {
+#pragma unroll
+        for (int group = MIDDLE; group < GROUPS; group++) {
             bool last = group + 1 == GROUPS;
-            if (group == 1) {
-                __syncthreads();  // all have read this step's x and the last one's w
-                if (x_step == count) turn_x(copies, shared.tiles[next], o);
-                if (w_step == count) turn_w(copies, shared.tiles[next]);
-                if (x_step >= count) x_step -= count;
-                if (ahead) w_step -= count;
-                if (step == 1) copy_factors(shared, shared.tiles[turn], o);
-                copy_scales(shared, shared.tiles[ahead ? next : turn], before(slot), w_step, o);
-                u32 to = stage_address(shared, before(slot));
-#pragma unroll
-                for (int part = 0; part < W_COPIES; part++) copy_w(copies, to, w_step, part, o);
-                copy_commit();
-            }
-            if (group >= 2 && group < 2 + between) {
-#pragma unroll
-                for (int i = (group - 2) * at_once; i < (group - 1) * at_once; i++)
-                    if (i < X_COPIES) copy_x(copies, stage, x_step, i, o);
-            }
-            if (group + 2 == GROUPS) {
-                copy_commit();
-                copy_wait<PENDING>();
-                __syncthreads();  // the next step is there
-            }
+            if (last) end_step();
             load_w(w[(group + 1) % 2], last ? following : stage, at, (group + 1) % GROUPS);
+            if (last) {
+                copy_scales(shared, shared.tiles[copied_turn], slot, copied, o);
+                copy_parts<COPIED_LAST>(copies, stage, copied, 0, o);
+            }
             int sum[4][4];
 #pragma unroll
             for (int depth = 0; depth < DEPTHS; depth++)
 #pragma unroll
                 for (int m = 0; m < 4; m++) {
-                    const u32(&b)[4] = w[group % 2][depth / 2];
-                    int i = depth % 2 * 2;
-                    if (depth)
-                        mma_int8(sum[m], x[m][depth], b[i], b[i + 1], sum[m]);
-                    else
-                        mma_int8(sum[m], x[m][depth], b[i], b[i + 1], zero);
+                    multiply_depth(sum[m], x[m][depth], w[group % 2], depth);
                     if (last) load_x(x[m][depth], following, at, m, depth);
                 }
-#pragma unroll
-            for (int m = 0; m < 4; m++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float& y = sums[m][group][i];
-                    y = fmaf(__int_as_float(sum[m][i]) - SUM_ZERO_VALUE, scale, y);
-                }
+            add_scaled(sums, sum, group, scale);
         }
         slot = after(slot);
         stage = following;
+    };
+#pragma unroll
+    for (int m = 0; m < 4; m++)
+#pragma unroll
+        for (int depth = 0; depth < DEPTHS; depth++) load_x(x[m][depth], stage, at, m, depth);
+    load_w(w[0], stage, at, 0);
+    first_groups();
+#pragma unroll 1
+    for (int part = 0; part < 2; part++) {  // copies of this tile, then of the next
+        int many = part ? STAGES - 1 : steps(o) - STAGES;
+        if (part) {
+            copied = 0, copied_turn = next_turn(turn);
+            turn_to_next(copies, shared, turn, o);
+        }
+#pragma unroll 1
+        for (int i = 0; i < many; i++) {
+            last_groups();
+            first_groups();
+        }
     }
+    last_groups();
 }
 
 #else
 
 typedef int Sums[4][WARP_N / 8][4];
-constexpr int PENDING = STAGES - 2;
 
 // Sixteen of the warp's columns at a depth.
 __device__ __forceinline__ void load_w(
@@ -320,21 +384,10 @@ __device__ __forceinline__ void load_w(
     load_matrices(w, stage + (at.w ^ 32 * depth) + group * COLUMNS * STEP);
 }
 
-__device__ __forceinline__ void copy_part(
-    const Copies& copies, u32 stage, int step, int part, const Operands& o
-) {
-    if (part < X_COPIES)
-        copy_x(copies, stage, step, part, o);
-    else if (part < X_COPIES + W_COPIES)
-        copy_w(copies, stage, step, part - X_COPIES, o);
-}
-
 __device__ __forceinline__ void start(Shared& shared, const Copies& copies, const Operands& o) {
 #pragma unroll
     for (int step = 0; step < STAGES - 1; step++) {
-#pragma unroll
-        for (int part = 0; part < X_COPIES + W_COPIES; part++)
-            copy_part(copies, stage_address(shared, step), step, part, o);
+        copy_parts<X_COPIES + W_COPIES>(copies, stage_address(shared, step), step, 0, o);
         copy_commit();
     }
 }
@@ -346,46 +399,43 @@ __device__ __forceinline__ void multiply(
     constexpr int turns = DEPTHS * GROUPS;
     constexpr int at_once = (X_COPIES + W_COPIES + turns - 2) / (turns - 1);  // copies
     static_assert(turns % 2 == 0);
-    int next = turn == 2 ? 0 : turn + 1, count = steps(o);
     Places at = places();
     u32 stage = stage_address(shared, slot);
     u32 x[4][4], w[2][4];
 #pragma unroll
     for (int m = 0; m < 4; m++) load_x(x[m], stage, at, m, 0);
     load_w(w[0], stage, at, 0, 0);
+    int copied = STAGES - 1;  // the step that is copied
 #pragma unroll 1
-    for (int step = 0; step < count; step++) {
-        int copied = step + STAGES - 1;
-        if (copied == count) {
-            turn_x(copies, shared.tiles[next], o);
-            turn_w(copies, shared.tiles[next]);
+    for (int part = 0; part < 2; part++) {  // copies of this tile, then of the next
+        int many = part ? STAGES - 1 : steps(o) - (STAGES - 1);
+        if (part) {
+            copied = 0;
+            turn_to_next(copies, shared, turn, o);
         }
-        if (copied >= count) copied -= count;
-        if (step == 1) copy_factors(shared, shared.tiles[turn], o);
-        u32 to = stage_address(shared, before(slot));
+#pragma unroll 1
+        for (int step = 0; step < many; step++, copied++) {
+            u32 to = stage_address(shared, before(slot));
 #pragma unroll
-        for (int i = 0; i < turns; i++) {
-            int depth = i / GROUPS, group = i % GROUPS;
-            if (i + 1 < turns) {
-#pragma unroll
-                for (int j = 0; j < at_once; j++)
-                    copy_part(copies, to, copied, i * at_once + j, o);
-            } else {
-                copy_commit();
-                copy_wait<PENDING>();
-                __syncthreads();  // the next step is there, and all have read this one
-                slot = after(slot);
-                stage = stage_address(shared, slot);
-            }
-            load_w(w[(i + 1) % 2], stage, at, (i + 1) % GROUPS, (i + 1) / GROUPS % DEPTHS);
-#pragma unroll
-            for (int m = 0; m < 4; m++) {
-#pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    int(&sum)[4] = sums[m][2 * group + n];
-                    mma_int8(sum, x[m], w[i % 2][2 * n], w[i % 2][2 * n + 1], sum);
+            for (int i = 0; i < turns; i++) {
+                int depth = i / GROUPS, group = i % GROUPS;
+                bool last = i + 1 == turns;
+                if (last) {
+                    end_step();
+                    slot = after(slot);
+                    stage = stage_address(shared, slot);
                 }
-                if (group + 1 == GROUPS) load_x(x[m], stage, at, m, (depth + 1) % DEPTHS);
+                load_w(w[(i + 1) % 2], stage, at, (i + 1) % GROUPS, (i + 1) / GROUPS % DEPTHS);
+                if (!last) copy_parts<at_once>(copies, to, copied, i * at_once, o);
+#pragma unroll
+                for (int m = 0; m < 4; m++) {
+#pragma unroll
+                    for (int n = 0; n < 2; n++) {
+                        int(&sum)[4] = sums[m][2 * group + n];
+                        mma_int8(sum, x[m], w[i % 2][2 * n], w[i % 2][2 * n + 1], sum);
+                    }
+                    if (group + 1 == GROUPS) load_x(x[m], stage, at, m, (depth + 1) % DEPTHS);
+                }
             }
         }
     }
@@ -488,14 +538,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
     __syncthreads();
     Copies copies;
     copies.to = swizzled(threadIdx.x / CHUNKS, threadIdx.x % CHUNKS);
-    turn_x(copies, shared.tiles[0], o);
-    turn_w(copies, shared.tiles[0]);
+    turn_copies(copies, shared.tiles[0], o);
     start(shared, copies, o);
     copy_wait<PENDING>();
     __syncthreads();
     int slot = 0, turn = 0;
     for (int index = blockIdx.x; index < tiles(o); index += gridDim.x) {
-        int next = turn == 2 ? 0 : turn + 1;
+        int next = next_turn(turn);
         if (threadIdx.x == 0) shared.tiles[next] = tile_of(index + gridDim.x, o);
         Sums sums = {};
         multiply(sums, shared, slot, copies, turn, o);

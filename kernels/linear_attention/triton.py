@@ -4,11 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import launching_on
+from ..dispatch import launching_on, multiprocessors
 from ..int8_quant.triton import larger, largest
 
 TILE = 16  # keys of one step of the state: two programs fit a multiprocessor's registers
-PROGRAMS = 528  # of the state, over all heads: 2 waves of 2 on a card of 132 multiprocessors
+PROGRAMS = 4  # of the state, over all heads, for each multiprocessor: 2 waves of 2
 ROWS = 128  # queries of one program
 SMALLEST = 1e-30  # to divide by: float32 stays finite
 STATE_LAUNCH = {"num_warps": 8, "num_stages": 3}  # both the same on every card
@@ -143,8 +143,9 @@ def room_for_sums(x: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
     """The rows of x [B, L, H, D] that a program sums up, and room for the sums of all programs:
     float32 [splits, B, H, D, D] and [splits, B, H, D]."""
     batch, length, heads, dim = x.shape
-    # By the shape alone, so that sums never change order.
-    rows = TILE * triton.cdiv(length, TILE * max(1, PROGRAMS // (batch * heads)))
+    # By shape and card alone, so that sums never change order.
+    splits = max(1, PROGRAMS * multiprocessors(x.device) // (batch * heads))
+    rows = TILE * triton.cdiv(length, TILE * splits)
     options = {"dtype": torch.float32, "device": x.device}
     parts = triton.cdiv(length, rows), batch, heads, dim
     return rows, torch.empty(*parts, dim, **options), torch.empty(parts, **options)

@@ -11,10 +11,10 @@ from ..sparse_attention import Int8Blocks
 from . import reference
 
 if has_triton():
-    from . import hopper
+    from . import cuda
     from . import triton as triton_kernels
 else:
-    hopper = triton_kernels = None
+    cuda = triton_kernels = None
 
 __all__ = ["Prepared", "prepare", "square_sums"]
 
@@ -83,7 +83,7 @@ def prepare(
     if branch is not None:
         check_branch(x, branch)
     kernels = choose(
-        "prepare", backend, x, reference, triton_kernels, hopper, hopper,
+        "prepare", backend, x, reference, triton_kernels, cuda, cuda,
         unsupported=(not_contiguous(x), None if branch is None else float32_on_gpu(x)),
         operands=(x, cos, sin, out, branch),
     )  # fmt: skip

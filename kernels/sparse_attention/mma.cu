@@ -48,6 +48,7 @@ struct Shared {
     Stage stages[STAGES];
     float scale[STAGES];  // of the keys
     int inside[STAGES];   // keys from the block's first to the end
+    int later[STAGES];    // number of the block selected STAGES - 1 later: not waited for
 };
 
 struct Operands {
@@ -86,21 +87,27 @@ __device__ __forceinline__ u32 other_half(u32 address) { return address ^ 64; }
 
 // ---- what comes from memory ----
 
+// A warp copies its quarter: addresses a few hundred bytes apart take one sum.
 __device__ __forceinline__ void copy_bytes(u32 to, const i8* from, int bytes) {
+    int first = threadIdx.x / 32 * (bytes / WARPS) + threadIdx.x % 32 * 16;
+    to += first;
+    from += first;
 #pragma unroll
-    for (int i = 0; i < bytes; i += 16 * THREADS)
-        copy_16(to + i + 16 * threadIdx.x, from + i + 16 * threadIdx.x);
+    for (int i = 0; i < bytes / WARPS; i += 512) copy_16(to + i, from + i);
 }
 
-// Starts the copies of key block `own` of the head whose first one is `first_block`.
+// Starts the copies of the i-th selected key block, number `own` of the head whose first one is
+// `first_block`. Past the last one it is copied again, as a branch would cost more.
 __device__ __forceinline__ void start_block(
-    Shared& shared, int stage, const Operands& o, int first_block, int own
+    Shared& shared, int stage, const Operands& o, const int* selected, int i, int first_block,
+    int own
 ) {
     long long block = first_block + own;
     copy_bytes(shared_address(shared.stages[stage].keys), o.k + block * KEY_BYTES, KEY_BYTES);
     copy_bytes(shared_address(shared.stages[stage].values), o.v + block * VALUE_BYTES, VALUE_BYTES);
     if (threadIdx.x == 0) {
         copy_4(shared_address(&shared.scale[stage]), o.k_scale + block);
+        copy_4(shared_address(&shared.later[stage]), selected + min(i + STAGES - 1, o.count - 1));
         shared.inside[stage] = o.length - own * BLOCK_K;
     }
 }
@@ -129,27 +136,48 @@ struct Rows {
     float row_sum[4];  // of the weights of this thread's keys
 };
 
+// Products come 16 keys or channels and 64 bytes of their rows at a time: four sums grow side by
+// side, as a product waits for the last one of its sum. The next operands are on their way
+// meanwhile. `keep_order` holds back those after them, whose registers others need.
+__device__ __forceinline__ void keep_order() { __syncwarp(); }
+
+// Rows of `step`, each of HALVES times 64 bytes.
+template <int HALVES, int WIDTH>
+__device__ __forceinline__ void load_operands(u32 (&x)[2][4], int step, u32 rows) {
+    u32 from = step % HALVES ? other_half(rows) : rows;
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+        load_matrices(x[n], from + (step / HALVES * 2 + n) * 8 * WIDTH);
+}
+
 // x[m][n][i] is the score of row 16 m + lane / 4 + i / 2 * 8 and key 8 n + 2 (lane % 4) + i % 2.
 __device__ __forceinline__ void multiply_keys(
     Scores& scores, const Queries& queries, u32 keys
 ) {
+    constexpr int halves = HEAD_DIM / 64, steps = PART / 16 * halves;
     const int zero[4] = {SCORE_ZERO, SCORE_ZERO, SCORE_ZERO, SCORE_ZERO};
+    u32 k[2][2][4];
+    load_operands<halves, HEAD_DIM>(k[0], 0, keys);
 #pragma unroll
-    for (int n = 0; n < PART / 8; n++)
+    for (int step = 0; step < steps; step++) {
+        if (step + 1 < steps)
+            load_operands<halves, HEAD_DIM>(k[(step + 1) % 2], step + 1, keys);
+        keep_order();
+        const u32(&own)[2][4] = k[step % 2];
 #pragma unroll
-        for (int half = 0; half < HEAD_DIM / 64; half++) {
-            u32 k[4];
-            load_matrices(k, (half ? other_half(keys) : keys) + n * 8 * HEAD_DIM);
+        for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int m = 0; m < 2; m++) {
-                int(&sum)[4] = scores[m][n];
-                if (half)
-                    mma_int8(sum, queries[m][2 * half], k[0], k[1], sum);
-                else
-                    mma_int8(sum, queries[m][2 * half], k[0], k[1], zero);
-                mma_int8(sum, queries[m][2 * half + 1], k[2], k[3], sum);
-            }
-        }
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    int(&sum)[4] = scores[m][step / halves * 2 + n];
+                    const u32(&q)[4] = queries[m][step % halves * 2 + i];
+                    if (step % halves || i)
+                        mma_int8(sum, q, own[n][2 * i], own[n][2 * i + 1], sum);
+                    else
+                        mma_int8(sum, q, own[n][2 * i], own[n][2 * i + 1], zero);
+                }
+    }
 }
 
 __device__ __forceinline__ float score_of(int x) { return __int_as_float(x) - SCORE_ZERO_VALUE; }
@@ -210,8 +238,8 @@ __device__ __forceinline__ u32 scaled_weights(u32 packed, float factor) {
 #endif
 }
 
-// Raise row_max to what this part's scores do not exceed, and take along what is relative to it: the
-// sums, and the block's first DONE depths of weights.
+// Raise row_max to what this part's scores do not exceed, and take along what is relative to it:
+// the sums, and the block's first DONE depths of weights.
 template <int DONE>
 __device__ __forceinline__ void raise_row_max(
     Rows& rows, Sums& acc, Weights& weights,
@@ -250,11 +278,9 @@ __device__ __forceinline__ void raise_row_max(
 // The scores and weights of one part of a block's keys.
 template <int NUMBER>
 __device__ __forceinline__ void weigh_part(
-    Weights& weights, Rows& rows, Sums& acc, const Queries& queries, u32 keys, float scale,
+    Weights& weights, Rows& rows, Sums& acc, const Scores& scores, float scale,
     int inside, int lane
 ) {
-    Scores scores;
-    multiply_keys(scores, queries, keys + NUMBER * PART * HEAD_DIM);
     inside -= NUMBER * PART;
     float sums[4];
     auto& own = reinterpret_cast<u32(&)[DEPTHS][2][4]>(weights[NUMBER * DEPTHS]);
@@ -273,40 +299,49 @@ __device__ __forceinline__ void weigh_part(
 
 // acc += weights v
 __device__ __forceinline__ void multiply_values(Sums& acc, const Weights& weights, u32 values) {
-    constexpr int width = VALUE_BYTES / HEAD_DIM;  // of a row
+    constexpr int width = VALUE_BYTES / HEAD_DIM, halves = width / 64;
+    constexpr int steps = HEAD_DIM / 16 * halves;
+    u32 v[2][2][4];
+    load_operands<halves, width>(v[0], 0, values);
 #pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; n++) {
+    for (int pair = 0; pair < HEAD_DIM / 16; pair++) {
 #if FP8 || SHORT_SUMS
-        u32 sum[2][2] = {};
+        u32 sum[2][2][2] = {};
 #endif
 #pragma unroll
-        for (int depth = 0; depth < PARTS * DEPTHS; depth += 2) {
-            int half = depth / 2;
-            u32 v[4];
-            load_matrices(v, (half ? other_half(values) : values) + n * 8 * width);
+        for (int half = 0; half < halves; half++) {
+            int step = pair * halves + half;
+            if (step + 1 < steps)
+                load_operands<halves, width>(v[(step + 1) % 2], step + 1, values);
+            keep_order();
+            const u32(&own)[2][4] = v[step % 2];
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int n = 0; n < 2; n++)
+#pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        const u32(&w)[4] = weights[2 * half + i][m];
+#if FP8
+                        mma_fp8_short(sum[m][n], w, own[n][2 * i], own[n][2 * i + 1], sum[m][n]);
+#elif SHORT_SUMS
+                        mma_fp16_short(sum[m][n], w, own[n][2 * i], own[n][2 * i + 1], sum[m][n]);
+#else
+                        mma_fp16(acc[m][2 * pair + n], w, own[n][2 * i], own[n][2 * i + 1]);
+#endif
+                    }
+        }
+#if FP8 || SHORT_SUMS
+#pragma unroll
+        for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int m = 0; m < 2; m++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const u32(&w)[4] = weights[depth + i][m];
-#if FP8
-                    mma_fp8_short(sum[m], w, v[2 * i], v[2 * i + 1], sum[m]);
-#elif SHORT_SUMS
-                    mma_fp16_short(sum[m], w, v[2 * i], v[2 * i + 1], sum[m]);
-#else
-                    mma_fp16(acc[m][n], w, v[2 * i], v[2 * i + 1]);
-#endif
+                    float2 x = pair_of(sum[m][n][i], false);
+                    acc[m][2 * pair + n][2 * i] += x.x;
+                    acc[m][2 * pair + n][2 * i + 1] += x.y;
                 }
-        }
-#if FP8 || SHORT_SUMS
-#pragma unroll
-        for (int m = 0; m < 2; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float2 x = pair_of(sum[m][i], false);
-                acc[m][n][2 * i] += x.x;
-                acc[m][n][2 * i + 1] += x.y;
-            }
 #endif
     }
 }
@@ -380,10 +415,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sage_attention(
     const int* selected = o.block_map + (long long)tile * o.count;
 #pragma unroll
     for (int i = 0; i + 1 < STAGES; i++) {
-        if (i < o.count) start_block(shared, i, o, first_block, selected[i]);
+        int own = selected[min(i, o.count - 1)];
+        start_block(shared, i, o, selected, i, first_block, own);
         copy_commit();
     }
-    int next_block = selected[min(STAGES - 1, o.count - 1)];  // read ahead
     Queries queries;
     load_queries(queries, o.q + ((long long)tile * BLOCK_Q + 32 * warp) * HEAD_DIM, lane);
     float own_scale = o.q_scale[tile];
@@ -397,16 +432,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sage_attention(
     for (int i = 0; i < o.count; i++) {
         copy_wait<STAGES - 2>();
         __syncthreads();  // this block is there, and all are through with the last one
-        if (i + STAGES - 1 < o.count) {
-            start_block(shared, stage ? stage - 1 : STAGES - 1, o, first_block, next_block);
-            next_block = selected[min(i + STAGES, o.count - 1)];
-        }
+        start_block(shared, stage ? stage - 1 : STAGES - 1, o, selected, i + STAGES - 1,
+                    first_block, shared.later[stage]);
         copy_commit();
         u32 at = stage * sizeof(Stage);
         float scale = own_scale * shared.scale[stage];
         int inside = shared.inside[stage];
-        weigh_part<0>(weights, rows, acc, queries, keys + at, scale, inside, lane);
-        weigh_part<1>(weights, rows, acc, queries, keys + at, scale, inside, lane);
+        Scores scores;
+        multiply_keys(scores, queries, keys + at);
+        weigh_part<0>(weights, rows, acc, scores, scale, inside, lane);
+        multiply_keys(scores, queries, keys + at + PART * HEAD_DIM);
+        weigh_part<1>(weights, rows, acc, scores, scale, inside, lane);
         multiply_values(acc, weights, values + at);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
     }

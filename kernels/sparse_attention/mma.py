@@ -78,7 +78,7 @@ def constants(card: tuple[int, int], head_dim: int, pv: str, dtype: torch.dtype)
 
 def shared_bytes(head_dim: int, pv: str) -> int:
     """mma.cu's Shared: keys and values of as many blocks, and what is known of them."""
-    return STAGES[pv] * (SHAPE[1] * head_dim * (2 if pv == "fp8" else 3) + 8)
+    return STAGES[pv] * (SHAPE[1] * head_dim * (2 if pv == "fp8" else 3) + 12)
 
 
 def _kernel(out: torch.Tensor, pv: str) -> nvrtc.Kernel:

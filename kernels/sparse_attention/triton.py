@@ -6,12 +6,19 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..checks import in_steps_of_16_bytes
-from ..dispatch import capability, has_tma, launching_on
+from ..dispatch import capability, has_tma, interpreting, launching_on
 from ..int8_quant.triton import larger, largest
 from ..tuning import attention_launch
 from .reference import VALUE_LIMIT, Int8Blocks, Quantized, score_scale
 
 LAUNCH = {"num_warps": 8, "num_stages": 1}  # of what only moves data, the same on every card
+# Four numbers as e4m3, which sm_89 and newer cards round to in one instruction.
+TO_E4M3 = tl.constexpr("""{
+    .reg .b16 low, high;
+    cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+    cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+    mov.b32 $0, {low, high};
+}""")
 
 
 @triton.jit
@@ -34,6 +41,19 @@ def mask_end(scores, first, length, BLOCK_K: tl.constexpr):
     """
     key = tl.arange(0, BLOCK_K)
     return tl.where(key[None, :] < (length - first).to(tl.int32), scores, float("-inf"))
+
+
+@triton.jit
+def rounded_once(x, dtype: tl.constexpr, CUT: tl.constexpr):
+    """x in e4m3 or float16, rounded once, also where Triton would cut e4m3 off: see `cuts_e4m3`."""
+    if CUT and dtype == tl.float8e4nv:
+        four = tl.inline_asm_elementwise(
+            TO_E4M3, "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4
+        )
+        rounded = four.to(dtype, bitcast=True)
+    else:
+        rounded = x.to(dtype)
+    return rounded
 
 
 @triton.jit
@@ -137,7 +157,7 @@ def sage_attention_kernel(
     q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, block_map_ptr, out_ptr,
     length, count,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FP8: tl.constexpr,
-    ADD: tl.constexpr, TMA: tl.constexpr,
+    CUT: tl.constexpr, ADD: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     q_block = head * tl.num_programs(0) + tl.program_id(0)
@@ -161,11 +181,12 @@ def sage_attention_kernel(
         weights, row_max, factor = soft_weights(scores, scale, row_max, 8 if FP8 else 0)
         row_sum = row_sum * factor + tl.sum(weights, 1)
         acc = acc * factor[:, None]
+        weights = rounded_once(weights, v.dtype, CUT)
         if FP8:
             # A sum of its own per key block: fp8 products add up in about 14 bits on Hopper.
-            acc += tl.dot(weights.to(v.dtype), v)
+            acc += tl.dot(weights, v)
         else:
-            acc = tl.dot(weights.to(v.dtype), v, acc)
+            acc = tl.dot(weights, v, acc)
     rows = acc * (1.0 / row_sum)[:, None] * tl.load(v_scale_ptr + head * HEAD_DIM + channel)
     store_rows(rows, out_ptr, first_row, length, BLOCK_Q, HEAD_DIM, ADD)
 
@@ -237,7 +258,8 @@ def channel_max_kernel(
 @triton.jit(do_not_specialize=["length", "heads"])
 def quantize_values_kernel(
     v_ptr, factors_ptr, values_ptr, length, heads, limit, stride_vb, stride_vl, stride_vh,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ITEM: tl.constexpr, SWIZZLED: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ITEM: tl.constexpr, CUT: tl.constexpr,
+    SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     block = head * tl.num_programs(0) + tl.program_id(0)
@@ -251,7 +273,8 @@ def quantize_values_kernel(
     v_ptr += head // heads * stride_vb + head % heads * stride_vh
     v = tl.load(v_ptr + row * stride_vl + channel[None, :], mask=row < length, other=0.0)
     factor = tl.load(factors_ptr + head * HEAD_DIM + channel)[None, :]
-    scaled = tl.clamp(v.to(tl.float32) * factor, -limit, limit).to(values_ptr.dtype.element_ty)
+    scaled = tl.clamp(v.to(tl.float32) * factor, -limit, limit)
+    scaled = rounded_once(scaled, values_ptr.dtype.element_ty, CUT)
     place = place_in_block(channel[:, None], offset[None, :], BLOCK, ITEM, SWIZZLED)
     tl.store(values_ptr + block * (HEAD_DIM * BLOCK) + place, tl.trans(scaled))  # [D, BLOCK]
 
@@ -303,11 +326,20 @@ def sage_attention(
         sage_attention_kernel[block_map.shape[2], heads, batch](
             *operands, block_map.contiguous(), out, length, block_map.shape[3],
             HEAD_DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, FP8=fp8, TMA=tma, ADD=add,
+            CUT=cuts_e4m3(out.device),
             **attention_launch(
                 capability(out.device), "fp8" if fp8 else "fp16", block_q, block_k
             ),
         )  # fmt: skip
     return out
+
+
+def cuts_e4m3(device: torch.device) -> bool:
+    """Whether Triton makes e4m3 of float16, and that of float32 by cutting it off: on sm_89.
+
+    So do Triton 3.6 and 3.8. One number in 250 then rounds to its other neighbour.
+    """
+    return capability(device) == (8, 9) and not interpreting()
 
 
 def map_of_blocks(x: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -377,7 +409,8 @@ def quantize_values(
     with launching_on(v):
         quantize_values_kernel[blocks, batch * heads](
             v, limit / amax, values, length, heads, limit, *v.stride()[:3],
-            BLOCK=block, HEAD_DIM=dim, ITEM=values.itemsize, SWIZZLED=swizzled, **LAUNCH,
+            BLOCK=block, HEAD_DIM=dim, ITEM=values.itemsize, SWIZZLED=swizzled,
+            CUT=cuts_e4m3(v.device), **LAUNCH,
         )  # fmt: skip
     return values, amax / limit
 

@@ -56,8 +56,8 @@ class Contender(NamedTuple):
     name: str
     sparse: bool
     run: Callable
-    scores: str = "fp16"  # what scores are multiplied in
-    values: str = "fp16"
+    scores: str = "16 bit"  # what scores are multiplied in
+    values: str = "16 bit"
 
 
 def contenders(inputs: tuple, options) -> Iterator[Contender]:
@@ -92,7 +92,7 @@ def operations(heads: int, length: int, topk: float, sparse: bool) -> float:
 
 def best_ms(operations: float, contender: Contender, ceilings: Ceilings) -> float:
     """What both products, half of the operations each, take at this card's best, in ms."""
-    scores = ceilings.int8_tops if contender.scores == "int8" else ceilings.value_tops("fp16")
+    scores = ceilings.int8_tops if contender.scores == "int8" else ceilings.value_tops("16 bit")
     return 0.5e-9 * operations * (1 / scores + 1 / ceilings.value_tops(contender.values))
 
 

@@ -41,7 +41,7 @@ from gpu_timing import (  # noqa: E402
     why_not_timed,
 )
 from in_comfyui import comfy  # noqa: E402
-from turbodiffusion_pack.kernels.dispatch import capability  # noqa: E402
+from turbodiffusion_pack.kernels import dispatch  # noqa: E402
 from turbodiffusion_pack.kernels.sparse_attention import default_pv  # noqa: E402
 from turbodiffusion_pack.turbo_core.checkpoint import Checkpoint  # noqa: E402
 from turbodiffusion_pack.turbo_core.forward_time import (  # noqa: E402
@@ -128,7 +128,7 @@ def part_of(kernel: str) -> str:
 def best_ms(part: str, shape: Shape, settings: SLASettings, ceilings: Ceilings) -> float:
     """What the products of a part take at this card's best, in ms; 0 of what moves data."""
     attended = self_attention_operations(shape, topk_of(settings)) / 1e9
-    scores = values = ceilings.value_tops("fp16")
+    scores = values = ceilings.value_tops("16 bit")
     if settings.attention == "sagesla":
         scores, values = ceilings.int8_tops, ceilings.value_tops(default_pv(GPU))
     if part == "linear":
@@ -137,7 +137,7 @@ def best_ms(part: str, shape: Shape, settings: SLASettings, ceilings: Ceilings) 
         return attended / 2 * (1 / scores + 1 / values)
     if part == "text":
         dense = attended if settings.attention == "dense" else 0
-        return (cross_attention_operations(shape) / 1e9 + dense) / ceilings.value_tops("fp16")
+        return (cross_attention_operations(shape) / 1e9 + dense) / ceilings.value_tops("16 bit")
     return 0
 
 
@@ -327,7 +327,7 @@ def main() -> None:
                     comfy.model_management.unload_all_models()
                     gc.collect()  # a model holds itself through its patched forwards
     if options.json:
-        known = {"card": capability(GPU), "ceilings": ceilings and ceilings._asdict()}
+        known = {"card": dispatch.capability(GPU), "ceilings": ceilings and ceilings._asdict()}
         everything = {**known, "results": results}
         options.json.write_text(json.dumps(everything, indent=1))
 

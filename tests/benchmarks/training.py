@@ -88,23 +88,24 @@ def begin(stage: str, preset: Preset, device: torch.device):
 
 
 def kinds_of_steps(stage: str, preset: Preset) -> dict[str, list[int]]:
-    """Numbers of steps that are alike; of the rollout's lengths each comes once."""
+    """Numbers of steps that are alike; of the rollout's lengths, which each come as often, the
+    shortest and the longest: their mean is that of all."""
     if stage != "rcm":
         return {stage: [0, 1, 2, 3]}
     settings = preset.rcm
-    alone, every = settings.consistency_only, settings.every
-    turns = [alone + every * turn for turn in range(settings.rollout)]
+    alone, every, longest = settings.consistency_only, settings.every, settings.rollout - 1
+    both = range(alone, alone + every * settings.rollout)
+    fakes = [n for n in both if (n - alone) % every]
     return {
-        "rcm, student by consistency alone": [0, 1, 2, 3] if alone else [],
-        "rcm, student with its scores": turns,
-        "rcm, fake score": [1 + n for n in turns],
+        "rcm, student by consistency alone": [0, 1] if alone else [],
+        "rcm, student with its scores": [alone, alone + every * longest],
+        "rcm, fake score": [fakes[0], fakes[longest]],
     }
 
 
 def measure(step: Callable[[int], dict], numbers: list[int]) -> float:
-    """Mean seconds of the steps, after the same to warm up."""
-    for n in numbers:
-        step(n)
+    """Mean seconds of the steps, after the last of them to warm up."""
+    step(numbers[-1])
     times = []
     for n in numbers:
         torch.cuda.synchronize()

@@ -272,7 +272,7 @@ def main() -> None:
     results = []
     for shape in options.shapes:
         for row in (tune if options.tune else measure)(shape, options):
-            show(row, ceilings.value_tops("fp16"))
+            show(row, ceilings.value_tops("16 bit"))
             results.append(row)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))

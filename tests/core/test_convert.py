@@ -13,6 +13,8 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+import fresh_process
+import memory_work
 import pytest
 import torch
 from goldens import unpack_checkpoint
@@ -514,20 +516,6 @@ def test_a_terminated_command_leaves_nothing(quant, tmp_path, name):
 
 # Memory
 
-CHILD = """
-import sys
-sys.path.append(sys.argv[1])
-import conftest
-import torch
-from pathlib import Path
-from peak_memory import peak_anonymous
-from turbodiffusion_pack.turbo_core.convert import convert
-torch.set_num_threads(1)
-with peak_anonymous() as peak:
-    convert(Path(sys.argv[2]), Path(sys.argv[3]))
-sys.stdout.write(str(peak.bytes))
-"""
-
 
 @pytest.mark.skipif(not can_measure(), reason="needs /proc/self/status")
 @pytest.mark.parametrize("target", TARGETS)
@@ -535,10 +523,10 @@ def test_conversion_takes_less_memory_than_a_block(tmp_path, target):
     source = tmp_path / ("in.safetensors" if target.endswith(".pth") else "in.pth")
     (save_file if target.endswith(".pth") else torch.save)(official_zeros(num_layers=2), source)
     try:
-        told = run(["-c", CHILD], TESTS, source, tmp_path / target)
-        assert told.returncode == 0, told.stderr
+        work = memory_work.convert_file, source, tmp_path / target
+        peak = fresh_process.call(memory_work.peak_of, *work)
         assert (tmp_path / target).stat().st_size > 200 * MIB
-        assert int(told.stdout) < 64 * MIB
+        assert peak < 64 * MIB
     finally:
         for path in tmp_path.iterdir():
             path.unlink()

@@ -47,11 +47,11 @@ def examined_anew():
 def gpu(monkeypatch):
     """Pretends to a GPU, as far as its properties go; gives a setter."""
 
-    def pretend(name, capability):
+    def pretend(name, capability, count=1):
         major, minor = capability
         memory = 80 * 2**30
         card = types.SimpleNamespace(name=name, major=major, minor=minor, total_memory=memory)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, memory))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -161,6 +161,33 @@ def test_a_gpu_is_told_with_its_memory(gpu, monkeypatch, device, told):
     lines = diagnosis.report(device).splitlines()
     at = lines.index(told)
     assert lines[at - 1].startswith("GPU 0: NVIDIA GeForce RTX 4090, sm_89, 80.0 GiB, untested: ")
+
+
+@pytest.mark.parametrize(
+    ("reached", "told"),
+    [
+        ({(0, 1), (0, 2), (1, 2)}, "every pair"),
+        ({(0, 1)}, "0-1"),
+        ({(0, 2), (1, 2)}, "0-2, 1-2"),
+        (set(), "none"),
+    ],
+)
+def test_all_gpus_and_who_reaches_whom_are_told(gpu, monkeypatch, reached, told):
+    gpu("NVIDIA H100 80GB HBM3", (9, 0), count=3)
+    both_ways = reached | {(b, a) for a, b in reached}
+    reach = torch.cuda, "can_device_access_peer"
+    monkeypatch.setattr(*reach, lambda a, b: (a, b) in both_ways)
+    monkeypatch.setattr(diagnosis, "trials", lambda device: {})
+    lines = diagnosis.report(GPU).splitlines()
+    at = lines.index(f"Peer access between GPUs: {told}")
+    assert [line.split(":")[0] for line in lines[at - 3 : at]] == ["GPU 0", "GPU 1", "GPU 2"]
+
+
+def test_reach_one_way_is_no_peer_access(gpu, monkeypatch):
+    gpu("NVIDIA H100 80GB HBM3", (9, 0), count=2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a < b)
+    monkeypatch.setattr(diagnosis, "trials", lambda device: {})
+    assert "Peer access between GPUs: none" in diagnosis.report(GPU)
 
 
 def test_ops_stand_by_what_they_run_in():

@@ -9,6 +9,8 @@ import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pytest
+from PIL import Image
 from turbodiffusion_pack.turbo_core.run_report import GRANULARITY, RunReport
 from ui_workflow import TRAINED
 
@@ -137,6 +139,19 @@ def test_readme_is_short():
     assert len(read("README.md").splitlines()) <= 150
 
 
+@pytest.mark.parametrize(
+    ("page", "picture", "most"),
+    [
+        ("README.md", ".github/toy.webp", 1_000_000),
+        ("turbo_core/training/README.md", ".github/toy_stages.webp", 400_000),
+    ],
+)
+def test_the_pages_pictures_move_and_are_small(page, picture, most):
+    assert f"{picture})" in read(page)
+    assert (ROOT / picture).stat().st_size < most
+    assert Image.open(ROOT / picture).n_frames == 17
+
+
 def test_readme_shows_the_log_line_of_a_run():
     report = RunReport()
     counts = report.counts
@@ -150,7 +165,7 @@ def test_readme_shows_the_log_line_of_a_run():
 
 def test_readme_and_changelog_name_every_node():
     nodes = {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}
-    assert len(nodes) == 10
+    assert len(nodes) == 12
     for node in nodes:
         assert f"| [{node}](web/docs/{node}.md) |" in read("README.md")
         assert f"**{node}**" in read("CHANGELOG.md")

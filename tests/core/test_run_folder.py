@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from dummy_training import (
     COLUMNS,
     Dummy,
     die_at,
+    finish_without_room,
     started,
     train,
     train_dummy,
@@ -115,8 +117,11 @@ def test_two_runs_into_one_folder(tmp_path):
 
 
 def test_other_settings_are_named(tmp_path):
-    with run_folder.open(tmp_path, "sla", SETTINGS):
-        pass
+    """Once there is something that was made with the first ones."""
+    for settings in ({"steps": 7}, SETTINGS):
+        with run_folder.open(tmp_path, "sla", settings):
+            pass
+    make_checkpoints(tmp_path / "sla" / "checkpoints", 1)
     other = {"steps": 10, "optimizer": {"lr": 2e-5, "betas": (0.9, 0.999)}, "seed": 1}
     expected = r"\(optimizer.lr 1e-05, now 2e-05, seed not set, now 1\)"
     with pytest.raises(TrainingError, match=expected), run_folder.open(tmp_path, "sla", other):
@@ -148,6 +153,21 @@ def test_outputs_that_cannot_be_written_leave_none(tmp_path):
             folder.finish(full)
         assert folder.finished is None
         assert {p.name for p in folder.path.iterdir()} == {"lock", "settings.json"}
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_by_all_processes_alike(tmp_path):
+    """None waits for another, and one sentence is told (errors that are everywhere are)."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    runs = [started(finish_without_room, place, port, str(tmp_path)) for place in range(2)]
+    for run in runs:
+        run.join(120)
+        assert run.exitcode == 0
+    first, second = ((tmp_path / f"told-{place}").read_text() for place in range(2))
+    assert first == second
+    assert first.startswith(f"True: {tmp_path / 'dummy'} could not be written (No space left on")
+    assert not (tmp_path / "dummy" / "finished.json").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
@@ -195,11 +215,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
 @pytest.mark.parametrize("width", [16, None])
 def test_a_checkpoint_of_another_network(tmp_path, width):
     folder = make_checkpoints(tmp_path, 5)
-    other = Dummy(width or 8)
+    state = Dummy(width or 8).state
     if width is None:
-        del other.average["0.bias"]
+        del state["student_average"]["0.bias"]
     with pytest.raises(TrainingError, match="is of another network or optimizer"):
-        step_checkpoints.load(folder, other.state)
+        step_checkpoints.load(folder, state)
     assert step_checkpoints.steps_in(folder) == [5]
 
 
@@ -263,8 +283,8 @@ def test_a_log_that_cannot_be_written(tmp_path):
 
 
 def test_settings_that_are_damaged(tmp_path):
-    with run_folder.open(tmp_path, "sla", SETTINGS):
-        pass
+    with run_folder.open(tmp_path, "sla", SETTINGS) as folder:
+        folder.finish(lambda path: None)
     (tmp_path / "sla" / "settings.json").write_text("{")
     refused = pytest.raises(TrainingError, match=r"settings.json is damaged")
     with refused, run_folder.open(tmp_path, "sla", SETTINGS):
@@ -273,17 +293,19 @@ def test_settings_that_are_damaged(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
 def test_two_processes_go_on_from_one(tmp_path):
-    """FSDP2 shards what one process saved, and both processes end with the same weights as one."""
-    whole, dummy = Dummy(), Dummy()
+    """FSDP2 shards what one process saved, and both end with the same weights as one, though only
+    one of them had the batch that all have to drop."""
+    whole, dummy = Dummy(bad_steps=[9]), Dummy()
     train(tmp_path / "whole", 12, 3, whole)
     real, dummy.step = dummy.step, lambda n: real(n) if n < 7 else 1 / 0
     with pytest.raises(ZeroDivisionError):
         train(tmp_path, 12, 3, dummy)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [str(Path(dummy_training.__file__)), str(tmp_path), "12", "3"]
+    arguments = [str(Path(dummy_training.__file__)), str(tmp_path), "12", "3", "9"]
     run = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("going on from step 6 of 12") == 1  # one speaks for both
+    assert run.stderr.count("step 10: loss nan, gradient_norm nan, the batch was dropped") == 1
     newest = tmp_path / "dummy" / "checkpoints" / "step-00000012"
     assert {path.name for path in newest.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
     for name, tensor in weights(tmp_path / "whole").items():

@@ -55,6 +55,11 @@ def test_it_tells_the_shares_of_what_it_measured(gpu):
     assert "14B-480P " in passes
 
 
+def test_fp16_values_go_by_the_faster_sums_too(gpu, monkeypatch):
+    monkeypatch.setattr(speed, "default_pv", lambda device: "fp16")
+    assert "Speed of SageSLA: 200 TOPS, 50%" in speed.speed_lines(GPU)
+
+
 def test_a_card_that_is_not_listed_has_no_published_line(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert not any(line.startswith("Published") for line in speed.speed_lines(GPU))
@@ -172,7 +177,7 @@ def test_what_reaches_all_of_the_card_does_so_everywhere(monkeypatch):
     fast, slow = forward_time.estimate(ADA, "14B-480P")
     half = forward_time.self_attention_operations(shape, forward_time.TOPK) / 2e9
     products = forward_time.linear_operations(shape) / 1e9 / 660.6
-    products += half / 660.6 + half / 330.3  # fp8 with fp32 sums: half the rate
+    products += half / 660.6 + half / 660.6  # fp8 with fp16 sums: the full rate
     products += forward_time.cross_attention_operations(shape) / 1e9 / (0.7 * 165.2)
     rest = 100 * 2000 / (0.9 * 1008)
     assert fast == pytest.approx(products + rest)

@@ -113,10 +113,12 @@ def test_the_table_and_the_pictures_have_all_rows(examination):
     examination.set_teacher(lambda batch, noise: batch.latents + 0.05 * noise)
     for name in ("a", "b", "c"):
         examination.add(name, examination.teacher)
-    shown = evaluate.pictures(examination.rows)
-    assert shown.shape == (2 * 3, FRAMES, PIXELS // 2 + evaluate.CAPTION, PIXELS // 2, 3)
-    assert len(set(map(str, shown[:3, 0, : evaluate.CAPTION].tolist()))) == 3  # each its caption
-    assert torch.equal(shown[0, :, evaluate.CAPTION :], shown[1, :, evaluate.CAPTION :])
+    shown = evaluate.pictures(examination.rows, examination.prompts())
+    assert shown.shape == (2 * 4, FRAMES, PIXELS // 2 + evaluate.CAPTION, PIXELS // 2, 3)
+    assert len(set(map(str, shown[:4, 0, : evaluate.CAPTION].tolist()))) == 4  # each its caption
+    assert torch.equal(shown[1, :, evaluate.CAPTION :], shown[2, :, evaluate.CAPTION :])
+    assert not torch.equal(shown[0], shown[4])  # each row its prompt
+    assert all((prompt == prompt[0]).all() and prompt.min() < 128 for prompt in shown[::4])
     assert examination.prompts() == world.prompts(clips(4).some(slice(0, 4, 2)))
     table = evaluate.markdown(examination.rows).splitlines()
     assert len(table) == 5 and table[2].startswith("| a | 100.0 | 100.0 |")

@@ -13,7 +13,7 @@ from PIL import Image, ImageSequence
 from turbodiffusion_pack.turbo_core.training import loop, pillow, run_folder, step_checkpoints
 from turbodiffusion_pack.turbo_core.training.curves import draw_curves
 from turbodiffusion_pack.turbo_core.training.error import TrainingError
-from turbodiffusion_pack.turbo_core.training.gradients import norm_or_nothing
+from turbodiffusion_pack.turbo_core.training.learner import Learner
 from turbodiffusion_pack.turbo_core.training.report import Report
 from turbodiffusion_pack.turbo_core.training.video_grid import GAP, save_grid
 
@@ -48,16 +48,32 @@ def test_bad_batches_without_end_are_the_end(tmp_path):
     assert all(tensor.isfinite().all() for tensor in weights.weights().values())
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_one_bad_gradient_makes_all_zero(bad):
-    parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in range(3)]
-    for parameter in parameters[:2]:
-        parameter.grad = torch.full((3,), 2.0)
-    assert norm_or_nothing(parameters).item() == pytest.approx(24**0.5)
-    assert all((p.grad == 2).all() for p in parameters[:2])
-    parameters[0].grad[1] = bad
-    assert not norm_or_nothing(parameters).isfinite()
-    assert all((p.grad == 0).all() for p in parameters[:2])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_dropped_batch_changes_nothing(bad):
+    """One number of one gradient is enough; momentum and weight decay would go on by themselves."""
+    learner, spared = (Learner(torch.nn.Linear(3, 3), (0.9, 0.99), 0.1, 0.1) for _ in range(2))
+    spared.network.load_state_dict(learner.network.state_dict())
+    for n in range(6):
+        weight, bias = learner.weights
+        weight.grad, bias.grad = torch.full((3, 3), n + 1.0), torch.full((3,), 2.0)
+        if n in (3, 4):
+            weight.grad[1, 2] = bad
+            before = everything(learner)
+            assert not learner.update(0.1, n).isfinite()
+            assert all(map(torch.equal, everything(learner), before))
+            continue
+        for twin, own in zip(spared.weights, learner.weights, strict=True):
+            twin.grad = own.grad.clone()
+        assert learner.update(0.1, n).item() == pytest.approx((9 * (n + 1) ** 2 + 12) ** 0.5)
+        spared.update(0.1, n)
+    assert all(map(torch.equal, everything(learner), everything(spared)))
+    assert learner.optimizer.state[learner.weights[0]]["step"] == 4
+
+
+def everything(learner: Learner) -> list[torch.Tensor]:
+    """Copies of the weights, the average, both moments and the counts."""
+    moments = [value for state in learner.optimizer.state.values() for value in state.values()]
+    return [t.detach().clone() for t in (*learner.weights, *learner.ema.tensors, *moments)]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot interrupt itself there")
@@ -111,6 +127,17 @@ def test_a_grid_of_videos_moves(tmp_path):
     assert len(frames) == 5 and frames[0].size == (2 * 12 + GAP, 2 * 8 + GAP)
     reds = [frame.getpixel((12 + GAP + 6, 4))[0] for frame in frames]
     assert reds[0] < 30 and reds[-1] > 225 and reds == sorted(reds)
+
+
+def test_a_grid_that_may_not_be_large_is_saved_at_a_lower_quality(tmp_path):
+    videos = torch.rand(2, 3, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    save_grid(tmp_path / "best", videos)
+    best = (tmp_path / "best.webp").stat().st_size
+    save_grid(tmp_path / "small", videos, most=best - 1)
+    assert 0.4 * best < (tmp_path / "small.webp").stat().st_size < best
+    assert Image.open(tmp_path / "small.webp").n_frames == 3
+    save_grid(tmp_path / "least", videos, most=1)  # the worst, rather than none
+    assert (tmp_path / "least.webp").exists()
 
 
 def test_without_pillow_it_says_so_once_and_trains(tmp_path, monkeypatch, capsys):

@@ -193,7 +193,10 @@ def test_the_average_is_kept_in_float32():
     expected = 0.0
     for updates in range(5):
         weights[0].fill_(updates)
-        ema.update(weights, updates)
+        ema.update(weights, updates, torch.tensor(True))
+        before = [average.clone() for average in ema.tensors]
+        ema.update([weight + 1 for weight in weights], updates, torch.tensor(False))
+        assert all(map(torch.equal, ema.tensors, before))
         expected += (1 - decay(updates, 0.1)) * (updates - expected)
     assert ema.tensors[0].dtype == torch.float32
     torch.testing.assert_close(ema.tensors[0], torch.full((3,), expected))

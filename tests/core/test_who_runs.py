@@ -9,6 +9,7 @@ import pytest
 import torch
 from turbodiffusion_pack.kernels import (
     block_map,
+    causal_frames,
     checks,
     derivatives,
     dispatch,
@@ -43,6 +44,11 @@ def heads(dim=128, dtype=HALF, length=130, spare=0):
 
 def on_gpu(x):
     return x.as_subclass(OnGpu)
+
+
+def clip():
+    """One frame of 4 x 4 with 32 channels."""
+    return torch.zeros(1, 1, 4, 4, 32, dtype=HALF)
 
 
 def strided(x):
@@ -101,6 +107,11 @@ def recorded(x):
 
 # What runs an op where nothing is refused on Hopper, and the call.
 FITTING = {
+    "causal_frames": (
+        TRITON,
+        lambda: causal_frames.causal_frames(clip(), torch.zeros(1, 2, 4, 4, 32, dtype=HALF)),
+    ),
+    "resample_frames": (TRITON, lambda: causal_frames.resample_frames(clip(), scale=2)),
     "block_means": (TRITON, lambda: block_map.block_means(heads(), 64)),
     "center_means": (TRITON, lambda: block_map.center_means(torch.zeros(1, 2, 3, 128), 130, 64)),
     "select_blocks": (
@@ -332,7 +343,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
     monkeypatch.setattr(nvrtc, "version", lambda: sparse_attention.mma.FP8_NVRTC)
-    names = {"reference": REFERENCE, "triton": TRITON, "hopper": CUDA, "mma": CUDA}
+    names = {"reference": REFERENCE, "triton": TRITON, "hopper": CUDA, "mma": CUDA, "cuda": CUDA}
     names |= {"gradients_reference": REFERENCE, "gradients_triton": TRITON}
     for module in list(sys.modules.values()):
         folder, _, name = getattr(module, "__name__", "").rpartition(".")

@@ -25,18 +25,21 @@ TESTS = Path(__file__).resolve().parent.parent
 MIB = 2**20
 BLOCK_BYTES = 64 * MIB  # of one INT8 block of `official_zeros`
 
-# A fresh process, so that no memory freed earlier hides what the work takes.
-CHILD = """
+# ComfyUI, which forks for each line of a path and a file to write to what loading it took: so each
+# is a fresh process, where no memory freed earlier hides what the work takes.
+COMFYUI = """
 import sys
-tests, path = sys.argv[1:]  # ComfyUI takes the arguments from here on
-sys.path.append(tests)
+sys.path.append(sys.argv.pop())  # ComfyUI takes the arguments from here on
 import conftest
-import json, logging, pathlib
+import json, logging, os, pathlib
 import torch
+torch.set_num_threads(1)
 import in_comfyui
 from in_comfyui import comfy
 from peak_memory import peak_anonymous
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+
+LOADERS = {"turbo": load_turbo_model, "stock": comfy.sd.load_diffusion_model}
 
 def mapped(path):
     lines = pathlib.Path("/proc/self/maps").read_text().splitlines()
@@ -46,40 +49,60 @@ def mapped(path):
 def storage(parameter):
     return parameter._qdata if hasattr(parameter, "_qdata") else parameter
 
-torch.set_num_threads(1)
-warnings = []
-handler = logging.Handler(logging.WARNING)
-handler.emit = lambda record: warnings.append(record.getMessage())
-logging.getLogger().addHandler(handler)
-with torch.inference_mode(), peak_anonymous() as peak:
-    model = {load}
-ranges = mapped(path)
-parameters = {{n: storage(p) for n, p in model.model.diffusion_model.named_parameters()}}
-told = {{
-    "peak": peak.bytes,
-    "warnings": warnings,
-    "parameters": {{
-        name: [
-            str(p.dtype),
-            p.device.type,
-            p.nbytes,
-            any(start <= p.data_ptr() and p.data_ptr() + p.nbytes <= end for start, end in ranges),
-        ]
-        for name, p in parameters.items()
-    }},
-}}
-sys.stdout.write(json.dumps(told))
+def load(loader, path):
+    warnings = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    with torch.inference_mode(), peak_anonymous() as peak:
+        model = LOADERS[loader](path)
+    ranges = mapped(path)
+    parameters = {n: storage(p) for n, p in model.model.diffusion_model.named_parameters()}
+    return {
+        "peak": peak.bytes,
+        "warnings": warnings,
+        "parameters": {
+            name: [
+                str(p.dtype),
+                p.device.type,
+                p.nbytes,
+                any(a <= p.data_ptr() and p.data_ptr() + p.nbytes <= b for a, b in ranges),
+            ]
+            for name, p in parameters.items()
+        },
+    }
+
+for line in sys.stdin:
+    loader, path, result = json.loads(line)
+    if os.fork() == 0:
+        pathlib.Path(result).write_text(json.dumps(load(loader, path)))
+        os._exit(0)
+    sys.stdout.write(f"{os.wait()[1]}\\n")
+    sys.stdout.flush()
 """
-TURBO = "load_turbo_model(path)"
-STOCK = "comfy.sd.load_diffusion_model(path)"
 
 
-def _load(load: str, path: Path) -> dict:
-    """What a fresh ComfyUI tells after the expression `load`: peak, warnings, parameters."""
-    command = [sys.executable, "-c", CHILD.format(load=load), str(TESTS), str(path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+@pytest.fixture(scope="module")
+def comfyui():
+    command = [sys.executable, "-c", COMFYUI, str(TESTS)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def load(comfyui, tmp_path):
+    """Returns a function that tells peak, warnings and parameters of a file that is loaded."""
+
+    def loaded(loader: str, path: Path) -> dict:
+        result = tmp_path / "told.json"
+        comfyui.stdin.write(json.dumps([loader, str(path), str(result)]) + "\n")
+        comfyui.stdin.flush()
+        assert comfyui.stdout.readline() == "0\n"
+        return json.loads(result.read_text(encoding="utf-8"))
+
+    return loaded
 
 
 @pytest.fixture
@@ -115,13 +138,13 @@ def _copied(told: dict) -> list[str]:
 @pytest.mark.parametrize(
     ("quantized", "num_layers", "size"), [(True, 8, 5e8), (False, 4, 5e8)], ids=["int8", "bf16"]
 )
-def test_a_checkpoint_is_loaded_without_a_copy(write, quantized, num_layers, size):
+def test_a_checkpoint_is_loaded_without_a_copy(write, load, quantized, num_layers, size):
     tensors = official_zeros(num_layers, quantized)
     names = set(tensors)
     path = write("official.pth", tensors)
     del tensors
     assert path.stat().st_size > size
-    told = _load(TURBO, path)
+    told = load("turbo", path)
     _is_complete(told, names)
     assert _copied(told) == []
     linears = [n for n in told["parameters"] if n.removesuffix(".weight").endswith(BLOCK_LINEARS)]
@@ -133,9 +156,9 @@ def test_a_checkpoint_is_loaded_without_a_copy(write, quantized, num_layers, siz
     assert told["peak"] < BLOCK_BYTES, f"it takes less than one block; got {told['peak']} bytes"
 
 
-def test_safetensors_are_loaded_without_a_copy(write):
+def test_safetensors_are_loaded_without_a_copy(write, load):
     tensors = official_zeros(num_layers=3, quantized=True)
-    told = _load(TURBO, write("official.safetensors", tensors))
+    told = load("turbo", write("official.safetensors", tensors))
     _is_complete(told, set(tensors))
     assert _copied(told) == []
     assert told["peak"] < BLOCK_BYTES
@@ -144,12 +167,12 @@ def test_safetensors_are_loaded_without_a_copy(write):
 @pytest.mark.skipif(
     dynamic_vram.wanted(), reason="with dynamic VRAM ComfyUI's own loader copies nothing either"
 )
-def test_a_loader_that_copies_would_be_seen(write):
+def test_a_loader_that_copies_would_be_seen(write, load):
     """ComfyUI's own loader copies every weight into parameters that it allocated before."""
     tensors = official_zeros(num_layers=1, quantized=False)
     tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"].view(2048, 16, 1, 2, 2)
     path = write("plain.safetensors", tensors)
-    told = _load(STOCK, path)
+    told = load("stock", path)
     assert told["peak"] > 0.9 * path.stat().st_size
     assert len(_copied(told)) > 10
     assert [w for w in told["warnings"] if "proj_l" in w] != []

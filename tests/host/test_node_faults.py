@@ -178,7 +178,7 @@ ODD = [None, 5, -1, 2**70, 0.5, math.nan, math.inf, True, "", "x", {"a": 1}, [],
 def test_odd_values_are_told_and_crash_nothing(client, folder, kind):
     """The host converts, our validation answers: neither ever ends in an exception."""
     inputs = kind.define_schema().inputs
-    links = {"MODEL": "Model", "IMAGE": "Any"}
+    links = dict.fromkeys(("VAE", "IMAGE", "LATENT", "CONDITIONING"), "Any") | {"MODEL": "Model"}
     good = {i.id: [links[i.io_type], 0] for i in inputs if i.io_type in links}
     files = {"checkpoint": "t2v.pth", "lora_name": "t2v.pth"}
     good |= {i.id: files[i.id] for i in inputs if i.id in files}

@@ -399,6 +399,29 @@ def test_two_servers_that_save_under_one_name(files, tmp_path, monkeypatch):
     assert (tmp_path / "saved.safetensors").read_text() == "the other's"
 
 
+def test_the_node_takes_the_next_number_where_another_server_was_first(
+    files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    model = load_turbo_model(files["t2v-quant.pth"])
+    first, second = (tmp_path / f"m_0000{number}_.safetensors" for number in (1, 2))
+    fsync = os.fsync
+
+    def be_second(file):
+        if not first.exists():
+            first.write_text("the other's")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", be_second)
+    hidden = types.SimpleNamespace(prompt=None, extra_pnginfo=None)
+    monkeypatch.setattr(TurboSaveCheckpoint, "hidden", hidden)
+    out = TurboSaveCheckpoint.execute(model, "m")
+    assert out.ui.as_dict() == {"text": (second.name,)}
+    assert first.read_text() == "the other's"
+    assert read_checkpoint(second).has_sla
+    assert sorted(tmp_path.iterdir()) == [first, second]
+
+
 def test_a_drive_that_fails_is_not_called_full(files, tmp_path, monkeypatch):
     def refuse(_):
         raise OSError(errno.EIO, "Input/output error", str(tmp_path))

@@ -1,17 +1,23 @@
 """The main job in a real ComfyUI server, queued over HTTP and followed on the websocket."""
 
 import copy
+import importlib.util
 import json
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import comfyui_install
 import numpy as np
 import pytest
+import random_models
+import server_clock
 import tiny_models
 import torch
+from clock_workflows import PICTURE, Video
 from comfyui_server import ComfyServer, RejectedError, Run, combo_options, node_inputs
 from PIL import Image
+from safetensors.torch import load_file
 from video import play
 
 pytestmark = pytest.mark.server
@@ -26,6 +32,20 @@ SIZE = {"width": 160, "height": 96, "length": 9}
 DENSE = {"SLAAttentionPatch": {"attention": "dense"}}  # the fastest without a GPU
 TINY = {"width": 64, "height": 64, "length": 5}
 LARGE = {"width": 256, "height": 256, "length": 17}
+
+
+def benchmark(name: str):
+    """A module of tests/benchmarks; support has files of the same names."""
+    path = HERE.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CLOCK, SOAK = benchmark("whole_clock"), benchmark("soak")
+VIDEO, EXPERTS = (Video(shape, 4) for shape in (SOAK.TINY, SOAK.TINY._replace(in_channels=36)))
+SUMS = "start to pixels", "whole"
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +67,7 @@ def models(comfyui_dir, tmp_path_factory) -> dict[str, list[Path]]:
     whole = (folder / CHECKPOINT).read_bytes()
     (folder / "truncated.pth").write_bytes(whole[: len(whole) // 2])
     torch.save(without(tensors, "blocks.1.ffn.0.scale"), folder / "no_scale.pth")
+    write_clock_models(folder)
     return {"diffusion_models": [folder], "vae": [folder]}
 
 
@@ -54,6 +75,24 @@ def models(comfyui_dir, tmp_path_factory) -> dict[str, list[Path]]:
 def server(comfyui_dir, models, tmp_path_factory):
     with ComfyServer(comfyui_dir, tmp_path_factory.mktemp("server"), models) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def other(comfyui_dir, models, server, tmp_path_factory):
+    """A second server beside the first, with the same models and the same output folder."""
+    base = tmp_path_factory.mktemp("other")
+    with ComfyServer(comfyui_dir, base, models, server.output) as running:
+        yield running
+
+
+def write_clock_models(folder: Path) -> None:
+    """Those that the prompts of tests/benchmarks/whole_clock.py name."""
+    jobs = VIDEO.jobs(["ours", "stock"]) + EXPERTS.jobs(["ours", "stock"])
+    for _, file, kind, sizes in jobs:
+        if kind != "vae":
+            tensors = random_models.WRITERS[kind](**sizes)
+            random_models.write_safetensors(folder / file, tensors)
+    (folder / VIDEO.vae).write_bytes((folder / VAE).read_bytes())
 
 
 def without(tensors: dict, name: str) -> dict:
@@ -115,6 +154,16 @@ def test_workflow_makes_a_video(server):
     assert frames.std() > 5, "every frame is one flat colour"
     (video,) = (file for file in run.files if file.suffix == ".mp4")
     assert play(video) == (SIZE["length"], SIZE["width"], SIZE["height"])
+
+
+def test_a_turbo_vae_makes_the_same_video(server):
+    """On a GPU in bf16 a convolution may sum in another order, hence the one step of 255."""
+    seed = {"RandomNoise": {"noise_seed": 12}}
+    stock, workflow = pixels(server.run(t2v(seed))), t2v(seed)
+    decode = node_inputs(workflow, "VAEDecode")
+    workflow["turbo"] = {"class_type": "TurboVAE", "inputs": {"vae": decode["vae"]}}
+    decode["vae"] = ["turbo", 0]
+    assert np.abs(pixels(server.run(workflow)).astype(int) - stock).mean() <= 1
 
 
 def test_a_run_is_told_in_one_log_line(server):
@@ -249,6 +298,35 @@ def test_size_and_length_come_from_nodes(server):
     assert pixels(server.run(workflow)).shape == (5, 80, 144, 3)
 
 
+def test_the_clock_takes_a_video_apart(server):
+    """tests/benchmarks/whole_clock.py, each way of its prompts once."""
+    tiny_models.write_picture(server.base / "input" / PICTURE, 128, 96)
+    options = CLOCK.parse_options(["--runs", "0"])
+    for video, way in ((VIDEO, "ours"), (VIDEO, "stock + pack"), (EXPERTS, "stock")):
+        result = CLOCK.measure(server, video, way, False, options)
+        assert "failed" not in result, result
+        parts = result["first"]
+        expected = {"load", "decode", "file", *(f"step {i}" for i in range(1, 5))}
+        assert expected <= parts.keys()
+        assert all(parts[name].seconds > 0 for name in expected)
+        summed = sum(part.seconds for name, part in parts.items() if name not in SUMS)
+        assert summed == pytest.approx(parts["whole"].seconds)
+        assert 0 < parts["start to pixels"].seconds < parts["whole"].seconds
+        assert ("picture" in parts) == (video is EXPERTS)
+        assert parts["step 1"].resident > parts["step 1"].mapped > 0
+
+
+def test_runs_that_are_out_of_memory_leave_nothing(server):
+    """tests/benchmarks/soak.py, where running out is pretended: in a step, switch and decoder."""
+    tiny_models.write_picture(server.base / "input" / PICTURE, 128, 96)
+    prompt, other = (SOAK.with_frames(EXPERTS.prompt("ours", seed, False)) for seed in (1, 2))
+    expected, before = SOAK.made(server, prompt), server_clock.now(server)["tensors"]
+    for name, place in SOAK.PLACES.items():
+        assert SOAK.out_of_memory(server, other, place) == [], name
+        assert SOAK.made(server, prompt) == expected, name
+    assert server_clock.now(server)["tensors"] - before < SOAK.ROOM
+
+
 def test_loaders_of_an_older_pack_are_stood_for(server):
     try:
         offered = server.get("/node_replacements")
@@ -291,12 +369,32 @@ def test_the_doctor_tells_in_every_run(server):
     assert all(text.startswith("TurboDiffusion for Wan ") for text in shown)
 
 
-def test_same_seed_makes_the_same_frames_on_a_fresh_server(
-    server, comfyui_dir, models, tmp_path_factory
-):
+def test_same_seed_makes_the_same_frames_on_a_fresh_server(server, other):
     first = pixels(server.run(t2v({"RandomNoise": {"noise_seed": 13}})))
-    with ComfyServer(comfyui_dir, tmp_path_factory.mktemp("fresh"), models) as fresh:
-        other_seed = pixels(fresh.run(t2v({"RandomNoise": {"noise_seed": 14}})))
-        again = pixels(fresh.run(t2v({"RandomNoise": {"noise_seed": 13}})))
+    other_seed = pixels(other.run(t2v({"RandomNoise": {"noise_seed": 14}})))
+    again = pixels(other.run(t2v({"RandomNoise": {"noise_seed": 13}})))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other_seed)
+
+
+def test_two_servers_at_once_share_models_and_output(server, other):
+    """As one ComfyUI per GPU does: equal frames, and files saved under one name are both kept."""
+    workflows = []
+    for name in ("one", "two"):
+        workflow = t2v({"RandomNoise": {"noise_seed": 31}})
+        workflow["frames"]["inputs"]["filename_prefix"] = name
+        node_inputs(workflow, "SaveVideo")["filename_prefix"] = name
+        saved = {"model": [node_id("TurboLoader"), 0], "filename_prefix": "shared/model"}
+        workflow["saved"] = {"class_type": "TurboSaveCheckpoint", "inputs": saved}
+        workflows.append(workflow)
+    before = set(server.output.rglob("*"))
+    with ThreadPoolExecutor(2) as pool:
+        runs = pool.map(ComfyServer.run, (server, other), workflows)
+        one, two = map(pixels, runs)
+    assert np.array_equal(one, two)
+    made = sorted(file for file in set(server.output.rglob("*")) - before if "shared" in str(file))
+    files = [file for file in made if file.is_file()]
+    assert [file.suffix for file in files] == [".safetensors"] * 2
+    tensors, same = map(load_file, files)
+    assert tensors.keys() == same.keys()
+    assert all(torch.equal(tensor, same[name]) for name, tensor in tensors.items())

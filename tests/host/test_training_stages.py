@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import tiny_data
 import torch
 from safetensors.torch import load_file, save_file
 from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
+from turbodiffusion_pack.turbo_core.host import stages
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
-from turbodiffusion_pack.turbo_core.host.stages import STAGES
 from turbodiffusion_pack.turbo_core.host.wan_network import build_network, load_weights
 from turbodiffusion_pack.turbo_core.training.batches import UNCONDITIONAL, Data
 from turbodiffusion_pack.turbo_core.training.error import TrainingError
+from turbodiffusion_pack.turbo_core.training.initial_weights import initial_weights
 from turbodiffusion_pack.turbo_core.training.presets import PRESETS, override
 from turbodiffusion_pack.turbo_core.training.sla import SLATraining
 from turbodiffusion_pack.turbo_core.training.teacher import teacher_samples
@@ -46,7 +48,7 @@ def stage(root: Path, name: str, *assignments: str, preset="toy-cpu", data=None,
         preset=preset, out=root, base=base, data=data or root / "latents", steps=None, seed=0,
         set=list(assignments), dry_run=False, sla=None, rcm=None,
     )  # fmt: skip
-    STAGES[name](args, CPU)
+    stages.STAGES[name](args, CPU)
     return root / name
 
 
@@ -179,7 +181,34 @@ def test_other_data_are_other_settings(run, tmp_path):
         stage(tmp_path, "sla", "steps=1", data=tmp_path / "others", base=base)
 
 
+def test_how_it_is_computed_may_change_but_not_what(run, tmp_path):
+    """A folder of 0.4.0 says nothing of text_channels: it ran with the preset's."""
+    stage(tmp_path, "teacher", "steps=1", data=run / "latents")
+    stage(tmp_path, "teacher", "steps=1", "compiled=True", "context=20", data=run / "latents")
+    settings = tmp_path / "teacher" / "settings.json"
+    told = json.loads(settings.read_text())
+    assert told.pop("text_channels") == 64
+    for text in (settings.read_text(), json.dumps(told)):
+        settings.write_text(text)
+        stage(tmp_path, "teacher", "steps=1", data=run / "latents")
+        with pytest.raises(TrainingError, match=r"settings .text_channels 64, now 32\)"):
+            stage(tmp_path, "teacher", "steps=1", "text_channels=32", data=run / "latents")
+
+
+def test_a_full_disk_keeps_no_process_waiting(tmp_path, monkeypatch):
+    """The others gather every tensor, so the one that writes does, even if it can write none."""
+    gathered = []
+    monkeypatch.setattr(stages, "_gathered", lambda tensor: gathered.append(1) or tensor)
+    tensors = {name: torch.zeros(2) for name in "abc"}
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(FileExistsError):
+        stages._save(tmp_path / "model.safetensors", tensors, {})
+    assert len(gathered) == 3
+
+
 def test_what_does_not_fit_is_refused(run, tmp_path):
+    sizes = dataclasses.replace(PRESETS["toy-cpu"].sizes, num_layers=1)
+    save_file(initial_weights(sizes, 0), tmp_path / "deep.safetensors")
     with pytest.raises(TrainingError, match="has latents"):
         stage(tmp_path, "teacher", preset="toy", data=run / "latents")
     latents = Path(shutil.copytree(run / "latents", tmp_path / "latents"))
@@ -188,6 +217,18 @@ def test_what_does_not_fit_is_refused(run, tmp_path):
         stage(tmp_path / "b", "teacher", data=latents)
     with pytest.raises(TrainingError, match="cannot be dealt"):
         stage(tmp_path / "c", "teacher", "batch=7", data=run / "latents")
+    (latents / "data-00001.safetensors").unlink()
+    with pytest.raises(TrainingError, match=r"cannot be read .*data-00001.safetensors\): run the"):
+        stage(tmp_path / "d", "teacher", data=latents)
+    for base, told in (
+        (tmp_path / "no.safetensors", "no.safetensors: does not exist: choose a"),
+        (
+            tmp_path / "deep.safetensors",
+            r"is no model of the preset toy-cpu \(num_layers 1, not 2\): choose another preset or",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            stage(tmp_path / "e", "sla", data=run / "latents", base=base)
     with pytest.raises(ValueError, match="write NAME=VALUE with one of steps, batch"):
         override(PRESETS["toy"], "sla", ["step=3"])
     with pytest.raises(ValueError, match="lr is a number such as"):

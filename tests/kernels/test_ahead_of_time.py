@@ -5,7 +5,7 @@ import ast
 import ahead_of_time
 import pytest
 import triton
-from ahead_of_time import CARDS, HOPPER, SHARED_LIMIT, Compiled
+from ahead_of_time import ADA, CARDS, HOPPER, SHARED_LIMIT, Compiled
 
 # Bytes: products and sums of a block fill 256 registers at 4 warps. At 8 warps nothing spills, and
 # an H100 takes 1.1 to 1.4 times as long.
@@ -15,6 +15,7 @@ KEY_GRADIENTS_SPILLS = 16
 # All of this holds for the ptxas of Triton 3.8. The one of 3.6 spills 8 or 16 bytes more in kernels
 # for sm_90, sm_100 and sm_120, cards that were new to it.
 OLDER_COMPILERS_SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 64
+TO_FP8 = "cvt.rn.satfinite.e4m3x2.f32"
 INT8_PRODUCTS = ".s8.s8", "kind::i8"
 
 
@@ -25,6 +26,9 @@ def test_what_is_launched_fits_the_card(card):
     assert [c for c in compiled if c.shared > SHARED_LIMIT[card]] == []
     assert [c for c in compiled if c.spilled > _spills_measured(c, card)] == []
     assert [c for c in compiled if c.kernel == "linear_kernel" and not _multiplies_int8(c)] == []
+    # Rounded once: from float32, not by way of float16.
+    conversions = {name for c in compiled for name in c.to_fp8}
+    assert conversions == ({TO_FP8} if card >= ADA else set())
 
 
 def _written() -> set[str]:

@@ -11,7 +11,7 @@ from turbodiffusion_pack.kernels.block_map import (
     centered_means,
     select_blocks,
 )
-from turbodiffusion_pack.kernels.block_map.triton import CHUNK, RESIDENT
+from turbodiffusion_pack.kernels.block_map.triton import CHUNK, FEW, RESIDENT
 
 BACKENDS = ("reference", "triton")
 # On sla1 the original selects no 64x128 block at all.
@@ -112,6 +112,8 @@ def test_all_equal_inputs_select_the_first_blocks(backend):
         (40, 7),
         (CHUNK + 40, 1),
         (CHUNK + 40, 700),
+        (FEW, 51),
+        (FEW + 2, 51),
         (RESIDENT, RESIDENT),
         (RESIDENT + 2, 1),
         (RESIDENT + CHUNK + 40, 700),

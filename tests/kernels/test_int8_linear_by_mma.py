@@ -155,12 +155,8 @@ def launch_one(granularity, monkeypatch):
     x = zeros(2, 70, 160, dtype=torch.int8)[..., :144]
     w = zeros(256, 176, dtype=torch.int8)[:, :144]
     residual, gate = zeros(2, 70, 256, dtype=torch.bfloat16), zeros(2, 6, 256)[:, 1:2]
-    scales = (
-        (zeros(2, 70), zeros(256)) if granularity == "rows" else (zeros(2, 1, 2), zeros(2, 2))
-    )
-    out = int8_linear(
-        x, scales[0], w, scales[1], gate=gate, residual=residual, backend="triton"
-    )
+    scales = (zeros(2, 70), zeros(256)) if granularity == "rows" else (zeros(2, 1, 2), zeros(2, 2))
+    out = int8_linear(x, scales[0], w, scales[1], gate=gate, residual=residual, backend="triton")
     return launches, x, w, gate, residual, out
 
 

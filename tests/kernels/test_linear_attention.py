@@ -1,5 +1,7 @@
 """The linear branch: float64, and Triton against torch's own error."""
 
+import math
+
 import goldens
 import pytest
 import torch
@@ -11,11 +13,18 @@ from turbodiffusion_pack.kernels.linear_attention import (
     key_value_state_and_maximum,
     linear_attention,
     reference,
+    triton_kernels,
 )
 
 BACKENDS = ("reference", "triton")
 # On a GPU float32 is the reference's: its tiles do not fit.
 DTYPES = TRITON_DTYPES if DEVICE == "cpu" else TRITON_DTYPES[1:]
+
+
+@pytest.fixture
+def sums_of_many_programs(monkeypatch):
+    """As a GPU's, which has more multiprocessors than the interpreter's one."""
+    monkeypatch.setattr(triton_kernels, "multiprocessors", lambda device: 132)
 
 
 def branch(q, k, v, weight, bias, feature_map, backend):
@@ -47,7 +56,9 @@ def test_reference_sums_the_keys_in_parts(feature_map, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize(("length", "dim"), [(1, 64), (65, 128), (300, 64)])
-def test_triton_errs_at_most_twice_as_much_as_torch(length, dim, feature_map, dtype):
+def test_triton_errs_at_most_twice_as_much_as_torch(
+    length, dim, feature_map, dtype, sums_of_many_programs
+):
     q, k, v = random_qkv(2, length, 2, dim, dtype)
     arguments = q, k, v, *random_proj(dim), feature_map
     exact = exact_linear(*arguments)
@@ -68,7 +79,7 @@ def test_triton_errs_at_most_twice_as_much_as_torch_at_any_length(length, featur
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [1, 65, 300])
-def test_finds_the_largest_value_on_the_way(length, backend):
+def test_finds_the_largest_value_on_the_way(length, backend, sums_of_many_programs):
     _, k, v = random_qkv(2, length, 2, 64, torch.float16)
     v[:, -1] *= 9
     *sums, maximum = key_value_state_and_maximum(k, v, "softmax", backend)
@@ -77,8 +88,19 @@ def test_finds_the_largest_value_on_the_way(length, backend):
     assert all(torch.equal(x, y) for x, y in zip(sums, plain, strict=True))
 
 
+@pytest.mark.parametrize("heads", [12, 40])
+@pytest.mark.parametrize("count", [82, 108, 128, 132, 170])
+def test_no_multiprocessor_waits_for_the_last_sums(count, heads, monkeypatch):
+    """Programs of the state fill every card's rounds, two on a multiprocessor at a time."""
+    monkeypatch.setattr(triton_kernels, "multiprocessors", lambda device: count)
+    k, length = torch.empty(1, 32760, heads, 128, device="meta"), 32760
+    rows, sums, _ = triton_kernels.room_for_sums(k)
+    rounds = math.ceil(len(sums) * heads / (2 * count))
+    assert length * heads / (rounds * 2 * count * rows) >= 0.9
+
+
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_triton_repeats_itself_to_the_bit(feature_map):
+def test_triton_repeats_itself_to_the_bit(feature_map, sums_of_many_programs):
     _, k, v = random_qkv(1, 300, 2, 64, torch.float16)
     once, again = (key_value_state(k, v, feature_map, "triton") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))

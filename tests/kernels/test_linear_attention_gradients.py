@@ -26,6 +26,7 @@ NAMES = "dq", "dk", "dv", "d_weight", "d_bias"
 def few_programs(monkeypatch):
     """So that each goes through several tiles of the few rows here."""
     monkeypatch.setattr(triton_kernels, "PROGRAMS", 8)
+    monkeypatch.setattr(triton_kernels, "multiprocessors", lambda device: 1)
 
 
 @pytest.fixture
@@ -133,7 +134,8 @@ def test_gradients_are_added_to_what_is_there(length, feature_map, backend):
     branch = our_branch(*x[1:], feature_map, backend)
     onto = [torch.ones(y.shape, dtype=y.dtype, device=DEVICE) for y in x[:3]]
     linear_attention_backward(*x[:3], branch, d_out, onto, backend)
-    tolerance = 10 * torch.finfo(x[0].dtype).eps
+    # In float32 softmax's gradients came to 19 of these over 60 seeds; one not added is off by 1.
+    tolerance = (40 if x[0].dtype == torch.float32 else 10) * torch.finfo(x[0].dtype).eps
     for there, alone in zip(onto, our_gradients(x, d_out, feature_map, "reference"), strict=False):
         torch.testing.assert_close(there, alone + 1, atol=tolerance, rtol=tolerance)
 

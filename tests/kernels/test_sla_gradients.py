@@ -137,11 +137,16 @@ def test_every_option(dim, shape, feature_map, float64):
 def test_without_a_projection(float64):
     (*x, _, _), d_out, tangents = inputs(1, 300, 64)
     chosen = random_map(1, 300, 2, 128, 64)
+    chosen[0, 0] = chosen.new_tensor([1, 3])  # of five
     check(x, d_out, tangents[:3], chosen)
-    ignored = [i for i in range(5) if i not in chosen[0, 0]]
     dk = gradients(ours(chosen), x, d_out)[1][0, :, 0]
-    assert ignored
-    assert all(not dk[64 * i : 64 * i + 64].any() for i in ignored)
+    assert [bool(dk[64 * i : 64 * i + 64].any()) for i in range(5)] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("wanted", NAMES)
@@ -243,9 +248,14 @@ def test_under_activation_checkpointing(reentrant):
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
 
 
+def taken_by(backend):
+    """Triton takes float32 in its interpreter alone."""
+    return torch.bfloat16 if (DEVICE, backend) == ("cuda", "triton") else torch.float32
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dual_tensors_need_no_torch_func(backend):
-    x, _, tangents = inputs(1, 65, 64, torch.float32)
+    x, _, tangents = inputs(1, 65, 64, taken_by(backend))
     attend = ours(topk=0.5, backend=backend)
     expected = tangent(attend, x, tangents)
     with torch.no_grad(), forward_ad.dual_level():
@@ -256,7 +266,7 @@ def test_dual_tensors_need_no_torch_func(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_func_takes_gradients_too(backend):
-    x, d_out, _ = inputs(1, 65, 64, torch.float32)
+    x, d_out, _ = inputs(1, 65, 64, taken_by(backend))
     attend = ours(topk=0.5, backend=backend)
     out = torch.func.grad(lambda *x: (attend(*x) * d_out).sum(), argnums=tuple(range(5)))(*x)
     assert max(errors(out, double(gradients(attend, x, d_out))).values()) <= 1e-6

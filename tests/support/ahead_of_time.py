@@ -1,15 +1,13 @@
 """Compiles the pack's kernels for a card as the host code launches them, without a GPU.
 
 The test process runs Triton's interpreter, so the work happens in a process of its own, which
-pretends the card; it prints one JSON line per compiled kernel.
+pretends the card.
 """
 
 import contextlib
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,8 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-SUPPORT = Path(__file__).resolve().parent
-ROOT = SUPPORT.parent.parent
+import fresh_process
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Shared memory one block may use, in bytes (CUDA programming guide, technical specifications).
 SHARED_LIMIT = {
@@ -42,6 +41,7 @@ TILES = ((64, 128, 64), (128, 64, 64), (128, 64, 128))
 TILE_CARDS = HOPPER, (12, 0)
 
 MACHINE_PRODUCT = re.compile(r"\b[A-Z]+MMA\.[\w.]+")
+TO_FP8 = re.compile(r"\bcvt\.\w*\.satfinite\.e4m3x2\.\w+")
 MATRIX_INSTRUCTION = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*")
 
 
@@ -49,7 +49,8 @@ class Compiled(NamedTuple):
     """One specialization of a kernel.
 
     `run` is the first of `runs` that launched it; `shared` counts bytes of a block, `registers` and
-    `spilled` (bytes) are a thread's; `matrix` are the tensor core instructions in the PTX.
+    `spilled` (bytes) are a thread's; `matrix` are the tensor core instructions in the PTX, `to_fp8`
+    its conversions to e4m3.
     """
 
     kernel: str
@@ -58,30 +59,17 @@ class Compiled(NamedTuple):
     registers: int
     spilled: int
     matrix: list[str]
+    to_fp8: list[str]
 
 
 def compile_for(card: tuple[int, int]) -> list[Compiled]:
-    """Every kernel that the host code launches on `card`.
-
-    Raises:
-        RuntimeError: one does not compile.
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    worker = subprocess.run(
-        [sys.executable, "-c", "import ahead_of_time as a; a.work()", *map(str, card)],
-        cwd=SUPPORT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if worker.returncode:
-        raise RuntimeError(f"a kernel does not compile:\n{worker.stderr[-8000:]}")
-    return [Compiled(**json.loads(line)) for line in worker.stdout.splitlines()]
+    """Every kernel that the host code launches on `card`."""
+    return fresh_process.call(_compile_for, card)
 
 
-def work():
-    """Body of the worker: makes all `runs` and writes what Triton compiled for them to stdout."""
-    card = int(sys.argv[1]), int(sys.argv[2])
+def _compile_for(card: tuple[int, int]) -> list[Compiled]:
+    """Makes all `runs`; gives what Triton compiled for them."""
+    os.environ.pop("TRITON_INTERPRET", None)
     import torch
     import triton
     from pretended_card import pretended
@@ -90,13 +78,11 @@ def work():
     triton.knobs.compilation.disable_line_info = True  # sooner done, the same machine code
     found = {}
     for name, has_nvrtc, run in runs(card):
-        sys.stderr.write(f"{name}\n")
         with pretended(card, has_nvrtc), compiled_only() as kernels:
             run()
         for kernel in kernels:
             found.setdefault(kernel.hash, (name, kernel))
-    for run, kernel in found.values():
-        sys.stdout.write(json.dumps(measure(run, kernel)._asdict()) + "\n")
+    return [measure(run, kernel) for run, kernel in found.values()]
 
 
 def runs(card: tuple[int, int]) -> Iterator[tuple[str, bool, Callable[[], None]]]:
@@ -123,6 +109,7 @@ def runs(card: tuple[int, int]) -> Iterator[tuple[str, bool, Callable[[], None]]
     for tile in (TILE, *TILES[:2]) if card in TILE_CARDS else (TILE,):
         yield "training", False, partial(wan.run_training, LENGTH, 0.1, "cpu", *tile)
     yield "selection", False, partial(wan.run_selection, 2049)
+    yield "vae", False, partial(wan.run_vae, "cpu")
 
 
 @contextlib.contextmanager
@@ -149,19 +136,8 @@ def measure(run: str, kernel) -> Compiled:
         registers=used["registers"],
         spilled=used["stack"] + used["local"],
         matrix=sorted(set(MATRIX_INSTRUCTION.findall(kernel.asm["ptx"]))),
+        to_fp8=sorted(set(TO_FP8.findall(kernel.asm["ptx"]))),
     )
-
-
-def products(cubin: bytes) -> set[str]:
-    """Names of the tensor core instructions in the machine code."""
-    import triton
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        command = triton.knobs.nvidia.nvdisasm.path, "-c", str(path)
-        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return set(re.findall(r"\b[A-Z]+MMA[.\w]*", code))
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -184,7 +160,8 @@ def machine_products(cubin: bytes) -> set[str]:
     fp16 sums; what is only emulated has others than its PTX."""
     import triton
 
-    text = _read_by([triton.knobs.nvidia.nvdisasm.path], cubin)
+    # Nothing here follows jumps, so it need not either.
+    text = _read_by([triton.knobs.nvidia.nvdisasm.path, "--no-dataflow"], cubin)
     return set(MACHINE_PRODUCT.findall(text))
 
 

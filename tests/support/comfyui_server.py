@@ -54,15 +54,23 @@ class ComfyServer:
 
     base: folder for its models, output, user and temp data; the ComfyUI folder is not written to.
     model_folders: further folders to search, by ComfyUI's folder name.
+    output: where results go, a folder in `base` if None.
+    options: further ones for ComfyUI's command line.
     """
 
     def __init__(
-        self, comfyui: Path, base: Path, model_folders: dict[str, list[Path]] | None = None
+        self,
+        comfyui: Path,
+        base: Path,
+        model_folders: dict[str, list[Path]] | None = None,
+        output: Path | None = None,
+        options: tuple[str, ...] = (),
     ):
         self.comfyui = comfyui
         self.base = base
         self.model_folders = model_folders or {}
-        self.output = base / "output"
+        self.output = output or base / "output"
+        self.options = options
         self.log_file = base / "server.log"
         self.client_id = uuid.uuid4().hex
 
@@ -102,6 +110,7 @@ class ComfyServer:
         paths = self.base / "search_paths.yaml"
         paths.write_text(search_paths(self.model_folders), encoding="utf-8")
         options = ["--port", str(port), "--base-directory", str(self.base)]
+        options += ["--output-directory", str(self.output)]
         options += ["--extra-model-paths-config", str(paths)]
         options += ["--disable-all-custom-nodes"]
         options += ["--whitelist-custom-nodes", ROOT.name, TEST_NODES.name]
@@ -109,7 +118,7 @@ class ComfyServer:
         options += ["--database-url", "sqlite:///:memory:"]
         if not torch.cuda.is_available():
             options += ["--cpu"]
-        return [sys.executable, str(self.comfyui / "main.py"), *options]
+        return [sys.executable, str(self.comfyui / "main.py"), *options, *self.options]
 
     def wait_until_up(self) -> None:
         deadline = time.monotonic() + START_SECONDS

@@ -5,15 +5,11 @@ own, where kernels stop short of compiling and launching.
 """
 
 import contextlib
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
-SUPPORT = Path(__file__).resolve().parent
+import fresh_process
 
 
 @contextlib.contextmanager
@@ -47,23 +43,11 @@ def specializations(capability: tuple[int, int], runs: list[tuple]) -> list[list
     A run has the arguments of `run_block` without the device, or those of `run_training` with
     "training" for a granularity. Needs no GPU.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, "-c", "import compilations as c; c.work()"],
-        cwd=SUPPORT,
-        env=environment,
-        input=json.dumps([capability, runs]),
-        capture_output=True,
-        text=True,
-    )
-    if process.returncode:
-        raise RuntimeError(f"the kernels do not run:\n{process.stderr[-8000:]}")
-    return json.loads(process.stdout)
+    return fresh_process.call(_specializations, capability, runs)
 
 
-def work():
-    """Body of the process: reads runs from stdin, writes each one's new kernels to stdout."""
-    card, runs = json.load(sys.stdin)
+def _specializations(card: tuple[int, int], runs: list[tuple]) -> list[list[str]]:
+    os.environ.pop("TRITON_INTERPRET", None)
     import torch
     import triton
     from pretended_card import pretended
@@ -81,11 +65,11 @@ def work():
         return True
 
     triton.knobs.runtime.jit_cache_hook = note
-    with pretended(tuple(card)):
+    with pretended(card):
         for length, topk, granularity, *low_bit in runs:
             results.append([])
             if granularity == "training":
                 run_training(length, topk, "cpu")
             else:
                 run_block(length, topk, granularity, "cpu", *low_bit)
-    sys.stdout.write(json.dumps(results))
+    return results

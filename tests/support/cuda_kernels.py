@@ -13,16 +13,17 @@ from typing import NamedTuple
 import ahead_of_time
 import older_cards
 import torch
-from ahead_of_time import CARDS, HOPPER
+from ahead_of_time import ADA, CARDS, HOPPER
 from devices import DEVICE
 from turbodiffusion_pack.kernels import ceilings, dispatch, nvrtc
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.int8_linear import int8_linear
 from turbodiffusion_pack.kernels.int8_linear import mma as mma_linear
 from turbodiffusion_pack.kernels.linear_attention import LinearBranch
-from turbodiffusion_pack.kernels.qk_prepare import hopper as hopper_prepare
+from turbodiffusion_pack.kernels.qk_prepare import cuda as cuda_prepare
 from turbodiffusion_pack.kernels.qk_prepare import prepare
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
+from turbodiffusion_pack.kernels.sparse_attention import mma as mma_attention
 from turbodiffusion_pack.kernels.sparse_attention import sage_attention
 
 FOLDER = Path(__file__).resolve().parents[2] / "kernels"
@@ -108,8 +109,8 @@ def launch_linear(dtype, granularity="rows", **options):
     int8_linear(x, x_scale, w, w_scale, out_dtype=dtype, backend="triton", **options)
 
 
-def launch_attention(dtype, pv="fp8"):
-    heads = zeros(1, 70, 1, 128, dtype=dtype)
+def launch_attention(dtype, pv="fp8", head_dim=128):
+    heads = zeros(1, 70, 1, head_dim, dtype=dtype)
     chosen = zeros(1, 1, 1, 2, dtype=torch.int32)
     sage_attention(heads, heads, heads, chosen, pv, backend="triton")
 
@@ -139,6 +140,13 @@ def every_attention(card):
         launch_attention(dtype)
 
 
+def every_attention_by_mma(card):
+    for dtype in DTYPES:
+        for head_dim in mma_attention.HEAD_DIMS:
+            for pv in ("fp16", "fp8") if card >= ADA else ("fp16",):
+                launch_attention(dtype, pv, head_dim)
+
+
 def every_product(card):
     for name in ceilings.products_of(card):
         kernel = ceilings._kernel(name, torch.device("cuda", 0))
@@ -148,15 +156,16 @@ def every_product(card):
 class Kernel(NamedTuple):
     """How to launch a kernel in every configuration that the host code may choose, and its limits.
 
-    `registers` are those a thread starts with, `spills` bytes of a thread, `products` what the
-    machine code for a card must have, `sizes` what Python and the file have to agree on.
+    `registers` are those a thread starts with, `spills` bytes of a thread, `products` those in the
+    machine code for a card, `sizes` what Python and the file have to agree on.
     """
 
     launch: Callable[[Card], None]
     cards: tuple[Card, ...]
     registers: int
+    products: Callable[[Card], set[str]]
     spills: int = 0
-    products: Callable[[Card], set[str]] = lambda card: set()
+    spills_of_card: Mapping[Card, int] = types.MappingProxyType({})  # where they differ
     sizes: Mapping[str, int] = types.MappingProxyType({})
 
 
@@ -167,28 +176,46 @@ def ceilings_products(card: Card) -> set[str]:
     return products | fp8 if len(ceilings.products_of(card)) == 5 else products
 
 
+def attention_products(card: Card) -> set[str]:
+    """Those of mma.sync that the card is fast at: GeForce cards add up in float16."""
+    values = {"HMMA.16816.F32" if card in mma_attention.LONG_SUMS else "HMMA.16816.F16"}
+    fp8 = {"QMMA.16832.F16.E4M3.E4M3"} if card >= ADA else set()
+    return {"IMMA.16832.S8.S8"} | values | fp8
+
+
+# Of attention on Hopper: scores, weights and values, and the weights' sums.
+BY_WGMMA = {"IGMMA.64x64x32.S8.S8", "QGMMA.64x128x32.F32.E4M3.E4M3", "HGMMA.64x8x16.F16"}
 BY_MMA_SYNC = tuple(card for card in CARDS if card[0] in dispatch.BY_MMA_SYNC)
-# Bytes, read once a step of k: a thread has 192 sums.
-LINEAR_SPILLS = 48
+# Bytes; of float16, and of bfloat16 without the linear branch, which no model of ours runs.
+PREPARE_SPILLS = {(8, 0): 136, (8, 6): 72, (8, 9): 72, HOPPER: 32, (12, 0): 232}
+# Around the loop over k, not in it: a thread has 192 sums.
+LINEAR_SPILLS = 96
 
 # By file. Attention's and the linear layer's multiplying warps on Hopper take more registers from
-# their program's pool than they start with; two programs of prepare share a multiprocessor, whose
-# spills cost less than they hide.
+# their program's pool than they start with. By mma.sync 255 registers hold two tiles of 16 x 128
+# sums, their queries and weights. Two programs of prepare share a multiprocessor, whose spills cost
+# less than they hide.
 KERNELS = {
     "sparse_attention/hopper.cu": Kernel(
-        every_attention, (HOPPER,), 168,
+        every_attention, (HOPPER,), 168, products=lambda card: BY_WGMMA,
         sizes=dict(zip(("HEAD_DIM", "BLOCK_Q", "BLOCK_K"), attention.SHAPE, strict=True)),
     ),
-    "int8_linear/hopper.cu": Kernel(
-        every_linear, (HOPPER,), 168, sizes={"TILE_L": linear.TILE_L, "TILE_N": linear.TILE_N}
+    "sparse_attention/mma.cu": Kernel(
+        every_attention_by_mma, BY_MMA_SYNC, 255, spills=32, products=attention_products,
+        sizes=dict(zip(("BLOCK_Q", "BLOCK_K"), mma_attention.SHAPE, strict=True)),
     ),
     "int8_linear/mma.cu": Kernel(
         every_linear_by_mma, BY_MMA_SYNC, 255, spills=LINEAR_SPILLS,
         products=lambda card: {"IMMA.16832.S8.S8"}, sizes={"BLOCK": mma_linear.BLOCK},
     ),
-    "qk_prepare/hopper.cu": Kernel(
-        every_prepare, (HOPPER,), 128, spills=32,
-        sizes={"HEAD_DIM": hopper_prepare.HEAD_DIM, "ROWS": hopper_prepare.ROWS},
+    "int8_linear/hopper.cu": Kernel(
+        every_linear, (HOPPER,), 168, products=lambda card: {"IGMMA.64x256x32.S8.S8"},
+        sizes={"TILE_L": linear.TILE_L, "TILE_N": linear.TILE_N},
+    ),
+    "qk_prepare/cuda.cu": Kernel(
+        every_prepare, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card=PREPARE_SPILLS,
+        products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
+        sizes={"HEAD_DIM": cuda_prepare.HEAD_DIM, "ROWS": cuda_prepare.ROWS},
     ),
     "ceilings.cu": Kernel(
         every_product, CARDS, 64, products=ceilings_products, sizes={"CHAINS": ceilings.CHAINS}

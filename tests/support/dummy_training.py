@@ -1,37 +1,39 @@
-"""A stage that trains a tiny network on noise: `torchrun dummy_training.py RUN STEPS SAVE_EVERY`.
+"""A stage that trains a tiny network on noise.
+
+    torchrun dummy_training.py RUN STEPS SAVE_EVERY BAD
 
 It uses the frame of the real stages, has no ComfyUI, and takes little time, so that tests may kill
-it at any moment. With torchrun the network is sharded.
+it at any moment. With torchrun the network is sharded, and in the last process alone the batch of
+step number BAD is not finite.
 """
 
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch._dynamo  # the first optimizer would import it, in each process of `started` anew
 from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parent))
+import fresh_process
 import pack  # noqa: F401
 from turbodiffusion_pack.turbo_core.training import loop, run_folder
 from turbodiffusion_pack.turbo_core.training.error import TrainingError
-from turbodiffusion_pack.turbo_core.training.gradients import norm_or_nothing
-from turbodiffusion_pack.turbo_core.training.processes import count, grouped, processes
+from turbodiffusion_pack.turbo_core.training.learner import Learner
+from turbodiffusion_pack.turbo_core.training.processes import count, grouped, processes, rank
 from turbodiffusion_pack.turbo_core.training.report import Report
-from turbodiffusion_pack.turbo_core.training.trained import Trained
 
 COLUMNS = ["loss", "gradient_norm"]
 
 
 class Dummy:
-    """Network, optimizer and an average of the weights; step(n) depends on n alone."""
+    """A network that learns; step(n) depends on n alone."""
 
-    def __init__(self, width: int = 8, bad_steps: range = range(0)):
+    def __init__(self, width: int = 8, bad_steps: Container[int] = ()):
         torch.manual_seed(0)
         self.network = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 4))
         if grouped():
@@ -39,26 +41,23 @@ class Dummy:
             from torch.distributed.fsdp import fully_shard
 
             fully_shard(self.network, mesh=init_device_mesh("cpu", (count(),)))
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-2)
-        self.average = {n: p.detach().clone() for n, p in self.network.named_parameters()}
+        self.learner = Learner(self.network, (0.9, 0.999), weight_decay=0.01, ema_length=0.1)
         self.bad_steps = bad_steps
 
     @property
+    def average(self) -> dict[str, torch.Tensor]:
+        return self.learner.average()
+
+    @property
     def state(self) -> dict:
-        return {"student": Trained(self.network, self.optimizer), "average": self.average}
+        return self.learner.state("student")
 
     def step(self, n: int) -> dict[str, torch.Tensor]:
         x = torch.randn(16, 4, generator=torch.Generator().manual_seed(n))
-        x = x * float("nan") if n in self.bad_steps else x
-        self.optimizer.zero_grad()
+        x = x * float("nan") if n in self.bad_steps and rank() == count() - 1 else x
         loss = (self.network(x) - x).square().mean()
         loss.backward()
-        norm = norm_or_nothing(self.network.parameters())
-        self.optimizer.step()
-        with torch.no_grad():
-            for name, parameter in self.network.named_parameters():
-                self.average[name].lerp_(parameter, 0.1)
-        return {"loss": loss, "gradient_norm": norm}
+        return {"loss": loss, "gradient_norm": self.learner.update(1e-2, n)}
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: _whole(tensor.detach()) for name, tensor in self.average.items()}
@@ -110,6 +109,23 @@ def train_with_little_room(root: str, told: str) -> None:
         Path(told).write_text(str(error))
 
 
+def finish_without_room(place: int, port: int, root: str) -> None:
+    """Be the process number `place` of two, of which the first finds the disk full at the end."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {**address, "RANK": str(place), "LOCAL_RANK": str(place)}
+    os.environ["TORCHELASTIC_RUN_ID"] = "test"
+
+    def write(path: Path) -> None:
+        if rank() == 0:
+            raise OSError(28, "No space left on device")
+
+    with processes("cpu"), run_folder.open(Path(root), "dummy", {}) as folder:
+        try:
+            folder.finish(write)
+        except TrainingError as error:
+            Path(root, f"told-{place}").write_text(f"{error.everywhere}: {error}")
+
+
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -117,16 +133,15 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 def started(target: Callable, *arguments: object) -> multiprocessing.Process:
     """A process that does target(*arguments), which a test may kill; started within moments.
 
-    It is a fork of a server that has torch and this module, which Python 3.11 finds by PYTHONPATH.
+    It is a fork of a server that has torch and, if it was the first to ask for one, this module.
     """
-    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-    context.set_forkserver_preload([__name__])
+    context = fresh_process.context(__name__)
     process = context.Process(target=target, args=arguments, daemon=True)
-    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent)):
-        process.start()
+    process.start()
     return process
 
 
 if __name__ == "__main__":
     with processes("cpu"):
-        train(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Dummy())
+        steps, save_every, bad = map(int, sys.argv[2:])
+        train(Path(sys.argv[1]), steps, save_every, Dummy(bad_steps=[bad]))

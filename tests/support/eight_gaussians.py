@@ -164,7 +164,7 @@ def distilled(start: Network, recipe: Recipe, seed: int) -> Network:
             x0 = world.rollout(student, prompt, rollout_steps)
             loss = loss + recipe.dmd_scale * dmd(world, fake, prompt, x0)
         step(optimizers[0], loss)
-        ema.update(list(student.parameters()), updates)
+        ema.update(list(student.parameters()), updates, torch.tensor(True))
         updates += 1
     for weight, mean in zip(average.parameters(), ema.tensors, strict=True):
         weight.data.copy_(mean)

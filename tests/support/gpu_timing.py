@@ -12,7 +12,7 @@ import older_cards
 import pack  # noqa: F401
 import torch
 from turbodiffusion_pack.kernels import ceilings, dispatch
-from turbodiffusion_pack.kernels.ceilings import FP8, FP8_SHORT, FP16, INT8, kernel_ms
+from turbodiffusion_pack.kernels.ceilings import FP16, INT8, kernel_ms
 
 GPU = torch.device("cuda", 0)
 # Cards with products of their own, faster than those of mma.sync.
@@ -26,14 +26,14 @@ class Ceilings(NamedTuple):
     int8_tops: float  # of those, or of a large INT8 product where the card has faster ones
     copy_gbs: float  # of a copy in memory, reading and writing
 
-    def value_tops(self, pv: str) -> float:
-        """Of products with attention's values in "fp16" or "fp8", as this card runs them."""
+    def value_tops(self, values: str) -> float:
+        """Of products with attention's weights and values, as this card runs them: SageSLA's "fp8"
+        or "fp16", or "16 bit" with float32 sums, torch's."""
         if self.int8_tops != self.tops[INT8]:  # this card's own: fp8's are as fast as INT8's
-            return self.int8_tops / (2 if pv == "fp16" else 1)
-        kinds = (FP8, FP8_SHORT) if pv == "fp8" else ()
-        return max(
-            (self.tops[kind] for kind in kinds if kind in self.tops), default=self.tops[FP16]
-        )
+            return self.int8_tops / (1 if values == "fp8" else 2)
+        if values == "16 bit":
+            return self.tops[FP16]
+        return ceilings.value_tops(self.tops, values)
 
     def lines(self) -> str:
         """What stands above every table."""

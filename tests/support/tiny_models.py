@@ -17,6 +17,7 @@ HEAD_DIM = 128
 TEXT_DIM = 4096
 FREQ_DIM = 256
 PATCH = 16 * 1 * 2 * 2  # latent channels x the patch (1, 2, 2)
+T2V_CHANNELS = 16
 I2V_CHANNELS = 36  # 16 of the latent, 4 of a mask, 16 of the image
 BLOCK = 128
 VAE_CONFIG = {
@@ -30,20 +31,26 @@ VAE_CONFIG = {
 }
 
 
-def i2v_checkpoint(seed: int = 0, **sizes: int) -> dict[str, torch.Tensor]:
+def i2v_checkpoint(seed: int = 0, **sizes) -> dict[str, torch.Tensor]:
     """One expert of a random Wan 2.2 I2V model; another seed makes the other expert."""
     return t2v_checkpoint(seed, **sizes, in_channels=I2V_CHANNELS)
 
 
 def t2v_checkpoint(
-    seed: int = 0, dim: int = 256, ffn: int = 512, layers: int = 2, in_channels: int = 16
+    seed: int = 0,
+    dim: int = 256,
+    ffn: int = 512,
+    layers: int = 2,
+    in_channels: int = T2V_CHANNELS,
+    device: str = "cpu",
 ) -> dict[str, torch.Tensor]:
     """A random Wan T2V state dict as TurboDiffusion's `-quant.pth` files hold it."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape, std=None, mean=0.0, dtype=torch.bfloat16):
         scale = shape[-1] ** -0.5 if std is None else std
-        return (torch.randn(shape, generator=generator) * scale + mean).to(dtype)
+        values = torch.randn(shape, generator=generator, device=device)
+        return (values * scale + mean).to(dtype)
 
     def linear(name, out_features, in_features):
         return {
@@ -104,7 +111,7 @@ def quantized(linear: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def stock_checkpoint(seed: int = 0, **sizes: int) -> dict[str, torch.Tensor]:
+def stock_checkpoint(seed: int = 0, **sizes) -> dict[str, torch.Tensor]:
     """A random Wan T2V state dict as ComfyUI's own loader takes: in bf16, without projections."""
     turbo, tensors = t2v_checkpoint(seed, **sizes), {}
     for name, tensor in turbo.items():

@@ -1,5 +1,6 @@
 """Videos of the toy world: what a prompt asks for, what a file shows, and pictures of both."""
 
+import io
 from pathlib import Path
 
 import av
@@ -61,11 +62,12 @@ def write_picture(path: Path, videos: dict[str, torch.Tensor]) -> None:
     """
     captioned = [with_caption(video, prompt) for prompt, video in videos.items()]
     pictures = [Image.fromarray(f.numpy()) for f in tiled(torch.stack(captioned), len(videos))]
-    pictures[0].save(
-        path, save_all=True, append_images=pictures[1:], duration=1000 // 16, loop=0, quality=80
-    )
-    if path.stat().st_size > LARGEST_PICTURE:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {LARGEST_PICTURE}")
+    settings = {"duration": 1000 // 16, "loop": 0, "quality": 80}
+    made = io.BytesIO()
+    pictures[0].save(made, "webp", save_all=True, append_images=pictures[1:], **settings)
+    if made.tell() > LARGEST_PICTURE:
+        raise ValueError(f"{path} would have {made.tell()} bytes, more than {LARGEST_PICTURE}")
+    path.write_bytes(made.getvalue())
 
 
 def with_caption(video: torch.Tensor, text: str) -> torch.Tensor:

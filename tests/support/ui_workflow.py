@@ -10,6 +10,7 @@ FOLDERS = {
     "TurboLoader": "diffusion_models",
     "UNETLoader": "diffusion_models",
     "LoraLoaderModelOnly": "loras",
+    "TurboLoraLoader": "loras",
     "CLIPLoader": "text_encoders",
     "VAELoader": "vae",
 }

@@ -153,3 +153,23 @@ def run_selection(blocks: int) -> None:
 
     means = vectors(1, 1, blocks, HEAD_DIM)
     select_blocks(means[:, :, :1], means, 1, backend="triton")
+
+
+def run_vae(device: str, dim: int = 96, latents: tuple[int, int] = (30, 52)) -> None:
+    """What stands between the convolutions of Wan's VAE, on its largest level and its smallest."""
+    from turbodiffusion_pack.kernels.causal_frames import causal_frames, resample_frames
+
+    common = {"backend": "triton"}
+    height, width = latents
+    for channels, frames, scale in ((4 * dim, 1, 1), (4 * dim, 2, 2), (dim, 4, 8)):
+        size = scale * height, scale * width, channels
+        x, y, cache = (tensor(1, n, *size, device=device) for n in (frames, frames, 2))
+        vector = tensor(channels, device=device)
+        causal_frames(x, cache, vector, vector, y, keep=True, **common)
+        causal_frames(x, cache, vector, vector, **common)
+        causal_frames(x, cache, None, vector, y, **common)
+        causal_frames(x, cache[:, :1].contiguous(), None, vector, **common)
+        resample_frames(x, vector, y, scale=2, **common)
+        resample_frames(x, vector, y, corner=1, **common)
+        resample_frames(x, vector, split=2, scale=2, **common)
+        resample_frames(x, vector, y, **common)

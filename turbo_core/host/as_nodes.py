@@ -1,4 +1,4 @@
-"""A checkpoint sampled as a workflow of TurboLoader, W8A8Quantize and rCMSampler does it."""
+"""A checkpoint sampled as by TurboLoader, W8A8Quantize, SLAAttentionPatch and rCMSampler."""
 
 from pathlib import Path
 
@@ -7,17 +7,25 @@ import comfy.samplers
 import torch
 
 from ..rcm import default_sigma_max, rcm_sigmas
+from ..sla_settings import SLASettings
 from .experts import switch_experts
 from .load import load_turbo_model
+from .patch import patch_attention
 from .quantize_model import quantize_model
 from .sampler import rcm_sampler
 
 BOUNDARY = 0.9  # of Wan22ExpertSwitch for image to video
 
 
-def quantized(paths: list[Path]):
-    """The checkpoint at `paths`, or two experts, the high-noise one first, as an INT8 MODEL."""
-    models = [quantize_model(load_turbo_model(str(path)))[0] for path in paths]
+def quantized(paths: list[Path], topk: float):
+    """The checkpoint at `paths`, or two experts, the high-noise one first, as an INT8 MODEL.
+
+    It attends by SageSLA, to a share `topk` of the key blocks.
+    """
+    settings = SLASettings("sagesla", topk)
+    models = [
+        patch_attention(quantize_model(load_turbo_model(str(path)))[0], settings) for path in paths
+    ]
     return models[0] if len(models) == 1 else switch_experts(*models, BOUNDARY)
 
 

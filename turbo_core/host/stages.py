@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import CheckpointError, read_checkpoint
-from ..checkpoint.sizes import Sizes
 from ..checkpoint.write import write_safetensors
 from ..training import rcm as rcm_training
 from ..training import run_folder
@@ -19,7 +18,7 @@ from ..training.estimate import show
 from ..training.initial_weights import initial_weights
 from ..training.loop import train
 from ..training.merge import merge_files, table
-from ..training.presets import Preset, chosen, settings_of
+from ..training.presets import PRESETS, Preset, chosen, settings_of
 from ..training.processes import grouped, rank, say
 from ..training.rcm import RCMTraining
 from ..training.report import Report
@@ -110,7 +109,8 @@ def _train(args, device: torch.device, stage: str, columns: tuple[str, ...], beg
     if args.dry_run:
         show(args.preset, preset, stage, device)
         return
-    with run_folder.open(args.out, stage, _told(args, preset, stage)) as folder:
+    since = {"text_channels": PRESETS[args.preset].text_channels}
+    with run_folder.open(args.out, stage, _told(args, preset, stage), since) as folder:
         if folder.finished is not None:
             say(f"{folder.path} is finished")
             return
@@ -142,13 +142,19 @@ def _sampler(training, data: Data, settings, seed: int, decode) -> Callable | No
 
 
 def _told(args: argparse.Namespace, preset: Preset, stage: str) -> dict:
-    """All that decides what a stage computes; saving and drawing do not."""
+    """All that decides what a stage computes.
+
+    Saving and drawing do not, nor does how it is computed: compiled, with fewer activations kept or
+    on more GPUs it is the same training but for rounding, and a run may go on so. The data say how
+    many tokens a prompt has.
+    """
     return {
         "preset": args.preset,
         "seed": preset.seed,
         "base": _base_name(args),
         "data": str(args.data or "data"),
         "sizes": dataclasses.asdict(preset.sizes),
+        "text_channels": preset.text_channels,
         stage: dataclasses.asdict(settings_of(preset, stage)),
     }
 
@@ -166,9 +172,14 @@ def _base(args: argparse.Namespace, preset: Preset) -> Tensors:
             f"{path.name} {'is quantized' if checkpoint.quantized else 'has SLA'}: train from the "
             "plain Wan model, in bf16 or fp32"
         )
-    found = Sizes(**{f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(Sizes)})
-    if found != preset.sizes:
-        raise CheckpointError(f"{path.name} is {found}, the preset {args.preset} {preset.sizes}")
+    wanted = dataclasses.asdict(preset.sizes)
+    found = {name: getattr(checkpoint, name) for name in wanted}
+    other = [f"{n} {found[n]}, not {wanted[n]}" for n in wanted if found[n] != wanted[n]]
+    if other:
+        raise CheckpointError(
+            f"{path.name} is no model of the preset {args.preset} ({'; '.join(other)}): choose "
+            "another preset or another --base"
+        )
     return checkpoint.tensors
 
 
@@ -216,9 +227,10 @@ def _save(path: Path, tensors: Tensors, about: dict[str, str]) -> None:
     """
     whole = {n: torch.empty(t.shape, device="meta") for n, t in wan_tensors(tensors).items()}
     values = ((n, _gathered(t)) for n, t in wan_tensors(tensors).items())
-    if rank() == 0:
-        write_safetensors(path, whole, values, about)
-    else:
+    try:
+        if rank() == 0:
+            write_safetensors(path, whole, values, about)
+    finally:  # where it fails too: the others gather all of them
         for _ in values:
             pass
 

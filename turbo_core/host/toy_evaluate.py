@@ -32,6 +32,7 @@ from .wan_vae import LatentVAE
 MODEL, VAE_FILE = "model.safetensors", "vae.safetensors"
 STEPS = (4, 2, 1)  # of the students, and of Euler beside them
 SHOWN = ("clips", "teacher", "Euler 4", "SLA", "rCM 4", "rCM 1", "merged 4", "INT8 nodes 4")
+LARGEST_PICTURE = 400_000  # bytes of stages.webp, which a page may show
 SHIFTS = (1.0, 3.0, 5.0)  # Euler takes the best of them
 Network = Callable[..., torch.Tensor]
 
@@ -124,7 +125,7 @@ def examine(
     tuned = many_steps(models.network("sla"), unconditional, settings.teacher_steps)
     examination.add(f"SLA {settings.teacher_steps}", examination.sampled(tuned))
     add_students(examination, "merged", models.network("merge"), preset)
-    model = as_nodes.quantized(models.files("merge"))
+    model = as_nodes.quantized(models.files("merge"), preset.sla.topk)
     for steps in STEPS:
         latents = examination.sampled(through_nodes(model, steps, preset.seed))
         examination.add(f"INT8 nodes {steps}", latents)
@@ -229,7 +230,8 @@ def _write(part: Path, examination: Examination, text: str) -> None:
     (part / "table.md").write_text(text, encoding="utf-8", newline="\n")
     (part / "table.csv").write_text(as_csv(examination.rows), encoding="utf-8", newline="\n")
     shown = [row for row in examination.rows if row.name.startswith(SHOWN)]
-    save_grid(part / "stages", pictures(shown), len(shown))
+    grid = pictures(shown, examination.prompts())
+    save_grid(part / "stages", grid, 1 + len(shown), LARGEST_PICTURE)
 
 
 def _encoded(

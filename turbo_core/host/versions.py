@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 
+import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
 import comfy.sd
@@ -182,3 +183,15 @@ async def offer_replacement(fields: dict) -> None:
     if hasattr(comfy_api.latest.io, "NodeReplace"):
         replacement = comfy_api.latest.io.NodeReplace(**fields)
         await comfy_api.latest.ComfyAPI().node_replacement.register(replacement)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context whose current GPU is `device`; 0.3.75 knows one GPU only."""
+    if hasattr(comfy.model_management, "cuda_device_context"):
+        return comfy.model_management.cuda_device_context(device)
+    return contextlib.nullcontext()
+
+
+def pixels_dtype(vae) -> torch.dtype:
+    """What a VAE gives pixels and latents in; always float32 in 0.3.75."""
+    return vae.vae_output_dtype() if hasattr(vae, "vae_output_dtype") else torch.float32

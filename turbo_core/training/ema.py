@@ -2,6 +2,8 @@
 
 import torch
 
+from .gradients import own
+
 
 def power_of(length: float) -> float:
     """The power gamma of the average whose standard deviation is `length` of the training so far.
@@ -47,7 +49,11 @@ class PowerEMA:
         self.tensors = [weight.detach().float().clone() for weight in weights]
 
     @torch.no_grad()
-    def update(self, weights: list[torch.Tensor], updates: int) -> None:
-        """Take in `weights`, which `updates` updates came before."""
-        joining = [weight.detach().float() for weight in weights]
-        torch._foreach_lerp_(self.tensors, joining, 1 - decay(updates, self.length))
+    def update(self, weights: list[torch.Tensor], updates: int, sound: torch.Tensor) -> None:
+        """Take in `weights`, which `updates` updates came before, where `sound`, bool [], is true.
+
+        It is asked on its device, so that nothing waits for it.
+        """
+        share = torch.where(sound, 1 - decay(updates, self.length), 0.0)
+        for average, weight in zip(self.tensors, weights, strict=True):
+            own(average).lerp_(own(weight).float(), share)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from .ema import PowerEMA
-from .gradients import norm_or_nothing
+from .gradients import gradient_norm
 from .trained import Trained
 
 
@@ -32,7 +32,7 @@ class Learner:
             lr=0.0,
             betas=betas,
             weight_decay=weight_decay,
-            fused=self.weights[0].device.type == "cuda",
+            fused=True,  # this one can leave an update out on the GPU, see update
         )
         _give_state(self.optimizer)
         self.ema = None if ema_length is None else PowerEMA(self.weights, ema_length)
@@ -40,16 +40,23 @@ class Learner:
     def update(self, lr: float, updates: int) -> torch.Tensor:
         """Step with the gradients there are; `updates` came before.
 
+        Where one of them is not finite, in any process, nothing changes: no weight, moment,
+        average, nor AdamW's count of its steps. `updates` still counts such a batch, and so do the
+        schedules. Nothing waits for the GPU: the norm stays there, and the report finds the dropped
+        batch in it. (TD zeroes single numbers, which leaves the rest of a broken gradient in.)
+
         Returns:
-            The gradients' norm, float32 []; where it is not finite, they counted as 0.
+            The gradients' norm, float32 [].
         """
-        norm = norm_or_nothing(self.weights)
+        norm = gradient_norm(self.weights)
+        sound = norm.isfinite()
+        self.optimizer.found_inf = sound.logical_not().float()  # torch's word to fused optimizers
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema:
-            self.ema.update(self.weights, updates)
+            self.ema.update(self.weights, updates, sound)
         return norm
 
     def state(self, name: str) -> dict:

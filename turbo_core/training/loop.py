@@ -35,7 +35,7 @@ def train(
         state: all that the steps change, see step_checkpoints.save.
         step: step(n) for n = 0, 1, ...: one update; what it draws depends on n alone, so that a
             resumed run is the same run. Returns values of the report's columns, each a scalar. One
-            that is not finite tells of a batch that was dropped (gradients.norm_or_nothing).
+            that is not finite tells of a batch that was dropped (Learner.update).
         save_every: steps between two checkpoints.
         sample: videos [N, T, H, W, 3] of the state as it is, every `sample_every` steps.
 

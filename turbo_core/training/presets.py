@@ -177,7 +177,7 @@ class Preset:
     Attributes:
         sizes: of the transformer.
         latent: frames, height and width of the latents.
-        context: tokens of a prompt.
+        context: tokens of a prompt, for the estimate; the data say how many there are.
         sla, rcm: the stages' recipes.
         teacher: None where a finished checkpoint is the teacher.
         vae, data, evaluate: the toy world's.
@@ -231,14 +231,14 @@ TOY = Preset(
     vae=VAE(steps=2600, batch=8, crop=128),
     data=Clips(samples=10240),
     evaluate=Evaluation(),
-    teacher=Teacher(steps=8000, batch=64, micro_batch=64, lr=8e-4, level_mean=0.8),
-    sla=SLA(steps=1500, batch=64, micro_batch=64, lr=1e-4, block_q=128, guidance=2.5),
+    teacher=Teacher(steps=16000, batch=32, micro_batch=32, lr=8e-4, level_mean=0.8),
+    sla=SLA(steps=5000, batch=32, micro_batch=32, lr=4e-4, topk=0.2, block_q=128, guidance=2.5),
     rcm=RCM(
         steps=3200,
         batch=32,
         micro_batch=32,
-        lr=5e-5,
-        fake_lr=1e-5,
+        lr=1e-4,
+        fake_lr=2e-5,
         level_mean=0.0,  # -0.8 + ln sqrt 5
         consistency_only=200,
         guidance=2.5,
@@ -253,7 +253,7 @@ TOY = Preset(
 I2V = dataclasses.replace(
     TOY,
     sizes=Sizes(dim=128, ffn_dim=256, num_layers=4, in_channels=36),
-    sla=dataclasses.replace(TOY.sla, steps=1000),
+    sla=dataclasses.replace(TOY.sla, steps=3000),
     rcm=dataclasses.replace(TOY.rcm, steps=2400),
 )
 
@@ -286,10 +286,10 @@ CPU = Preset(
 PRESETS = {
     "toy": TOY,
     "toy-i2v-high": dataclasses.replace(
-        I2V, seed=1, teacher=Teacher(steps=5000, batch=64, micro_batch=64, lr=8e-4, level_mean=1.5)
+        I2V, seed=1, teacher=Teacher(steps=10000, batch=32, micro_batch=32, lr=8e-4, level_mean=1.5)
     ),
     "toy-i2v-low": dataclasses.replace(
-        I2V, seed=2, teacher=Teacher(steps=5000, batch=64, micro_batch=64, lr=8e-4, level_mean=0.0)
+        I2V, seed=2, teacher=Teacher(steps=10000, batch=32, micro_batch=32, lr=8e-4, level_mean=0.0)
     ),
     "toy-cpu": CPU,
     "toy-cpu-i2v": dataclasses.replace(

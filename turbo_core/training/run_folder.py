@@ -1,7 +1,7 @@
 """The folder of one stage of a run: one run at a time, one set of settings, only whole outputs.
 
 RUN/sla/lock               held while a run works here; the system frees it, however a run ends
-RUN/sla/settings.json      what the stage was started with
+RUN/sla/settings.json      what the stage was started with, binding from the first checkpoint on
 RUN/sla/checkpoints/       the last two steps, see step_checkpoints.py
 RUN/sla/<outputs>          appear when they are complete
 RUN/sla/finished.json      comes last: outputs, their sizes, what the stage found out
@@ -82,24 +82,30 @@ class RunFolder:
         Raises:
             TrainingError: something could not be written; the checkpoints are whole.
         """
-        part = self.path / PART
+        part, problem = self.path / PART, None
         agreed(lambda: _empty(part))
         try:
-            with writing(self.path):
-                write(part)
-            agreed(lambda: _publish(part, self.path, facts))
+            try:
+                with writing(self.path):
+                    write(part)
+            except (ValueError, TrainingError) as error:  # the others are on their way to `agreed`
+                problem = error
+            agreed(lambda: _publish(part, self.path, facts, problem))
         finally:
             if rank() == 0:
                 shutil.rmtree(part, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def open(root: Path, stage: str, settings: dict) -> Iterator[RunFolder]:
+def open(
+    root: Path, stage: str, settings: dict, since: dict[str, object] | None = None
+) -> Iterator[RunFolder]:
     """Open RUN/<stage> for this run alone; made if it is new.
 
     Args:
         root: RUN.
         settings: all that decides what the stage computes, as json can hold it.
+        since: those of them that folders of earlier versions lack, as those ran.
 
     Raises:
         TrainingError: another run works in it, it was started with other settings, or it cannot be
@@ -107,7 +113,7 @@ def open(root: Path, stage: str, settings: dict) -> Iterator[RunFolder]:
     """
     folder = RunFolder(root, stage)
     with contextlib.ExitStack() as held:
-        agreed(lambda: _take(folder.path, settings, held))
+        agreed(lambda: _take(folder.path, settings, since or {}, held))
         yield folder
 
 
@@ -123,7 +129,7 @@ def write_text(path: Path, text: str) -> None:
         step_checkpoints.sync(path.parent)
 
 
-def _take(path: Path, settings: dict, held: contextlib.ExitStack) -> None:
+def _take(path: Path, settings: dict, since: dict, held: contextlib.ExitStack) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         file = held.enter_context((path / LOCK).open("a+b"))
@@ -132,7 +138,7 @@ def _take(path: Path, settings: dict, held: contextlib.ExitStack) -> None:
             f"{path} cannot be written to ({error.strerror}): choose another --out"
         ) from error
     _lock(file, path)
-    _compare_or_record(path / SETTINGS, json.loads(json.dumps(settings)))
+    _compare_or_record(path / SETTINGS, json.loads(json.dumps(settings)), since)
     step_checkpoints.remove_parts(path / "checkpoints")
     shutil.rmtree(path / PART, ignore_errors=True)
 
@@ -159,11 +165,13 @@ def _lock(file: BinaryIO, path: Path) -> None:
     file.flush()
 
 
-def _compare_or_record(path: Path, settings: dict) -> None:
-    if not path.exists():
+def _compare_or_record(path: Path, settings: dict, since: dict) -> None:
+    folder = path.parent
+    begun = (folder / FINISHED).exists() or step_checkpoints.steps_in(folder / "checkpoints")
+    if not (begun and path.exists()):  # nothing depends on what an earlier try was started with
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
-    before, now = _flat(_read_json(path)), _flat(settings)
+    before, now = {**since, **_flat(_read_json(path))}, _flat(settings)
     changed = [name for name in {**before, **now} if _told(before, name) != _told(now, name)]
     if changed:
         list_ = ", ".join(
@@ -171,8 +179,7 @@ def _compare_or_record(path: Path, settings: dict) -> None:
         )
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise TrainingError(
-            f"{path.parent} was started with other settings ({list_}{more}): use those, or another "
-            "--out"
+            f"{folder} was started with other settings ({list_}{more}): use those, or another --out"
         )
 
 
@@ -219,7 +226,9 @@ def _empty(part: Path) -> None:
     part.mkdir()
 
 
-def _publish(part: Path, path: Path, facts: dict) -> None:
+def _publish(part: Path, path: Path, facts: dict, problem: Exception | None) -> None:
+    if problem:
+        raise problem
     outputs = {}
     for source in sorted(file for file in part.rglob("*") if file.is_file()):
         name = source.relative_to(part)

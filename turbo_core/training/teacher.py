@@ -3,6 +3,7 @@
 import torch
 
 from .batches import Batch, Data, Draws, drop_prompts
+from .gradients import own
 from .initial_weights import TIME_WEIGHT, fast_time_features
 from .learner import Learner, cosine
 from .losses import flow_matching
@@ -36,8 +37,7 @@ class TeacherTraining:
     def _stay_smooth_in_time(self) -> None:
         """The weights of fast time features, which start at 0, stay there."""
         gradient = self.learner.network.get_parameter(TIME_WEIGHT).grad
-        local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-        local.masked_fill_(self.fast, 0.0)
+        own(gradient).masked_fill_(self.fast, 0.0)
 
     def _learn(self, n: int, slot: int) -> tuple[torch.Tensor, Values]:
         settings, draws = self.settings, Draws(self.seed, n, slot, self.data.device)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ COLUMNS = {
     "numbers": ("spread", "energy", "distance", "latent_mse", "psnr"),
 }
 CAPTION = 14  # pixels above a video
+LETTER = 6  # pixels that one takes
 
 
 @dataclass
@@ -123,12 +125,17 @@ class Examination:
         return prompts(self.clips.some(slice(0, 2 * self.shown, 2)))
 
 
-def pictures(rows: list[Row]) -> torch.Tensor:
-    """Their videos with captions, uint8 [N, T, H, W, 3]: a row of them a prompt, a column each way.
+def pictures(rows: list[Row], prompts: list[str]) -> torch.Tensor:
+    """Their videos with captions, uint8 [N, T, H, W, 3]: a row of them a prompt, which stands at
+    its head, and a column each way to sample.
 
     They are half as large as they were, so that many fit side by side.
     """
     columns = [captioned(half(row.videos), row.name) for row in rows]
+    length, height, width = columns[0].shape[1:4]
+    lines = [textwrap.fill(prompt, width // LETTER) for prompt in prompts]
+    heads = torch.stack([lettered(text, height, width, top=CAPTION) for text in lines])
+    columns.insert(0, heads[:, None].expand(-1, length, -1, -1, -1))
     return torch.stack(columns, dim=1).flatten(0, 1)
 
 
@@ -139,15 +146,19 @@ def half(videos: torch.Tensor) -> torch.Tensor:
 
 
 def captioned(videos: torch.Tensor, text: str) -> torch.Tensor:
-    """Videos [N, T, H, W, 3] in [0, 1] as uint8, a line of text above where Pillow is there."""
+    """Videos [N, T, H, W, 3] in [0, 1] as uint8, a line of text above."""
     seen = (videos.clamp(0, 1) * 255).round().to(torch.uint8)
-    if not has_pillow():
-        return seen
-    width = videos.shape[3]
-    line = Image.new("RGB", (width, CAPTION), "white")
-    ImageDraw.Draw(line).text((2, 1), text, fill="black", font=ImageFont.load_default())
-    line = torch.tensor(list(line.tobytes()), dtype=torch.uint8).view(CAPTION, width, 3)
+    line = lettered(text, CAPTION, videos.shape[3])
     return torch.cat([line.expand(*videos.shape[:2], -1, -1, -1), seen], dim=2)
+
+
+def lettered(text: str, height: int, width: int, top: int = 1) -> torch.Tensor:
+    """Black on white, uint8 [H, W, 3]; white alone without Pillow."""
+    if not has_pillow():
+        return torch.full((height, width, 3), 255, dtype=torch.uint8)
+    picture = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(picture).text((2, top), text, fill="black", font=ImageFont.load_default())
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
 
 
 def some(batch: Batch, rows: slice) -> Batch:

@@ -14,7 +14,7 @@ import torch
 WORDS = {
     "size": ("small", "big"),
     "colour": ("red", "green", "blue", "yellow", "orange", "purple", "cyan"),
-    "shape": ("circle", "square", "triangle", "star"),
+    "shape": ("circle", "square", "triangle", "diamond"),
     "motion": (
         "moves left",
         "moves right",
@@ -41,10 +41,11 @@ COLOURS = (
 )
 BACKGROUNDS = ((0.02, 0.02, 0.02), (0.45, 0.45, 0.45), (0.97, 0.97, 0.97), (0.05, 0.05, 0.28))
 
-# A shape is a star: so many points, and how far out the corners between them are. The circle has
-# enough points that no pixel shows them; the square stands on a side.
-POINTS = (60, 4, 3, 5)
-INNER = (math.cos(math.pi / 60), math.cos(math.pi / 4), math.cos(math.pi / 3), 0.45)
+# A shape is a star: so many points, and how far out the corners between them are, here in line with
+# them. The circle has enough points that no pixel shows them; the square stands on a side. A star
+# with thin points was the one shape that the toys did not learn in minutes.
+POINTS = (60, 4, 3, 4)
+INNER = tuple(math.cos(math.pi / points) for points in POINTS)
 TURNED = (0.0, math.pi / 4, 0.0, 0.0)
 
 # Lengths are in frame widths. A shape's radius is that of the disc of the same area.

@@ -1,15 +1,16 @@
 // RMSNorm, RoPE, block means, and for q also int8 blocks and the linear branch, in one pass.
 //
 // A program takes 128 rows of several heads: their cosines and sines wait in shared memory, or on
-// cards that have too little of it in the cache. A warp takes 16 rows. Of its rows lane / 4 and lane / 4 + 8 a thread holds the channels
-// 32 m + 8 (lane % 4) + {0 .. 7}, m = 0 .. 3. Products of 16 channels take them four by four, so
-// the other factor's rows come in the matching order, see `places` in hopper.py.
+// cards that have too little of it in the cache. A warp takes 16 rows. Of its rows lane / 4 and
+// lane / 4 + 8 a thread holds the channels 32 m + 8 (lane % 4) + {0 .. 7}, m = 0 .. 3. Products of
+// 16 channels take them four by four, so the other factor comes in the matching order, see `order`
+// in cuda.py.
 
 // Defined are BLOCK, rows of a block; QUANTIZE, whether to make int8 blocks; LINEAR, whether `out`
 // gets the linear branch in place of the rows; TURNS, whether cosines and sines wait in shared
 // memory; BF16, whether rows are bfloat16, else float16.
 
-#include "hopper.cuh"
+#include "mma.cuh"
 
 constexpr int HEAD_DIM = 128;
 constexpr int ROWS = 128;
@@ -24,7 +25,7 @@ struct Shared {
     float turns[ROWS][HEAD_DIM + 4];  // cosine and sine of a pair, side by side
 #endif
 #if LINEAR
-    u16 mix[HEAD_DIM * MIX_STRIDE];  // [channel out, place of channel in]
+    u16 mix[HEAD_DIM * MIX_STRIDE];  // [channel out, channel in], in the order of products
     float normalizer[HEAD_DIM];
 #endif
     float norms[ROWS];
@@ -42,7 +43,7 @@ struct Operands {
     float* means;             // [B, H, N, D]
     i8* integers;             // [B, H, N BLOCK, D]
     float* scales;            // [B, H, N]
-    const u16* mix;           // [B, H, D (out), D (places of in)]
+    const u16* mix;           // [B, H, D (out), D (in)], in the order of products
     const float* normalizer;  // [B, H, D]
     const float* bias;        // [D]
     int x_b, x_l, x_h, cos_b, cos_l, sin_b, sin_l;
@@ -66,12 +67,6 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void load_matrices(u32 (&b)[4], const u16* row) {
-    u32 address = static_cast<u32>(__cvta_generic_to_shared(row));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(address));
 }
 
 // Over the four threads of a row.
@@ -132,20 +127,21 @@ struct Angles {
     int cos_stride, sin_stride;
 };
 
-// Cosines and sines of a row's channels first + {0 .. 7}, for each pair side by side.
+// Cosines and sines of a row's channels 32 m + 8 pair + {0 .. 7}, for each two side by side.
 __device__ __forceinline__ void load_turn(
-    float2 (&turn)[4], const Shared& shared, const Angles& angles, int row, int first, int inside
+    float2 (&turn)[4], const Shared& shared, const Angles& angles, int row, int m, int pair,
+    int inside
 ) {
 #if TURNS
-    const float4* both = reinterpret_cast<const float4*>(&shared.turns[row][first]);
+    const float4* both = reinterpret_cast<const float4*>(&shared.turns[row][32 * m + 8 * pair]);
     turn[0] = {both[0].x, both[0].y}, turn[1] = {both[0].z, both[0].w};
     turn[2] = {both[1].x, both[1].y}, turn[3] = {both[1].z, both[1].w};
 #else
     long long last = min(row, inside - 1);
-    float4 c = __ldg(
-        reinterpret_cast<const float4*>(angles.cos + last * angles.cos_stride + first / 2));
-    float4 s = __ldg(
-        reinterpret_cast<const float4*>(angles.sin + last * angles.sin_stride + first / 2));
+    float4 c = __ldg(reinterpret_cast<const float4*>(angles.cos + last * angles.cos_stride)
+                     + pair + 4 * m);
+    float4 s = __ldg(reinterpret_cast<const float4*>(angles.sin + last * angles.sin_stride)
+                     + pair + 4 * m);
     turn[0] = {c.x, s.x}, turn[1] = {c.y, s.y}, turn[2] = {c.z, s.z}, turn[3] = {c.w, s.w};
 #endif
 }
@@ -165,7 +161,7 @@ __device__ __forceinline__ void rotate(
         for (int half = 0; half < 2; half++) {
             float norm = shared.norms[row + 8 * half];
             float2 turn[4];
-            load_turn(turn, shared, angles, row + 8 * half, first, inside);
+            load_turn(turn, shared, angles, row + 8 * half, m, pair, inside);
             const u32* raw = reinterpret_cast<const u32*>(&tile[half][m]);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -273,34 +269,46 @@ __device__ __forceinline__ float weigh(
     return 1.0f / fmaf(1e-5f * unit, row_sum(plain), row_sum(total));
 }
 
-// The mixed rows of this warp: weights [16, 128] times mix [128, 128].
+// The mixed rows of this warp: weights [16, 128] times mix [128, 128]. Of 32 channels a thread's
+// columns of four products are 8 pair + {0 .. 7}, see `order` in cuda.py: 16 bytes of a row. Their
+// four sums grow side by side, as a product waits for the last one of its sum.
 __device__ __forceinline__ void store_mixed(
     const Shared& shared, u16* out, const u32 (&weights)[2][16], const float (&factor)[2],
     const float* bias, long long stride, int row, int lane, int inside
 ) {
-    int pair = lane % 4;
 #pragma unroll
-    for (int n = 0; n < 16; n++) {
-        float d[4] = {0, 0, 0, 0};
-        const u16* from = shared.mix + (8 * n + lane % 8) * MIX_STRIDE + lane / 8 * 8;
+    for (int group = 0; group < 4; group++) {
+        int channel = 32 * group + 8 * (lane % 4);
+        u32 from =
+            shared_address(shared.mix + (32 * group + lane % 8) * MIX_STRIDE + lane / 8 * 8);
+        float sums[4][4] = {};
 #pragma unroll
         for (int m = 0; m < 4; m++) {
-            u32 b[4];
-            load_matrices(b, from + 32 * m);
-            u32 low[4] = {weights[0][4 * m], weights[1][4 * m],
-                          weights[0][4 * m + 1], weights[1][4 * m + 1]};
-            u32 high[4] = {weights[0][4 * m + 2], weights[1][4 * m + 2],
-                           weights[0][4 * m + 3], weights[1][4 * m + 3]};
-            mma(d, low, b[0], b[1]);
-            mma(d, high, b[2], b[3]);
+            const u32 low[4] = {weights[0][4 * m], weights[1][4 * m],
+                                weights[0][4 * m + 1], weights[1][4 * m + 1]};
+            const u32 high[4] = {weights[0][4 * m + 2], weights[1][4 * m + 2],
+                                 weights[0][4 * m + 3], weights[1][4 * m + 3]};
+            u32 mix[4][4];
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                load_matrices(mix[n], from + 2 * (8 * n * MIX_STRIDE + 32 * m));
+#pragma unroll
+            for (int n = 0; n < 4; n++) mma(sums[n], low, mix[n][0], mix[n][1]);
+#pragma unroll
+            for (int n = 0; n < 4; n++) mma(sums[n], high, mix[n][2], mix[n][3]);
         }
-        int channel = 8 * n + 2 * pair;
-        float2 add = *reinterpret_cast<const float2*>(bias + channel);
-        u32* to = reinterpret_cast<u32*>(out + channel + row * stride);
-        u32* below = reinterpret_cast<u32*>(out + channel + (row + 8) * stride);
-        if (row < inside) *to = pack(fmaf(d[0], factor[0], add.x), fmaf(d[1], factor[0], add.y));
-        if (row + 8 < inside)
-            *below = pack(fmaf(d[2], factor[1], add.x), fmaf(d[3], factor[1], add.y));
+        const float2* add = reinterpret_cast<const float2*>(bias + channel);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            u32 mixed[4];
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                mixed[n] = pack(fmaf(sums[n][2 * half], factor[half], add[n].x),
+                                fmaf(sums[n][2 * half + 1], factor[half], add[n].y));
+            if (row + 8 * half < inside)
+                *reinterpret_cast<uint4*>(out + (row + 8 * half) * stride + channel) =
+                    make_uint4(mixed[0], mixed[1], mixed[2], mixed[3]);
+        }
     }
 }
 
@@ -309,11 +317,8 @@ __device__ __forceinline__ void load_mix(
     Shared& shared, const u16* mix, const float* normalizer, float unit
 ) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < HEAD_DIM * HEAD_DIM / 8; i += THREADS) {
-        u32 to = static_cast<u32>(
-            __cvta_generic_to_shared(&shared.mix[i / 16 * MIX_STRIDE + i % 16 * 8]));
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(mix + 8 * i));
-    }
+    for (int i = threadIdx.x; i < HEAD_DIM * HEAD_DIM / 8; i += THREADS)
+        copy_16(shared_address(&shared.mix[i / 16 * MIX_STRIDE + i % 16 * 8]), mix + 8 * i);
     if (threadIdx.x < HEAD_DIM) shared.normalizer[threadIdx.x] = normalizer[threadIdx.x] * unit;
 }
 #endif

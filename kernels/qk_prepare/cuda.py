@@ -1,4 +1,4 @@
-"""What prepares q and k on Hopper and on cards of mma.sync, in CUDA C++: see hopper.cu."""
+"""What prepares q and k in CUDA C++, on Hopper and on cards of mma.sync: see cuda.cu."""
 
 import functools
 from pathlib import Path
@@ -10,15 +10,15 @@ from ..checks import in_steps_of_16_bytes
 from ..dispatch import HOPPER, capability, launching_on
 from ..linear_attention import LinearBranch
 from ..linear_attention.triton import project_state
+from ..tuning import PREPARE_HEADS, of_card
 from .triton import block_outputs, given_or_own_norms
 
 SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90"
 HEAD_DIM = 128
 ROWS = 128  # of a program
-HEADS = 8  # of a program at most, which reads its cosines from memory once
 THREADS = 256
-SHARED_BYTES = 128 * 132 * 4 + 128 * 4 + 8 * 128 * 4 + 8 * 4  # hopper.cu's Shared
+SHARED_BYTES = 128 * 132 * 4 + 128 * 4 + 8 * 128 * 4 + 8 * 4  # cuda.cu's Shared
 LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
 TURN_BYTES = 128 * 132 * 4  # of it cosines and sines, which on other cards stay in the cache
 Operands = nvrtc.operands(
@@ -63,15 +63,19 @@ def aligned_pairs(angles: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def places(device: torch.device) -> torch.Tensor:
-    """The channel at each place of the products' 128 summands, [D] on `device`.
+def order(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the linear branch's products [D (out), D (in)]: the channel at each of their 128 columns,
+    [D, 1], and at each of their 128 summands, [D], on `device`.
 
-    A thread holds channels 32 m + 8 t + {0 .. 7}; a product of 16 takes of each thread t the places
-    2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+    Of 32 channels thread t of four holds 8 t + {0 .. 7}, of x as of what comes out. A product of 16
+    takes of it the summands 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, and leaves it of each 8 columns
+    2 t and 2 t + 1.
     """
     place = torch.arange(HEAD_DIM, device=device)
-    m, h, r, t, e = place // 32, place // 16 % 2, place // 8 % 2, place // 2 % 4, place % 2
-    return 32 * m + 8 * t + 4 * h + 2 * r + e
+    tile, pair, odd = place // 32 * 32, place // 2 % 4 * 8, place % 2
+    columns = tile + pair + place // 8 % 4 * 2 + odd
+    summands = tile + pair + place // 16 % 2 * 4 + place // 8 % 2 * 2 + odd
+    return columns[:, None], summands
 
 
 def prepare(
@@ -93,10 +97,10 @@ def prepare(
     mixed = None, None, None
     if branch is not None:
         mix = project_state(branch.state, branch.normalizer, branch.proj_weight, x.dtype)
-        mix = mix.mT[..., places(x.device)].contiguous()
+        mix = mix.mT[(..., *order(x.device))].contiguous()
         mixed = mix, aligned_copy(branch.normalizer), aligned_copy(branch.proj_bias)
     cos, sin = (aligned_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
-    groups = -(-heads // HEADS)
+    groups = -(-heads // of_card(PREPARE_HEADS, capability(x.device)))
     tensors = x, norms, weight, cos, sin, out, means, integers, scales, *mixed
     operands = Operands(
         *map(nvrtc.address, tensors), *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],

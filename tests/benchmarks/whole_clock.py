@@ -1,0 +1,246 @@
+"""From the prompt to the video's file, in a real ComfyUI server: where time and memory go.
+
+    COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/whole_clock.py --models 1.3B-480P 14B-480P
+    ... whole_clock.py --models A14B-I2V-720P --ways ours --free 12    on a card of 12 GB
+    ... whole_clock.py --models 14B-480P --ways ours --vae both --text umt5 --from-disk
+
+Random models of real size are written as files, and each way has a server of its own: our loader,
+a stock model with our nodes, and ComfyUI alone, with as many steps and no CFG. The first run brings
+the models up and compiles what is not in the caches of kernels; the others, of other seeds, find
+them there, and their medians count. Between models the server gives up what it holds. Written just
+before, the files are in the page cache, but for --from-disk. Linux only.
+
+Everything is read in the server itself, where ComfyUI tells its client how far it is, see
+tests/support/turbo_test_nodes/clock.py. Steps end when the GPU has done them.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
+
+import comfyui_install
+import pack  # noqa: F401
+import random_models
+import server_clock
+import tiny_models
+from clock_workflows import PICTURE, TEXTS, WAYS, Video
+from comfyui_server import ComfyServer
+from server_clock import Part
+from turbodiffusion_pack.turbo_core import forward_time
+from video import play
+
+TINY = "tiny"
+MODELS = {TINY: forward_time.Shape(256, 512, 2, 16, 64, 64, 5), **forward_time.MODELS}
+VAES = "turbo", "stock", "both"
+GB = 1e9
+# Holds what is to be no part of the card, until its input ends.
+HOLD = """
+import sys, torch
+free = torch.cuda.mem_get_info()[0]
+held = torch.empty(int(free - float(sys.argv[1]) * 1e9), dtype=torch.uint8, device="cuda")
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def measure(server: ComfyServer, video: Video, way: str, turbo_vae: bool, options) -> dict:
+    """One way of making one video: the first run and the medians of the others, by part."""
+    start, runs = len(server.log_text()), []
+    for seed in range(1 + options.runs):
+        prompt = video.prompt(way, seed, turbo_vae)
+        run = server.run(prompt)
+        if run.outcome != "execution_success":
+            return {"failed": run.message or run.outcome}
+        runs.append(server_clock.parts(server_clock.readings(server), prompt))
+        if seed == 0:
+            check(run.files, video)
+        if runs[0]["whole"].seconds > options.longest or time.monotonic() > options.deadline:
+            break
+    lines = re.findall(r"TurboDiffusion: .*passes?;.*", server.log_text()[start:])
+    return {"first": runs[0], "warm": warm(runs[1:]), "runs": len(runs) - 1, "log": lines[-1:]}
+
+
+def check(files: list[Path], video: Video) -> None:
+    (file,) = (file for file in files if file.suffix == ".mp4")
+    made, wanted = play(file), (video.shape.frames, video.shape.width, video.shape.height)
+    if made != wanted:
+        raise SystemExit(f"a video of frames, width, height {made} for {wanted}")
+
+
+def warm(runs: list[dict[str, Part]]) -> dict[str, Part]:
+    """Of each part the median of its seconds and the most of its memory; empty of no runs."""
+    names = dict.fromkeys(name for run in runs for name in run)
+    parts = {}
+    for name in names:
+        same = [run.get(name, Part()) for run in runs]
+        memory = (max(values) for values in zip(*(part[1:] for part in same), strict=True))
+        parts[name] = Part(statistics.median(part.seconds for part in same), *memory)
+    return parts
+
+
+def show(title: str, result: dict) -> None:
+    """A line for each part: seconds at first and warm, and the memory of warm runs."""
+    say(title)
+    if "failed" in result:
+        say(f"  failed: {result['failed'][:300]}")
+        return
+    first, later = result["first"], result["warm"]
+    say(f"  {'':16}    first     warm | GB of tensors  torch's  card | host  mapped  pinned")
+    for name in dict.fromkeys((*first, *later)):
+        times = [
+            f"{parts[name].seconds:8.3f}" if name in parts else 8 * " " for parts in (first, later)
+        ]
+        told = [f"{value / GB:6.2f}" for value in (later.get(name) or first[name])[1:]]
+        memory = f" | {'  '.join(told[:3])} | {'  '.join(told[3:])}" if any(told) else ""
+        say(f"  {name:16} {' '.join(times)}{memory}")
+    for line in result["log"]:
+        say(f"  {line}")
+
+
+def summary(results: list[dict]) -> None:
+    """A line for each way of each video."""
+    say(f"{'':40} start to pixels  whole, warm  first | GB of tensors   card | host")
+    for result in results:
+        if "failed" in result:
+            say(f"{result['title']:40} failed")
+            continue
+        first, told = result["first"], result["warm"] or result["first"]
+        times = told["start to pixels"], told["whole"], first["whole"]
+        seconds = "  ".join(f"{part.seconds:12.2f}" for part in times)
+        most = Part(*(max(values) for values in zip(*told.values(), strict=True)))
+        memory = f"{most.peak / GB:13.2f} {most.card / GB:6.1f} | {most.resident / GB:4.1f}"
+        how = "" if result["warm"] else " (all of the first run)"
+        say(f"{result['title']:40} {seconds} | {memory}{how}")
+
+
+@contextlib.contextmanager
+def small_card(free: float | None) -> Iterator[None]:
+    """Meanwhile another process holds the GPU's memory but for `free` GB; None leaves it all."""
+    if free is None:
+        yield
+        return
+    command = [sys.executable, "-c", HOLD, str(free)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        try:
+            yield
+        finally:
+            holder.stdin.close()
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def vaes(server: ComfyServer, way: str, wanted: str) -> list[bool]:
+    """Whether TurboVAE decodes, for each video of this way."""
+    if way == "stock" or wanted == "stock":
+        return [False]
+    if "TurboVAE" not in server.object_info():
+        say("this pack has no TurboVAE: ComfyUI's own VAE decodes")
+        return [False]
+    return [True, False] if wanted == "both" else [True]
+
+
+def run_way(comfyui: Path, base: Path, models: Path, way: str, options) -> list[dict]:
+    """All videos in one server."""
+    folders = {name: [models / name] for name in ("diffusion_models", "vae", "text_encoders")}
+    results, start = [], time.monotonic()
+    tiny_models.write_picture(base / "input" / PICTURE)
+    extra = tuple(shlex.split(options.server))
+    with ComfyServer(comfyui, base, folders, options=extra) as server:
+        say(f"server up in {time.monotonic() - start:.1f} s")
+        for model in options.models:
+            video = Video(MODELS[model], options.steps, options.text)
+            for turbo_vae in vaes(server, way, options.vae):
+                if time.monotonic() > options.deadline:
+                    say(f"{model}, {way}: no time left")
+                    continue
+                title = f"{model}, {way}, {'TurboVAE' if turbo_vae else 'its own VAE'}"
+                result = measure(server, video, way, turbo_vae, options)
+                show(title, result)
+                results.append({"title": title, **result})
+                server_clock.emptied(server)
+    return results
+
+
+def write_models(comfyui: Path, models: Path, options) -> None:
+    start, jobs = time.monotonic(), []
+    for model in options.models:
+        jobs += Video(MODELS[model], options.steps, options.text).jobs(options.ways)
+    random_models.write_missing(comfyui, models, list({job[1]: job for job in jobs}.values()))
+    size = sum(path.stat().st_size for path in models.rglob("*.safetensors"))
+    say(f"models: {size / GB:.1f} GB in {time.monotonic() - start:.0f} s")
+    if options.from_disk:
+        drop_from_page_cache(models)
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["1.3B-480P", "14B-480P"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=3, help="warm ones")
+    parser.add_argument("--vae", choices=VAES, default="turbo", help="of the ways that are ours")
+    parser.add_argument("--text", choices=TEXTS, default="noise", help="umt5: as large as umT5-XXL")
+    parser.add_argument("--free", type=float, help="GB of the GPU that are left to the server")
+    parser.add_argument("--from-disk", action="store_true", help="files out of the page cache")
+    parser.add_argument("--server", default="", help="further options of ComfyUI's main.py")
+    parser.add_argument("--folder", type=Path, help="for the models, which are kept there")
+    parser.add_argument("--longest", type=float, default=60, help="no warm runs above, seconds")
+    parser.add_argument("--seconds", type=float, default=1e6, help="begin nothing after these")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    options = parser.parse_args(arguments)
+    options.deadline = time.monotonic() + options.seconds
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    comfyui = comfyui_install.find()
+    if comfyui is None:
+        raise SystemExit("no ComfyUI found: set COMFYUI_DIR to a ComfyUI folder")
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        models = options.folder or Path(folder, "models")
+        write_models(comfyui, models, options)
+        with small_card(options.free):
+            for way in options.ways:
+                base = Path(folder, way.replace(" ", ""))
+                results += run_way(comfyui, base, models, way, options)
+    summary(results)
+    if options.json:
+        told = [
+            {**r, "first": named(r["first"]), "warm": named(r["warm"])}
+            for r in results
+            if "first" in r
+        ]
+        options.json.write_text(json.dumps(told, indent=1))
+
+
+def named(parts: dict[str, Part]) -> dict[str, dict]:
+    return {name: part._asdict() for name, part in parts.items()}
+
+
+if __name__ == "__main__":
+    main()

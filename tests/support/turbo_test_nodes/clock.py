@@ -1,0 +1,227 @@
+"""Time and memory inside the server, wherever ComfyUI says how far it is; and memory that runs out.
+
+GET /turbo_clock tells of the last prompt and of now, see `readings` and `now`. POST /turbo_clock
+lets memory run out in the next prompt, see `Shortage`.
+"""
+
+import gc
+import re
+import time
+from pathlib import Path
+
+import comfy.model_management as memory
+import comfy.utils
+import torch
+from aiohttp import web
+from server import PromptServer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+OUTCOMES = "execution_success", "execution_error", "execution_interrupted"
+TOLD = "execution_start", "executing", *OUTCOMES
+STATUS = Path("/proc/self/status")
+
+host_loads = memory.load_models_gpu
+host_moves_bar = comfy.utils.ProgressBar.update_absolute
+
+
+def on_gpu() -> bool:
+    return memory.get_torch_device().type == "cuda"
+
+
+class Mark:
+    """A moment of the thread that runs the prompt, and one in the GPU's queue, which is later."""
+
+    def __init__(self):
+        self.wall = time.perf_counter()
+        self.event = torch.cuda.Event(enable_timing=True) if on_gpu() else None
+        if self.event:
+            self.event.record()
+
+    def since(self, other: "Mark") -> float:
+        """Seconds from `other` to here by the GPU's clock; without a GPU by the wall's."""
+        if self.event is None:
+            return self.wall - other.wall
+        self.event.synchronize()
+        return other.event.elapsed_time(self.event) / 1000
+
+
+class Reading:
+    """What the server's process had taken when ComfyUI told `event`."""
+
+    def __init__(self, event: str, told: dict):
+        self.event, self.told = event, told
+        self.memory, self.mark = taken(), Mark()
+        self.loads = len(Clock.loads)
+        if on_gpu():
+            torch.cuda.reset_peak_memory_stats()
+
+
+class Clock:
+    """Of the prompt that runs, or the last one."""
+
+    readings: list[Reading] = []
+    loads: list[tuple[Mark, Mark]] = []  # starts and ends of the host's bringing models to the GPU
+    shortage = None  # the Shortage to come, or the one that is on
+
+
+class Shortage(TorchDispatchMode):
+    """Memory that runs out in the middle of something, until the prompt has ended.
+
+    at: a node's id and how far its bar has come, 0 at its start, which it begins at.
+    operations: how many of torch's still pass. From then on torch may take no more of the GPU.
+    room: without a GPU, where memory cannot run out, every tensor of more bytes than that raises
+        what it raises on a GPU.
+    """
+
+    def __init__(self, node: str, value: int, operations: int, room: int):
+        super().__init__()
+        self.at, self.operations, self.room = (node, value), operations, room
+        self.begun = False
+
+    def begin(self) -> None:
+        self.begun = True
+        self.__enter__()
+
+    def end(self) -> None:
+        if self.begun:
+            self.__exit__(None, None, None)
+        if on_gpu():
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations -= 1
+        if self.operations == 0 and on_gpu():
+            refuse_more()
+        out = function(*args, **(kwargs or {}))
+        if self.operations < 0 and not on_gpu() and made_bytes(function, out) > self.room:
+            raise memory.OOM_EXCEPTION("CUDA out of memory (pretended)")
+        return out
+
+
+def refuse_more() -> None:
+    """Let torch take no more of the GPU's memory, nor what it keeps for later."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.0)
+
+
+def made_bytes(function, out) -> int:
+    """Bytes of a tensor that an operation has made; 0 where it gives a view or writes in place."""
+    returns = function._schema.returns
+    fresh = len(returns) == 1 and returns[0].alias_info is None and isinstance(out, torch.Tensor)
+    return out.numel() * out.element_size() if fresh else 0
+
+
+def taken() -> dict[str, int]:
+    """Bytes, by whose they are. `peak` counts from the last reading on."""
+    held = {"pinned": memory.TOTAL_PINNED_MEMORY, **resident()}
+    if not on_gpu():
+        return held
+    free, total = torch.cuda.mem_get_info()
+    return held | {
+        "card": total - free,
+        "allocated": torch.cuda.memory_allocated(),
+        "peak": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+    }
+
+
+def resident() -> dict[str, int]:
+    """What of the process is in memory, and how much of that are files; Linux tells."""
+    if not STATUS.exists():
+        return {}
+    sizes = dict(re.findall(r"(\w+):\s+(\d+) kB", STATUS.read_text()))
+    return {"resident": 1024 * int(sizes["VmRSS"]), "mapped": 1024 * int(sizes["RssFile"])}
+
+
+def now() -> dict[str, int]:
+    """`taken` at this moment, and bytes of all tensors that Python holds, wherever they are."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+    held = taken() | {"tensors": sum(storages.values())}
+    return held | {"reserved": torch.cuda.memory_reserved()} if on_gpu() else held
+
+
+def readings() -> list[dict]:
+    """Of the last prompt in order: event, node, value of max, seconds, loading, memory.
+
+    `seconds` count from its start; a step's are those when the GPU was done with it. `loading` are
+    those that went by so far while the host brought models to the GPU.
+    """
+    told, node = [], None
+    loads = [end.since(start) for start, end in Clock.loads]
+    for reading in Clock.readings:
+        seconds = reading.mark.wall
+        if reading.event == "progress" and node:
+            seconds = node.wall + reading.mark.since(node)
+        elif reading.event == "executing":
+            node = reading.mark
+        told.append(
+            {
+                "event": reading.event,
+                "node": reading.told.get("node"),
+                "value": reading.told.get("value", 0),
+                "max": reading.told.get("max", 0),
+                "seconds": seconds - Clock.readings[0].mark.wall,
+                "loading": sum(loads[: reading.loads]),
+                **reading.memory,
+            }
+        )
+    return told
+
+
+def hear(event: str, told: dict) -> None:
+    """ComfyUI tells its client something, in the thread that runs the prompt."""
+    if event == "execution_start":
+        Clock.readings, Clock.loads = [], []
+    Clock.readings.append(Reading(event, told))
+    shortage = Clock.shortage
+    if shortage and not shortage.begun and shortage.at == (told.get("node"), told.get("value", 0)):
+        shortage.begin()
+    if shortage and event in OUTCOMES:
+        Clock.shortage = None
+        shortage.end()
+
+
+def told_and_heard(send):
+    """The server's `send_sync`, which tells a client what happens, with `hear` before it."""
+
+    def send_sync(event, data, sid=None):
+        if event in TOLD:
+            hear(event, data)
+        send(event, data, sid)
+
+    return send_sync
+
+
+def moved_bar(bar, value, total=None, preview=None):
+    """A bar comes to `value`. ComfyUI 0.33 tells its client of some of that only."""
+    node = PromptServer.instance.last_node_id
+    hear("progress", {"node": node, "value": value, "max": total or bar.total})
+    host_moves_bar(bar, value, total, preview)
+
+
+def timed_load(*args, **kwargs):
+    start = Mark()
+    try:
+        return host_loads(*args, **kwargs)
+    finally:
+        Clock.loads.append((start, Mark()))
+
+
+def install() -> None:
+    """Once, while ComfyUI loads its custom nodes."""
+    server = PromptServer.instance
+    server.send_sync = told_and_heard(server.send_sync)
+    comfy.utils.ProgressBar.update_absolute = moved_bar
+    memory.load_models_gpu = timed_load
+
+    @server.routes.get("/turbo_clock")
+    async def tell(_):
+        return web.json_response({"run": readings(), "now": now()})
+
+    @server.routes.post("/turbo_clock")
+    async def run_short(request):
+        Clock.shortage = Shortage(**await request.json())
+        return web.json_response({})
