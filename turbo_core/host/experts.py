@@ -28,7 +28,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from .. import run_report
 from .expert_options import options_of_low, with_switch
 from .options import EXPERT_SWITCH
-from .patch import require_model
+from .patch import has_hooks, require_model
 from .versions import share_latent_shapes, with_hooks
 
 HIGH, LOW = "high-noise expert", "low-noise expert"
@@ -208,8 +208,7 @@ class ExpertRun:
 
 def _hookable(model: ModelPatcher, conds: dict) -> ModelPatcher:
     """`model` as a patcher that takes the hooks of `conds`, if they have any."""
-    hooked = any(cond.get("hooks") for group in conds.values() for cond in group)
-    return with_hooks(model) if hooked else model
+    return with_hooks(model) if has_hooks(conds) else model
 
 
 @contextlib.contextmanager

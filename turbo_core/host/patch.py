@@ -15,8 +15,10 @@ from ...kernels.checks import float32_on_gpu
 from ...kernels.dispatch import why_reference
 from .. import run_report
 from ..sla_settings import SLASettings
+from . import text
 from .block import block_forward
-from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, THIS_PASS
+from .memory import told_to_the_host
+from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, TEXT, THIS_PASS
 from .patch_owner import is_ours, mark_as_ours, owner_of
 from .self_attention import self_attention
 
@@ -130,8 +132,17 @@ def _is_checkpointed(module: torch.nn.Module) -> bool:
 
 
 def _around_run(executor, *args, **kwargs):
-    with run_report.run(InterruptProcessingException):
+    guider = executor.class_obj
+    # A scheduled LoRA changes the weights from step to step.
+    same_weights = not has_hooks(guider.conds)
+    told = told_to_the_host(guider.model_patcher, guider.conds, guider.model_options)
+    with run_report.run(InterruptProcessingException), text.kept_for_a_run(same_weights), told:
         return executor(*args, **kwargs)
+
+
+def has_hooks(conds: dict) -> bool:
+    """Whether a guider's `conds` bring hooks, which change weights or options during a run."""
+    return any(cond.get("hooks") for group in conds.values() for cond in group)
 
 
 @torch.compiler.disable(recursive=False)  # as block.block_forward
@@ -140,7 +151,11 @@ def _around_forward(
 ):
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     _report_forward(executor.class_obj.blocks)
-    ours = {THIS_PASS: _this_pass(transformer_options), MADE_ONCE: {}}
+    ours = {
+        THIS_PASS: _this_pass(transformer_options),
+        MADE_ONCE: {},
+        TEXT: text.keys_values(executor.class_obj, context),
+    }
     transformer_options = {**transformer_options, **ours}
     return executor(x, timestep, context, clip_fea, concat, transformer_options, **kwargs)
 
