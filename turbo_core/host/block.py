@@ -20,6 +20,7 @@ from .once import once
 from .operations import Linear, int8_product, int8_weights
 from .options import TEXT
 from .patch_owner import is_ours, is_stock
+from .prefetch import next_block
 from .self_attention import attend, host_attention, missing_parts
 from .versions import unrecorded
 from .weights import float32_weights
@@ -47,6 +48,7 @@ def _unless_it_steps_aside(
     block, index, x, e, freqs, context, transformer_options
 ) -> torch.Tensor | None:
     """The block run fused, or None where the host's forward has to; either way told the report."""
+    next_block(transformer_options, block, x.device)
     recorded = records_graph(block, x, e, context)
     reason = GRADIENTS if recorded else why_not_fused(block, e, transformer_options)
     if reason is not None:

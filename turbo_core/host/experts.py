@@ -21,15 +21,16 @@ import comfy.ldm.wan.model
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
-from comfy.model_management import InterruptProcessingException
+from comfy.model_management import InterruptProcessingException, is_device_cpu
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from .. import run_report
 from .expert_options import options_of_low, with_switch
+from .in_ram import fit_together, pin
 from .options import EXPERT_SWITCH
 from .patch import has_hooks, require_model
-from .versions import share_latent_shapes, with_hooks
+from .versions import has_dynamic_vram, share_latent_shapes, with_hooks
 
 HIGH, LOW = "high-noise expert", "low-noise expert"
 
@@ -159,6 +160,7 @@ class ExpertRun:
 
     def _sample(self, noise, latent, sampler, sigmas, *args, **kwargs):
         self.low_options = self.guider.model_options  # with what its wrappers made of them
+        self._prepare_to_take_turns(noise.shape)
         args = (noise, latent, sampler, sigmas, *args)
         if sigmas.max() < self.boundary:
             run_report.note_expert(LOW)
@@ -184,6 +186,16 @@ class ExpertRun:
         with _instead(guider, inner_model=self.low.model):
             predict = WrapperExecutor.new_class_executor(guider.predict_noise, guider, wrappers)
             return predict.execute(x, timestep, options, seed)
+
+    def _prepare_to_take_turns(self, shape: torch.Size) -> None:
+        """Where one expert has to make room for the other, both come and go at full speed."""
+        experts = [self.high, self.low]
+        if has_dynamic_vram() or is_device_cpu(self.high.load_device):
+            return
+        estimate = comfy.sampler_helpers.estimate_memory(self.low, shape, self.guider.conds)
+        if not fit_together(experts, estimate[1]):
+            for expert in experts:
+                pin(expert)
 
     def _merged(self, run_options: dict) -> dict:
         return options_of_low(self.low_options, run_options, self.came_with, self.boundary)

@@ -110,6 +110,16 @@ except ImportError:  # older hosts record nothing
     pause_malloc_graph = contextlib.nullcontext
 
 
+try:
+    from comfy.model_prefetch import make_prefetch_queue, prefetch_queue_pop
+except ImportError:  # 0.3.75
+
+    def make_prefetch_queue(queue: list, device, transformer_options: dict) -> None:
+        """This host has no queue."""
+
+    prefetch_queue_pop = None
+
+
 def unrecorded() -> contextlib.AbstractContextManager:
     """A context whose allocations ComfyUI's compiler (0.35) leaves out of its plan; no nesting.
 

@@ -1,8 +1,13 @@
 """The weights of ComfyUI's ops, fetched from wherever the host keeps them: GPU, RAM or file."""
 
+from collections.abc import Callable
+
+import comfy.model_management
 import comfy.ops
 import torch
 
+from . import per_run
+from .arrivals import bytes_of, came, is_away, signature_of, waiting
 from .int8_tensor import is_int8
 from .versions import REQUANTIZED
 
@@ -27,10 +32,14 @@ class fetched:  # noqa: N801 - read as a function; a generator costs more, 16 ti
         int8 = is_int8(own)
         weight_dtype = own.dtype if int8 and not self.op.weight_function else dtype
         options = REQUANTIZED if int8 else {}
-        self.given = comfy.ops.cast_bias_weight(
-            self.op, dtype=weight_dtype, device=self.device, bias_dtype=dtype, offloadable=True,
-            **options,
-        )  # fmt: skip
+        asked = {"dtype": weight_dtype, "device": self.device, "bias_dtype": dtype, **options}
+        if is_away(self.op, self.device):
+            signature = signature_of(self.op)
+            with waiting(self.device) as wait:
+                self.given = comfy.ops.cast_bias_weight(self.op, offloadable=True, **asked)
+                wait.size = bytes_of(self.op) if came(self.op, signature) else 0
+        else:
+            self.given = comfy.ops.cast_bias_weight(self.op, offloadable=True, **asked)
         try:
             weight, bias, _ = self.given
             # What dynamic VRAM has just patched is in the dtype that it keeps.
@@ -44,6 +53,42 @@ class fetched:  # noqa: N801 - read as a function; a generator costs more, 16 ti
         comfy.ops.uncast_bias_weight(self.op, *self.given)
 
 
+# Bytes of RAM that are left to others by what is kept or pinned there for speed alone.
+LEFT_TO_OTHERS = 6 * 2**30
+
+
+def ram_allows(size: int) -> bool:
+    """Whether so many bytes of RAM may be held for speed alone."""
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    return free - size > LEFT_TO_OTHERS
+
+
+def in_ram(weight: torch.Tensor) -> torch.Tensor | None:
+    """The INT8 parameter that `weight` is in RAM: itself, or what it was copied from to the GPU."""
+    return weight if weight.device.type == "cpu" else getattr(weight, "in_ram", None)
+
+
+def moved(parameter: torch.nn.Parameter, move: Callable) -> torch.nn.Parameter:
+    """The parameter that move(parameter), as torch.nn.Module.to has it, makes.
+
+    An INT8 weight that goes back to RAM is what it was there, without a copy: nobody writes to one
+    on the GPU but `Linear.set_weight`, which says so. A weight in RAM is kept for that as long as
+    there is room, and a file's takes none.
+    """
+    home = in_ram(parameter) if is_int8(parameter) else None
+    if home is not None:
+        there = move(torch.empty(0, dtype=torch.int8, device=parameter.device)).device
+        if there == home.device:
+            return home
+    new = move(parameter)
+    if new is parameter:
+        return parameter
+    new = torch.nn.Parameter(new, parameter.requires_grad)
+    if home is not None and ram_allows(0):
+        new.in_ram = home
+    return new
+
+
 def kept(given: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """What the host gave for an op's `own` tensor, safe to keep: a copy where it is not itself.
 
@@ -54,6 +99,12 @@ def kept(given: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 
 def float32_weights(op: torch.nn.Module, device: torch.device) -> Fetched:
-    """Weight and bias of a small comfy op in float32 on `device`, to keep."""
+    """Weight and bias of a small comfy op in float32 on `device`, to keep; once in a run."""
+    run = per_run.current()
+    if run is not None and op in run.weights:
+        return run.weights[op]
     with fetched(op, torch.float32, device) as (weight, bias):
-        return kept(weight, op.weight), None if bias is None else kept(bias, op.bias)
+        both = kept(weight, op.weight), None if bias is None else kept(bias, op.bias)
+    if run is not None:
+        run.weights[op] = both
+    return both

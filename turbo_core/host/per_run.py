@@ -1,0 +1,37 @@
+"""What stays the same for a whole sampler run, and is made or fetched once in it."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+
+class PerRun:
+    """Of one run: the texts' keys and values (text.py), and small weights by their op."""
+
+    def __init__(self):
+        self.texts = []
+        self.weights = {}
+
+
+_current = contextvars.ContextVar("turbodiffusion_per_run", default=None)
+
+
+@contextlib.contextmanager
+def keep(wanted: bool = True) -> Iterator[None]:
+    """Until the end of this context things are kept, if `wanted`.
+
+    Not wanted where weights change within the run. Inside another run, with that one.
+    """
+    if not wanted or _current.get() is not None:
+        yield
+        return
+    token = _current.set(PerRun())
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current() -> PerRun | None:
+    """What is kept in this run; None outside of one."""
+    return _current.get()
