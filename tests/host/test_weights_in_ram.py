@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+from pathlib import Path
 
 import dynamic_vram
 import goldens
@@ -9,6 +10,7 @@ import in_comfyui
 import pytest
 import torch
 from in_comfyui import comfy
+from safetensors.torch import save_file
 from turbodiffusion_pack.turbo_core import run_report
 from turbodiffusion_pack.turbo_core.host import (
     arrivals,
@@ -335,6 +337,23 @@ def test_a_cancelled_pass_leaves_nothing_pinned(model, hosts_queue, monkeypatch)
     hosts_queue.cleanup_prefetch_queues()  # as the host does after each node
     assert _pinned_on_gpu(model) == 0
     assert torch.equal(_run(model), expected)
+
+
+@pytest.mark.skipif(not in_comfyui.DYNAMIC, reason="without dynamic VRAM all is mapped")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_host_can_read_weights_from_the_file(path, tmp_path, suffix):
+    """And not through its mapping, which would hold them in RAM beside what is pinned."""
+    file = tmp_path / f"model{suffix}"
+    if suffix == ".pth":
+        file.write_bytes(Path(path).read_bytes())
+    else:
+        save_file(torch.load(path, weights_only=True), file)
+    read = comfy.memory_management.read_tensor_file_slice_into
+    for op in _linears(load_turbo_model(str(file))).values():
+        own = unpack(op.weight)[0]
+        room = torch.zeros_like(own)
+        assert read(own, room)
+        assert torch.equal(room, own)
 
 
 # Told

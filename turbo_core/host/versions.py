@@ -120,6 +120,10 @@ except ImportError:  # 0.3.75
     prefetch_queue_pop = None
 
 
+# (open file, lock, offset, size): where the host finds a storage's bytes; 0.3.75 always maps.
+file_slice = getattr(getattr(comfy, "memory_management", None), "TensorFileSlice", None)
+
+
 def unrecorded() -> contextlib.AbstractContextManager:
     """A context whose allocations ComfyUI's compiler (0.35) leaves out of its plan; no nesting.
 
