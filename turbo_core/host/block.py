@@ -13,6 +13,7 @@ from ...kernels.norm import rms_norm
 from ...kernels.norm_quant import layer_norm_quant
 from .. import run_report
 from ..activation_memory import part_length
+from . import per_run
 from .epilogue import quantize
 from .gradients import GRADIENTS, records_graph
 from .int8_tensor import is_int8
@@ -89,11 +90,13 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     int8_product(attn.o, y, dtype, residual=x, out=x)
     del y
 
-    up, down = (int8_weights(block.ffn[i], dtype, x.device) for i in (0, 2))
+    up, down = int8_weights(block.ffn[0], dtype, x.device), None
     for part in x.split(part_length(*x.shape[:2], block.ffn[0].out_features), dim=1):
         n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
         h = int8_linear(*n, *up, dtype)
         del n
+        # Not before: where it is streamed, it comes while the GPU is at the first product.
+        down = down or int8_weights(block.ffn[2], dtype, x.device)
         h = quantize(h, granularity, activation="gelu_tanh")
         int8_linear(*h, *down, dtype, gate=gate2, residual=part, out=part)
         del h
@@ -102,7 +105,10 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
 
 def _modulation(block, e, device) -> tuple[torch.Tensor, ...]:
     """Shift, scale and gate of both halves, float32 [B, 1, C] each."""
-    own = comfy.model_management.cast_to(block.modulation, dtype=torch.float32, device=device)
+    to = {"dtype": torch.float32, "device": device}
+    cast = comfy.model_management.cast_to
+    # Where it is in RAM each copy would wait for all that the GPU was asked for.
+    own = per_run.made((block, device), lambda: cast(block.modulation, **to))
     return (own + e.reshape(-1, 6, e.shape[-1]).float()).chunk(6, dim=1)
 
 

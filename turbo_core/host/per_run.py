@@ -2,15 +2,15 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 
 class PerRun:
-    """Of one run: the texts' keys and values (text.py), and small weights by their op."""
+    """Of one run: the texts' keys and values, see text.py, and what `made` made."""
 
     def __init__(self):
         self.texts = []
-        self.weights = {}
+        self.made = {}
 
 
 _current = contextvars.ContextVar("turbodiffusion_per_run", default=None)
@@ -35,3 +35,13 @@ def keep(wanted: bool = True) -> Iterator[None]:
 def current() -> PerRun | None:
     """What is kept in this run; None outside of one."""
     return _current.get()
+
+
+def made(key: Hashable, make: Callable):
+    """make(), in a run once for each key."""
+    run = current()
+    if run is None:
+        return make()
+    if key not in run.made:
+        run.made[key] = make()
+    return run.made[key]

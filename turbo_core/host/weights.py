@@ -84,7 +84,7 @@ def moved(parameter: torch.nn.Parameter, move: Callable) -> torch.nn.Parameter:
     if new is parameter:
         return parameter
     new = torch.nn.Parameter(new, parameter.requires_grad)
-    if home is not None and ram_allows(0):
+    if home is not None and (home.is_pinned() or ram_allows(0)):
         new.in_ram = home
     return new
 
@@ -100,11 +100,9 @@ def kept(given: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 def float32_weights(op: torch.nn.Module, device: torch.device) -> Fetched:
     """Weight and bias of a small comfy op in float32 on `device`, to keep; once in a run."""
-    run = per_run.current()
-    if run is not None and op in run.weights:
-        return run.weights[op]
+    return per_run.made((op, device), lambda: _float32_weights(op, device))
+
+
+def _float32_weights(op: torch.nn.Module, device: torch.device) -> Fetched:
     with fetched(op, torch.float32, device) as (weight, bias):
-        both = kept(weight, op.weight), None if bias is None else kept(bias, op.bias)
-    if run is not None:
-        run.weights[op] = both
-    return both
+        return kept(weight, op.weight), None if bias is None else kept(bias, op.bias)
