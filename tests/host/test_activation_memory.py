@@ -130,6 +130,7 @@ def model(loaded):
 def on_a_gpu(monkeypatch):
     """As where kernels run and attention is torch's."""
     monkeypatch.setattr(memory, "triton_unavailable", lambda device: None)
+    monkeypatch.setattr(memory, "SIXTEEN_BITS", (torch.bfloat16, torch.float32))
     management = comfy.model_management
     monkeypatch.setattr(management, "pytorch_attention_enabled", lambda: True)
 
@@ -176,15 +177,21 @@ def _patched(model):
 
 
 def _compiled(model):
-    model.add_wrapper_with_key("apply_model", "torch.compile", lambda executor, *a, **k: executor(*a, **k))
+    def compiled(executor, *args, **kwargs):
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key("apply_model", "torch.compile", compiled)
 
 
 def _replaced(model):
-    model.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "double_block", 0)
+    def block(args, extra):
+        return extra["original_block"](args)
+
+    model.set_model_patch_replace(block, "dit", "double_block", 0)
 
 
 @pytest.mark.parametrize("change", [_patched, _compiled, _replaced])
-def test_the_hosts_figure_holds_where_a_block_may_not_run_fused(model, on_a_gpu, monkeypatch, change):
+def test_the_hosts_figure_where_a_block_may_not_run_fused(model, on_a_gpu, monkeypatch, change):
     shape = list(goldens.load("rcm")["t2v.noise0"].shape)
     host = [model.model.memory_required([b, *shape[1:]]) for b in (2, 1)]
     assert _reserved(model, monkeypatch) != tuple(host)
@@ -215,7 +222,8 @@ def _linears_that_run(monkeypatch):
 
 
 def _of_the_text(model):
-    return [op for b in model.model.diffusion_model.blocks for op in (b.cross_attn.k, b.cross_attn.v)]
+    attentions = [wan_block.cross_attn for wan_block in model.model.diffusion_model.blocks]
+    return [op for attn in attentions for op in (attn.k, attn.v)]
 
 
 @contextlib.contextmanager
@@ -231,8 +239,9 @@ def test_keys_and_values_of_the_text_are_made_once_a_run(model, monkeypatch, cfg
         every_step = _run(model, cfg=cfg)
     ran = _linears_that_run(monkeypatch)
     assert torch.equal(_run(model, cfg=cfg), every_step)
-    times = [sum(op is other for other in ran) for op in _of_the_text(model)]
+    times = {sum(op is other for other in ran) for op in _of_the_text(model)}
     # Both prompts go together here, or apart where the host finds them to take too much.
-    assert set(times) <= {1, 2} and len(set(times)) == 1, times
+    assert times == {1} or (cfg > 1 and times == {2})
+    ran.clear()
     _run(model)
-    assert [sum(op is other for other in ran) for op in _of_the_text(model)] == [t + 1 for t in times]
+    assert {sum(op is other for other in ran) for op in _of_the_text(model)} == {1}

@@ -277,7 +277,11 @@ def _sizes(wan):
 def test_no_queue_where_blocks_may_be_left_out(model, monkeypatch):
     events = []
     _host_with_a_queue(monkeypatch, events)
-    model.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "double_block", 0)
+
+    def replaced(args, extra):
+        return extra["original_block"](args)
+
+    model.set_model_patch_replace(replaced, "dit", "double_block", 0)
     _run(model, SIGMAS[-2:])
     assert [what for what, _ in events] == ["computes"] * 2
 

@@ -13,7 +13,7 @@ from .versions import file_slice
 
 
 def read_from_files(tensors: Iterable[torch.Tensor]) -> None:
-    """Tell the host where in a file the `tensors` lie that are views of one, whole and as they are."""
+    """Tell the host where in a file those `tensors` lie that are views of one."""
     files = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()

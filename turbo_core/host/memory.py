@@ -7,10 +7,11 @@ which is for that.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import comfy.model_base
 import comfy.model_management
+import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...kernels.dispatch import triton_unavailable
@@ -21,6 +22,8 @@ from .block import why_unfit
 from .options import ATTENTION, PROJECTIONS
 from .patch_owner import is_ours
 from .text import PROMPTS
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 # Conditions that make the sequence longer, or another pass before this one necessary.
 LENGTHENING = {"reference_latents", "context_latents", "time_dim_concat", "control"}
@@ -46,12 +49,16 @@ def told_to_the_host(model, conds: dict, model_options: dict) -> Iterator[None]:
 
 def why_the_hosts_figure(model, conds: dict, model_options: dict) -> str | None:
     """Why a run of `model` may take more than its fused blocks do; None where it does not."""
+    settings = _settings(model_options)
     if type(model.model) is not comfy.model_base.WAN21:
         return f"it is a {type(model.model).__name__}"
     if unavailable := triton_unavailable(model.load_device):
         return unavailable
     if not comfy.model_management.pytorch_attention_enabled():
         return "the host's attention is not torch's"
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    if dtype not in SIXTEEN_BITS or settings.backend == "reference":
+        return "kernels that take more memory compute it"
     if any(LENGTHENING & cond.keys() for group in conds.values() for cond in group):
         return "conditions lengthen the sequence"
     if set(model.injections) - {PROJECTIONS}:
@@ -59,7 +66,7 @@ def why_the_hosts_figure(model, conds: dict, model_options: dict) -> str | None:
     options = model_options["transformer_options"]
     if options.get("patches") or options.get("patches_replace"):
         return "a node patches its blocks"
-    if options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL):
+    if any(options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).values()):
         return "a node wraps it, torch.compile perhaps"
     if any(_changes_a_block(name, patch) for name, patch in model.object_patches.items()):
         return "a node patches its blocks"
@@ -71,13 +78,14 @@ def _changes_a_block(name: str, patch) -> bool:
     return is_part and not is_ours(patch)
 
 
-def _required(model, conds: dict, model_options: dict):
+def _required(model, conds: dict, model_options: dict) -> Callable[..., int]:
     """What takes the place of BaseModel.memory_required for a run of `model`."""
     wan = model.model.diffusion_model
     network = Network(wan.dim, wan.ffn_dim, wan.num_heads, wan.num_layers)
-    kinds = _attentions(SLASettings(**model_options["transformer_options"][ATTENTION]))
+    kinds = _attentions(_settings(model_options))
     fp8 = default_pv(model.load_device) == "fp8"
-    texts = [cond["cross_attn"] for group in conds.values() for cond in group if "cross_attn" in cond]
+    every = [cond for group in conds.values() for cond in group]
+    texts = [cond["cross_attn"] for cond in every if "cross_attn" in cond]
     longest = max((text.shape[1] for text in texts), default=512)
 
     def memory_required(input_shape, cond_shapes=None):
@@ -87,6 +95,10 @@ def _required(model, conds: dict, model_options: dict):
         return max(fused_bytes(network, batch, tokens, k, fp8, kept, longest) for k in kinds)
 
     return memory_required
+
+
+def _settings(model_options: dict) -> SLASettings:
+    return SLASettings(**model_options["transformer_options"][ATTENTION])
 
 
 def _attentions(settings: SLASettings) -> set[str]:

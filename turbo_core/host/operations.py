@@ -223,4 +223,5 @@ class TurboOperations(comfy.ops.manual_cast):
     class Conv3d(_Assigned, comfy.ops.manual_cast.Conv3d):
         def forward(self, x, *args, **kwargs):
             # Channels last comes out as it goes in: then the first block need not copy the tokens.
-            return super().forward(x.contiguous(memory_format=torch.channels_last_3d), *args, **kwargs)
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+            return super().forward(x, *args, **kwargs)
