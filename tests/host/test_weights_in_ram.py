@@ -22,7 +22,7 @@ from turbodiffusion_pack.turbo_core.host import (
     weights,
 )
 from turbodiffusion_pack.turbo_core.host.experts import switch_experts
-from turbodiffusion_pack.turbo_core.host.int8_tensor import unpack
+from turbodiffusion_pack.turbo_core.host.int8_tensor import is_int8, unpack
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.operations import Linear
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
@@ -54,7 +54,9 @@ def _linear(out=256, inner=128):
 
 
 def _linears(model):
-    return in_ram._int8_linears(model.model)
+    """Those of the blocks, by the name of their weight."""
+    linears = in_ram._linears(model.model)
+    return {name: op for name, op in linears.items() if is_int8(op.weight)}
 
 
 def _run(model, sigmas=SIGMAS, callback=None, seed=0):
@@ -134,8 +136,8 @@ def test_what_the_host_pins_stays_pinned_as_long_as_the_model_lives(path, pins):
     with in_comfyui.streamed(model):
         streamed = set(pins)
         assert {op.weight.data_ptr() for op in _linears(model).values()} <= streamed
-    left = {op.weight.data_ptr() for op in _linears(model).values()}
-    assert pins == left  # what is not INT8 the host has unpinned
+    linears = in_ram._linears(model.model).values()
+    assert pins == {op.weight.data_ptr() for op in linears}  # the rest the host has unpinned
     with in_comfyui.streamed(model):
         assert pins == streamed
     del model
@@ -156,7 +158,7 @@ def test_experts_that_do_not_fit_together_are_pinned(path, pins, monkeypatch):
         monkeypatch.setattr(in_ram, "ram_allows", lambda _: True)
         _run(model, rcm_sigmas(2, 200))
         assert bool(pins) is pinned
-    assert len(pins) == 2 * len(_linears(model))
+    assert len(pins) == 2 * len(in_ram._linears(model.model))
 
 
 @legacy

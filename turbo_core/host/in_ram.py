@@ -1,8 +1,8 @@
-"""INT8 weights that stay where they are in RAM while a copy of them is on the GPU.
+"""Weights that stay where they are in RAM while a copy of them is on the GPU.
 
 ComfyUI without dynamic VRAM moves a model: what leaves the GPU is copied back, and pinned anew
-where it is streamed. Of integers that nobody changed there is a copy in RAM already, mapped from
-the file perhaps; so what leaves the GPU is dropped (Linear._apply), and what is pinned stays so.
+where it is streamed. Of weights that nobody changed there is a copy in RAM already, mapped from the
+file perhaps; so what leaves the GPU is dropped (Linear._apply), and what is pinned stays so.
 """
 
 import weakref
@@ -10,7 +10,6 @@ import weakref
 import comfy.model_management
 import torch
 
-from .int8_tensor import is_int8
 from .operations import Linear
 from .weights import in_ram, ram_allows
 
@@ -18,11 +17,11 @@ _pinned = weakref.WeakKeyDictionary()  # model -> its weights that are pinned fo
 
 
 def pin(model) -> None:
-    """Pin the INT8 weights of a ModelPatcher in RAM, for as long as its model lives.
+    """Pin the weights of a ModelPatcher's Linears in RAM, for as long as its model lives.
 
     Through ComfyUI, which counts what is pinned; what there is no room for is copied more slowly.
     """
-    for op in _int8_linears(model.model).values():
+    for op in _linears(model.model).values():
         weight = in_ram(op.weight)
         if weight is None or weight.is_pinned() or not ram_allows(op.weight.numel()):
             continue
@@ -33,9 +32,12 @@ def pin(model) -> None:
 def keep_pins(model, *_) -> None:
     """An ON_LOAD callback: what the host pinned of `model` to stream it stays pinned, see `pin`.
 
-    The host would free it when it takes the model from the GPU, and pin it again the next time.
+    The host would free it when it takes the model from the GPU, and pin it again the next time:
+    so it does where RAM is short.
     """
-    linears = _int8_linears(model.model)
+    if not model.pinned or not ram_allows(0):
+        return
+    linears = _linears(model.model)
     for key in (model.pinned & linears.keys()) - model.backup.keys():
         if (weight := in_ram(linears[key].weight)) is not None:
             model.pinned.discard(key)
@@ -54,11 +56,10 @@ def fit_together(models: list, activations: int) -> bool:
     return sum(model.model_size() for model in models) + activations <= room
 
 
-def _int8_linears(base: torch.nn.Module) -> dict[str, Linear]:
+def _linears(base: torch.nn.Module) -> dict[str, Linear]:
     """By the name of their weight."""
     named = base.named_modules()
-    linears = {f"{name}.weight": op for name, op in named if isinstance(op, Linear)}
-    return {name: op for name, op in linears.items() if is_int8(op.weight)}
+    return {f"{name}.weight": op for name, op in named if isinstance(op, Linear)}
 
 
 def _pinned_of(base: torch.nn.Module) -> list[torch.Tensor]:

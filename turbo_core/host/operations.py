@@ -193,9 +193,11 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     def _apply(self, fn, recurse=True):
         # torch's own version writes through `.data`, which a wrapper tensor does not have.
-        for name, parameter in self._parameters.items():
-            if parameter is not None:
-                self._parameters[name] = moved(parameter, fn)
+        if self.weight is not None:
+            self.weight = moved(self.weight, fn)
+        bias = None if self.bias is None else fn(self.bias)
+        if bias is not self.bias:
+            self.bias = torch.nn.Parameter(bias, self.bias.requires_grad)
         return self
 
 

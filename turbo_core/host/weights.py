@@ -64,29 +64,35 @@ def ram_allows(size: int) -> bool:
 
 
 def in_ram(weight: torch.Tensor) -> torch.Tensor | None:
-    """The INT8 parameter that `weight` is in RAM: itself, or what it was copied from to the GPU."""
+    """The parameter that `weight` is in RAM: itself, or what it was copied from to the GPU."""
     return weight if weight.device.type == "cpu" else getattr(weight, "in_ram", None)
 
 
-def moved(parameter: torch.nn.Parameter, move: Callable) -> torch.nn.Parameter:
-    """The parameter that move(parameter), as torch.nn.Module.to has it, makes.
+def moved(weight: torch.nn.Parameter, move: Callable) -> torch.nn.Parameter:
+    """The parameter that move(weight), as torch.nn.Module.to has it, makes.
 
-    An INT8 weight that goes back to RAM is what it was there, without a copy: nobody writes to one
-    on the GPU but `Linear.set_weight`, which says so. A weight in RAM is kept for that as long as
-    there is room, and a file's takes none.
+    A weight that goes back to RAM is what it was there, without a copy: nobody writes to one on the
+    GPU but an optimizer, and `Linear.set_weight`, which says so. What is in RAM is kept for that
+    while there is room; a file's takes none.
     """
-    home = in_ram(parameter) if is_int8(parameter) else None
+    home = None if weight.requires_grad else in_ram(weight)
     if home is not None:
-        there = move(torch.empty(0, dtype=torch.int8, device=parameter.device)).device
-        if there == home.device:
+        empty = torch.empty(0, dtype=_dtype_of(weight), device=weight.device)
+        there = move(empty)
+        if (there.device, there.dtype) == (home.device, _dtype_of(home)):
             return home
-    new = move(parameter)
-    if new is parameter:
-        return parameter
-    new = torch.nn.Parameter(new, parameter.requires_grad)
+    new = move(weight)
+    if new is weight:
+        return weight
+    new = torch.nn.Parameter(new, weight.requires_grad)
     if home is not None and (home.is_pinned() or ram_allows(0)):
         new.in_ram = home
     return new
+
+
+def _dtype_of(weight: torch.Tensor) -> torch.dtype:
+    """What is moved: hosts differ in what they take a quantized tensor for."""
+    return torch.int8 if is_int8(weight) else weight.dtype
 
 
 def kept(given: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
