@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 from pathlib import Path
 
 import dynamic_vram
@@ -159,6 +160,30 @@ def test_experts_that_do_not_fit_together_are_pinned(path, pins, monkeypatch):
         _run(model, rcm_sigmas(2, 200))
         assert bool(pins) is pinned
     assert len(pins) == 2 * len(in_ram._linears(model.model))
+
+
+@legacy
+def test_a_cancelled_run_pins_nothing_more(path, pins, monkeypatch):
+    monkeypatch.setattr(experts, "is_device_cpu", lambda _: False)
+    monkeypatch.setattr(experts, "fit_together", lambda *_: False)
+    other, pinned, may_go_on = load_turbo_model(path), in_ram.pin, threading.Event()
+    for op in _linears(other).values():
+        unpack(op.weight)[0].add_(1)
+    model = switch_experts(load_turbo_model(path), other, 0.9)
+
+    def slowly(expert, goes_on=lambda: True):
+        if expert.model is other.model:
+            may_go_on.wait(60)
+        pinned(expert, goes_on)
+
+    def cancels(*_):
+        threading.Timer(0.1, may_go_on.set).start()
+        raise management.InterruptProcessingException
+
+    monkeypatch.setattr(experts, "pin", slowly)
+    with pytest.raises(management.InterruptProcessingException):
+        _run(model, rcm_sigmas(2, 200), callback=cancels)
+    assert len(pins) == len(in_ram._linears(model.model))  # those of the first expert
 
 
 @legacy

@@ -16,6 +16,7 @@ A run that begins below the boundary is one of `low` from its OUTER_SAMPLE wrapp
 """
 
 import contextlib
+import threading
 
 import comfy.ldm.wan.model
 import comfy.sampler_helpers
@@ -139,6 +140,8 @@ class ExpertRun:
         self.came_with = came_with  # the options of `high` when the switch was made
         self.loaded = self.high  # by the host, before the first step
         self.other_models = []
+        self.pinning = None  # a thread that pins the weights of `low` while `high` runs
+        self.ended = False
 
     def sample(self, *args, **kwargs):
         """The guider's outer_sample, inside the wrappers that `low` brings for a run."""
@@ -177,6 +180,8 @@ class ExpertRun:
         if timestep.max() >= self.boundary:
             run_report.note_expert(HIGH)
             self._load(self.high, x.shape, model_options)
+            if self.pinning and not self.pinning.ident:
+                self.pinning.start()
             return executor(x, timestep, model_options, seed)
         run_report.note_expert(LOW)
         guider, options = self.guider, self._merged(model_options)
@@ -194,8 +199,8 @@ class ExpertRun:
             return
         estimate = comfy.sampler_helpers.estimate_memory(self.low, shape, self.guider.conds)
         if not fit_together(experts, estimate[1]):
-            for expert in experts:
-                pin(expert)
+            pin(self.high)
+            self.pinning = threading.Thread(target=pin, args=(self.low, lambda: not self.ended))
 
     def _merged(self, run_options: dict) -> dict:
         return options_of_low(self.low_options, run_options, self.came_with, self.boundary)
@@ -204,6 +209,7 @@ class ExpertRun:
         """Let the host load `expert`, in the place of the other one where memory is short."""
         if expert is self.loaded:
             return
+        self._wait_for_pins()
         _, _, models = comfy.sampler_helpers.prepare_sampling(
             expert, shape, self.guider.conds, options
         )
@@ -212,7 +218,13 @@ class ExpertRun:
             expert.pre_run()
         self.loaded = expert
 
+    def _wait_for_pins(self) -> None:
+        if self.pinning and self.pinning.ident:
+            self.pinning.join()
+
     def _clean_up(self) -> None:
+        self.ended = True
+        self._wait_for_pins()
         if self.low.model.current_patcher is self.low:
             self.low.cleanup()
         comfy.sampler_helpers.cleanup_additional_models(self.other_models)

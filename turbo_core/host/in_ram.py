@@ -6,6 +6,7 @@ file perhaps; so what leaves the GPU is dropped (Linear._apply), and what is pin
 """
 
 import weakref
+from collections.abc import Callable
 
 import comfy.model_management
 import torch
@@ -16,12 +17,15 @@ from .weights import in_ram, ram_allows
 _pinned = weakref.WeakKeyDictionary()  # model -> its weights that are pinned for good
 
 
-def pin(model) -> None:
+def pin(model, goes_on: Callable[[], bool] = lambda: True) -> None:
     """Pin the weights of a ModelPatcher's Linears in RAM, for as long as its model lives.
 
     Through ComfyUI, which counts what is pinned; what there is no room for is copied more slowly.
+    It reads a file that was not read yet. Another thread may do it, and end it by `goes_on`.
     """
     for op in _linears(model.model).values():
+        if not goes_on():
+            return
         weight = in_ram(op.weight)
         if weight is None or weight.is_pinned() or not ram_allows(op.weight.numel()):
             continue
