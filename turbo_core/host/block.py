@@ -125,7 +125,7 @@ def _keys_values(attn, index, granularity, context, transformer_options):
 
 def why_not_fused(block, e, transformer_options: dict) -> str | None:
     """What keeps a block from running fused; None where nothing does."""
-    if reason := why_unfit(block):
+    if reason := _other_kind(block):
         return reason
     if e.ndim == 4 and e.shape[1] != 1:
         return "timesteps differ between tokens"
@@ -133,17 +133,27 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
         return "a node patches its attention"
     if not is_ours(block.self_attn.forward):
         return "a node patches its self-attention"
+    if reason := _other_parts(block):
+        return reason
     if not all(map(is_stock, (block.cross_attn, block.ffn, *_parts(block)))):
         return "a node patches a part of it"
     return None
 
 
-def why_unfit(block) -> str | None:
+def why_never_fused(block) -> str | None:
     """What keeps a block from running fused whatever it is given; None where nothing does."""
+    return _other_kind(block) or _other_parts(block)
+
+
+def _other_kind(block) -> str | None:
     if type(block) is not comfy.ldm.wan.model.WanAttentionBlock:
         return f"it is a {type(block).__name__}"
     if type(block.cross_attn) is not comfy.ldm.wan.model.WanT2VCrossAttention:
         return f"its cross-attention is a {type(block.cross_attn).__name__}"
+    return None
+
+
+def _other_parts(block) -> str | None:
     for attn in (block.self_attn, block.cross_attn):
         if reason := missing_parts(attn):
             return reason

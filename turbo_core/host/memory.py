@@ -18,7 +18,7 @@ from ...kernels.dispatch import triton_unavailable
 from ...kernels.sparse_attention import default_pv
 from ..activation_memory import Network, fused_bytes
 from ..sla_settings import SLASettings
-from .block import why_unfit
+from .block import why_never_fused
 from .options import ATTENTION, PROJECTIONS
 from .patch_owner import is_ours
 from .text import PROMPTS
@@ -70,7 +70,7 @@ def why_the_hosts_figure(model, conds: dict, model_options: dict) -> str | None:
         return "a node wraps it, torch.compile perhaps"
     if any(_changes_a_block(name, patch) for name, patch in model.object_patches.items()):
         return "a node patches its blocks"
-    return next(filter(None, map(why_unfit, model.model.diffusion_model.blocks)), None)
+    return next(filter(None, map(why_never_fused, model.model.diffusion_model.blocks)), None)
 
 
 def _changes_a_block(name: str, patch) -> bool:
