@@ -47,9 +47,10 @@ class Counts:
         if not self.streamed:
             return []
         told = f"{self.streamed / 1e9:.2f} GB of weights streamed"
-        if self.waits:
-            self.waits[-1][1].synchronize()
-            told += f", {sum(a.elapsed_time(b) for a, b in self.waits):.0f} ms waited for them"
+        with contextlib.suppress(RuntimeError):  # a GPU that has failed tells no time
+            if self.waits:
+                self.waits[-1][1].synchronize()
+                told += f", {sum(a.elapsed_time(b) for a, b in self.waits):.0f} ms waited for them"
         return [told]
 
     def _kernel_parts(self) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from in_comfyui import comfy
 from turbodiffusion_pack.kernels import dispatch, sla, sparse_attention
 from turbodiffusion_pack.turbo_core.activation_memory import Network, fused_bytes
-from turbodiffusion_pack.turbo_core.host import block, memory, per_run, self_attention
+from turbodiffusion_pack.turbo_core.host import block, memory, patch, per_run, self_attention, text
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.operations import Linear, TurboOperations
 from turbodiffusion_pack.turbo_core.host.options import MADE_ONCE, TEXT, THIS_PASS
@@ -138,8 +138,8 @@ def on_a_gpu(monkeypatch):
 def _run(model, steps=3, context="t2v.context", cfg=1.0, callback=None):
     data = goldens.load("rcm")
     guider = comfy.samplers.CFGGuider(model)
-    text = in_comfyui.pad_context(data[context])
-    guider.inner_set_conds({"positive": [[text, {}]], "negative": [[text / 2, {}]]})
+    prompt = in_comfyui.pad_context(data[context])
+    guider.inner_set_conds({"positive": [[prompt, {}]], "negative": [[prompt / 2, {}]]})
     guider.set_cfg(cfg)
     noise = data["t2v.noise0"]
     sigmas, options = rcm_sigmas(steps, 80), {"disable_pbar": True, "callback": callback}
@@ -154,8 +154,8 @@ def _reserved(model, monkeypatch):
         asked.append((memory_required, minimum_memory_required))
         load(models, memory_required, minimum_memory_required=minimum_memory_required, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(comfy.model_management, "load_models_gpu", recording)
+    with monkeypatch.context() as only_here:
+        only_here.setattr(comfy.model_management, "load_models_gpu", recording)
         _run(model, steps=1)
     assert "memory_required" not in vars(model.model)
     return asked[0]
@@ -228,8 +228,8 @@ def _of_the_text(model):
 
 @contextlib.contextmanager
 def _kept_nowhere(monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(per_run, "current", lambda: None)
+    with monkeypatch.context() as only_here:
+        only_here.setattr(per_run, "current", lambda: None)
         yield
 
 
@@ -245,3 +245,25 @@ def test_keys_and_values_of_the_text_are_made_once_a_run(model, monkeypatch, cfg
     ran.clear()
     _run(model)
     assert {sum(op is other for other in ran) for op in _of_the_text(model)} == {1}
+
+
+def test_where_weights_change_within_a_run_nothing_is_kept(model, monkeypatch):
+    monkeypatch.setattr(patch, "has_hooks", lambda conds: True)
+    ran = _linears_that_run(monkeypatch)
+    _run(model)
+    assert {sum(op is other for other in ran) for op in _of_the_text(model)} == {3}
+
+
+def test_keys_and_values_are_those_of_one_network_and_two_texts():
+    high, low = torch.nn.Identity(), torch.nn.Identity()
+    texts = [torch.full((1, 4, 8), float(number)) for number in range(3)]
+    assert text.keys_values(high, texts[0]) is not text.keys_values(high, texts[0])
+    with per_run.keep():
+        made = [text.keys_values(high, one) for one in texts[:2]]
+        assert all(text.keys_values(high, t.clone()) is m for t, m in zip(texts, made, strict=False))
+        assert text.keys_values(high, texts[0].half()) is not made[0]
+        text.keys_values(high, texts[2])
+        assert text.keys_values(high, texts[1]) is not made[1]
+        kept = text.keys_values(high, texts[2])
+        text.keys_values(low, texts[2])
+        assert text.keys_values(high, texts[2]) is not kept
