@@ -256,6 +256,8 @@ def attend_quantized(
 ) -> torch.Tensor:
     """`sage_attention` of what `kernels`, see `sage_kernels`, quantized: written to `out`
     [B, L, H, D], or added to what it holds."""
+    block_q = q.integers.shape[2] // q.scale.shape[2]
+    _check_attention(out, block_map, block_q, v[0].shape[-1], None)
     operands = Quantized(q.integers, q.scale * score_scale(out), *k, *v)
     return kernels.sage_attention(operands, block_map, out, add)
 
