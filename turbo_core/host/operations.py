@@ -224,6 +224,8 @@ class TurboOperations(comfy.ops.manual_cast):
 
     class Conv3d(_Assigned, comfy.ops.manual_cast.Conv3d):
         def forward(self, x, *args, **kwargs):
-            # Channels last comes out as it goes in: then the first block need not copy the tokens.
+            # Then the channels of a token lie side by side, and the first block need not copy them.
+            # What goes in so comes out so, but not everywhere.
             x = x.contiguous(memory_format=torch.channels_last_3d)
-            return super().forward(x, *args, **kwargs)
+            y = super().forward(x, *args, **kwargs)
+            return y.contiguous(memory_format=torch.channels_last_3d)
