@@ -272,7 +272,14 @@ def _host_with_a_queue(monkeypatch, events):
 
     monkeypatch.setattr(prefetch, "make_prefetch_queue", make)
     monkeypatch.setattr(prefetch, "prefetch_queue_pop", pop)
-    fused = block._fused
+    fused, apply_model = block._fused, comfy.model_base.BaseModel._apply_model
+
+    def dynamic(*args, transformer_options, **options):
+        transformer_options = {**transformer_options, "prefetch_dynamic_vbars": True}
+        return apply_model(*args, transformer_options=transformer_options, **options)
+
+    if not in_comfyui.DYNAMIC:
+        monkeypatch.setattr(comfy.model_base.BaseModel, "_apply_model", dynamic)
 
     def computed(wan_block, index, *args):
         events.append(("computes", index))

@@ -4,7 +4,6 @@ With dynamic VRAM the host has one, which its Wan model does not use; without, i
 ahead by itself, which hides all but the text's layers (see text.py).
 """
 
-import comfy.model_management
 import torch
 
 from .arrivals import bytes_of, waiting
@@ -18,10 +17,11 @@ def queue_of(wan: torch.nn.Module, device: torch.device, transformer_options: di
 
     Each entry is what one block fetches: without the text's layers where those have run.
     """
-    if not all(is_ours(block.forward) for block in wan.blocks):
-        return None  # it would get out of step with the blocks
-    if transformer_options.get("patches_replace", {}).get("dit"):
+    if not transformer_options.get("prefetch_dynamic_vbars"):
         return None
+    left_out = transformer_options.get("patches_replace", {}).get("dit")
+    if left_out or not all(is_ours(block.forward) for block in wan.blocks):
+        return None  # it might get out of step with the blocks
     made = transformer_options[TEXT]
     entries = [_streamed(block, index in made) for index, block in enumerate(wan.blocks)]
     return make_prefetch_queue(entries, device, transformer_options)
