@@ -19,6 +19,7 @@ from turbodiffusion_pack.turbo_core.host import (
     experts,
     in_ram,
     operations,
+    patch,
     prefetch,
     weights,
 )
@@ -225,8 +226,8 @@ def test_a_lora_is_added_to_a_streamed_weight_once(model, merges, monkeypatch):
     patched, layers = _lora(model)
     data = goldens.load("forward")
     inputs = data["t2v.ragged.x"], data["t2v.ragged.context"], 987.5
-    with in_comfyui.streamed(patched), monkeypatch.context() as patch:
-        patch.setattr(operations, "stand_in", lambda op, merge: op)
+    with in_comfyui.streamed(patched), monkeypatch.context() as only_here:
+        only_here.setattr(operations, "stand_in", lambda op, merge: op)
         expected = in_comfyui.apply(patched, *inputs)
     assert len(merges) == layers
     merges.clear()
@@ -272,14 +273,12 @@ def _host_with_a_queue(monkeypatch, events):
 
     monkeypatch.setattr(prefetch, "make_prefetch_queue", make)
     monkeypatch.setattr(prefetch, "prefetch_queue_pop", pop)
-    fused, apply_model = block._fused, comfy.model_base.BaseModel._apply_model
+    fused, queue_of = block._fused, patch.queue_of
 
-    def dynamic(*args, transformer_options, **options):
-        transformer_options = {**transformer_options, "prefetch_dynamic_vbars": True}
-        return apply_model(*args, transformer_options=transformer_options, **options)
+    def where_vram_is_dynamic(wan, device, options):
+        return queue_of(wan, device, {**options, "prefetch_dynamic_vbars": True})
 
-    if not in_comfyui.DYNAMIC:
-        monkeypatch.setattr(comfy.model_base.BaseModel, "_apply_model", dynamic)
+    monkeypatch.setattr(patch, "queue_of", where_vram_is_dynamic)
 
     def computed(wan_block, index, *args):
         events.append(("computes", index))
@@ -348,8 +347,8 @@ dynamic_on_cpu = pytest.mark.skipif(
 @dynamic_on_cpu
 @pytest.mark.parametrize("room", [True, False])
 def test_what_the_hosts_queue_brings_is_what_is_fetched(model, hosts_queue, monkeypatch, room):
-    with monkeypatch.context() as patch:
-        patch.setattr(prefetch, "make_prefetch_queue", lambda *_: None)
+    with monkeypatch.context() as only_here:
+        only_here.setattr(prefetch, "make_prefetch_queue", lambda *_: None)
         expected = _run(model)
     with contextlib.nullcontext() if room else dynamic_vram.full():
         assert torch.equal(_run(model), expected)
@@ -367,8 +366,8 @@ def test_a_cancelled_pass_leaves_nothing_pinned(model, hosts_queue, monkeypatch)
             raise management.InterruptProcessingException
         return fused(wan_block, index, *args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(block, "_fused", cancels)
+    with monkeypatch.context() as only_here:
+        only_here.setattr(block, "_fused", cancels)
         with pytest.raises(management.InterruptProcessingException):
             _run(model)
     assert _pinned_on_gpu(model) > 0
@@ -450,8 +449,8 @@ def test_the_next_run_works_after_one_that_ended_in_a_step(model, monkeypatch, e
             raise error()
         return product(*args, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(block, "int8_product", fails)
+    with monkeypatch.context() as only_here:
+        only_here.setattr(block, "int8_product", fails)
         with pytest.raises(error):
             _run(model)
     assert run_report._current.get() is None
