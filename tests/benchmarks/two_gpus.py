@@ -68,15 +68,21 @@ SHAPES = {
 MIDDLE = 1  # of three blocks: neither takes tokens apart nor puts them together
 
 
-def attend_in_16_bits(attn, index, n, granularity, dtype, freqs, transformer_options):
+def attend_in_16_bits(attn, index, normed, granularity, dtype, freqs, transformer_options):
     """What "bf16" has in place of split_block.split_attend: projections travel, not their input."""
     ranks = transformer_options[SPLIT].ranks
     shares = token_shares(freqs.shape[1], ranks.count)
-    q, k, v = (int8_product(op, n, dtype) for op in (attn.q, attn.k, attn.v))  # [B, l, C]
-    norms = [own_row_norms(attn, x) for x in (q, k)]
-    q, k, v = rows_to_columns(ranks, [q, k, v], shares)  # [B, L, c]
-    some = SomeHeads(channels_of(attn, ranks), tuple(gather(ranks, norms, [shares] * 2)))
-    y = attend(attn, index, q, k, v, freqs, transformer_options, some)
+    norms = {}
+
+    def project(op, n):
+        x = int8_product(op, n, dtype)  # [B, l, C]
+        own = [own_row_norms(attn, x)]
+        x = rows_to_columns(ranks, [x], shares)[0]  # [B, L, c]
+        norms[x.data_ptr()] = gather(ranks, own, [shares])[0]
+        return x
+
+    some = SomeHeads(channels_of(attn, ranks), lambda x: norms[x.data_ptr()])
+    y = attend(attn, index, normed, project, freqs, transformer_options, some)
     return quantize(columns_to_rows(ranks, [y], [shares])[0], granularity)
 
 

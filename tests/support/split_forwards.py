@@ -48,15 +48,20 @@ class Seen:
     def watch(self):
         attend = split_block.split_attend
 
-        def attended(attn, index, n, *arguments):
-            y, scale = attend(attn, index, n, *arguments)
-            if index == 0:
-                self.tokens = n[0].shape[1]
-                self.parts |= {"scale of n": n[1], "scale of y": scale}  # of own tokens
+        def attended(attn, index, normed, *arguments):
+            def noted():
+                n = normed()
+                if index == 0:
+                    self.tokens = n[0].shape[1]
+                    self.parts["scale of n"] = n[1]  # of own tokens
+                return n
+
+            y, scale = attend(attn, index, noted, *arguments)
+            self.parts.setdefault("scale of y", scale)
             return y, scale
 
         patches = [mock.patch("turbodiffusion_pack.turbo_core.host.block.split_attend", attended)]
-        for name in ("select_blocks", "center_means", "key_value_state", "sage_attention",
+        for name in ("select_blocks", "center_means", "key_value_state", "attend_quantized",
                      "key_value_state_and_maximum"):  # fmt: skip
             patches.append(mock.patch.object(kernels_sla, name, self._noting(name)))
         with contextlib.ExitStack() as stack:
@@ -69,8 +74,8 @@ class Seen:
 
         def noted(*arguments, **options):
             found = run(*arguments, **options)
-            if name == "sage_attention":  # its q is quantized already
-                self.parts.setdefault("scale of q", arguments[0].scale)
+            if name == "attend_quantized":
+                self.parts.setdefault("scale of q", arguments[1].scale)
             else:
                 for i, part in enumerate(found if isinstance(found, tuple) else (found,)):
                     self.parts.setdefault(f"{name} {i}", part)

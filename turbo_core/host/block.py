@@ -9,24 +9,23 @@ import comfy.model_management
 import torch
 
 from ...kernels.int8_linear import int8_linear
-from ...kernels.int8_quant import BLOCK
 from ...kernels.norm import rms_norm
 from ...kernels.norm_quant import layer_norm_quant
 from .. import run_report
-from .epilogue import Operands, quantize
+from ..activation_memory import part_length
+from . import per_run
+from .epilogue import quantize
 from .gradients import GRADIENTS, records_graph
 from .int8_tensor import is_int8
 from .once import once
 from .operations import Linear, int8_product, int8_weights
-from .options import SPLIT
+from .options import SPLIT, TEXT
 from .patch_owner import is_ours, is_stock
+from .prefetch import next_block
 from .self_attention import attend, host_attention, missing_parts
 from .split_block import split_attend
 from .versions import unrecorded
 from .weights import float32_weights
-
-# Tokens that go through the feed-forward layers at once: bounds its memory, fills the GPU still.
-FFN_TOKENS = 32768
 
 
 # torch.compile traces the host's part only. Of ours it would freeze decisions made from options,
@@ -51,6 +50,7 @@ def _unless_it_steps_aside(
     block, index, x, e, freqs, context, transformer_options
 ) -> torch.Tensor | None:
     """The block run fused, or None where the host's forward has to; either way told the report."""
+    next_block(transformer_options, block, x.device)
     recorded = records_graph(block, x, e, context)
     reason = GRADIENTS if recorded else why_not_fused(block, e, transformer_options)
     if reason is not None:
@@ -68,84 +68,115 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     x = x if split is None else split.tokens_into(index, x)
     x = x.contiguous()  # the first block gets the patch embedding channels first; then no copy
 
-    y = _self_attend(block, index, x, scale1, shift1, freqs, transformer_options)
-    x = int8_product(block.self_attn.o, y, dtype, gate=gate1, residual=x)
+    def project(op, n):
+        return int8_product(op, n, dtype)  # [B, L, C]
+
+    def normed():
+        return layer_norm_quant(x, granularity, scale=scale1, shift=shift1, eps=eps)
+
+    attn = block.self_attn
+    if split is None:
+        y = attend(attn, index, normed, project, freqs, transformer_options)
+        y = quantize(y, granularity)
+    else:
+        y = split_attend(attn, index, normed, granularity, dtype, freqs, transformer_options)
+    x = int8_product(attn.o, y, dtype, gate=gate1, residual=x)
+    del y
 
     attn = block.cross_attn
     weight, bias = float32_weights(block.norm3, x.device)
     n = layer_norm_quant(x, granularity, weight=weight, bias=bias, eps=eps)
-    name = f"text in {granularity}"
-    text = once(transformer_options, name, context, lambda c: quantize(c, granularity))
-    y = _cross_attend(attn, int8_product(attn.q, n, dtype), text, transformer_options)
+    q = project(attn.q, n)
     del n
-    int8_product(attn.o, quantize(y, granularity), dtype, residual=x, out=x)
+    q = rms_norm(q, float32_weights(attn.norm_q, x.device)[0], attn.eps)
+    k, v = _keys_values(attn, index, granularity, context, transformer_options)
+    y = host_attention(attn, q, k, v, transformer_options)
+    del q, k, v
+    y = quantize(y, granularity)
+    int8_product(attn.o, y, dtype, residual=x, out=x)
     del y
 
-    up, down = (int8_weights(block.ffn[i], dtype, x.device) for i in (0, 2))
-    for part in x.split(_part_length(x.shape[1]), dim=1):
+    up, down = int8_weights(block.ffn[0], dtype, x.device), None
+    for part in x.split(part_length(*x.shape[:2], block.ffn[0].out_features), dim=1):
         n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
-        h = quantize(int8_linear(*n, *up, dtype), granularity, activation="gelu_tanh")
+        h = int8_linear(*n, *up, dtype)
+        del n
+        # Not before: where it is streamed, it comes while the GPU is at the first product.
+        down = down or int8_weights(block.ffn[2], dtype, x.device)
+        h = quantize(h, granularity, activation="gelu_tanh")
         int8_linear(*h, *down, dtype, gate=gate2, residual=part, out=part)
+        del h
     return x if split is None else split.tokens_out_of(index, x, freqs.shape[1])
-
-
-def _self_attend(block, index, x, scale, shift, freqs, transformer_options) -> Operands:
-    """Self-attention of x [B, L, C], normed and modulated, as `o` takes it."""
-    attn, granularity, dtype = block.self_attn, block.ffn[0].granularity, x.dtype
-    n = layer_norm_quant(x, granularity, scale=scale, shift=shift, eps=block.eps)
-    if SPLIT in transformer_options:
-        return split_attend(attn, index, n, granularity, dtype, freqs, transformer_options)
-    q, k, v = (int8_product(op, n, dtype) for op in (attn.q, attn.k, attn.v))  # [B, L, C]
-    del n
-    y = attend(attn, index, q, k, v, freqs, transformer_options)
-    del q, k, v
-    return quantize(y, granularity)
-
-
-def _part_length(length: int) -> int:
-    """Length of even parts of at most FFN_TOKENS, in whole blocks of scales."""
-    parts = -(-length // FFN_TOKENS)
-    return -(-length // (parts * BLOCK)) * BLOCK
 
 
 def _modulation(block, e, device) -> tuple[torch.Tensor, ...]:
     """Shift, scale and gate of both halves, float32 [B, 1, C] each."""
-    own = comfy.model_management.cast_to(block.modulation, dtype=torch.float32, device=device)
+    to = {"dtype": torch.float32, "device": device}
+    cast = comfy.model_management.cast_to
+    # Where it is in RAM each copy would wait for all that the GPU was asked for.
+    own = per_run.made((block, device), lambda: cast(block.modulation, **to))
     return (own + e.reshape(-1, 6, e.shape[-1]).float()).chunk(6, dim=1)
 
 
-def _cross_attend(attn, q, text: Operands, transformer_options) -> torch.Tensor:
-    """Attention of the queries q [B, L, C] to the quantized text, by the host's own attention."""
-    k, v = (int8_product(op, text, q.dtype) for op in (attn.k, attn.v))
-    q = rms_norm(q, float32_weights(attn.norm_q, q.device)[0], attn.eps)
-    k = rms_norm(k, float32_weights(attn.norm_k, q.device)[0], attn.eps)
-    return host_attention(attn, q, k, v, transformer_options)
+def _keys_values(attn, index, granularity, context, transformer_options):
+    """k and v [B, T, C] of the text features `context` for block `index`."""
+    made = transformer_options.get(TEXT, {})
+    if index not in made:
+        name = f"text in {granularity}"
+        text = once(transformer_options, name, context, lambda c: quantize(c, granularity))
+        k, v = (int8_product(op, text, context.dtype) for op in (attn.k, attn.v))
+        made[index] = rms_norm(k, float32_weights(attn.norm_k, k.device)[0], attn.eps), v
+    return made[index]
 
 
 def why_not_fused(block, e, transformer_options: dict) -> str | None:
     """What keeps a block from running fused; None where nothing does."""
-    if type(block) is not comfy.ldm.wan.model.WanAttentionBlock:
-        return f"it is a {type(block).__name__}"
-    if type(block.cross_attn) is not comfy.ldm.wan.model.WanT2VCrossAttention:
-        return f"its cross-attention is a {type(block.cross_attn).__name__}"
+    if reason := _other_kind(block):
+        return reason
     if e.ndim == 4 and e.shape[1] != 1:
         return "timesteps differ between tokens"
     if transformer_options.get("patches", {}).keys() & {"attn1_patch", "attn2_patch"}:
         return "a node patches its attention"
     if not is_ours(block.self_attn.forward):
         return "a node patches its self-attention"
-    attentions = block.self_attn, block.cross_attn
-    for attn in attentions:
-        if reason := missing_parts(attn):
-            return reason
-    # Not as attributes: those of a module take ten times as long to find, and this is every block.
-    ffn = block.ffn._modules
-    linears = [attn._modules[name] for attn in attentions for name in "qkvo"]
-    for linear in (*linears, ffn["0"], ffn["2"]):
-        if not isinstance(linear, Linear) or not is_int8(linear._parameters["weight"]):
-            return "its weights are not INT8"
-    norms = [attn._modules[name] for attn in attentions for name in ("norm_q", "norm_k")]
-    parts = block.cross_attn, block.ffn, *linears, *norms, block.norm1, block.norm2, block.norm3
-    if not all(map(is_stock, parts)):
+    if reason := _other_parts(block):
+        return reason
+    if not all(map(is_stock, (block.cross_attn, block.ffn, *_parts(block)))):
         return "a node patches a part of it"
     return None
+
+
+def why_never_fused(block) -> str | None:
+    """What keeps a block from running fused whatever it is given; None where nothing does."""
+    return _other_kind(block) or _other_parts(block)
+
+
+def _other_kind(block) -> str | None:
+    if type(block) is not comfy.ldm.wan.model.WanAttentionBlock:
+        return f"it is a {type(block).__name__}"
+    if type(block.cross_attn) is not comfy.ldm.wan.model.WanT2VCrossAttention:
+        return f"its cross-attention is a {type(block.cross_attn).__name__}"
+    return None
+
+
+def _other_parts(block) -> str | None:
+    for attn in (block.self_attn, block.cross_attn):
+        if reason := missing_parts(attn):
+            return reason
+    for linear in _linears(block):
+        if not isinstance(linear, Linear) or not is_int8(linear._parameters["weight"]):
+            return "its weights are not INT8"
+    return None
+
+
+# Not as attributes: those of a module take ten times as long to find, and this is every block.
+def _linears(block) -> list[torch.nn.Module]:
+    ffn = block.ffn._modules
+    attentions = (block.self_attn._modules, block.cross_attn._modules)
+    return [*(attn[name] for attn in attentions for name in "qkvo"), ffn["0"], ffn["2"]]
+
+
+def _parts(block) -> list[torch.nn.Module]:
+    attentions = (block.self_attn._modules, block.cross_attn._modules)
+    norms = [attn[name] for attn in attentions for name in ("norm_q", "norm_k")]
+    return [*_linears(block), *norms, block.norm1, block.norm2, block.norm3]

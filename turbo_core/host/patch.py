@@ -15,9 +15,13 @@ from ...kernels.checks import float32_on_gpu
 from ...kernels.dispatch import why_reference
 from .. import run_report
 from ..sla_settings import SLASettings
+from . import per_run, text
 from .block import block_forward
-from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, THIS_PASS
+from .in_ram import keep_pins
+from .memory import told_to_the_host
+from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, PINS, PREFETCH, TEXT, THIS_PASS
 from .patch_owner import is_ours, mark_as_ours, owner_of
+from .prefetch import next_block, queue_of
 from .self_attention import self_attention
 
 PLAIN_BLOCKS = (
@@ -87,6 +91,7 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
         patched.add_wrapper_with_key(kind, ATTENTION, wrapper)
     if not patched.callbacks.get(CallbacksMP.ON_CLONE, {}).get(ATTENTION):
         patched.add_callback_with_key(CallbacksMP.ON_CLONE, ATTENTION, _rebind_clone)
+        patched.add_callback_with_key(CallbacksMP.ON_LOAD, PINS, keep_pins)
     return patched
 
 
@@ -130,8 +135,17 @@ def _is_checkpointed(module: torch.nn.Module) -> bool:
 
 
 def _around_run(executor, *args, **kwargs):
-    with run_report.run(InterruptProcessingException):
+    guider = executor.class_obj
+    # A scheduled LoRA changes the weights from step to step.
+    same_weights = not has_hooks(guider.conds)
+    told = told_to_the_host(guider.model_patcher, guider.conds, guider.model_options)
+    with run_report.run(InterruptProcessingException), per_run.keep(same_weights), told:
         return executor(*args, **kwargs)
+
+
+def has_hooks(conds: dict) -> bool:
+    """Whether a guider's `conds` bring hooks, which change weights or options during a run."""
+    return any(cond.get("hooks") for group in conds.values() for cond in group)
 
 
 @torch.compiler.disable(recursive=False)  # as block.block_forward
@@ -140,9 +154,16 @@ def _around_forward(
 ):
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     _report_forward(executor.class_obj.blocks)
-    ours = {THIS_PASS: _this_pass(transformer_options), MADE_ONCE: {}}
-    transformer_options = {**transformer_options, **ours}
-    return executor(x, timestep, context, clip_fea, concat, transformer_options, **kwargs)
+    ours = {
+        THIS_PASS: _this_pass(transformer_options),
+        MADE_ONCE: {},
+        TEXT: text.keys_values(executor.class_obj, context),
+    }
+    options = {**transformer_options, **ours}
+    options[PREFETCH] = queue_of(executor.class_obj, x.device, options)
+    out = executor(x, timestep, context, clip_fea, concat, options, **kwargs)
+    next_block(options, None, x.device)
+    return out
 
 
 @torch.compiler.disable

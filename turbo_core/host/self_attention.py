@@ -1,6 +1,8 @@
 """Wan's self-attention as SLA: from the host's module and options to kernels/."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import comfy.ops
@@ -73,48 +75,59 @@ class SomeHeads(NamedTuple):
     """Of an attention, heads that are computed without the others."""
 
     channels: slice  # theirs, of all
-    row_norms: tuple[torch.Tensor, torch.Tensor]  # q's and k's over all heads, see qk_prepare
+    row_norms: Callable  # of their [B, L, H, D] of q or k those over all heads, see qk_prepare
 
 
 def attend(
-    attn, index, q, k, v, freqs, transformer_options: dict, some: SomeHeads | None = None
+    attn,
+    index: int,
+    quantized: Callable,
+    project: Callable,
+    freqs,
+    transformer_options: dict,
+    some: SomeHeads | None = None,
 ) -> torch.Tensor:
-    """Self-attention of block `index` from its projections q, k, v [B, L, C], before `o`.
+    """Self-attention of block `index` from its input to what goes into `o`, [B, L, C].
 
-    Overwrites q and k. For the fused block: RMSNorm and RoPE happen in here, SLA or the host's
-    attention follows. q, k and v may be those of `some` heads.
+    For the fused block: `quantized()` gives its input, `project(op, input)` the layer attn.q, k or
+    v of it, or of those `some` heads. Both are called here, keys and values first, so that nothing
+    outlives its use.
     """
     settings, why_dense = _choose(attn, index, transformer_options)
-    channels, norms = some or (slice(None), attn.eps)
-    weights = [float32_weights(op, q.device)[0][channels] for op in (attn.norm_q, attn.norm_k)]
     rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
-    q, k, v = (x.unflatten(2, (-1, attn.head_dim)) for x in (q, k, v))
+    n = quantized()
+
+    def heads(op):
+        return project(op, n).unflatten(2, (-1, attn.head_dim))
+
+    def queries():
+        nonlocal n
+        q, n = heads(attn.q), None
+        return q
+
     if why_dense:
         run_report.note_dense(index, why_dense)
-        rotated = _rotated if some is None else _rotated_by_norms
-        q, k = rotated((q, k), weights, norms, rotation)
-        q, k, v = (x.flatten(2) for x in (q, k, v))
+        v = project(attn.v, n)
+        k = _rotated(attn.norm_k, heads(attn.k), rotation, some)
+        q = _rotated(attn.norm_q, queries(), rotation, some)
         return host_attention(attn, q, k, v, transformer_options)
-    _note_sla(attn, index, settings, q)
-    options = {"eps": norms, **_sla_options(settings)}
-    projection = _projection(attn, q.device)
-    return sla_from_projections(q, k, v, weights, rotation, projection, **options).flatten(2)
+    _note_sla(attn, index, settings, freqs)
+    k, v = functools.partial(heads, attn.k), functools.partial(heads, attn.v)
+    channels, eps = some or (slice(None), attn.eps)
+    norms = [float32_weights(op, freqs.device)[0][channels] for op in (attn.norm_q, attn.norm_k)]
+    weights = norms, rotation, _projection(attn, freqs.device)
+    options = {"eps": eps, **_sla_options(settings)}
+    return sla_from_projections(queries, k, v, *weights, **options).flatten(2)
 
 
-def _rotated(both: Pair, weights: Pair, eps: float, rotation: Pair) -> list[torch.Tensor]:
-    """q and k [B, L, H, D] after RMSNorm and RoPE."""
-    return [
-        apply_rope(rms_norm(x.flatten(2), weight, eps).view(x.shape), *rotation)
-        for x, weight in zip(both, weights, strict=True)
-    ]
-
-
-def _rotated_by_norms(both: Pair, weights: Pair, norms: Pair, rotation: Pair) -> list[torch.Tensor]:
-    """The same of some heads, by the norms of rows of all; in place."""
-    return [
-        prepare(x, weight, *rotation, out=x, row_norms=norm).rows
-        for x, weight, norm in zip(both, weights, norms, strict=True)
-    ]
+def _rotated(norm, x: torch.Tensor, rotation: Pair, some: SomeHeads | None) -> torch.Tensor:
+    """A projection x [B, L, H, D], or that of some heads, after RMSNorm and RoPE, [B, L, C]."""
+    if some is not None:
+        weight = float32_weights(norm, x.device)[0][some.channels]
+        return prepare(x, weight, *rotation, out=x, row_norms=some.row_norms(x)).rows.flatten(2)
+    shape = x.shape
+    x = _norm(norm, x.flatten(2))  # whoever calls holds no x, so here it ends
+    return apply_rope(x.view(shape), *rotation).flatten(2)
 
 
 def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:

@@ -7,6 +7,8 @@ branch and its scales are each one head's. Three numbers of a token are of all h
 squares that q and k are normed by, and, with a scale per token, the largest output.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,22 +43,25 @@ class Split(NamedTuple):
 
 
 def split_attend(
-    attn, index, n: Operands, granularity: str, dtype, freqs, transformer_options: dict
+    attn, index, normed: Callable, granularity: str, dtype, freqs, transformer_options: dict
 ) -> Operands:
     """Self-attention of block `index`, from this rank's tokens of its input to those of its output.
 
-    `n` is [B, l, C] in INT8, its scales in `granularity`; so is the result, which `o` takes. The
-    rotation `freqs` [1, L, 1, D/2, 2, 2] is that of all tokens.
+    `normed()` gives its input [B, l, C] in INT8, scales in `granularity`; so is the result, which
+    `o` takes. The rotation `freqs` [1, L, 1, D/2, 2, 2] is that of all tokens.
     """
     ranks = transformer_options[SPLIT].ranks
     shares = _operand_shares(token_shares(freqs.shape[1], ranks.count), granularity)
     channels = channels_of(attn, ranks)
-    n = gather(ranks, list(n), shares)
-    q, k, v = (int8_product(op, n, dtype, channels) for op in (attn.q, attn.k, attn.v))
-    del n
-    some = SomeHeads(channels, _row_norms(attn, ranks, q, k))
-    y = attend(attn, index, q, k, v, freqs, transformer_options, some)  # [B, L, c]
-    del q, k, v
+
+    def gathered():
+        return gather(ranks, list(normed()), shares)
+
+    def project(op, n):
+        return int8_product(op, n, dtype, channels)  # [B, L, c]
+
+    some = SomeHeads(channels, functools.partial(_row_norms, attn, ranks))
+    y = attend(attn, index, gathered, project, freqs, transformer_options, some)
     if granularity == "blocks":
         return tuple(columns_to_rows(ranks, list(quantize_blocks(y)), shares))
     amax = torch.linalg.vector_norm(y, torch.inf, dim=-1, dtype=torch.float32)  # [B, L]
@@ -76,11 +81,10 @@ def channels_of(attn, ranks: Ranks) -> slice:
     return slice(heads.start * attn.head_dim, heads.stop * attn.head_dim)
 
 
-def _row_norms(attn, ranks: Ranks, *projections: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """1 / root mean square over all heads of each row of this rank's [B, L, c], float32 [B, L].
+def _row_norms(attn, ranks: Ranks, x: torch.Tensor) -> torch.Tensor:
+    """1 / root mean square over all heads of each row of this rank's [B, L, h, D], float32 [B, L].
 
     Heads add up in float64: whichever rank has them, float32 gets the same sum.
     """
-    sums = [square_sums(x.unflatten(2, (-1, attn.head_dim))).double().sum(-1) for x in projections]
-    mean_squares = summed(ranks, torch.stack(sums)) / (attn.num_heads * attn.head_dim)
-    return tuple((mean_squares + attn.eps).rsqrt().float())
+    total = summed(ranks, square_sums(x).double().sum(-1))
+    return (total / (attn.num_heads * attn.head_dim) + attn.eps).rsqrt().float()
