@@ -24,6 +24,7 @@ class Counts:
         self.fused = set()
         self.unfused = collections.defaultdict(set)  # why -> blocks
         self.int8 = collections.defaultdict(set)  # granularity -> linears
+        self.gpus = set()  # "on 2 GPUs", or on one, and why
         self.kernels = set()  # what `dispatch.choose` tells: (op, name, why)
         self.streamed = 0  # bytes of weights that came to the GPU to be used
         self.waits = []  # (start, end) of waiting for them, as events with elapsed_time
@@ -33,7 +34,7 @@ class Counts:
         if not self.forwards:
             return "runs without TurboDiffusion"
         sparse = set().union(*self.sla.values())
-        parts = [count(self.forwards, "forward pass", "forward passes")]
+        parts = [count(self.forwards, "forward pass", "forward passes"), *sorted(self.gpus)]
         parts += [f"SLA in {len(sparse)} of {self.num_blocks} blocks"]
         parts += [f"{how} in {_ranges(blocks)}" for how, blocks in self.sla.items()]
         parts += [f"dense in {_ranges(blocks)}: {why}" for why, blocks in self.dense.items()]
@@ -163,6 +164,12 @@ def note_unfused(block: int, why: str) -> None:
     """Block `block` ran as the host's own forward, and `why`."""
     if counts := _counts():
         counts.unfused[why].add(block)
+
+
+def note_gpus(how: str) -> None:
+    """A forward pass was shared by GPUs, or was to be and was not, `how` and why in a few words."""
+    if counts := _counts():
+        counts.gpus.add(how)
 
 
 def note_int8(granularity: str, linear: object) -> None:

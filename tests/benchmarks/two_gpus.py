@@ -46,7 +46,7 @@ from turbodiffusion_pack.turbo_core.host.options import (  # noqa: E402
 )
 from turbodiffusion_pack.turbo_core.host.patch import wan_model  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.self_attention import SomeHeads, attend  # noqa: E402
-from turbodiffusion_pack.turbo_core.host.sequence_parallel import split_over  # noqa: E402
+from turbodiffusion_pack.turbo_core.host.split_pass import split_over  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.split_block import Split, channels_of  # noqa: E402
 from turbodiffusion_pack.turbo_core.parallel.exchange import (  # noqa: E402
     Ranks,

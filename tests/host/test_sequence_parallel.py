@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.patch import wan_model
-from turbodiffusion_pack.turbo_core.host.sequence_parallel import split_over, why_not_split
+from turbodiffusion_pack.turbo_core.host.split_pass import split_over, why_not_split
 from turbodiffusion_pack.turbo_core.parallel.exchange import Ranks
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def reason(model, count=2, latent=(3, 16, 16), options=None, timesteps=1) -> str
     x = torch.zeros(1, 16, *latent)
     wan, timestep, context = wan_model(model), torch.zeros(1, timesteps), torch.zeros(1, 8, 4096)
     with torch.inference_mode():
-        return why_not_split(wan, x, timestep, context, options or {}, Ranks(None, 0, count))
+        return why_not_split(wan, x, timestep, context, options or {}, count)
 
 
 def test_what_cannot_be_shared_says_why(model):

@@ -3,6 +3,9 @@
 import copy
 import importlib.util
 import json
+import os
+import signal
+import sys
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +20,7 @@ import torch
 from clock_workflows import PICTURE, Video
 from comfyui_server import ComfyServer, RejectedError, Run, combo_options, node_inputs
 from PIL import Image
+from processes import children, ended
 from safetensors.torch import load_file
 from video import play
 
@@ -75,6 +79,8 @@ def models(comfyui_dir, tmp_path_factory) -> dict[str, list[Path]]:
 def server(comfyui_dir, models, tmp_path_factory):
     with ComfyServer(comfyui_dir, tmp_path_factory.mktemp("server"), models) as running:
         yield running
+        workers = children(running.process.pid)
+    assert ended(workers), "what the server has started is still there"
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +170,27 @@ def test_a_turbo_vae_makes_the_same_video(server):
     workflow["turbo"] = {"class_type": "TurboVAE", "inputs": {"vae": decode["vae"]}}
     decode["vae"] = ["turbo", 0]
     assert np.abs(pixels(server.run(workflow)).astype(int) - stock).mean() <= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
+def test_two_processes_share_a_video(server):
+    """Each with a GPU if there are two; the worker is killed between two videos."""
+    changes = {"RandomNoise": {"noise_seed": 13}, "rCMSampler": {"steps": 1}}
+    alone = pixels(server.run(t2v(changes))).astype(int)
+    for seed in (13, 14):
+        before = len(server.log_text())
+        workflow = t2v({**changes, "RandomNoise": {"noise_seed": seed}})
+        model = [node_id("SLAAttentionPatch"), 0]
+        for node in workflow.values():
+            node["inputs"] |= {k: ["gpus", 0] for k, v in node["inputs"].items() if v == model}
+        inputs = {"model": model, "gpus": 2}
+        workflow["gpus"] = {"class_type": "TurboSequenceParallel", "inputs": inputs}
+        shared = pixels(server.run(workflow))
+        assert "on 2 GPUs" in server.log_text()[before:]
+        assert seed != 13 or np.abs(shared - alone).mean() <= 1
+        if seed == 13:
+            (worker,) = children(server.process.pid)
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_a_run_is_told_in_one_log_line(server):

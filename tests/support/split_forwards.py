@@ -22,7 +22,7 @@ from turbodiffusion_pack.kernels import sla as kernels_sla  # noqa: E402
 from turbodiffusion_pack.turbo_core.host import split_block  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention  # noqa: E402
-from turbodiffusion_pack.turbo_core.host.sequence_parallel import split_over  # noqa: E402
+from turbodiffusion_pack.turbo_core.host.split_pass import split_over  # noqa: E402
 from turbodiffusion_pack.turbo_core.parallel.exchange import Ranks, ranks_of  # noqa: E402
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings  # noqa: E402
 

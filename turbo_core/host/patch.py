@@ -23,6 +23,7 @@ from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, PINS, PREFETCH, TEXT
 from .patch_owner import is_ours, mark_as_ours, owner_of
 from .prefetch import next_block, queue_of
 from .self_attention import self_attention
+from .versions import carry_loader
 
 PLAIN_BLOCKS = (
     comfy.ldm.wan.model.WanAttentionBlock,
@@ -110,6 +111,7 @@ def _bind_blocks(model: comfy.model_patcher.ModelPatcher) -> None:
 
 
 def _rebind_clone(original, clone) -> None:
+    carry_loader(original, clone)
     # A clone for another device or for torch.compile has its own copy of the model.
     if clone.model is not original.model:
         _bind_blocks(clone)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Hashable, Iterator
 
 
 class PerRun:
-    """Of one run: the texts' keys and values, see text.py, and what `made` made."""
+    """Of one run: the texts' keys and values, see text.py, what `made` made, and what ends it."""
 
     def __init__(self):
         self.texts = []
         self.made = {}
+        self.ends = contextlib.ExitStack()
 
 
 _current = contextvars.ContextVar("turbodiffusion_per_run", default=None)
@@ -25,9 +26,11 @@ def keep(wanted: bool = True) -> Iterator[None]:
     if not wanted or _current.get() is not None:
         yield
         return
-    token = _current.set(PerRun())
+    run = PerRun()
+    token = _current.set(run)
     try:
-        yield
+        with run.ends:
+            yield
     finally:
         _current.reset(token)
 

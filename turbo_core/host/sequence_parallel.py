@@ -1,75 +1,174 @@
-"""A MODEL whose forward passes several processes share, each with a GPU and the same weights."""
+"""A MODEL whose forward passes several GPUs share, each with the same weights.
 
-import comfy.ldm.wan.model
+The sampler runs in ComfyUI's process, which is rank 0 and has one GPU. Each further GPU has a
+worker process that loads the same file and takes part in each forward pass, see split_worker.py.
+"""
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Iterator
+
+import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...kernels.checks import BLOCK
-from ..parallel.exchange import Ranks
-from .block import why_not_fused
-from .gradients import GRADIENTS, records_graph
-from .options import SPLIT
+from .. import run_report
+from ..parallel.parcels import UnsendableError, wrap
+from . import per_run, split_worker
+from .gpu_workers import why_no_workers, workers_for
+from .options import ATTENTION, EXPERT_BOUNDARY, SPLIT
 from .patch import wan_model
-from .patch_owner import is_ours, owner_of
+from .patch_owner import is_ours
 from .split_block import Split
+from .split_pass import why_not_split
+from .versions import loader_of
 
-HEAD_DIM = 128  # of every Wan model: then a head is one block of scales
+# Of the options of a forward pass, those that reach what workers run.
+TOLD = (ATTENTION, EXPERT_BOUNDARY, "sample_sigmas", "sigmas", "rope_options")
+
+_keys = weakref.WeakKeyDictionary()  # a model that workers may have -> the number they know it by
+_numbers = itertools.count()
 
 
-def split_over(model, ranks: Ranks):
-    """A clone of `model` that computes its share of each forward pass that can be shared.
+def share_among(model, gpus: int):
+    """A clone of `model` whose forward passes `gpus` GPUs share, this process's one among them.
 
-    Every rank has to run the same passes on the same inputs; each gets the whole output.
+    A pass that cannot be shared runs on one GPU, and the run's line in the log says why.
 
     Raises:
         ValueError: not a Wan MODEL.
     """
     wan_model(model)
 
+    @torch.compiler.disable(recursive=False)
     def around_forward(
         executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **more
     ):
         options = transformer_options or {}
-        wan = executor.class_obj
-        if why_not_split(wan, x, timestep, context, options, ranks) is None:
-            options = {**options, SPLIT: Split(ranks, len(wan.blocks))}
-        return executor(x, timestep, context, clip_fea, concat, options, **more)
+        inputs = x, timestep, context, clip_fea
+        patcher = _loaded_patcher(executor.class_obj)
+        reason = (
+            why_no_workers(gpus, x.device)
+            or _why_not_alike(executor, concat, options, more)
+            or why_not_split(executor.class_obj, x, timestep, context, options, gpus)
+            or per_run.made((SPLIT, patcher), lambda: _why_not_loaded_alike(patcher))
+        )
+        if reason is not None:
+            run_report.note_gpus(f"on one GPU, as {reason}")
+            return executor(*inputs, concat, options, **more)
+        run_report.note_gpus(f"on {gpus} GPUs")
+        run = per_run.made(SPLIT, lambda: SharedRun(gpus, x.device))
+        return run.forward(executor, patcher, inputs, options)
 
     patched = model.clone()
     patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, SPLIT)
-    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, SPLIT, around_forward)
+    if gpus > 1:
+        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, SPLIT, around_forward)
     return patched
 
 
-def why_not_split(
-    wan: comfy.ldm.wan.model.WanModel, x, timestep, context, transformer_options: dict, ranks: Ranks
-) -> str | None:
-    """Why one GPU has to run the forward pass of x [B, C, T, H, W]; None where ranks can share it.
+class SharedRun:
+    """A sampler run that is shared with workers."""
 
-    The same on every rank that has the same model and inputs.
-    """
-    if wan.num_heads % ranks.count:
-        return f"{ranks.count} GPUs do not divide {wan.num_heads} heads"
-    if wan.dim != wan.num_heads * HEAD_DIM:
-        return f"head_dim {wan.dim // wan.num_heads} is not {HEAD_DIM}"
-    blocks = -(-_tokens(wan, x) // BLOCK)
-    if blocks < ranks.count:
-        return f"its {blocks} blocks of {BLOCK} tokens are too few for {ranks.count} GPUs"
-    if records_graph(wan, x, context):
-        return GRADIENTS
-    if transformer_options.get("patches_replace", {}).get("dit"):
-        return "a node replaces blocks"
-    e = timestep.reshape(len(x), -1, 1, 1)  # as blocks get it, but for the channels
-    for index, block in enumerate(wan.blocks):
-        if not is_ours(block.forward):
-            return f"block {index} is patched by {owner_of(block.forward)}"
-        if reason := why_not_fused(block, e, transformer_options):
-            return f"block {index} is not fused: {reason}"
+    def __init__(self, gpus: int, device: torch.device):
+        self.workers = workers_for(gpus, device)
+        self.workers.check()  # one may have ended since the last run
+        self.ready = None  # the model that workers have on their GPUs
+        per_run.current().ends.callback(self._end)
+
+    def forward(self, executor, patcher, inputs: tuple, options: dict) -> torch.Tensor:
+        """A forward pass of the model that `patcher` has loaded, shared."""
+        told = {name: options[name] for name in TOLD if name in options}
+        key = _key_of(patcher.model)
+        if self.ready != key:
+            self._prepare(key, patcher, told, tuple(inputs[0].shape))
+
+        def own(ranks):
+            split = {SPLIT: Split(ranks, len(executor.class_obj.blocks))}
+            with uninterrupted():
+                return executor(*inputs, None, {**options, **split})
+
+        # Before and after, no rank waits for another: here a run can be cancelled.
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        out = self.workers.together(split_worker.forward, (key, *inputs, told), own)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return out
+
+    def _prepare(self, key: int, patcher, options: dict, shape: tuple[int, ...]) -> None:
+        """Tell the workers which model comes, and what they do not know of it yet."""
+        known = self.workers.notes if self.workers.running else {}
+        loader = None if key in known else loader_of(patcher)
+        patches = None if known.get(key) == patcher.patches_uuid else dict(patcher.patches)
+        alive = [key, *(k for k in _keys.values() if k in known)]
+        arguments = key, alive, loader, patches, options, shape
+        self.workers.together(split_worker.prepare, arguments, lambda ranks: None)
+        self.workers.notes[key] = patcher.patches_uuid
+        self.ready = key
+
+    def _end(self) -> None:
+        if self.workers.running:
+            self.workers.together(split_worker.end_run, (), lambda ranks: None)
+
+
+def _loaded_patcher(wan: torch.nn.Module):
+    """The MODEL through which ComfyUI has loaded `wan`; None where it has not."""
+    for loaded in comfy.model_management.current_loaded_models:
+        patcher = loaded.model
+        if patcher is not None and getattr(patcher.model, "diffusion_model", None) is wan:
+            return patcher
     return None
 
 
-def _tokens(wan: comfy.ldm.wan.model.WanModel, x: torch.Tensor) -> int:
-    """How many tokens x [B, C, T, H, W] is, without those that a reference adds."""
-    sizes = zip(x.shape[2:], wan.patch_size, strict=True)
-    t, h, w = (-(-size // patch) for size, patch in sizes)
-    return t * h * w
+def _key_of(model: torch.nn.Module) -> int:
+    if model not in _keys:
+        _keys[model] = next(_numbers)
+    return _keys[model]
+
+
+def _why_not_alike(executor, concat, options: dict, more: dict) -> str | None:
+    """Why workers would not compute the same as this process in this pass; None if they would."""
+    if executor.idx + 1 < len(executor.wrappers):
+        return "a node behind Turbo Sequence Parallel wraps the model: put it before"
+    given = [name for name, value in more.items() if value is not None]
+    if concat is not None or given:
+        return f"it has conditions of another kind: {', '.join(given) or 'time_dim_concat'}"
+    if any(options.get("patches", {}).values()):
+        return "a node patches its blocks"
+    if "optimized_attention_override" in options:
+        return "a node puts another attention in"
+    if per_run.current() is None:
+        return "it is outside of a sampler run, or a LoRA is scheduled"
+    return None
+
+
+def _why_not_loaded_alike(patcher) -> str | None:
+    """Why workers could not load what `patcher` has; None where they can."""
+    if patcher is None:
+        return "ComfyUI has not loaded the model"
+    if loader_of(patcher) is None:
+        return "its loader does not tell how to load it again; take TurboLoader"
+    if patcher.injections:
+        return "a node adds modules to it"
+    for name, patch in patcher.object_patches.items():
+        if name.startswith("diffusion_model.") and not is_ours(patch):
+            return f"a node patches its {name.removeprefix('diffusion_model.')}"
+    try:
+        wrap((loader_of(patcher), patcher.patches))
+    except UnsendableError as error:
+        return f"workers cannot load it: {error}"
+    return None
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """While this lasts ComfyUI does not look whether the user has cancelled; afterwards it finds out.
+
+    It looks before each layer, and a rank that stops there leaves the others waiting.
+    """
+    look = comfy.model_management.throw_exception_if_processing_interrupted
+    comfy.model_management.throw_exception_if_processing_interrupted = lambda: None
+    try:
+        yield
+    finally:
+        comfy.model_management.throw_exception_if_processing_interrupted = look

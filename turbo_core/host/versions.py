@@ -153,6 +153,11 @@ def loader_of(model) -> tuple | None:
     return getattr(model, "cached_patcher_init", None)
 
 
+def carry_loader(original, clone) -> None:
+    """Tell a clone how its model is loaded; newer hosts do so themselves."""
+    clone.cached_patcher_init = loader_of(original)
+
+
 def clone_into(model, fresh):
     """A clone of `model` around the weights of `fresh`, a patcher that nobody has loaded yet."""
     if hasattr(fresh, "get_clone_model_override"):

@@ -35,6 +35,46 @@ def join(backend: str, store: str, rank: int, count: int, seconds: float) -> Ran
     return ranks_of()
 
 
+def give_up(ranks: Ranks) -> None:
+    """End this process's exchanges with ranks that are gone, from any thread.
+
+    Those over gloo end by themselves; the GPU would wait for the others for good.
+    """
+    if torch.cuda.is_available() and "nccl" in dist.get_backend_config(ranks.group):
+        ranks.group._get_backend(torch.device("cuda")).abort()
+
+
+def leave(ranks: Ranks) -> None:
+    """Be in no group any more."""
+    dist.destroy_process_group()
+
+
+class Blank(NamedTuple):
+    """A tensor that is still to come."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    on_gpu: bool
+
+
+def give(ranks: Ranks, tensors: list[torch.Tensor]) -> None:
+    """Rank 0's tensors to all others, which `take` them."""
+    for x in tensors:
+        if x.numel():
+            flat = x.contiguous().view(-1).view(torch.uint8)
+            dist.broadcast(flat, dist.get_global_rank(ranks.group, 0), ranks.group)
+
+
+def take(ranks: Ranks, blanks: list[Blank]) -> list[torch.Tensor]:
+    """The tensors that rank 0 gives, on the CPU or this rank's GPU."""
+    found = []
+    for blank in blanks:
+        device = "cuda" if blank.on_gpu else "cpu"
+        found.append(torch.empty(blank.shape, dtype=blank.dtype, device=device))
+    give(ranks, found)
+    return found
+
+
 def gather(ranks: Ranks, own: list[torch.Tensor], shares: list[list[slice]]) -> list[torch.Tensor]:
     """Every rank's share of some tensors, put together on every rank, in one exchange.
 

@@ -6,6 +6,7 @@
 import importlib
 import os
 import queue
+import signal
 import sys
 import threading
 import traceback
@@ -19,9 +20,9 @@ PACK = "turbodiffusion_wan"
 
 def main() -> None:
     """Join the other ranks, then do jobs until there is nobody to give them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent
     connection = Connection(int(sys.argv[1]))
     told = connection.recv()
-    sys.argv[1:] = told["arguments"]
     sys.path[:] = [*told["paths"], *(p for p in sys.path if Path(p).resolve() != ROOT)]
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
     pack = types.ModuleType(PACK)
@@ -29,13 +30,22 @@ def main() -> None:
     sys.modules[PACK] = pack
     jobs = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, jobs), daemon=True).start()
+    if told["first"]:
+        name, arguments = told["first"]
+        _function(name)(*arguments)
     exchange = importlib.import_module(f"{PACK}.turbo_core.parallel.exchange")
+    parcels = importlib.import_module(f"{PACK}.turbo_core.parallel.parcels")
     connection.send((True, "ready"))
     ranks = exchange.join(**told["group"])
     while True:
-        name, arguments = jobs.get()
+        parcel, blanks = jobs.get()
         try:
-            answer = True, _function(name)(ranks, *arguments)
+            tensors = exchange.take(ranks, [exchange.Blank(*blank) for blank in blanks])
+            job, arguments = parcels.unwrap(parcel, tensors)
+            job = _function(job) if isinstance(job, str) else job
+            del tensors
+            answer = True, job(ranks, *arguments)
+            del arguments
         except BaseException:
             answer = False, traceback.format_exc()
         connection.send(answer)

@@ -1,12 +1,13 @@
 """Worker processes that take part in what this one computes, as ranks 1 and up of a group.
 
-This process is rank 0 and says what is to be done: a job is the name of a function and small
-arguments, never a tensor; what is large goes through the group. A worker waits for a job without
-using a core. Between two jobs nothing is under way, so that is where a run may be cancelled. A
-worker ends as soon as its connection does: no other end of this process, however sudden, leaves one
-behind. If a job fails anywhere, all workers are ended and the next job starts new ones.
+This process is rank 0 and says what is to be done: a job is a function and its arguments, of which
+tensors go through the group. A worker waits for a job without using a core. Between two jobs
+nothing is under way, so that is where a run may be cancelled. A worker ends as soon as its
+connection does: no other end of this process, however sudden, leaves one behind. If a job fails
+anywhere, all workers are ended and the next job starts new ones.
 """
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -16,9 +17,9 @@ from multiprocessing import Pipe, connection
 from pathlib import Path
 from typing import TypeVar
 
-import torch.distributed as dist
-
-from .exchange import Ranks, join
+from . import exchange
+from .exchange import Ranks
+from .parcels import wrap
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -36,8 +37,12 @@ class Workers:
         count: how many processes, this one included.
         backend: "gloo", or "cpu:gloo,cuda:nccl" between GPUs.
         paths: where workers import from besides the pack.
-        arguments: their sys.argv, for ComfyUI.
+        first: function of the pack, "module:function", and for each worker what it is called with
+            before anything else is imported.
         seconds: after which an exchange gives up.
+
+    Attributes:
+        notes: whoever gives jobs writes here what workers keep; empty again after each start.
     """
 
     def __init__(
@@ -45,31 +50,45 @@ class Workers:
         count: int,
         backend: str = "gloo",
         paths: Sequence[str] = (),
-        arguments: Sequence[str] = (),
+        first: tuple[str, list[tuple]] | None = None,
         seconds: float = 600,
     ):
         self.count, self.backend, self.seconds = count, backend, seconds
-        self.told = {"paths": list(paths), "arguments": list(arguments)}
+        self.paths, self.first = list(paths), first
         self.processes: list[subprocess.Popen] = []
         self.connections: list[connection.Connection] = []
         self.ranks: Ranks | None = None
         self.folder: tempfile.TemporaryDirectory | None = None  # where they meet
+        self.notes = {}
 
-    def together(self, job: str, arguments: tuple, own: Callable[[Ranks], T]) -> T:
-        """own(ranks) here while every worker does `job` with its ranks and `arguments`.
+    @property
+    def running(self) -> bool:
+        """Whether all of them are there and wait for jobs."""
+        return self.ranks is not None and all(p.poll() is None for p in self.processes)
+
+    def together(self, job: Callable | str, arguments: tuple, own: Callable[[Ranks], T]) -> T:
+        """own(ranks) here while every worker does job(ranks, *arguments).
+
+        Tensors among the arguments arrive on the CPU or the worker's GPU, as they are here.
 
         Args:
-            job: "module:function"; a module that begins with a dot is the pack's.
+            job: a function that other processes know too, see parcels.py; "module:function" where
+                this process should not import it.
 
         Raises:
+            UnsendableError: of the arguments, before anything is done.
             WorkerError: a worker failed or is gone. This, and whatever `own` raises, ends them all.
         """
-        if self.ranks is None:
+        parcel, tensors = wrap((job, arguments))
+        if not self.running:
+            self.stop()
             self._start()
-        watch = _Watch(self.connections, self._end)
+        told = parcel, [(tuple(x.shape), x.dtype, x.is_cuda) for x in tensors]
+        watch = _Watch(self.connections, self._let_go)
         try:
             for end in self.connections:
-                end.send((job, arguments))
+                end.send(told)
+            exchange.give(self.ranks, tensors)
             result = own(self.ranks)
         except BaseException as error:
             # An exchange may notice that a worker is gone before the watch does.
@@ -85,40 +104,48 @@ class Workers:
             raise WorkerError(failure)
         return result
 
+    def check(self) -> None:
+        """Find out whether all still answer. If not, the next job starts new ones."""
+        if self.running:
+            with contextlib.suppress(WorkerError):
+                self.together(nothing, (), nothing)
+
     def stop(self) -> None:
         """End all workers; the next job starts new ones."""
-        self._end()
+        self._let_go()
         for end in self.connections:
             end.close()
         if self.ranks is not None:
-            dist.destroy_process_group()
+            exchange.leave(self.ranks)
         if self.folder is not None:
             self.folder.cleanup()
         self.processes, self.connections, self.ranks, self.folder = [], [], None, None
+        self.notes = {}
 
     def _stop_watched(self, watch: "_Watch") -> None:
         """End all workers, and so the watch, before the connections it waits for are closed."""
-        self._end()
+        self._let_go()
         watch.thread.join()
         self.stop()
 
     def _start(self) -> None:
-        # For as long as there is the group: NCCL meets there at its first exchange only.
+        # There as long as the group: NCCL meets there at its first exchange only.
         self.folder = tempfile.TemporaryDirectory()
         group = {"backend": self.backend, "store": str(Path(self.folder.name) / "ranks")}
         group |= {"count": self.count, "seconds": self.seconds}
         try:
             for rank in range(1, self.count):
-                self._start_one({**self.told, "group": {**group, "rank": rank}})
-            ready = _Watch(self.connections, self._end)
+                self._start_one(rank, {**group, "rank": rank})
+            ready = _Watch(self.connections, self._let_go)
             if not ready.wait(self.seconds):
                 raise WorkerError(ready.failure or "the workers do not start")
-            self.ranks = join(**group, rank=0)
+            self.ranks = exchange.join(**group, rank=0)
         except BaseException:
             self.stop()
             raise
 
-    def _start_one(self, told: dict) -> None:
+    def _start_one(self, rank: int, group: dict) -> None:
+        first = self.first and (self.first[0], self.first[1][rank - 1])
         ours, theirs = Pipe()
         with theirs:
             command = [sys.executable, str(WORKER), str(theirs.fileno())]
@@ -126,13 +153,20 @@ class Workers:
                 subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
             )
         self.connections.append(ours)
-        ours.send(told)
+        ours.send({"paths": self.paths, "first": first, "group": group})
 
-    def _end(self) -> None:
+    def _let_go(self) -> None:
+        """End all workers, and whatever exchange with them this process is in."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
             process.wait()
+        if self.processes and self.ranks is not None:
+            exchange.give_up(self.ranks)
+
+
+def nothing(ranks: Ranks) -> None:
+    """A job that is done as soon as a worker has heard of it."""
 
 
 class _Watch:
