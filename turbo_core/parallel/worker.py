@@ -23,18 +23,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent
     connection = Connection(int(sys.argv[1]))
     told = connection.recv()
-    sys.path[:] = [*told["paths"], *(p for p in sys.path if Path(p).resolve() != ROOT)]
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
-    pack = types.ModuleType(PACK)
-    pack.__path__ = [str(ROOT)]
-    sys.modules[PACK] = pack
     jobs = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, jobs), daemon=True).start()
-    if told["first"]:
-        name, arguments = told["first"]
-        _function(name)(*arguments)
-    exchange = importlib.import_module(f"{PACK}.turbo_core.parallel.exchange")
-    parcels = importlib.import_module(f"{PACK}.turbo_core.parallel.parcels")
+    try:
+        exchange, parcels = _set_up(told)
+    except BaseException:
+        connection.send((False, traceback.format_exc()))
+        raise
     connection.send((True, "ready"))
     ranks = exchange.join(**told["group"])
     while True:
@@ -43,12 +38,25 @@ def main() -> None:
             tensors = exchange.take(ranks, [exchange.Blank(*blank) for blank in blanks])
             job, arguments = parcels.unwrap(parcel, tensors)
             job = _function(job) if isinstance(job, str) else job
-            del tensors
             answer = True, job(ranks, *arguments)
-            del arguments
         except BaseException:
             answer = False, traceback.format_exc()
+        tensors = arguments = None  # or they would be there until the next job
         connection.send(answer)
+
+
+def _set_up(told: dict) -> tuple[types.ModuleType, types.ModuleType]:
+    """Make the pack importable, and ComfyUI if it is told of; what main needs of the pack."""
+    sys.path[:] = [*told["paths"], *(p for p in sys.path if Path(p).resolve() != ROOT)]
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
+    pack = types.ModuleType(PACK)
+    pack.__path__ = [str(ROOT)]
+    sys.modules[PACK] = pack
+    if told["first"]:
+        name, arguments = told["first"]
+        _function(name)(*arguments)
+    names = (f"{PACK}.turbo_core.parallel.{name}" for name in ("exchange", "parcels"))
+    return tuple(importlib.import_module(name) for name in names)
 
 
 def _listen(connection: Connection, jobs: queue.SimpleQueue) -> None:

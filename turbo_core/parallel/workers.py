@@ -105,10 +105,13 @@ class Workers:
         return result
 
     def check(self) -> None:
-        """Find out whether all still answer. If not, the next job starts new ones."""
-        if self.running:
-            with contextlib.suppress(WorkerError):
-                self.together(nothing, (), nothing)
+        """Find out whether all still answer. If not, all are ended, and the next job starts new
+        ones."""
+        if not self.running:
+            self.stop()
+            return
+        with contextlib.suppress(WorkerError):
+            self.together(nothing, (), nothing)
 
     def stop(self) -> None:
         """End all workers; the next job starts new ones."""

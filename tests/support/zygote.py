@@ -1,0 +1,81 @@
+"""Workers for tests, forked from a process that has imported what they need already.
+
+    python zygote.py DESCRIPTOR MODULE    imports it, and forks a worker for each connection it gets
+
+To import them takes longer than most of what workers do in tests.
+"""
+
+import contextlib
+import importlib
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing import Pipe, connection, reduction
+from pathlib import Path
+from unittest import mock
+
+import processes
+
+HERE = Path(__file__).resolve().parent
+WORKER = HERE.parents[1] / "turbo_core" / "parallel" / "worker.py"
+
+
+class Forked:
+    """What stands for the Popen of a worker."""
+
+    def __init__(self, pid: int):
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        return None if processes.running(self.pid) else -9
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        while self.poll() is None:
+            time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def forking(workers_module, preload: str) -> Iterator[None]:
+    """While this lasts the workers of the pack's `workers_module` are forked."""
+    ours, theirs = Pipe()
+    with theirs:
+        words = [sys.executable, str(Path(__file__)), str(theirs.fileno()), preload]
+        zygote = subprocess.Popen(words, pass_fds=[theirs.fileno()])
+
+    def start(command, pass_fds, **_):
+        reduction.send_handle(ours, pass_fds[0], zygote.pid)
+        return Forked(ours.recv())
+
+    with mock.patch.object(workers_module.subprocess, "Popen", start):
+        yield
+    ours.close()
+    zygote.wait()
+
+
+def main() -> None:
+    """Import all that workers do, and fork them until there is nobody to ask for one."""
+    parent = connection.Connection(int(sys.argv[1]))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    importlib.import_module(sys.argv[2])
+    with contextlib.suppress(EOFError):
+        while True:
+            handle = reduction.recv_handle(parent)
+            pid = os.fork()
+            if pid == 0:
+                parent.close()
+                sys.argv = [str(WORKER), str(handle)]
+                runpy.run_path(str(WORKER), run_name="__main__")
+            os.close(handle)
+            parent.send(pid)
+
+
+if __name__ == "__main__":
+    main()
