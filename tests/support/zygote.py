@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from multiprocessing import Pipe, connection, reduction
 from pathlib import Path
@@ -54,7 +55,8 @@ def forking(workers_module, preload: str) -> Iterator[None]:
         reduction.send_handle(ours, pass_fds[0], zygote.pid)
         return Forked(ours.recv())
 
-    with mock.patch.object(workers_module.subprocess, "Popen", start):
+    instead = types.SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
+    with mock.patch.object(workers_module, "subprocess", instead):
         yield
     ours.close()
     zygote.wait()
