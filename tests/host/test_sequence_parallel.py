@@ -1,74 +1,257 @@
-"""One forward pass shared by two and three processes, over gloo; and what cannot be shared."""
+"""TurboSequenceParallel: runs that two and three processes share, over gloo; what is not shared.
 
-import json
-from pathlib import Path
+The workers are the pack's own, but for how they start: see support/zygote.py.
+"""
 
-import in_comfyui  # noqa: F401
+import contextlib
+import logging
+import os
+import signal
+from unittest import mock
+
+import dynamic_vram
+import in_comfyui
 import pytest
-import ranks
 import tiny_models
 import torch
+import worker_jobs
+import zygote
+from in_comfyui import comfy
+from processes import children
+from split_seen import Seen
+from turbodiffusion_pack.nodes.experts import Wan22ExpertSwitch
+from turbodiffusion_pack.nodes.parallel import TurboSequenceParallel
+from turbodiffusion_pack.turbo_core.host import gpu_workers, per_run, split_block, split_pass, split_worker
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
-from turbodiffusion_pack.turbo_core.host.patch import wan_model
-from turbodiffusion_pack.turbo_core.host.split_pass import split_over, why_not_split
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention, wan_model
+from turbodiffusion_pack.turbo_core.parallel import workers as workers_module
 from turbodiffusion_pack.turbo_core.parallel.exchange import Ranks
+from turbodiffusion_pack.turbo_core.parallel.workers import WorkerError
+from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
-TESTS = Path(__file__).resolve().parents[1]
-CASES = [
-    *(f"t2v {a} {g}" for a in ("sagesla", "sla", "dense") for g in ("fast", "exact")),
-    *(f"i2v sagesla {g}" for g in ("fast", "exact")),
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="is about the CPU's fp32"),
+    pytest.mark.skipif(dynamic_vram.wanted(), reason="workers have no dynamic VRAM"),
 ]
+DIM = 768  # six heads, for two ranks and for three
+LATENT = 5, 18, 20  # 450 tokens: 3 whole blocks of 128 and one of 66
 SHARES = {2: [256, 194], 3: [256, 128, 66]}
+CASES = ["sagesla fast", "sagesla exact", "sla fast", "dense exact"]
 # INT8 rounds another way where the last bit of a norm's sum decides, one step of 127; a rank that
 # norms by its own heads is further off.
 NORMS_ROUNDING = 2.5e-3
+SAME = 1e-6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked():
+    with zygote.forking(workers_module, "comfy_worker_imports"):
+        yield
+        gpu_workers.stop()
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[tuple[str, int], dict]:
-    """What support/split_forwards.py found, by case and number of ranks."""
-    told = ranks.finish(ranks.start(3, TESTS / "support" / "split_forwards.py"))
-    rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
-    return {(row["case"], row["ranks"]): row for row in rows}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about the CPU's fp32")
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("count", [2, 3])
-def test_ranks_compute_what_one_computes(measured, case, count):
-    row = measured[case, count]
-    assert row["tokens"] == SHARES[count]  # it was shared
-    assert row["differing"] == count * [[]]  # maps, means, states and scales, to the bit
-    assert max(row["from one rank"]) <= 1e-6
-    assert max(row["from one process"]) <= NORMS_ROUNDING
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about the CPU's fp32")
-@pytest.mark.parametrize("count", [2, 3])
-def test_what_is_not_reduced_over_ranks_is_seen(measured, count):
-    row = measured[CASES[0], count]
-    assert min(row["not summed"]) > 1e-3 and min(row["not largest"]) > 1e-3
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("high", "low")):
+        tensors = tiny_models.t2v_checkpoint(seed, dim=DIM, ffn=512)
+        tiny_models.write_checkpoint(folder / f"{name}.safetensors", tensors)
+    return {name: str(folder / f"{name}.safetensors") for name in ("high", "low")}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
-    tiny_models.write_checkpoint(path, tiny_models.t2v_checkpoint())
-    model = load_turbo_model(str(path))
-    in_comfyui.comfy.model_management.load_models_gpu([model])
-    return model
+def model(files):
+    loaded = load_turbo_model(files["high"])
+    comfy.model_management.load_models_gpu([loaded])
+    return patch_attention(loaded, SLASettings("sagesla", topk=0.4))
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.double().norm())
+
+
+def inputs() -> dict:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1, 16, *LATENT, generator=generator)
+    return {"x": x, "context": torch.randn(1, 40, 64, generator=generator), "timestep": 900}
+
+
+def pass_of(model) -> torch.Tensor:
+    """One forward pass, as in a run."""
+    with torch.inference_mode(), per_run.keep():
+        return in_comfyui.velocity(model, **inputs())
+
+
+def share(model, gpus):
+    return TurboSequenceParallel.execute(model, gpus).args[0]
+
+
+def one_rank(model):
+    """`model` computed as ranks do, by one."""
+    return split_pass.split_over(model, Ranks(None))
+
+
+def run(model, sigmas=(1.0, 0.0), **options) -> torch.Tensor:
+    """A whole run through ComfyUI's guider."""
+    x, context = inputs()["x"], inputs()["context"]
+    with torch.inference_mode():
+        sampler = comfy.samplers.sampler_object("euler")
+        return in_comfyui.sample(model, sampler, torch.tensor(sigmas), x, context, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(files):
+    """Each case computed by one rank and by one process, once for all numbers of ranks."""
+    found = {}
+
+    def get(case):
+        if case not in found:
+            attention, granularity = case.split()
+            loaded = load_turbo_model(files["high"], granularity)
+            model = patch_attention(loaded, SLASettings(attention, topk=0.4))
+            with Seen().watch() as seen:
+                by_rank = pass_of(one_rank(model))
+            found[case] = model, by_rank, seen, pass_of(model)
+        return found[case]
+
+    return get
+
+
+@pytest.mark.parametrize(("count", "case"), [*((3, c) for c in CASES), (2, CASES[0])])
+def test_ranks_compute_what_one_computes(alone, count, case):
+    model, by_rank, seen_alone, ordinary = alone(case)
+    with Seen().watch() as seen:
+        shared = pass_of(share(model, count))
+    assert seen.tokens == SHARES[count][0]  # it was shared, and these are uneven
+    assert seen.differing(seen_alone, count) == []  # maps, means, states and scales, to the bit
+    assert relative(shared, by_rank) <= SAME
+    assert relative(shared, ordinary) <= NORMS_ROUNDING
+
+
+def test_what_is_not_reduced_over_ranks_is_seen(alone):
+    model, by_rank, *_ = alone(CASES[0])
+    pass_of(share(model, 2))
+    workers = gpu_workers.running_workers()
+    for name, alike in worker_jobs.REDUCED.items():
+        own = getattr(split_block, name)
+        workers.together("worker_jobs:reduce_nothing", (name,), lambda ranks: None)
+        with mock.patch.object(split_block, name, alike):
+            assert relative(pass_of(share(model, 2)), by_rank) > 1e-3
+        workers.together("worker_jobs:reduce_again", (name,), lambda ranks: None)
+        assert getattr(split_block, name) is own
+    assert relative(pass_of(share(model, 2)), by_rank) <= SAME
+
+
+def test_a_run_is_shared_and_says_so(model, caplog):
+    caplog.set_level(logging.INFO)
+    expected = run(one_rank(model), (1.0, 0.5, 0.0))
+    assert relative(run(share(model, 2), (1.0, 0.5, 0.0)), expected) <= SAME
+    assert "2 forward passes; on 2 GPUs; SLA in 2 of 2 blocks" in caplog.messages[-1]
+    (worker,) = gpu_workers.running_workers().processes
+    assert relative(run(share(model, 2), (1.0, 0.5, 0.0)), expected) <= SAME
+    assert gpu_workers.running_workers().processes == [worker]  # stays from run to run
+
+
+def test_loras_are_sent_when_they_change(model):
+    def with_lora(strength):
+        lora = tiny_models.lora(dim=DIM)
+        return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+    sent = []
+    together = workers_module.Workers.together
+
+    def noted(self, job, arguments, own):
+        sent.append(job is split_worker.prepare and bool(arguments[3]))
+        return together(self, job, arguments, own)
+
+    plain, strong = run(share(model, 2)), with_lora(2.0)
+    with mock.patch.object(workers_module.Workers, "together", noted):
+        for lora in (strong, strong.clone(), with_lora(-2.0)):
+            expected = run(one_rank(lora))
+            assert relative(plain, expected) > 0.01
+            assert relative(run(share(lora, 2)), expected) <= SAME
+        assert run(share(model, 2)).equal(plain)
+    assert sum(sent) == 2  # the clone has the same as the first
+
+
+def test_both_experts_are_shared(files, caplog):
+    caplog.set_level(logging.INFO)
+    high, low = (load_turbo_model(files[name]) for name in ("high", "low"))
+    both, sigmas = Wan22ExpertSwitch.execute(high, low, 0.6).args[0], (1.0, 0.5, 0.0)
+    expected = run(one_rank(both), sigmas)
+    assert relative(run(share(both, 2), sigmas), expected) <= SAME
+    assert caplog.messages[-1].count("1 forward pass; on 2 GPUs") == 2
+    assert relative(run(share(high, 2), sigmas), expected) > 0.01
+    run(share(both, 2), (0.5, 0.0))
+    assert "TurboDiffusion: low-noise expert: 1 forward pass; on 2 GPUs" in caplog.messages[-1]
+
+
+@contextlib.contextmanager
+def in_the_second_block(do):
+    """`do` in rank 0 while a pass is shared, when other ranks wait for it in the second block."""
+    attend = split_block.attend
+
+    def attended(attn, index, *arguments):
+        if index == 1:
+            do()
+        return attend(attn, index, *arguments)
+
+    with mock.patch.object(split_block, "attend", attended):
+        yield
+
+
+def test_a_run_is_cancelled_between_passes(model):
+    expected = run(share(model, 2))
+    processes = list(gpu_workers.running_workers().processes)
+    steps = []
+    with (
+        in_the_second_block(comfy.model_management.interrupt_current_processing),
+        pytest.raises(comfy.model_management.InterruptProcessingException),
+    ):
+        run(share(model, 2), (1.0, 0.5, 0.0), callback=lambda step, *_: steps.append(step))
+    assert steps == []  # the first pass was the last
+    assert not comfy.model_management.processing_interrupted()
+    assert run(share(model, 2)).equal(expected)
+    assert gpu_workers.running_workers().processes == processes
+
+
+@pytest.mark.parametrize("what", ["a worker is killed", "rank 0 is out of memory"])
+def test_the_next_run_works_after_one_that_failed(model, what):
+    expected = run(share(model, 3))
+    pids = [process.pid for process in gpu_workers.running_workers().processes]
+    error = comfy.model_management.OOM_EXCEPTION if "memory" in what else WorkerError
+
+    def fail():
+        if "memory" in what:
+            raise comfy.model_management.OOM_EXCEPTION("out of memory")
+        os.kill(pids[-1], signal.SIGKILL)
+
+    with in_the_second_block(fail), pytest.raises(error):
+        run(share(model, 3))
+    assert not gpu_workers.running_workers()
+    assert not set(pids) & set(children(os.getpid()))
+    assert run(share(model, 3)).equal(expected)
+
+
+def test_a_worker_that_is_out_of_memory_says_so(model):
+    run(share(model, 2))
+    workers = gpu_workers.running_workers()
+    workers.together("worker_jobs:run_out_of_memory", (), lambda ranks: None)
+    with pytest.raises(WorkerError, match="OutOfMemoryError: in a worker"):
+        run(share(model, 2))
 
 
 def reason(model, count=2, latent=(3, 16, 16), options=None, timesteps=1) -> str | None:
     x = torch.zeros(1, 16, *latent)
     wan, timestep, context = wan_model(model), torch.zeros(1, timesteps), torch.zeros(1, 8, 4096)
     with torch.inference_mode():
-        return why_not_split(wan, x, timestep, context, options or {}, count)
+        return split_pass.why_not_split(wan, x, timestep, context, options or {}, count)
 
 
 def test_what_cannot_be_shared_says_why(model):
+    comfy.model_management.load_models_gpu([model])
     assert reason(model) is None
-    assert reason(model, 3) == "3 GPUs do not divide 2 heads"
+    assert reason(model, 4) == "4 GPUs do not divide 6 heads"
     few = "its 1 blocks of 128 tokens are too few for 2 GPUs"
     assert reason(model, latent=(1, 16, 16)) == few
     replaced = {"patches_replace": {"dit": {("double_block", 0): None}}}
@@ -79,17 +262,63 @@ def test_what_cannot_be_shared_says_why(model):
     assert reason(model, options=patched) == "block 0 is not fused: a node patches its attention"
 
 
-def test_a_forward_that_cannot_be_shared_runs_whole(model):
-    """Without a word to other ranks: there are none."""
-    x, context = torch.randn(1, 16, 3, 16, 16), torch.randn(1, 40, 64)
-    alone = in_comfyui.velocity(model, x, context, 900)
-    shared = in_comfyui.velocity(split_over(model, Ranks(None, 0, 3)), x, context, 900)
-    assert torch.equal(shared, alone)
+def wrapped(model):
+    def wrapper(executor, *args, **kwargs):
+        return executor(*args, **kwargs)
+
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    model.add_wrapper_with_key(kind, "another node", wrapper)
 
 
-def test_the_benchmark_runs_on_cpus():
-    words = TESTS / "benchmarks" / "two_gpus.py", "--shapes", "tiny", "--runs", "1"
-    told = ranks.finish(ranks.start(2, *words))
-    rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
-    assert [(row["scheme"], row["ranks"]) for row in rows] == [("int8", 2), ("bf16", 2)]
-    assert all(row["predicted_speed_up"] > 0 and row["exchange_ms"] > 0 for row in rows)
+def from_elsewhere(model):
+    model.cached_patcher_init = None
+
+
+def patched(model):
+    head = model.get_model_object("diffusion_model.head")
+    model.add_object_patch("diffusion_model.head.forward", lambda *a: type(head).forward(head, *a))
+
+
+def lora_of_another_pack(model):
+    key = "diffusion_model.head.head.bias"
+    model.add_patches({key: ("diff", (torch.zeros(64),))})
+    name, value, strength, offset, _ = model.patches[key][0]
+    model.patches[key] = [(name, value, strength, offset, lambda weight: weight)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (wrapped, "a node behind Turbo Sequence Parallel wraps the model"),
+        (from_elsewhere, "its loader does not tell how to load it again"),
+        (patched, "a node patches its head.forward"),
+        (lora_of_another_pack, "workers cannot load it"),
+    ],
+)
+def test_what_is_not_alike_elsewhere_runs_on_one_gpu(model, caplog, change, words):
+    caplog.set_level(logging.INFO)
+    model = share(model, 2)
+    change(model)
+    run(model)
+    assert f"on one GPU, as {words}" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("platform", "device", "words"),
+    [
+        ("win32", "cpu", "needs Linux, where GPUs can exchange by NCCL; on Windows take WSL"),
+        ("linux", "xpu", "is for NVIDIA GPUs, not for xpu"),
+        ("linux", "cuda", "2 GPUs are asked for and only 0 are visible"),
+    ],
+)
+def test_where_there_are_no_workers(platform, device, words):
+    with mock.patch.object(gpu_workers.sys, "platform", platform):
+        assert words in gpu_workers.why_no_workers(2, torch.device(device))
+
+
+def test_another_nodes_group_is_left_alone(model, caplog):
+    gpu_workers.stop()
+    caplog.set_level(logging.INFO)
+    with mock.patch.object(gpu_workers.dist, "is_initialized", return_value=True):
+        run(share(model, 2))
+    assert "on one GPU, as another node has workers of its own" in caplog.messages[-1]

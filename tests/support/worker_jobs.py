@@ -1,5 +1,6 @@
-"""What workers do in tests/core/test_workers.py."""
+"""What workers do in tests/core/test_workers.py and in tests/host/test_sequence_parallel.py."""
 
+import importlib
 import os
 import time
 
@@ -64,3 +65,38 @@ def end(ranks) -> None:
     if ranks.rank == 1:
         os._exit(9)
     dist.barrier(ranks.group)
+
+
+# Stand for the reductions of turbo_core/host/split_block.py, and reduce over one rank only.
+REDUCED = {"summed": lambda ranks, x: x * ranks.count, "largest": lambda ranks, x: x}
+
+
+def reduce_nothing(ranks, name: str) -> None:
+    """From now on do not reduce over ranks what `name` does."""
+    setattr(_host("split_block"), name, REDUCED[name])
+
+
+def reduce_again(ranks, name: str) -> None:
+    """End what `reduce_nothing` began."""
+    setattr(_host("split_block"), name, getattr(_module("parallel.exchange"), name))
+
+
+def run_out_of_memory(ranks) -> None:
+    """From now on do so in the second block."""
+    split_block = _host("split_block")
+    attend = split_block.attend
+
+    def attended(attn, index, *arguments):
+        if index == 1:
+            raise torch.OutOfMemoryError("in a worker")
+        return attend(attn, index, *arguments)
+
+    split_block.attend = attended
+
+
+def _host(name: str):
+    return _module(f"host.{name}")
+
+
+def _module(name: str):
+    return importlib.import_module(f"turbodiffusion_wan.turbo_core.{name}")

@@ -59,6 +59,7 @@ def forking(workers_module, preload: str) -> Iterator[None]:
     with mock.patch.object(workers_module, "subprocess", instead):
         yield
     ours.close()
+    zygote.kill()
     zygote.wait()
 
 
