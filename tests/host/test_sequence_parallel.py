@@ -9,6 +9,7 @@ import os
 import signal
 from unittest import mock
 
+import comfyui_install
 import dynamic_vram
 import in_comfyui
 import pytest
@@ -22,8 +23,11 @@ from split_seen import Seen
 from turbodiffusion_pack.nodes.experts import Wan22ExpertSwitch
 from turbodiffusion_pack.nodes.parallel import TurboSequenceParallel
 from turbodiffusion_pack.turbo_core.host import gpu_workers, per_run, split_block, split_pass, split_worker
+from turbodiffusion_pack.turbo_core.host import turbo_vae
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention, wan_model
+from turbodiffusion_pack.turbo_core.host.turbo_vae import accelerate_vae
+from turbodiffusion_pack.turbo_core.parallel import exchange
 from turbodiffusion_pack.turbo_core.parallel import workers as workers_module
 from turbodiffusion_pack.turbo_core.parallel.exchange import Ranks
 from turbodiffusion_pack.turbo_core.parallel.workers import WorkerError
@@ -239,6 +243,42 @@ def test_a_worker_that_is_out_of_memory_says_so(model):
     workers.together("worker_jobs:run_out_of_memory", (), lambda ranks: None)
     with pytest.raises(WorkerError, match="OutOfMemoryError: in a worker"):
         run(share(model, 2))
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return accelerate_vae(comfy.sd.VAE(sd=tiny_models.vae_state_dict(comfyui_install.find())))
+
+
+def test_frames_are_decoded_by_all(vae, model):
+    """In strips that are not alike, two videos of three latent frames."""
+    latents = torch.randn(2, 16, 3, 4, 11, generator=torch.Generator().manual_seed(0))
+    gpu_workers.stop()
+    vae.make_room(latents.shape, 2)
+    expected = vae._decode(latents, 2)  # a CPU's convolution sums otherwise at another size
+    run(share(model, 2))
+    workers = gpu_workers.running_workers()
+    sent = []
+
+    def noted(ranks, *arguments):
+        sent.append(arguments[1])
+        return collect(ranks, *arguments)
+
+    collect = exchange.collect
+    with mock.patch.object(exchange, "collect", noted):
+        assert vae.decode(latents).equal(expected)
+    assert len(sent) == 6 and {tuple(shape[3] for shape in shapes) for shapes in sent} == {(40, 48)}
+
+    def cancel(*_):
+        comfy.model_management.interrupt_current_processing()
+
+    with (
+        mock.patch.object(turbo_vae.ToMemory, "copy", cancel),
+        pytest.raises(comfy.model_management.InterruptProcessingException),
+    ):
+        vae.decode(latents)
+    assert vae.decode(latents).equal(expected)
+    assert gpu_workers.running_workers() is workers
 
 
 def reason(model, count=2, latent=(3, 16, 16), options=None, timesteps=1) -> str | None:

@@ -1,7 +1,11 @@
 """The workers of this ComfyUI: one for each further GPU, started when first needed, then kept."""
 
 import atexit
+import contextlib
+import itertools
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.model_management
@@ -14,6 +18,7 @@ from ..parallel.workers import Workers
 SET_UP = ".turbo_core.host.split_start:set_up"
 
 _workers: Workers | None = None
+_keys, _numbers = weakref.WeakKeyDictionary(), itertools.count()
 
 
 def why_no_workers(gpus: int, device: torch.device) -> str | None:
@@ -46,7 +51,21 @@ def workers_for(gpus: int, device: torch.device) -> Workers:
 
 def running_workers() -> Workers | None:
     """The workers there are at this moment."""
-    return _workers if _is_running() else None
+    return _workers if _is_running() and _workers.running else None
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """While this lasts ComfyUI does not look whether the user has cancelled, and finds out later.
+
+    It looks before each layer, and a rank that stops there leaves the others waiting.
+    """
+    look = comfy.model_management.throw_exception_if_processing_interrupted
+    comfy.model_management.throw_exception_if_processing_interrupted = lambda: None
+    try:
+        yield
+    finally:
+        comfy.model_management.throw_exception_if_processing_interrupted = look
 
 
 def stop() -> None:
@@ -58,6 +77,18 @@ def stop() -> None:
 
 
 atexit.register(stop)
+
+
+def key_of(model: torch.nn.Module) -> int:
+    """The number that workers know a model by, for as long as it is here."""
+    if model not in _keys:
+        _keys[model] = next(_numbers)
+    return _keys[model]
+
+
+def keys_alive() -> set[int]:
+    """The numbers of all models that are still here."""
+    return set(_keys.values())
 
 
 def _is_running() -> bool:

@@ -4,11 +4,6 @@ The sampler runs in ComfyUI's process, which is rank 0 and has one GPU. Each fur
 worker process that loads the same file and takes part in each forward pass, see split_worker.py.
 """
 
-import contextlib
-import itertools
-import weakref
-from collections.abc import Iterator
-
 import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -16,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from .. import run_report
 from ..parallel.parcels import UnsendableError, wrap
 from . import per_run, split_worker
-from .gpu_workers import why_no_workers, workers_for
+from .gpu_workers import key_of, keys_alive, uninterrupted, why_no_workers, workers_for
 from .options import ATTENTION, EXPERT_BOUNDARY, SPLIT
 from .patch import wan_model
 from .patch_owner import is_ours
@@ -26,9 +21,6 @@ from .versions import loader_of
 
 # Of the options of a forward pass, those that reach what workers run.
 TOLD = (ATTENTION, EXPERT_BOUNDARY, "sample_sigmas", "sigmas", "rope_options")
-
-_keys = weakref.WeakKeyDictionary()  # a model that workers may have -> the number they know it by
-_numbers = itertools.count()
 
 
 def share_among(model, gpus: int):
@@ -80,7 +72,7 @@ class SharedRun:
     def forward(self, executor, patcher, inputs: tuple, options: dict) -> torch.Tensor:
         """A forward pass of the model that `patcher` has loaded, shared."""
         told = {name: options[name] for name in TOLD if name in options}
-        key = _key_of(patcher.model)
+        key = key_of(patcher.model)
         if self.ready != key:
             self._prepare(key, patcher, told, tuple(inputs[0].shape))
 
@@ -100,8 +92,7 @@ class SharedRun:
         known = self.workers.notes if self.workers.running else {}
         loader = None if key in known else loader_of(patcher)
         patches = None if known.get(key) == patcher.patches_uuid else dict(patcher.patches)
-        alive = [key, *(k for k in _keys.values() if k in known)]
-        arguments = key, alive, loader, patches, options, shape
+        arguments = key, keys_alive(), loader, patches, options, shape
         self.workers.together(split_worker.prepare, arguments, lambda ranks: None)
         self.workers.notes[key] = patcher.patches_uuid
         self.ready = key
@@ -118,12 +109,6 @@ def _loaded_patcher(wan: torch.nn.Module):
         if patcher is not None and getattr(patcher.model, "diffusion_model", None) is wan:
             return patcher
     return None
-
-
-def _key_of(model: torch.nn.Module) -> int:
-    if model not in _keys:
-        _keys[model] = next(_numbers)
-    return _keys[model]
 
 
 def _why_not_alike(executor, concat, options: dict, more: dict) -> str | None:
@@ -158,17 +143,3 @@ def _why_not_loaded_alike(patcher) -> str | None:
     except UnsendableError as error:
         return f"workers cannot load it: {error}"
     return None
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """While this lasts ComfyUI does not look whether the user has cancelled; afterwards it finds out.
-
-    It looks before each layer, and a rank that stops there leaves the others waiting.
-    """
-    look = comfy.model_management.throw_exception_if_processing_interrupted
-    comfy.model_management.throw_exception_if_processing_interrupted = lambda: None
-    try:
-        yield
-    finally:
-        comfy.model_management.throw_exception_if_processing_interrupted = look

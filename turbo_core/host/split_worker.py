@@ -21,7 +21,7 @@ _run = contextlib.ExitStack()  # ends with the run
 
 
 @torch.inference_mode()
-def prepare(ranks: Ranks, key: int, alive: list[int], loader, patches, options, shape) -> None:
+def prepare(ranks: Ranks, key: int, alive: set[int], loader, patches, options, shape) -> None:
     """Have the model `key` on the GPU for passes of x `shape`; forget all that are not `alive`.
 
     Args:

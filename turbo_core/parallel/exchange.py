@@ -119,6 +119,25 @@ def columns_to_rows(
     return [torch.cat(found, -1) for found in parts]
 
 
+def collect(
+    ranks: Ranks, own: torch.Tensor, shapes: list[tuple[int, ...]]
+) -> list[torch.Tensor]:
+    """On rank 0 every rank's tensor, of these `shapes`; on others nothing."""
+    if ranks.rank > 0:
+        _swapped([_operation(ranks, dist.isend, own.contiguous(), 0)])
+        return []
+    found = [own, *(own.new_empty(shape) for shape in shapes[1:])]
+    _swapped([_operation(ranks, dist.irecv, found[r], r) for r in range(1, ranks.count)])
+    return found
+
+
+def told(ranks: Ranks, value: bool) -> bool:
+    """What rank 0's value is, on all ranks; of their processors, no GPU waits."""
+    flag = torch.tensor([value], dtype=torch.uint8)
+    dist.broadcast(flag, dist.get_global_rank(ranks.group, 0), ranks.group)
+    return bool(flag)
+
+
 def summed(ranks: Ranks, x: torch.Tensor) -> torch.Tensor:
     """The sum of x over ranks, in place."""
     if ranks.count > 1:
@@ -142,9 +161,16 @@ def swap(
     for sent, received in zip(outgoing, incoming, strict=True):
         for peer in range(ranks.count):
             if peer != ranks.rank:
-                to = dist.get_global_rank(ranks.group, peer)
-                operations.append(dist.P2POp(dist.isend, sent[peer], to, ranks.group))
-                operations.append(dist.P2POp(dist.irecv, received[peer], to, ranks.group))
+                operations.append(_operation(ranks, dist.isend, sent[peer], peer))
+                operations.append(_operation(ranks, dist.irecv, received[peer], peer))
+    _swapped(operations)
+
+
+def _operation(ranks: Ranks, kind, x: torch.Tensor, peer: int) -> dist.P2POp:
+    return dist.P2POp(kind, x, dist.get_global_rank(ranks.group, peer), ranks.group)
+
+
+def _swapped(operations: list[dist.P2POp]) -> None:
     if operations:
         for work in dist.batch_isend_irecv(operations):
             work.wait()

@@ -17,10 +17,14 @@ from multiprocessing import Pipe, connection
 from pathlib import Path
 from typing import TypeVar
 
+from torch.distributed import DistError
+
 from . import exchange
 from .exchange import Ranks
 from .parcels import wrap
 
+GONE = "a worker is gone: it was ended, or out of memory"
+A_MOMENT = 0.1  # seconds in which a failure's cause may be heard of after its effects
 WORKER = Path(__file__).with_name("worker.py")
 
 T = TypeVar("T")
@@ -92,7 +96,8 @@ class Workers:
             result = own(self.ranks)
         except BaseException as error:
             # An exchange may notice that a worker is gone before the watch does.
-            watch.failed.wait(1 if isinstance(error, (RuntimeError, OSError)) else 0)
+            by_exchange = type(error) is RuntimeError or isinstance(error, (DistError, OSError))
+            watch.failed.wait(2 if by_exchange else 0)
             failure = watch.failure
             self._stop_watched(watch)
             if failure is None:
@@ -191,15 +196,20 @@ class _Watch:
         return not self.thread.is_alive() and self.failure is None
 
     def _listen(self) -> None:
-        while self.waiting:
-            for ready in connection.wait(self.waiting):
-                try:
-                    well, answer = ready.recv()
-                except (EOFError, OSError):
-                    well, answer = False, "a worker is gone: it was ended, or out of memory"
-                if not well:
-                    self.failure = answer
-                    self.failed.set()
-                    self.end()
-                    return
-                self.waiting.remove(ready)
+        while self.waiting and not self.failure:
+            self._hear(connection.wait(self.waiting))
+        if self.failure:
+            self._hear(connection.wait(self.waiting, A_MOMENT))
+            self.failed.set()
+            self.end()
+
+    def _hear(self, connections: list[connection.Connection]) -> None:
+        for ready in connections:
+            self.waiting.remove(ready)
+            try:
+                well, answer = ready.recv()
+            except (EOFError, OSError):
+                self.failure = GONE  # which is why others fail, whoever tells it first
+                continue
+            if not well:
+                self.failure = self.failure or answer
