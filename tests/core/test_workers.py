@@ -1,9 +1,12 @@
 """Worker processes, over gloo: what they do together, how they fail, and that none is left."""
 
+import importlib.util
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -128,6 +131,21 @@ def test_a_worker_that_does_not_answer_is_given_up(workers):
     with pytest.raises(WorkerError, match=r"a worker has not answered for 0.3 s"):
         slow.together(JOB + "wait", (), lambda ranks: None)
     assert slow.processes == []
+
+
+def test_a_torch_without_processes_imports_the_pack():
+    """Some builds are without; then all of torch.distributed is a name or two."""
+    bare = types.ModuleType("torch.distributed")
+    names = [f"turbodiffusion_pack.turbo_core.parallel.{n}" for n in ("exchange", "workers")]
+    with (
+        mock.patch.dict(sys.modules, {"torch.distributed": bare}),
+        mock.patch.object(torch, "distributed", bare),
+    ):
+        for name in names:
+            spec = importlib.util.find_spec(name)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            assert module.dist is bare
 
 
 PARENT = """

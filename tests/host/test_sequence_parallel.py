@@ -35,7 +35,6 @@ from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="is about the CPU's fp32"),
-    pytest.mark.skipif(dynamic_vram.wanted(), reason="workers have no dynamic VRAM"),
 ]
 DIM = 768  # six heads, for two ranks and for three
 LATENT = 5, 18, 20  # 450 tokens: 3 whole blocks of 128 and one of 66
@@ -45,6 +44,9 @@ CASES = ["sagesla fast", "sagesla exact", "sla fast", "dense exact"]
 # norms by its own heads is further off.
 NORMS_ROUNDING = 2.5e-3
 SAME = 1e-6
+# With dynamic VRAM this process adds a LoRA at each use, and rounds its sum with INT8 weights
+# otherwise than its workers, which add it once.
+SAME_WITH_LORA = 5e-3 if dynamic_vram.wanted() else SAME
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -172,8 +174,8 @@ def test_loras_are_sent_when_they_change(model):
     with mock.patch.object(workers_module.Workers, "together", noted):
         for lora in (strong, strong.clone(), with_lora(-2.0)):
             expected = run(one_rank(lora))
-            assert relative(plain, expected) > 0.01
-            assert relative(run(share(lora, 2)), expected) <= SAME
+            assert relative(plain, expected) > 0.05
+            assert relative(run(share(lora, 2)), expected) <= SAME_WITH_LORA
         assert run(share(model, 2)).equal(plain)
     assert sum(sent) == 2  # the clone has the same as the first
 
@@ -182,8 +184,16 @@ def test_both_experts_are_shared(files, caplog):
     caplog.set_level(logging.INFO)
     high, low = (load_turbo_model(files[name]) for name in ("high", "low"))
     both, sigmas = Wan22ExpertSwitch.execute(high, low, 0.6).args[0], (1.0, 0.5, 0.0)
-    expected = run(one_rank(both), sigmas)
-    assert relative(run(share(both, 2), sigmas), expected) <= SAME
+    expected, loading = run(one_rank(both), sigmas), []
+    together = workers_module.Workers.together
+
+    def noted(self, job, arguments, own):
+        loading.append(job is split_worker.prepare and own is not workers_module.nothing)
+        return together(self, job, arguments, own)
+
+    with mock.patch.object(workers_module.Workers, "together", noted):
+        assert relative(run(share(both, 2), sigmas), expected) <= SAME
+    assert sum(loading) == 2  # of each expert, while this process loads it as well
     assert caplog.messages[-1].count("1 forward pass; on 2 GPUs") == 2
     assert relative(run(share(high, 2), sigmas), expected) > 0.01
     run(share(both, 2), (0.5, 0.0))

@@ -49,7 +49,9 @@ def forking(workers_module, preload: str) -> Iterator[None]:
     ours, theirs = Pipe()
     with theirs:
         words = [sys.executable, str(Path(__file__)), str(theirs.fileno()), preload]
-        zygote = subprocess.Popen(words, pass_fds=[theirs.fileno()])
+        # Workers have no dynamic VRAM, whatever this process has.
+        others = {k: v for k, v in os.environ.items() if k != "DYNAMIC_VRAM"}
+        zygote = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=others)
 
     def start(command, pass_fds, **_):
         reduction.send_handle(ours, pass_fds[0], zygote.pid)

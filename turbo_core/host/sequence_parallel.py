@@ -4,12 +4,15 @@ The sampler runs in ComfyUI's process, which is rank 0 and has one GPU. Each fur
 worker process that loads the same file and takes part in each forward pass, see split_worker.py.
 """
 
+from collections.abc import Callable
+
 import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from .. import run_report
 from ..parallel.parcels import UnsendableError, wrap
+from ..parallel.workers import nothing
 from . import per_run, split_worker
 from .gpu_workers import key_of, keys_alive, uninterrupted, why_no_workers, workers_for
 from .options import ATTENTION, EXPERT_BOUNDARY, SPLIT
@@ -21,6 +24,7 @@ from .versions import loader_of
 
 # Of the options of a forward pass, those that reach what workers run.
 TOLD = (ATTENTION, EXPERT_BOUNDARY, "sample_sigmas", "sigmas", "rope_options")
+OUTSIDE = "it is outside of a sampler run, or a LoRA is scheduled"
 
 
 def share_among(model, gpus: int):
@@ -44,7 +48,7 @@ def share_among(model, gpus: int):
             why_no_workers(gpus, x.device)
             or _why_not_alike(executor, concat, options, more)
             or why_not_split(executor.class_obj, x, timestep, context, options, gpus)
-            or per_run.made((SPLIT, patcher), lambda: _why_not_loaded_alike(patcher))
+            or per_run.made((SPLIT, patcher), lambda: _why_not_loaded_alike(patcher, gpus))
         )
         if reason is not None:
             run_report.note_gpus(f"on one GPU, as {reason}")
@@ -53,10 +57,23 @@ def share_among(model, gpus: int):
         run = per_run.made(SPLIT, lambda: SharedRun(gpus, x.device))
         return run.forward(executor, patcher, inputs, options)
 
+    def around_load(executor, patcher, shape, conds, model_options=None, *others, **more):
+        def load(*_):
+            return executor(patcher, shape, conds, model_options, *others, **more)
+
+        if why_no_workers(gpus, patcher.load_device) or _why_not_loaded_alike(patcher, gpus):
+            return load()
+        run = per_run.made(SPLIT, lambda: SharedRun(gpus, patcher.load_device))
+        return run.prepare(patcher, model_options["transformer_options"], tuple(shape), load)
+
     patched = model.clone()
-    patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, SPLIT)
-    if gpus > 1:
-        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, SPLIT, around_forward)
+    for kind, wrapper in (
+        (WrappersMP.PREPARE_SAMPLING, around_load),
+        (WrappersMP.DIFFUSION_MODEL, around_forward),
+    ):
+        patched.remove_wrappers_with_key(kind, SPLIT)
+        if gpus > 1:
+            patched.add_wrapper_with_key(kind, SPLIT, wrapper)
     return patched
 
 
@@ -69,12 +86,24 @@ class SharedRun:
         self.ready = None  # the model that workers have on their GPUs
         per_run.current().ends.callback(self._end)
 
+    def prepare(self, patcher, options: dict, shape: tuple[int, ...], load: Callable):
+        """load(), by which ComfyUI loads `patcher` for passes of x `shape`, while workers do."""
+        key = key_of(patcher.model)
+        known = self.workers.notes if self.workers.running else {}
+        loader = None if key in known else loader_of(patcher)
+        patches = None if known.get(key) == patcher.patches_uuid else dict(patcher.patches)
+        arguments = key, keys_alive(), loader, patches, _told(options), shape
+        with uninterrupted():
+            found = self.workers.together(split_worker.prepare, arguments, load)
+        self.workers.notes[key] = patcher.patches_uuid
+        self.ready = key
+        return found
+
     def forward(self, executor, patcher, inputs: tuple, options: dict) -> torch.Tensor:
         """A forward pass of the model that `patcher` has loaded, shared."""
-        told = {name: options[name] for name in TOLD if name in options}
         key = key_of(patcher.model)
         if self.ready != key:
-            self._prepare(key, patcher, told, tuple(inputs[0].shape))
+            self.prepare(patcher, options, tuple(inputs[0].shape), nothing)
 
         def own(ranks):
             split = {SPLIT: Split(ranks, len(executor.class_obj.blocks))}
@@ -83,23 +112,17 @@ class SharedRun:
 
         # Before and after, no rank waits for another: here a run can be cancelled.
         comfy.model_management.throw_exception_if_processing_interrupted()
-        out = self.workers.together(split_worker.forward, (key, *inputs, told), own)
+        out = self.workers.together(split_worker.forward, (key, *inputs, _told(options)), own)
         comfy.model_management.throw_exception_if_processing_interrupted()
         return out
 
-    def _prepare(self, key: int, patcher, options: dict, shape: tuple[int, ...]) -> None:
-        """Tell the workers which model comes, and what they do not know of it yet."""
-        known = self.workers.notes if self.workers.running else {}
-        loader = None if key in known else loader_of(patcher)
-        patches = None if known.get(key) == patcher.patches_uuid else dict(patcher.patches)
-        arguments = key, keys_alive(), loader, patches, options, shape
-        self.workers.together(split_worker.prepare, arguments, lambda ranks: None)
-        self.workers.notes[key] = patcher.patches_uuid
-        self.ready = key
-
     def _end(self) -> None:
         if self.workers.running:
-            self.workers.together(split_worker.end_run, (), lambda ranks: None)
+            self.workers.together(split_worker.end_run, (), nothing)
+
+
+def _told(options: dict) -> dict:
+    return {name: options[name] for name in TOLD if name in options}
 
 
 def _loaded_patcher(wan: torch.nn.Module):
@@ -122,15 +145,20 @@ def _why_not_alike(executor, concat, options: dict, more: dict) -> str | None:
         return "a node patches its blocks"
     if "optimized_attention_override" in options:
         return "a node puts another attention in"
-    if per_run.current() is None:
-        return "it is outside of a sampler run, or a LoRA is scheduled"
-    return None
+    return None if per_run.current() else OUTSIDE
 
 
-def _why_not_loaded_alike(patcher) -> str | None:
-    """Why workers could not load what `patcher` has; None where they can."""
+def _why_not_loaded_alike(patcher, gpus: int) -> str | None:
+    """Why workers could not load what `patcher` has, or not share it; None where they can."""
     if patcher is None:
         return "ComfyUI has not loaded the model"
+    if per_run.current() is None:
+        return OUTSIDE
+    if ATTENTION not in patcher.model_options["transformer_options"]:
+        return "no SLA Attention is put on it"
+    heads = patcher.model.diffusion_model.num_heads
+    if heads % gpus:
+        return f"{gpus} GPUs do not divide {heads} heads"
     if loader_of(patcher) is None:
         return "its loader does not tell how to load it again; take TurboLoader"
     if patcher.injections:

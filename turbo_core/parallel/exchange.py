@@ -1,5 +1,7 @@
 """What ranks tell each other, over torch.distributed: NCCL between GPUs, gloo between CPUs."""
 
+from __future__ import annotations  # a torch without torch.distributed has none of its types
+
 from datetime import timedelta
 from typing import NamedTuple
 

@@ -17,7 +17,7 @@ from multiprocessing import Pipe, connection
 from pathlib import Path
 from typing import TypeVar
 
-from torch.distributed import DistError
+import torch.distributed as dist
 
 from . import exchange
 from .exchange import Ranks
@@ -96,7 +96,7 @@ class Workers:
             result = own(self.ranks)
         except BaseException as error:
             # An exchange may notice that a worker is gone before the watch does.
-            by_exchange = type(error) is RuntimeError or isinstance(error, (DistError, OSError))
+            by_exchange = type(error) is RuntimeError or isinstance(error, (dist.DistError, OSError))
             watch.failed.wait(2 if by_exchange else 0)
             failure = watch.failure
             self._stop_watched(watch)
