@@ -174,7 +174,7 @@ def test_loras_are_sent_when_they_change(model):
     with mock.patch.object(workers_module.Workers, "together", noted):
         for lora in (strong, strong.clone(), with_lora(-2.0)):
             expected = run(one_rank(lora))
-            assert relative(plain, expected) > 0.05
+            assert relative(plain, expected) > 0.03
             assert relative(run(share(lora, 2)), expected) <= SAME_WITH_LORA
         assert run(share(model, 2)).equal(plain)
     assert sum(sent) == 2  # the clone has the same as the first

@@ -49,8 +49,9 @@ def forking(workers_module, preload: str) -> Iterator[None]:
     ours, theirs = Pipe()
     with theirs:
         words = [sys.executable, str(Path(__file__)), str(theirs.fileno()), preload]
-        # Workers have no dynamic VRAM, whatever this process has.
+        # Workers have no dynamic VRAM, whatever this process has; and there are several.
         others = {k: v for k, v in os.environ.items() if k != "DYNAMIC_VRAM"}
+        others["OMP_NUM_THREADS"] = "1"
         zygote = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=others)
 
     def start(command, pass_fds, **_):
