@@ -22,8 +22,14 @@ from processes import children
 from split_seen import Seen
 from turbodiffusion_pack.nodes.experts import Wan22ExpertSwitch
 from turbodiffusion_pack.nodes.parallel import TurboSequenceParallel
-from turbodiffusion_pack.turbo_core.host import gpu_workers, per_run, split_block, split_pass, split_worker
-from turbodiffusion_pack.turbo_core.host import turbo_vae
+from turbodiffusion_pack.turbo_core.host import (
+    gpu_workers,
+    per_run,
+    split_block,
+    split_pass,
+    split_worker,
+    turbo_vae,
+)
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention, wan_model
 from turbodiffusion_pack.turbo_core.host.turbo_vae import accelerate_vae

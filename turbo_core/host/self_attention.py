@@ -125,9 +125,9 @@ def _rotated(norm, x: torch.Tensor, rotation: Pair, some: SomeHeads | None) -> t
     if some is not None:
         weight = float32_weights(norm, x.device)[0][some.channels]
         return prepare(x, weight, *rotation, out=x, row_norms=some.row_norms(x)).rows.flatten(2)
-    shape = x.shape
+    heads = x.shape[2:]
     x = _norm(norm, x.flatten(2))  # whoever calls holds no x, so here it ends
-    return apply_rope(x.view(shape), *rotation).flatten(2)
+    return apply_rope(x.unflatten(2, heads), *rotation).flatten(2)
 
 
 def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:

@@ -64,6 +64,7 @@ class Workers:
         self.ranks: Ranks | None = None
         self.folder: tempfile.TemporaryDirectory | None = None  # where they meet
         self.notes = {}
+        self.given_up = False  # whether this process has left all exchanges
 
     @property
     def running(self) -> bool:
@@ -96,8 +97,8 @@ class Workers:
             result = own(self.ranks)
         except BaseException as error:
             # An exchange may notice that a worker is gone before the watch does.
-            by_exchange = type(error) is RuntimeError or isinstance(error, (dist.DistError, OSError))
-            watch.failed.wait(2 if by_exchange else 0)
+            exchanging = type(error) is RuntimeError or isinstance(error, (dist.DistError, OSError))
+            watch.failed.wait(2 if exchanging else 0)
             failure = watch.failure
             self._stop_watched(watch)
             if failure is None:
@@ -128,7 +129,7 @@ class Workers:
         if self.folder is not None:
             self.folder.cleanup()
         self.processes, self.connections, self.ranks, self.folder = [], [], None, None
-        self.notes = {}
+        self.notes, self.given_up = {}, False
 
     def _stop_watched(self, watch: "_Watch") -> None:
         """End all workers, and so the watch, before the connections it waits for are closed."""
@@ -169,7 +170,8 @@ class Workers:
             process.kill()
         for process in self.processes:
             process.wait()
-        if self.processes and self.ranks is not None:
+        if self.ranks is not None and not self.given_up:
+            self.given_up = True
             exchange.give_up(self.ranks)
 
 
