@@ -331,8 +331,9 @@ def from_elsewhere(model):
 
 
 def patched(model):
-    head = model.get_model_object("diffusion_model.head")
-    model.add_object_patch("diffusion_model.head.forward", lambda *a: type(head).forward(head, *a))
+    name = "diffusion_model.time_projection"
+    part = model.get_model_object(name)
+    model.add_object_patch(f"{name}.forward", lambda x: type(part).forward(part, x))
 
 
 def lora_of_another_pack(model):
@@ -347,7 +348,7 @@ def lora_of_another_pack(model):
     [
         (wrapped, "a node behind Turbo Sequence Parallel wraps the model"),
         (from_elsewhere, "its loader does not tell how to load it again"),
-        (patched, "a node patches its head.forward"),
+        (patched, "a node patches its time_projection.forward"),
         (lora_of_another_pack, "workers cannot load it"),
     ],
 )

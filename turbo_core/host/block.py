@@ -106,7 +106,7 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
         h = quantize(h, granularity, activation="gelu_tanh")
         int8_linear(*h, *down, dtype, gate=gate2, residual=part, out=part)
         del h
-    return x if split is None else split.tokens_out_of(index, x, freqs.shape[1])
+    return x
 
 
 def _modulation(block, e, device) -> tuple[torch.Tensor, ...]:

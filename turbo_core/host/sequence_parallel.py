@@ -18,8 +18,7 @@ from .gpu_workers import key_of, keys_alive, uninterrupted, why_no_workers, work
 from .options import ATTENTION, EXPERT_BOUNDARY, SPLIT
 from .patch import wan_model
 from .patch_owner import is_ours
-from .split_block import Split
-from .split_pass import why_not_split
+from .split_pass import split_pass, why_not_split
 from .versions import loader_of
 
 # Of the options of a forward pass, those that reach what workers run.
@@ -106,9 +105,8 @@ class SharedRun:
             self.prepare(patcher, options, tuple(inputs[0].shape), nothing)
 
         def own(ranks):
-            split = {SPLIT: Split(ranks, len(executor.class_obj.blocks))}
             with uninterrupted():
-                return executor(*inputs, None, {**options, **split})
+                return split_pass(executor, ranks, inputs, options)
 
         # Before and after, no rank waits for another: here a run can be cancelled.
         comfy.model_management.throw_exception_if_processing_interrupted()

@@ -24,22 +24,15 @@ from .self_attention import SomeHeads, attend
 
 
 class Split(NamedTuple):
-    """One forward pass of `blocks` blocks that `ranks` share."""
+    """One forward pass that `ranks` share."""
 
     ranks: Ranks
-    blocks: int
 
     def tokens_into(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """What block `index` takes of x: the first one this rank's tokens of [B, L, C]."""
         if index > 0:
             return x
         return x[:, token_shares(x.shape[1], self.ranks.count)[self.ranks.rank]]
-
-    def tokens_out_of(self, index: int, x: torch.Tensor, length: int) -> torch.Tensor:
-        """What block `index` gives of its x [B, l, C]: the last one all tokens, [B, L, C]."""
-        if index < self.blocks - 1:
-            return x
-        return gather(self.ranks, [x], [token_shares(length, self.ranks.count)])[0]
 
 
 def split_attend(

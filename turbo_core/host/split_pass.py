@@ -5,12 +5,13 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...kernels.checks import BLOCK
-from ..parallel.exchange import Ranks
+from ..parallel.exchange import Ranks, gather
+from ..parallel.shares import token_shares
 from .block import why_not_fused
 from .gradients import GRADIENTS, records_graph
 from .options import SPLIT
 from .patch import wan_model
-from .patch_owner import is_ours, owner_of
+from .patch_owner import is_ours, is_stock, owner_of
 from .split_block import Split
 
 HEAD_DIM = 128  # of every Wan model: then a head is one block of scales
@@ -29,16 +30,33 @@ def split_over(model, ranks: Ranks):
     def around_forward(
         executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **more
     ):
-        options = transformer_options or {}
-        wan = executor.class_obj
-        if why_not_split(wan, x, timestep, context, options, ranks.count) is None:
-            options = {**options, SPLIT: Split(ranks, len(wan.blocks))}
-        return executor(x, timestep, context, clip_fea, concat, options, **more)
+        options, inputs = transformer_options or {}, (x, timestep, context, clip_fea)
+        if why_not_split(executor.class_obj, x, timestep, context, options, ranks.count) is None:
+            return split_pass(executor, ranks, inputs, options)
+        return executor(*inputs, concat, options, **more)
 
     patched = model.clone()
     patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, SPLIT)
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, SPLIT, around_forward)
     return patched
+
+
+def split_pass(executor, ranks: Ranks, inputs: tuple, options: dict) -> torch.Tensor:
+    """This rank's part of a forward pass of x, timestep, context and clip features; its result.
+
+    The head too runs on own tokens, and what it makes of all comes together behind it.
+    """
+    wan = executor.class_obj
+    shares = token_shares(_tokens(wan, inputs[0]), ranks.count)
+
+    def together(head, given, own):
+        return gather(ranks, [own.contiguous()], [shares])[0]
+
+    hook = wan.head.register_forward_hook(together)
+    try:
+        return executor(*inputs, None, {**options, SPLIT: Split(ranks)})
+    finally:
+        hook.remove()
 
 
 def why_not_split(
@@ -60,6 +78,8 @@ def why_not_split(
     if transformer_options.get("patches_replace", {}).get("dit"):
         return "a node replaces blocks"
     e = timestep.reshape(len(x), -1, 1, 1)  # as blocks get it, but for the channels
+    if not is_stock(wan.head):
+        return "a node patches its head"
     for index, block in enumerate(wan.blocks):
         if not is_ours(block.forward):
             return f"block {index} is patched by {owner_of(block.forward)}"
