@@ -135,7 +135,7 @@ def _loaded_patcher(wan: torch.nn.Module):
 def _why_not_alike(executor, concat, options: dict, more: dict) -> str | None:
     """Why workers would not compute the same as this process in this pass; None if they would."""
     if executor.idx + 1 < len(executor.wrappers):
-        return "a node behind Turbo Sequence Parallel wraps the model: put it before"
+        return "a node behind Turbo Sequence Parallel wraps the model: put that one before"
     given = [name for name, value in more.items() if value is not None]
     if concat is not None or given:
         return f"it has conditions of another kind: {', '.join(given) or 'time_dim_concat'}"

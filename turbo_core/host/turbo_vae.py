@@ -190,7 +190,8 @@ class TurboVAE(comfy.sd.VAE):
         channels = model.decoder.head[-1].out_channels
         shape = batch, 1 + FRAMES * (frames - 1), LATENT * height, LATENT * width, channels
         out = torch.empty(shape, dtype=pixels_dtype(self), device=self.output_device)
-        memory, tick = ToMemory(), progress(batch * len(strips) * frames)
+        memory = ToMemory(at_once=1 if workers is None else workers.count)
+        tick = progress(batch * len(strips) * frames)
 
         def write(pieces_of: Callable) -> None:
             for item, pixels in zip(samples.split(1), out.split(1), strict=True):
