@@ -181,7 +181,8 @@ def test_two_processes_share_a_video(server):
         node["inputs"] |= {k: ["gpus", 0] for k, v in node["inputs"].items() if v == model}
     inputs = {"model": model, "gpus": 2}
     workflow["gpus"] = {"class_type": "TurboSequenceParallel", "inputs": inputs}
-    assert np.abs(pixels(server.run(workflow)) - alone).mean() <= 1
+    rounding = 3 if torch.cuda.is_available() else 1  # of bf16
+    assert np.abs(pixels(server.run(workflow)) - alone).mean() <= rounding
     assert "1 forward pass; on 2 GPUs" in server.log_text()[before:]
     assert len(children(server.process.pid)) == 1
 
