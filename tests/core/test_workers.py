@@ -1,6 +1,7 @@
 """Worker processes, over gloo: what they do together, how they fail, and that none is left."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import worker_jobs
 import zygote
 from processes import ended, running
+from turbodiffusion_pack.turbo_core.parallel import exchange
 from turbodiffusion_pack.turbo_core.parallel import workers as module
 from turbodiffusion_pack.turbo_core.parallel.parcels import UnsendableError, unwrap, wrap
 from turbodiffusion_pack.turbo_core.parallel.workers import WorkerError, Workers
@@ -50,6 +52,23 @@ def test_workers_stay_from_job_to_job(workers):
     assert total(workers, 5) == 15
     processes = list(workers.processes)
     assert total(workers, 7) == 21 and workers.processes == processes
+
+
+@pytest.mark.parametrize("value", [None, "3"])
+def test_a_failure_does_not_end_this_process_and_the_environment_stays(
+    tmp_path, monkeypatch, value
+):
+    """What torch is told when a group is made, and nobody else is."""
+    seen, name = [], "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    monkeypatch.delenv(name, raising=False)
+    if value:
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(exchange, "ranks_of", lambda: None)
+    dist = types.SimpleNamespace(FileStore=lambda *_: None)
+    dist.init_process_group = lambda *_, **__: seen.append(os.environ[name])
+    monkeypatch.setattr(exchange, "dist", dist)
+    exchange.join("gloo", str(tmp_path / "store"), 0, 1, 1)
+    assert seen == ["0"] and os.environ.get(name) == value
 
 
 def test_ranks_can_meet_again_after_the_start(workers):

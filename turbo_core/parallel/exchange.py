@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # a torch without torch.distributed has none of its types
 
+import os
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -30,10 +31,20 @@ def join(backend: str, store: str, rank: int, count: int, seconds: float) -> Ran
         backend: "gloo", or "cpu:gloo,cuda:nccl".
         seconds: after which an exchange gives up.
     """
-    dist.init_process_group(
-        backend, store=dist.FileStore(store, count), rank=rank, world_size=count,
-        timeout=timedelta(seconds=seconds),
-    )  # fmt: skip
+    # As torch asks of those who end exchanges themselves, see give_up. Else it ends the process,
+    # ComfyUI's, where one fails. It is read when a group is made.
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        dist.init_process_group(
+            backend, store=dist.FileStore(store, count), rank=rank, world_size=count,
+            timeout=timedelta(seconds=seconds),
+        )  # fmt: skip
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
     return ranks_of()
 
 
