@@ -10,7 +10,7 @@ import pytest
 import torch
 from in_comfyui import comfy
 from turbodiffusion_pack.turbo_core import run_report
-from turbodiffusion_pack.turbo_core.host import pass_graph
+from turbodiffusion_pack.turbo_core.host import pass_graph, per_run
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
@@ -125,6 +125,17 @@ def test_passes_that_python_holds_back_become_a_graph(model, graphs, caplog):
     pass_graph._followed.clear()
     for other, out in zip(others, found, strict=True):
         assert torch.equal(out, run(model, *other))
+
+
+@needs_resident
+def test_a_graph_keeps_nothing_of_a_prompt(model, graphs):
+    """What a run keeps of its prompt, eager passes take from there."""
+    with per_run.keep():
+        passes(model)
+        found = run(model, text=context(1))
+    assert len(graphs) == 1
+    pass_graph._followed.clear()
+    assert torch.equal(found, run(model, text=context(1)))
 
 
 @needs_resident

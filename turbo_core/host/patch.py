@@ -15,11 +15,14 @@ from ...kernels.checks import float32_on_gpu
 from ...kernels.dispatch import why_reference
 from .. import run_report
 from ..sla_settings import SLASettings
-from . import pass_graph
+from . import pass_graph, per_run, text
 from .block import block_forward
-from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, THIS_PASS
+from .in_ram import keep_pins
+from .memory import told_to_the_host
+from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, PINS, PREFETCH, TEXT, THIS_PASS
 from .pass_graph import POSITIONAL
 from .patch_owner import is_ours, mark_as_ours, owner_of
+from .prefetch import next_block, queue_of
 from .self_attention import self_attention
 
 PLAIN_BLOCKS = (
@@ -87,12 +90,13 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
     ):
         patched.remove_wrappers_with_key(kind, ATTENTION)
         patched.add_wrapper_with_key(kind, ATTENTION, wrapper)
-    for kind, callback in (
-        (CallbacksMP.ON_CLONE, _rebind_clone),
-        (CallbacksMP.ON_DETACH, _drop_graph),
+    for kind, key, callback in (
+        (CallbacksMP.ON_CLONE, ATTENTION, _rebind_clone),
+        (CallbacksMP.ON_DETACH, ATTENTION, _drop_graph),
+        (CallbacksMP.ON_LOAD, PINS, keep_pins),
     ):
-        if not patched.callbacks.get(kind, {}).get(ATTENTION):
-            patched.add_callback_with_key(kind, ATTENTION, callback)
+        if not patched.callbacks.get(kind, {}).get(key):
+            patched.add_callback_with_key(kind, key, callback)
     return patched
 
 
@@ -140,8 +144,17 @@ def _is_checkpointed(module: torch.nn.Module) -> bool:
 
 
 def _around_run(executor, *args, **kwargs):
-    with run_report.run(InterruptProcessingException):
+    guider = executor.class_obj
+    # A scheduled LoRA changes the weights from step to step.
+    same_weights = not has_hooks(guider.conds)
+    told = told_to_the_host(guider.model_patcher, guider.conds, guider.model_options)
+    with run_report.run(InterruptProcessingException), per_run.keep(same_weights), told:
         return executor(*args, **kwargs)
+
+
+def has_hooks(conds: dict) -> bool:
+    """Whether a guider's `conds` bring hooks, which change weights or options during a run."""
+    return any(cond.get("hooks") for group in conds.values() for cond in group)
 
 
 @torch.compiler.disable(recursive=False)  # as block.block_forward
@@ -150,9 +163,17 @@ def _around_forward(
 ):
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     _report_forward(executor.class_obj.blocks)
-    ours = {THIS_PASS: _this_pass(transformer_options), MADE_ONCE: {}}
+    ours = {
+        THIS_PASS: _this_pass(transformer_options),
+        MADE_ONCE: {},
+        TEXT: text.keys_values(executor.class_obj, context),
+    }
+    options = {**transformer_options, **ours}
+    options[PREFETCH] = queue_of(executor.class_obj, x.device, options)
     given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
-    return pass_graph.forward(executor, {**transformer_options, **ours}, given | rest)
+    out = pass_graph.forward(executor, options, given | rest)
+    next_block(options, None, x.device)
+    return out
 
 
 @torch.compiler.disable

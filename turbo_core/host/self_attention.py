@@ -1,6 +1,7 @@
 """Wan's self-attention as SLA: from the host's module and options to kernels/."""
 
 import dataclasses
+from collections.abc import Callable
 
 import comfy.ops
 import torch
@@ -65,27 +66,40 @@ def _sparse(attn, index: int, settings: SLASettings, x, freqs, transformer_optio
     return attn.o(y)
 
 
-def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tensor:
-    """Self-attention of block `index` from its projections q, k, v [B, L, C], before `o`.
+def attend(
+    attn, index: int, quantized: Callable, project: Callable, freqs, transformer_options: dict
+) -> torch.Tensor:
+    """Self-attention of block `index` from its input to what goes into `o`, [B, L, C].
 
-    Overwrites q and k. For the fused block: RMSNorm and RoPE happen in here, SLA or the host's
-    attention follows.
+    For the fused block: `quantized()` gives its input, `project(op, input)` the layer attn.q, k or
+    v of it. Both are called here, keys and values first, so that nothing outlives its use.
     """
     settings, why_dense = _choose(attn, index, transformer_options)
-    q_weight, _ = float32_weights(attn._modules["norm_q"], q.device)
-    k_weight, _ = float32_weights(attn._modules["norm_k"], q.device)
     rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
-    heads = _heads(attn)
+    heads, n = _heads(attn), quantized()
     if why_dense:
         run_report.note_dense(index, why_dense)
-        q = apply_rope(rms_norm(q, q_weight, attn.eps).unflatten(2, heads), *rotation)
-        k = apply_rope(rms_norm(k, k_weight, attn.eps).unflatten(2, heads), *rotation)
-        return host_attention(attn, q.flatten(2), k.flatten(2), v, transformer_options)
-    _note_sla(attn, index, settings, q)
-    q, k, v = (x.unflatten(2, heads) for x in (q, k, v))
-    weights = (q_weight, k_weight), rotation, _projection(attn, q.device)
+        v = project(attn.v, n)
+        k = _norm(attn.norm_k, project(attn.k, n))
+        k = apply_rope(k.unflatten(2, heads), *rotation).flatten(2)
+        q = project(attn.q, n)
+        del n
+        q = _norm(attn.norm_q, q)
+        q = apply_rope(q.unflatten(2, heads), *rotation).flatten(2)
+        return host_attention(attn, q, k, v, transformer_options)
+    _note_sla(attn, index, settings, freqs)
+
+    def queries():
+        nonlocal n
+        q, n = project(attn._modules["q"], n), None
+        return q.unflatten(2, heads)
+
+    parts = attn._modules
+    k, v = (lambda op=parts[name]: project(op, n).unflatten(2, heads) for name in "kv")
+    norms = [float32_weights(parts[name], freqs.device)[0] for name in ("norm_q", "norm_k")]
+    weights = norms, rotation, _projection(attn, freqs.device)
     options = {"eps": attn.eps, **_sla_options(settings)}
-    return sla_from_projections(q, k, v, *weights, **options).flatten(2)
+    return sla_from_projections(queries, k, v, *weights, **options).flatten(2)
 
 
 def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:

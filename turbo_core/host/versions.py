@@ -117,6 +117,20 @@ except ImportError:  # older hosts record nothing
     pause_malloc_graph = contextlib.nullcontext
 
 
+try:
+    from comfy.model_prefetch import make_prefetch_queue, prefetch_queue_pop
+except ImportError:  # 0.3.75
+
+    def make_prefetch_queue(queue: list, device, transformer_options: dict) -> None:
+        """This host has no queue."""
+
+    prefetch_queue_pop = None
+
+
+# (open file, lock, offset, size): where the host finds a storage's bytes; 0.3.75 always maps.
+file_slice = getattr(getattr(comfy, "memory_management", None), "TensorFileSlice", None)
+
+
 def unrecorded() -> contextlib.AbstractContextManager:
     """A context whose allocations ComfyUI's compiler (0.35) leaves out of its plan; no nesting.
 
