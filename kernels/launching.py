@@ -7,6 +7,7 @@ addresses of their tensors into it and start the kernel themselves.
 
 import ctypes
 import functools
+import re
 import struct
 
 import torch
@@ -16,7 +17,16 @@ from .dispatch import launching_on
 from .driver import start
 
 SLOT = 8  # bytes of an argument
-FORMATS = {"i1": "?", "i32": "i", "u32": "I", "i64": "q", "u64": "Q", "fp32": "f"}
+# By Triton's types of numbers: what packs one, and what it is in PTX.
+NUMBERS = {
+    "i32": ("i", "u32"),
+    "u32": ("I", "u32"),
+    "i64": ("q", "u64"),
+    "u64": ("Q", "u64"),
+    "fp32": ("f", "f32"),
+}
+POINTER = "u64"
+PARAMETER = re.compile(r"\.param \.(\w+)")
 MOST_SHARED = 227 * 1024  # bytes; above, Triton asks the driver for more than a launch here does
 
 
@@ -37,7 +47,7 @@ class Ready:
                 self.places.append((True, pointers))
                 pointers += 1
             else:
-                struct.pack_into(FORMATS[kind], self.numbers, SLOT * i, arguments[name])
+                struct.pack_into(NUMBERS[kind][0], self.numbers, SLOT * i, arguments[name])
                 self.places.append((False, i))
         # Two null pointers: memory that Triton gives some kernels, but not these.
         self.places += [(False, len(kinds)), (False, len(kinds) + 1)]
@@ -73,14 +83,16 @@ def why_triton(compiled) -> str | None:
     if compiled is None:
         return "it runs in the interpreter"
     made = compiled.metadata
-    if any(kind not in FORMATS and not kind.startswith("*") for _, kind in taken(compiled)):
+    kinds = [kind for _, kind in taken(compiled)]
+    if any(kind not in NUMBERS and not kind.startswith("*") for kind in kinds):
         return "it takes arguments of another kind"
     if made.num_ctas != 1 or made.launch_cooperative_grid or made.launch_pdl:
         return "its programs work together"
     if made.global_scratch_size or made.profile_scratch_size or made.shared > MOST_SHARED:
         return "it asks for memory"
+    expected = [POINTER if kind.startswith("*") else NUMBERS[kind][1] for kind in kinds]
     entry = compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
-    if entry.count(".param") != len(taken(compiled)) + 2:
+    if PARAMETER.findall(entry) != [*expected, POINTER, POINTER]:
         return "this Triton passes other arguments"
     return None
 

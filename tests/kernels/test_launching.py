@@ -15,6 +15,7 @@ NAMES = ["x_ptr", "weight_ptr", "y_ptr", "length", "eps", "stride_x", "GAUSS", "
 SIGNATURE = dict.fromkeys(NAMES, "constexpr") | {
     "x_ptr": "*bf16", "y_ptr": "*fp32", "length": "i32", "eps": "fp32", "stride_x": "i64",
 }  # fmt: skip
+PARAMETERS = "u64", "u64", "u32", "f32", "u64", "u64", "u64"
 NUMBERS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 NUMBERS |= dict.fromkeys(("*bf16", "*fp32", "*"), ctypes.c_uint64)
 
@@ -26,12 +27,12 @@ def compiled(**changed) -> types.SimpleNamespace:
         "launch_pdl": False, "global_scratch_size": 0, "profile_scratch_size": 0,
     }  # fmt: skip
     signature = changed.pop("signature", SIGNATURE)
-    parameters = changed.pop("parameters", 7)
+    parameters = changed.pop("parameters", PARAMETERS)
     return types.SimpleNamespace(
         function=77,
         metadata=types.SimpleNamespace(**made | changed),
         src=types.SimpleNamespace(signature=signature),
-        asm={"ptx": ".visible .entry f(" + ".param .u64 p," * parameters + ") { .param }"},
+        asm={"ptx": f".entry f({''.join(f'.param .{p} p, ' for p in parameters)}) .param .u8"},
     )
 
 
@@ -129,8 +130,9 @@ ONLY_TRITON = {
     "oversized shared memory": compiled(shared=228 * 1024),
     "a tensor map": compiled(signature=SIGNATURE | {"x_ptr": "tensordesc<bf16[64,64]>"}),
     "half a number": compiled(signature=SIGNATURE | {"eps": "fp16"}),
-    "an argument more": compiled(parameters=8),
-    "an argument less": compiled(parameters=6),
+    "an argument more": compiled(parameters=(*PARAMETERS, "u64")),
+    "an argument less": compiled(parameters=PARAMETERS[:-1]),
+    "its arguments in another order": compiled(parameters=(*PARAMETERS[1:], "u64")),
 }
 
 
