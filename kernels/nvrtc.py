@@ -29,40 +29,49 @@ def operands(pointers: str, integers: str, maps: str = "") -> type[ctypes.Struct
     return type("Operands", (ctypes.Structure,), {"_fields_": fields})
 
 
-def tensor_map(x: torch.Tensor, box: int) -> ctypes.Array:
-    """What the copy engine (TMA) knows of int8 rows; a kernel's operands hold it by value.
+def tensor_map(x: torch.Tensor, box: int | tuple[int, ...]) -> ctypes.Array:
+    """What the copy engine (TMA) knows of a tensor; a kernel's operands hold it by value.
 
-    It copies 128 columns of `box` rows at a time, 0 beyond the end, with chunks of 16 bytes
+    It copies a box at a time, 0 before the beginning and beyond the end, with chunks of 16 bytes
     swizzled as the tensor cores read them.
 
     Args:
-        x: int8 [rows, columns] or [B, rows, columns], contiguous along columns, all other strides
-            and the address multiples of 16 bytes.
-        box: rows of one copy, at most 256.
+        x: int8, fp16 or bf16, contiguous along its last dimension, all other strides and the
+            address multiples of 16 bytes.
+        box: its size in each dimension, at most 256, the last one of 64 or 128 bytes; a number
+            stands for so many rows of 128 columns.
 
     Raises:
         ValueError: x is not on a GPU.
         RuntimeError: the driver refuses.
     """
-    return _encoded(address(x), x.shape, x.stride(), box)
+    if isinstance(box, int):
+        box = (1, box, 128)[-x.ndim :]
+    return _encoded(address(x), x.itemsize, x.shape, x.stride(), box)
 
 
 # Torch's allocator hands out the same addresses in every block and forward pass.
 @functools.lru_cache(1024)
 def _encoded(
-    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], box: int
+    pointer: int,
+    itemsize: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
 ) -> ctypes.Array:
     """The tensor map of what these numbers say, and nothing else: the driver looks at no memory."""
-    sizes, steps, rank = shape[::-1], strides[-2::-1], len(shape)
-    boxes = (128, box, 1)[:rank]
+    sizes, boxes, rank = shape[::-1], box[::-1], len(shape)
+    steps = [itemsize * stride for stride in strides[-2::-1]]
     memory = (ctypes.c_uint64 * 24)()  # the map takes 16 of it, at a multiple of 64 bytes
     aligned = TENSOR_MAP.from_buffer(memory, -ctypes.addressof(memory) % 64)
-    uint8, plain, swizzle_128, promote_128, zeros = 0, 0, 3, 2, 0
+    integers = {1: 0, 2: 1}[itemsize]  # zeros are the same in all of 16 bits
+    swizzle = {64: 2, 128: 3}[itemsize * boxes[0]]
+    plain, promote_128, zeros = 0, 2, 0
     code = driver().cuTensorMapEncodeTiled(
-        aligned, uint8, rank, ctypes.c_void_p(pointer),
+        aligned, integers, rank, ctypes.c_void_p(pointer),
         (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * rank)(*steps),
         (ctypes.c_uint32 * rank)(*boxes), (ctypes.c_uint32 * rank)(*[1] * rank),
-        plain, swizzle_128, promote_128, zeros,
+        plain, swizzle, promote_128, zeros,
     )  # fmt: skip
     check(code)
     return aligned

@@ -116,9 +116,9 @@ def show_toys(server: ComfyServer, picture: Path | None) -> int:
 
 def agrees(prompt: str, video) -> bool:
     """Whether the reader sees in `video` what `prompt` said; it is told either way."""
-    said = toy_videos.seen(video)
-    log.info("the reader saw: %s", toy_videos.in_words(said))
-    wrong = toy_videos.wrong(prompt, said)
+    reading = toy_videos.seen(video)
+    log.info("the reader saw: %s", toy_videos.in_words(reading))
+    wrong = toy_videos.wrong(prompt, reading)
     if wrong:
         log.error("that is not what the prompt said: %s", "; ".join(wrong))
     return not wrong

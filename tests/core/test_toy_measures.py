@@ -60,14 +60,30 @@ def clips(prompts: int) -> world.Clips:
 def test_shares_count_what_is_right():
     seen = clips(4)
     reading = reader.read(world.render(seen, FRAMES, PIXELS))
-    assert set(measures.shares_right(reading, seen).values()) == {1.0}
+    assert set(measures.shares_right(reading, seen, FRAMES).values()) == {1.0}
     wrong = seen._replace(colour=(seen.colour + (torch.arange(8) == 3)) % 7)
-    shares = measures.shares_right(reading, wrong)
+    shares = measures.shares_right(reading, wrong, FRAMES)
     assert shares["colour"] == shares["all"] == 7 / 8 and shares["shape"] == 1
     still = seen._replace(motion=torch.full((8,), world.STILL), speed=seen.speed * 0)
     still = still._replace(motion=torch.where(torch.arange(8) < 2, 0, still.motion))
-    shares = measures.shares_right(reader.read(world.render(still, FRAMES, PIXELS)), still)
+    shares = measures.shares_right(reader.read(world.render(still, FRAMES, PIXELS)), still, FRAMES)
     assert shares["speed"] == 1
+
+
+def test_a_start_in_another_region_is_wrong():
+    """A place that lies in two regions is right for both."""
+    seen = clips(8)
+    reading = reader.read(world.render(seen, FRAMES, PIXELS))
+    assert measures.in_region(reading, seen, FRAMES).all()
+    away = seen._replace(start=(seen.start + torch.tensor([1 / 3, 0])) % 1)
+    where, _ = measures.starts(reading, seen, FRAMES)
+    touches = (where - world.corner_of_region(away.start) - 1 / 6).abs()
+    _, count = world.places(seen, FRAMES)
+    two = (touches <= 1 / 6 + 0.5 / count).all(-1)
+    assert torch.equal(measures.in_region(reading, away, FRAMES), two) and not two.all()
+    assert measures.shares_right(reading, away, FRAMES)["region"] < 0.5
+    unread = reading._replace(motion=torch.full_like(reading.motion, -1))
+    assert not measures.in_region(unread, seen, FRAMES).any()
 
 
 def test_starts_are_places_in_the_room():

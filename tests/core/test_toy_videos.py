@@ -51,6 +51,13 @@ def test_another_video_does_not_pass(caplog):
     assert "blue, asked for red; moves left, asked for moves right" in caplog.text
 
 
+def test_a_video_in_another_region_does_not_pass(caplog):
+    said = "a big red circle in the northwest moves right slowly on black"
+    assert demo.agrees(said, toy_videos.clip(said))
+    assert not demo.agrees(said, toy_videos.clip(said.replace("northwest", "southeast")))
+    assert "asked for another region" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["noise", "gray"])
 def test_what_shows_nothing_does_not_pass(kind, caplog):
     size = (toy_videos.FRAMES, toy_videos.PIXELS, toy_videos.PIXELS, 3)

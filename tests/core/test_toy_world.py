@@ -35,9 +35,12 @@ def blurred(videos: torch.Tensor) -> torch.Tensor:
 
 def test_a_sample_is_the_same_on_every_machine():
     assert world.prompts(world.draw(0, 7, 3)) == [
-        "a small orange circle circles slowly on navy",
-        "a big yellow square moves up slowly on navy",
-        "a small yellow triangle bounces slowly on gray",
+        "a small orange circle in the north circles slowly on navy",
+        "a big yellow square in the southwest moves up slowly on navy",
+        "a small yellow triangle in the southwest bounces slowly on gray",
+    ]
+    assert world.prompts(world.draw(0, 7, 1), told=False) == [
+        "a small orange circle circles slowly on navy"
     ]
     assert world.draw(0, 7, 1).start[0].tolist() == [0.3689494729042053, 0.21874040365219116]
 
@@ -46,6 +49,20 @@ def test_a_sample_is_its_seed_and_its_index():
     some, many = world.draw(3, 5, 4), world.draw(3, 0, 12).some(slice(5, 9))
     assert all(torch.equal(a, b) for a, b in zip(some, many, strict=True))
     assert world.prompts(world.draw(3, 0, 12)) != world.prompts(world.draw(4, 0, 12))
+
+
+def test_a_prompt_names_the_region_of_the_start():
+    """Row by row; the region's corner and its middle are where the word says."""
+    for i, region in enumerate(world.REGIONS):
+        start = torch.tensor([(i % 3 + 0.9) / 3, (i // 3 + 0.1) / 3])
+        clip = world.draw(0, 0, 1)._replace(start=start[None])
+        (prompt,) = world.prompts(clip)
+        assert f" in the {region} " in prompt
+        corner = world.corner_of_region(start)
+        assert corner.tolist() == pytest.approx([(i % 3) / 3, (i // 3) / 3])
+        assert world.start_in(prompt) == pytest.approx((corner + 1 / 6).tolist())
+    assert world.start_in("a red circle on black") == (0.5, 0.5)
+    assert world.corner_of_region(torch.ones(2)).tolist() == pytest.approx([2 / 3, 2 / 3])
 
 
 def test_every_value_is_as_likely_as_any_other():

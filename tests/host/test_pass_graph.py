@@ -437,6 +437,16 @@ class TestOnAGPU:
         assert all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))
         assert torch.equal(torch.cuda.get_rng_state(), random)
 
+    def test_a_pass_behind_other_work_tells_no_pace(self):
+        """Its launches may wait for room in the GPU's queue."""
+        torch.cuda.synchronize()
+        with pass_graph.Pace() as alone:
+            torch.cuda._sleep(10**8)
+        with pass_graph.Pace() as behind:
+            pass
+        torch.cuda.synchronize()
+        assert alone.over() and not behind.over()
+
     def test_its_memory_is_held_and_given_back(self, model):
         self.capture(model)
         graph = self.graph_of(model)

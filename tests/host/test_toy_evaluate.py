@@ -18,6 +18,7 @@ from turbodiffusion_pack.turbo_core.training.batches import Batch
 from turbodiffusion_pack.turbo_core.training.initial_weights import initial_weights
 from turbodiffusion_pack.turbo_core.training.samplers import few_steps
 from turbodiffusion_pack.turbo_core.training.toy import words
+from turbodiffusion_pack.turbo_core.training.toy.world import corner_of_region
 from turbodiffusion_pack.turbo_core.training.velocity import velocity_of
 
 CPU = torch.device("cpu")
@@ -137,6 +138,8 @@ def test_held_out_prompts_come_twice_with_other_starts(tmp_path):
     clips, batch = toy_evaluate.held_out(SMALL_I2V, SMALL_I2V.evaluate, vae)
     assert clips.colour.tolist() == clips.colour[::2].repeat_interleave(2).tolist()
     assert not torch.equal(clips.start[0], clips.start[1])
+    corners = corner_of_region(clips.start)
+    assert torch.equal(corners[::2], corners[1::2])  # all prompts of text say that
     assert batch.latents.shape == (4, 16, 2, 4, 4) and batch.image.shape == (4, 20, 2, 4, 4)
     assert torch.equal(batch.context[0], batch.context[1]) and batch.context.shape[1:] == (16, 4096)
     assert torch.allclose(batch.image[:, 4:, 0], batch.latents[:, :, 0], atol=1e-4)  # causal

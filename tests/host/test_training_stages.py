@@ -18,7 +18,12 @@ from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.wan_network import build_network, load_weights
 from turbodiffusion_pack.turbo_core.training.batches import UNCONDITIONAL, Data
 from turbodiffusion_pack.turbo_core.training.error import TrainingError
-from turbodiffusion_pack.turbo_core.training.initial_weights import initial_weights
+from turbodiffusion_pack.turbo_core.training.initial_weights import (
+    TIME_WEIGHT,
+    fast_time_features,
+    initial_weights,
+    still_time_features,
+)
 from turbodiffusion_pack.turbo_core.training.presets import PRESETS, override
 from turbodiffusion_pack.turbo_core.training.sla import SLATraining
 from turbodiffusion_pack.turbo_core.training.teacher import teacher_samples
@@ -102,6 +107,7 @@ def test_sla_writes_what_turbo_loader_runs(run):
     folder = stage(run, "sla", "steps=3")
     checkpoint = read_checkpoint(folder / "model.safetensors")
     assert all(weight.abs().max() > 0 for weight, _ in checkpoint.proj_l)
+    assert_smooth_in_time(folder)
     assert load_turbo_model(str(folder / "model.safetensors"))
     with pytest.raises(CheckpointError, match="train from the plain Wan model"):
         stage(run / "again", "sla", data=run / "latents", base=folder / "model.safetensors")
@@ -119,6 +125,26 @@ def test_rcm_teaches_student_and_fake_score_in_turn(run):
     assert teacher.keys() == student.keys()
     moved = [name for name in teacher if not teacher[name].equal(student[name])]
     assert {n for n in teacher if n.startswith("blocks.")} <= set(moved)
+    assert_smooth_in_time(run / "teacher")
+    assert_smooth_in_time(folder)
+
+
+def assert_smooth_in_time(folder: Path) -> None:
+    """The fast time features, which start at 0, have stayed there, and the others have learnt."""
+    weight = load_file(folder / "model.safetensors")[TIME_WEIGHT]
+    start = initial_weights(PRESETS["toy-cpu"].sizes, 0, 64)[TIME_WEIGHT]
+    assert (weight[:, fast_time_features()] == 0).all()
+    assert not torch.equal(weight, start)
+
+
+def test_fast_time_features_that_a_base_makes_use_of_go_on_learning():
+    """Wan's own."""
+    network = build_network(PRESETS["toy-cpu"].sizes)
+    weights = initial_weights(PRESETS["toy-cpu"].sizes, 0)
+    load_weights(network, weights)
+    assert torch.equal(still_time_features(network)[TIME_WEIGHT], fast_time_features())
+    load_weights(network, {**weights, TIME_WEIGHT: torch.ones_like(weights[TIME_WEIGHT])})
+    assert still_time_features(network) == {}
 
 
 def test_a_tangent_by_differences_teaches_alike(run, tmp_path):

@@ -8,8 +8,16 @@ import numpy as np
 import pack  # noqa: F401
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from turbodiffusion_pack.turbo_core.training.toy.reader import read, say
-from turbodiffusion_pack.turbo_core.training.toy.world import WORDS, Clips, properties, render
+from turbodiffusion_pack.turbo_core.training.toy.measures import in_region
+from turbodiffusion_pack.turbo_core.training.toy.reader import Reading, read, say
+from turbodiffusion_pack.turbo_core.training.toy.world import (
+    REGIONS,
+    WORDS,
+    Clips,
+    properties,
+    render,
+    start_in,
+)
 from turbodiffusion_pack.turbo_core.training.video_grid import tiled
 
 FRAMES, PIXELS = 17, 256
@@ -17,11 +25,16 @@ CAPTION = 26  # pixels below each video
 LARGEST_PICTURE = 1_000_000  # bytes
 
 
-def clip(prompt: str, start: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
+def clip(prompt: str) -> torch.Tensor:
     """The video [T, H, W, 3] that a whole prompt asks for, from the middle of the room it has."""
+    return render(clips(prompt), FRAMES, PIXELS)[0]
+
+
+def clips(prompt: str) -> Clips:
+    """What a whole prompt asks for, from the middle of the region it names."""
     asked = {name: torch.tensor([value]) for name, value in properties(prompt).items()}
     asked.setdefault("speed", torch.tensor([0]))
-    return render(Clips(**asked, start=torch.tensor([start])), FRAMES, PIXELS)[0]
+    return Clips(**asked, start=torch.tensor([start_in(prompt)]))
 
 
 def write_first_frame(prompt: str, path: Path) -> None:
@@ -37,21 +50,27 @@ def frames(video: Path) -> torch.Tensor:
     return torch.from_numpy(np.stack(decoded)).float() / 255
 
 
-def seen(video: torch.Tensor) -> dict[str, str]:
-    """What the reader says of a video [T, H, W, 3], by property; "?" where it is unsure."""
-    return say(read(video[None]))
+def seen(video: torch.Tensor) -> Reading:
+    """What the reader sees in a video [T, H, W, 3]."""
+    return read(video[None])
 
 
-def in_words(said: dict[str, str]) -> str:
-    """A reading as a prompt would put it."""
+def in_words(reading: Reading) -> str:
+    """A reading as a prompt would put it, with "?" where it is unsure."""
+    said = say(reading)
     words = [said[name] for name in WORDS if name in said and name != "background"]
     return f"a {' '.join(words)} on {said['background']}"
 
 
-def wrong(prompt: str, said: dict[str, str]) -> list[str]:
+def wrong(prompt: str, reading: Reading) -> list[str]:
     """Where a reading is not what the prompt said: "red, asked for blue" and the like."""
     asked = {name: WORDS[name][value] for name, value in properties(prompt).items()}
-    return [f"{said.get(n)}, asked for {word}" for n, word in asked.items() if said.get(n) != word]
+    said = say(reading)
+    found = [f"{said.get(n)}, asked for {word}" for n, word in asked.items() if said.get(n) != word]
+    anywhere = set(REGIONS).isdisjoint(prompt.split())
+    if found or anywhere or in_region(reading, clips(prompt), FRAMES):
+        return found
+    return [f"a start at {reading.start[0].tolist()}, asked for another region"]
 
 
 def write_picture(path: Path, videos: dict[str, torch.Tensor]) -> None:

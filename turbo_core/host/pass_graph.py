@@ -119,9 +119,13 @@ class Followed:
 
 
 class Pace:
-    """How long Python takes to launch an eager pass, and how long that takes in all."""
+    """How long Python takes to launch an eager pass, and how long that takes in all.
+
+    It tells only where the GPU had nothing left to do: else launches wait for room in its queue.
+    """
 
     def __enter__(self):
+        self.idle = torch.cuda.current_stream().query()
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.start.record()
         self.began = time.perf_counter()
@@ -132,8 +136,8 @@ class Pace:
         self.end.record()
 
     def over(self) -> bool:
-        """Whether the GPU is done with it."""
-        return self.end.query()
+        """Whether it tells, as the GPU is done with it."""
+        return self.idle and self.end.query()
 
     def ms(self) -> tuple[float, float]:
         """Of launching and of the whole, in ms, once it is over."""
@@ -197,7 +201,9 @@ class Graph:
         Else they count as free, and the host would plan with them.
         """
         segments = [s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == self.pool]
-        blocks = [block for segment in segments for block in segment["blocks"]]
+        # Blocks of over 1 MB come from large segments only, even where a small one has 2 MB free.
+        large = [s for s in segments if s["segment_type"] == "large"]
+        blocks = [block for segment in large for block in segment["blocks"]]
         free = [b["size"] for b in blocks if b["state"] == "inactive" and b["size"] > CLAIMED]
         pool = types.SimpleNamespace(id=self.pool)
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(pool, self.device):

@@ -22,7 +22,7 @@ from ..training.toy.measures import velocity_errors
 from ..training.toy.recipe import recipe
 from ..training.toy.verdict import verdicts
 from ..training.toy.words import widen
-from ..training.toy.world import Clips, draw, render
+from ..training.toy.world import Clips, corner_of_region, draw, render
 from ..training.velocity import guided_velocity, velocity_of
 from ..training.video_grid import save_grid
 from . import as_nodes
@@ -136,13 +136,13 @@ def held_out(preset: Preset, settings: Evaluation, vae: LatentVAE) -> tuple[Clip
     """Clips that no training saw, each prompt twice in a row with starts of its own."""
     count, first = settings.prompts, toy_vae.HELD_OUT
     drawn, other = (draw(preset.seed, at, count) for at in (first, first + count))
-    again = drawn._replace(start=other.start)
+    again = drawn._replace(start=corner_of_region(drawn.start) + other.start / 3)
     clips = Clips(*(torch.stack(pair, 1).flatten(0, 1) for pair in zip(drawn, again, strict=True)))
     clips = clips.to(vae.mean.device)
     parts = [_encoded(vae, part, preset) for part in _parts(clips, settings.at_once)]
     latents, images = zip(*parts, strict=True)
-    context = widen(contexts(clips)).to(vae.mean.device)
     image = torch.cat(images) if images[0] is not None else None
+    context = widen(contexts(clips, image is not None)).to(vae.mean.device)
     return clips, Batch(torch.cat(latents), context, image)
 
 

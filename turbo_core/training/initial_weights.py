@@ -3,6 +3,7 @@
 import torch
 
 from ..checkpoint.sizes import FREQ_DIM, TEXT_DIM, Sizes, wan_shapes
+from .gradients import own
 
 ZERO = ("head.head.weight",)  # the velocity starts at 0
 TIME_WEIGHT = "time_embedding.0.weight"
@@ -39,6 +40,17 @@ def fast_time_features() -> torch.Tensor:
     """
     rates = 10000 ** (-torch.arange(FREQ_DIM // 2) / (FREQ_DIM // 2))
     return (1000 * rates > MOST_TURNS * 2 * torch.pi).repeat(2)
+
+
+def still_time_features(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights that are not to learn, as Learner takes them: those of fast time features that the
+    network makes no use of, which are a toy's, in its teacher and in what starts as its teacher.
+
+    Free, they learn faster than the slow ones and make a student's tangent grow all the while.
+    """
+    weight = own(network.get_parameter(TIME_WEIGHT).detach())
+    still = fast_time_features().to(weight.device) & (weight == 0).all(0)
+    return {TIME_WEIGHT: still} if still.any() else {}
 
 
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -5,7 +5,7 @@ import math
 import torch
 
 from .ema import PowerEMA
-from .gradients import gradient_norm
+from .gradients import gradient_norm, own
 from .trained import Trained
 
 
@@ -15,6 +15,7 @@ class Learner:
     Attributes:
         network: fp32 parameters, sharded by FSDP2 or not.
         ema: the average that is exported; None for a network that nobody exports.
+        still: by parameter name where weights do not learn, bool, of a shape that broadcasts.
     """
 
     def __init__(
@@ -23,8 +24,10 @@ class Learner:
         betas: tuple[float, float],
         weight_decay: float,
         ema_length: float | None = None,
+        still: dict[str, torch.Tensor] | None = None,
     ):
         self.network = network
+        self.still = still or {}
         self.names, weights = zip(*network.named_parameters(), strict=True)
         self.weights = list(weights)
         self.optimizer = torch.optim.AdamW(
@@ -48,6 +51,8 @@ class Learner:
         Returns:
             The gradients' norm, float32 [].
         """
+        for name, where in self.still.items():
+            own(self.network.get_parameter(name).grad).masked_fill_(where, 0.0)
         norm = gradient_norm(self.weights)
         sound = norm.isfinite()
         self.optimizer.found_inf = sound.logical_not().float()  # torch's word to fused optimizers
@@ -86,6 +91,12 @@ def _give_state(optimizer: torch.optim.Optimizer) -> None:
 def warmed_up(lr: float, step: int, warmup: int) -> float:
     """The learning rate of a step: it rises linearly over `warmup` steps, then stays."""
     return lr * min(1.0, (step + 1) / max(1, warmup))
+
+
+def falling_at_last(lr: float, step: int, warmup: int, steps: int, fall: float) -> float:
+    """As warmed_up, and over the last share `fall` of the steps it falls linearly to 0."""
+    left = (steps - step) / max(1, fall * steps)
+    return warmed_up(lr, step, warmup) * min(1.0, left)
 
 
 def cosine(lr: float, step: int, warmup: int, steps: int) -> float:

@@ -109,6 +109,7 @@ class SLA:
             other shapes; what was trained with is written into the file.
         feature_map: of the linear branch.
         guidance: of the samples that are shown while training.
+        fall: share of the steps, the last ones, over which the learning rate falls to 0.
     """
 
     steps: int
@@ -125,12 +126,13 @@ class SLA:
     block_k: int = 64
     feature_map: str = "softmax"
     guidance: float = 5.0
+    fall: float = 0.0
     ema_length: float = 0.1
 
 
 @dataclass(frozen=True)
 class RCM:
-    """rCM distillation of the dense network; fields as Teacher's.
+    """rCM distillation of the dense network; fields as Teacher's and SLA's.
 
     Attributes:
         steps: iterations, those of the student and those of the fake score together.
@@ -167,6 +169,7 @@ class RCM:
     dmd_weight: float = 0.01
     tangent: str = "jvp"
     sigma_max: float = 80.0
+    fall: float = 0.0
     ema_length: float = 0.1
 
 
@@ -231,18 +234,29 @@ TOY = Preset(
     vae=VAE(steps=2600, batch=8, crop=128),
     data=Clips(samples=10240),
     evaluate=Evaluation(),
-    teacher=Teacher(steps=16000, batch=32, micro_batch=32, lr=8e-4, level_mean=0.8),
-    sla=SLA(steps=5000, batch=32, micro_batch=32, lr=4e-4, topk=0.2, block_q=128, guidance=2.5),
+    teacher=Teacher(steps=12000, batch=64, micro_batch=64, lr=8e-4, level_mean=0.8),
+    sla=SLA(
+        steps=5000,
+        batch=48,
+        micro_batch=48,
+        lr=4e-4,
+        topk=0.2,
+        block_q=128,
+        guidance=2.5,
+        fall=0.6,
+    ),
     rcm=RCM(
-        steps=3200,
-        batch=32,
-        micro_batch=32,
+        steps=4000,
+        batch=48,
+        micro_batch=48,
         lr=1e-4,
         fake_lr=2e-5,
         level_mean=0.0,  # -0.8 + ln sqrt 5
         consistency_only=200,
+        every=4,
         guidance=2.5,
         dmd_weight=0.05,
+        fall=0.5,
     ),
     compiled=True,
     note="17 frames of 256 x 256 in a world of coloured shapes; made for one GPU",

@@ -5,7 +5,8 @@ import math
 import torch
 
 from .batches import Batch, Data, Draws
-from .learner import Learner, warmed_up
+from .initial_weights import still_time_features
+from .learner import Learner, falling_at_last
 from .losses import (
     consistency_difference,
     consistency_gradient,
@@ -57,8 +58,8 @@ class RCMTraining:
     ):
         self.teacher, self.data, self.settings, self.seed = teacher, data, settings, seed
         adam = (settings.betas, settings.weight_decay)
-        self.student = Learner(student, *adam, settings.ema_length)
-        self.fake = Learner(fake, *adam)
+        self.student = Learner(student, *adam, settings.ema_length, still_time_features(student))
+        self.fake = Learner(fake, *adam, still=still_time_features(fake))
         self.slots = own_slots(settings.batch, settings.micro_batch)
 
     def step(self, n: int) -> Values:
@@ -71,13 +72,18 @@ class RCMTraining:
         if n >= settings.consistency_only:
             turn = updates - settings.consistency_only
             values |= accumulated(self.slots, lambda slot: self._dmd(n, slot, turn))
-        lr = warmed_up(settings.lr, updates, settings.warmup)
+        lr = self._rate(settings.lr, updates, student_updates(settings.steps, settings))
         return {**values, "gradient_norm": self.student.update(lr, updates), "lr": lr}
 
     def _teach_fake(self, n: int, updates: int) -> Values:
+        settings = self.settings
         values = accumulated(self.slots, lambda slot: self._fake(n, slot, updates))
-        lr = warmed_up(self.settings.fake_lr, updates, self.settings.warmup)
+        all_updates = settings.steps - student_updates(settings.steps, settings)
+        lr = self._rate(settings.fake_lr, updates, all_updates)
         return {**values, "fake_gradient_norm": self.fake.update(lr, updates)}
+
+    def _rate(self, lr: float, updates: int, all_updates: int) -> float:
+        return falling_at_last(lr, updates, self.settings.warmup, all_updates, self.settings.fall)
 
     def _consistency(self, n: int, slot: int) -> tuple[torch.Tensor, Values]:
         """The consistency loss (section 3) at points of the data."""

@@ -3,7 +3,8 @@
 import torch
 
 from .batches import Batch, Data, Draws
-from .learner import Learner, warmed_up
+from .initial_weights import still_time_features
+from .learner import Learner, falling_at_last
 from .losses import sla_regression
 from .noise_levels import log_normal
 from .presets import SLA
@@ -29,13 +30,16 @@ class SLATraining:
         seed: int,
     ):
         self.teacher, self.data, self.settings, self.seed = teacher, data, settings, seed
-        self.learner = Learner(student, settings.betas, settings.weight_decay, settings.ema_length)
+        adam = (settings.betas, settings.weight_decay)
+        still = still_time_features(student)
+        self.learner = Learner(student, *adam, settings.ema_length, still)
         self.slots = own_slots(settings.batch, settings.micro_batch)
 
     def step(self, n: int) -> Values:
         """Update number n, from 0."""
+        settings = self.settings
         values = accumulated(self.slots, lambda slot: self._learn(n, slot))
-        lr = warmed_up(self.settings.lr, n, self.settings.warmup)
+        lr = falling_at_last(settings.lr, n, settings.warmup, settings.steps, settings.fall)
         return {**values, "gradient_norm": self.learner.update(lr, n), "lr": lr}
 
     def _learn(self, n: int, slot: int) -> tuple[torch.Tensor, Values]:

@@ -3,8 +3,7 @@
 import torch
 
 from .batches import Batch, Data, Draws, drop_prompts
-from .gradients import own
-from .initial_weights import TIME_WEIGHT, fast_time_features
+from .initial_weights import still_time_features
 from .learner import Learner, cosine
 from .losses import flow_matching
 from .noise_levels import log_normal
@@ -22,22 +21,17 @@ class TeacherTraining:
 
     def __init__(self, network: torch.nn.Module, data: Data, settings: Teacher, seed: int):
         self.data, self.settings, self.seed = data, settings, seed
-        self.learner = Learner(network, settings.betas, settings.weight_decay, settings.ema_length)
-        self.fast = fast_time_features().to(data.device)
+        adam = (settings.betas, settings.weight_decay)
+        still = still_time_features(network)
+        self.learner = Learner(network, *adam, settings.ema_length, still)
         self.slots = own_slots(settings.batch, settings.micro_batch)
 
     def step(self, n: int) -> Values:
         """Update number n, from 0."""
         settings = self.settings
         values = accumulated(self.slots, lambda slot: self._learn(n, slot))
-        self._stay_smooth_in_time()
         lr = cosine(settings.lr, n, settings.warmup, settings.steps)
         return {**values, "gradient_norm": self.learner.update(lr, n), "lr": lr}
-
-    def _stay_smooth_in_time(self) -> None:
-        """The weights of fast time features, which start at 0, stay there."""
-        gradient = self.learner.network.get_parameter(TIME_WEIGHT).grad
-        own(gradient).masked_fill_(self.fast, 0.0)
 
     def _learn(self, n: int, slot: int) -> tuple[torch.Tensor, Values]:
         settings, draws = self.settings, Draws(self.seed, n, slot, self.data.device)

@@ -44,9 +44,13 @@ def shards(
         yield {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
 
 
-def contexts(clips: Clips) -> torch.Tensor:
-    """What the clips' prompts say, float32 [B, 16, 64] on the CPU."""
-    return torch.stack([signs(prompt) for prompt in prompts(clips)])
+def contexts(clips: Clips, image: bool) -> torch.Tensor:
+    """What the clips' prompts say, float32 [B, 16, 64] on the CPU.
+
+    Args:
+        image: a picture tells where the clips start, so the prompts do not.
+    """
+    return torch.stack([signs(prompt) for prompt in prompts(clips, told=not image)])
 
 
 def conditioned(encode: Encode, videos: torch.Tensor) -> torch.Tensor:
@@ -68,7 +72,7 @@ def conditioned(encode: Encode, videos: torch.Tensor) -> torch.Tensor:
 
 def _encoded(encode: Encode, clips: Clips, video: tuple[int, int], image: bool) -> dict:
     videos = pictures(render(clips, *video))
-    found = {"latents": encode(videos), "contexts": contexts(clips)}
+    found = {"latents": encode(videos), "contexts": contexts(clips, image)}
     if image:
         found["images"] = conditioned(encode, videos)
     return {name: tensor.half() for name, tensor in found.items()}

@@ -19,7 +19,7 @@ from .world import Clips, prompts
 Sample = Callable[[Batch, torch.Tensor], torch.Tensor]  # conditions, noise -> latents
 Decode = Callable[[torch.Tensor], torch.Tensor]  # latents -> videos [B, T, H, W, 3] in [0, 1]
 
-SHARES = ("colour", "shape", "size", "motion", "speed", "background", "all")
+SHARES = ("colour", "shape", "size", "motion", "speed", "region", "background", "all")
 COLUMNS = {
     "shares": SHARES,
     "numbers": ("spread", "energy", "distance", "latent_mse", "psnr"),
@@ -41,7 +41,7 @@ class Examination:
     """The prompts, twice each, with the noise; rows are added one after the other.
 
     Args:
-        clips: held out, on the device; two neighbours are alike but for their start.
+        clips: held out, on the device; two neighbours differ in their start, not in its region.
         batch: their latents and conditions.
         decode: the VAE.
         frames: of a clip.
@@ -110,8 +110,8 @@ class Examination:
         reading = Reading(*(torch.cat(parts) for parts in zip(*readings, strict=True)))
         where, sure = starts(reading, self.clips, self.frames)
         error = (latents - self.teacher).double().square().mean()
-        measures = shares_right(reading, self.clips) | {
-            "spread": spread(where, sure),
+        measures = shares_right(reading, self.clips, self.frames) | {
+            "spread": spread(3 * where, sure),  # a region is a third
             "energy": energy_distance(where[sure]),
             "distance": self.distance(latents),
             "latent_mse": float(error),

@@ -5,7 +5,7 @@ import torch
 from ..trigflow import Velocity
 from ..velocity import mixed
 from .reader import Reading
-from .world import PLACES, STILL, WORDS, Clips, places
+from .world import PLACES, STILL, WORDS, Clips, corner_of_region, places
 
 # Mean distance of two points of the unit square.
 UNIFORM_DISTANCE = 0.521405433164720678
@@ -15,12 +15,13 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # noise levels of velocity_
 Measures = dict[str, float]
 
 
-def shares_right(reading: Reading, clips: Clips) -> Measures:
+def shares_right(reading: Reading, clips: Clips, frames: int) -> Measures:
     """Share of the videos that show what the prompt says, by property, and in "all" of them.
 
     The speed counts where something moves.
     """
     right = {name: getattr(reading, name) == getattr(clips, name) for name in WORDS}
+    right["region"] = in_region(reading, clips, frames)
     moves = clips.motion != STILL
     everything = torch.stack([*right.values()]).all(0)
     shares = {name: float(r.float().mean()) for name, r in right.items()}
@@ -38,6 +39,14 @@ def starts(reading: Reading, clips: Clips, frames: int) -> tuple[torch.Tensor, t
     first, count = places(clips, frames)
     sure = (reading.motion == clips.motion) & (reading.shape >= 0)
     return (PLACES * reading.start - first + 0.5) / count, sure
+
+
+def in_region(reading: Reading, clips: Clips, frames: int) -> torch.Tensor:
+    """Whether each video starts in the region of its clip, at a place that touches it, bool [B]."""
+    where, sure = starts(reading, clips, frames)
+    middle = corner_of_region(clips.start) + 1 / 6
+    reach = 1 / 6 + 0.5 / places(clips, frames)[1]  # half a region and half a place
+    return sure & ((where - middle).abs() <= reach).all(-1)
 
 
 def energy_distance(points: torch.Tensor) -> float:
@@ -58,7 +67,7 @@ def spread(points: torch.Tensor, sure: torch.Tensor) -> float:
     """How far apart two videos of one prompt start, 1 for uniform starts, 0 for always the same.
 
     Args:
-        points: [2 P, 2], those of one prompt side by side.
+        points: [2 P, 2], those of one prompt side by side; its starts lie in a square of edge 1.
         sure: [2 P], which of them were read.
     """
     first, second = points.double().view(-1, 2, 2).unbind(1)

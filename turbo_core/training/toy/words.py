@@ -9,12 +9,14 @@ import logging
 
 import torch
 
-from .world import WORDS
+from .world import REGIONS, WORDS
 
 TOKENS = 16  # padded with zeros, not to umT5's 512: the padding has a say in the attention
 CHANNELS = 64
 TEXT_DIM = 4096
-VOCABULARY = {"a", "on"} | {w for said in WORDS.values() for phrase in said for w in phrase.split()}
+VOCABULARY = {"a", "in", "the", "on", *REGIONS} | {
+    word for said in WORDS.values() for phrase in said for word in phrase.split()
+}
 
 log = logging.getLogger(__name__)
 

@@ -29,6 +29,13 @@ WORDS = {
     "background": ("black", "gray", "white", "navy"),
 }
 STILL = 7  # the motion that has no speed
+# Where a shape starts, as text-to-video prompts tell: the thirds of the room it has, row by row. A
+# picture tells it itself.
+REGIONS = (
+    *("northwest", "north", "northeast"),
+    *("west", "centre", "east"),
+    *("southwest", "south", "southeast"),
+)
 
 COLOURS = (
     (0.90, 0.08, 0.08),
@@ -96,10 +103,28 @@ def draw(seed: int, first: int, count: int) -> Clips:
     return Clips(**named, start=numbers[:, 6:].float())
 
 
-def prompts(clips: Clips) -> list[str]:
-    """What the clips show, in words: "a big red circle moves left slowly on black"."""
+def prompts(clips: Clips, told: bool = True) -> list[str]:
+    """What the clips show: "a big red circle in the northwest moves left slowly on black".
+
+    Args:
+        told: whether the prompts say where it starts.
+    """
     columns = zip(*(getattr(clips, name).tolist() for name in WORDS), strict=True)
-    return [_prompt(dict(zip(WORDS, values, strict=True))) for values in columns]
+    where = [f" in the {REGIONS[i]}" if told else "" for i in _region(clips.start).tolist()]
+    said = (dict(zip(WORDS, values, strict=True)) for values in columns)
+    return [_prompt(values, region) for values, region in zip(said, where, strict=True)]
+
+
+def corner_of_region(start: torch.Tensor) -> torch.Tensor:
+    """The upper left corner, [..., 2], of the region in which `start` [..., 2] is."""
+    return (3 * start).floor().clamp(0, 2) / 3
+
+
+def start_in(prompt: str) -> tuple[float, float]:
+    """The middle of the region that a prompt names, or of all the room."""
+    named = [i for i, region in enumerate(REGIONS) if region in prompt.lower().split()]
+    row, column = divmod(named[0], 3) if named else (1, 1)
+    return (column + 0.5) / 3, (row + 0.5) / 3
 
 
 def properties(prompt: str) -> dict[str, int]:
@@ -218,10 +243,16 @@ def _numbers(seed: int, index: int) -> list[float]:
     return [int.from_bytes(digest[i : i + 3], "little") / 2**24 for i in range(0, 32, 4)]
 
 
-def _prompt(values: dict[str, int]) -> str:
+def _region(start: torch.Tensor) -> torch.Tensor:
+    """Indices into REGIONS, int64 [B]."""
+    column, row = (3 * corner_of_region(start)).round().long().unbind(-1)
+    return 3 * row + column
+
+
+def _prompt(values: dict[str, int], region: str) -> str:
     said = {name: WORDS[name][value] for name, value in values.items()}
     speed = "" if values["motion"] == STILL else f" {said['speed']}"
-    subject = f"a {said['size']} {said['colour']} {said['shape']}"
+    subject = f"a {said['size']} {said['colour']} {said['shape']}{region}"
     return f"{subject} {said['motion']}{speed} on {said['background']}"
 
 
