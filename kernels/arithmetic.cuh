@@ -35,3 +35,19 @@ __device__ __forceinline__ u32 packed_pair(float2 x, bool bf16) {
         asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x.x), "f"(x.y));
     return packed;
 }
+
+// Of 32 columns thread t of four holds columns 8 j + 2 t + {0, 1} in x[j], or 8 t + {0 .. 7}: from
+// either to the other.
+__device__ __forceinline__ void transpose(u32 (&x)[4]) {
+    bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        u32 got = __shfl_xor_sync(0xffffffff, odd ? x[i] : x[i + 1], 1);
+        (odd ? x[i] : x[i + 1]) = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        u32 got = __shfl_xor_sync(0xffffffff, upper ? x[i] : x[i + 2], 2);
+        (upper ? x[i] : x[i + 2]) = got;
+    }
+}

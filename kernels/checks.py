@@ -63,6 +63,27 @@ def check_shape(name: str, x: torch.Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
 
 
+class Remembered(dict):
+    """What was found out once, by what decides it; forgets all once there is too much of it."""
+
+    MOST = 4096  # a new resolution adds a dozen
+
+    def put(self, key: object, value: object) -> object:
+        """Remember `value`, and return it."""
+        if len(self) >= self.MOST:
+            self.clear()
+        self[key] = value
+        return value
+
+
+def layouts(*tensors: torch.Tensor | None) -> tuple:
+    """All that checks look at, to look it up: what was checked once need not be again."""
+    return tuple([
+        None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+        for x in tensors
+    ])  # fmt: skip
+
+
 def in_steps_of_16_bytes(x: torch.Tensor) -> bool:
     """Whether all rows of x [..., columns] begin at a multiple of 16 bytes, each at its own.
 

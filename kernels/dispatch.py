@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 
 from . import nvrtc
+from .checks import Remembered
 
 OLDEST_TRITON = (3, 4)
 HOPPER = (9, 0)  # its compute capability
@@ -41,6 +42,7 @@ Listener = Callable[[str, str, str | None], None]
 log = logging.getLogger(__name__)
 
 _HERE = contextlib.nullcontext()
+_unfitting = Remembered()  # what modules in CUDA C++ said of operands of a layout
 _listener = contextvars.ContextVar("kernel_listener", default=None)
 
 
@@ -113,6 +115,7 @@ def choose(
     mma: ModuleType | None = None,
     unsupported: tuple[str | None, ...] = (),
     operands: tuple = (),
+    layout: object = None,
 ) -> ModuleType:
     """The implementation that runs `op` on `x`, told to the listener, see `listening`.
 
@@ -124,6 +127,7 @@ def choose(
         reference, triton: the op's modules; triton is None where it cannot be imported.
         hopper, mma: its modules in CUDA C++ for Hopper and for cards of mma.sync, whose
             `unfit(*operands)` says why they cannot take them.
+        layout: stands for all that it looks at, if given: then it is asked once for each.
         unsupported: further reasons against Triton that the op declares, None where one does not
             hold.
 
@@ -136,13 +140,13 @@ def choose(
         name, module = REFERENCE, reference
     elif (cuda := _cuda_for(capability(x.device), hopper, mma)) is None:
         name, module = TRITON, triton
-    elif why := nvrtc.unavailable() or cuda.unfit(*operands):
+    elif why := nvrtc.unavailable() or _unfit(cuda, operands, layout):
         name, module = TRITON, triton
         say_once(f"{op} runs in Triton, more slowly: {why}")
     else:
         name, module = CUDA, cuda
     # Inside torch.compile the telling would be traced.
-    if not torch.compiler.is_compiling() and (tell := _listener.get()):
+    if (tell := _listener.get()) and not torch.compiler.is_compiling():
         tell(op, name, why)
     return module
 
@@ -154,6 +158,14 @@ def _cuda_for(
     if card == HOPPER:
         return hopper
     return mma if card[0] in BY_MMA_SYNC else None
+
+
+def _unfit(cuda: ModuleType, operands: tuple, layout: object) -> str | None:
+    """Why a module in CUDA C++ cannot take `operands`; None where it can."""
+    if layout is None:
+        return cuda.unfit(*operands)
+    key = cuda, layout
+    return _unfitting[key] if key in _unfitting else _unfitting.put(key, cuda.unfit(*operands))
 
 
 @contextlib.contextmanager

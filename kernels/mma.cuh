@@ -54,6 +54,12 @@ __device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 row) {
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(row) : "memory");
 }
 
+// The same of matrices of 16 bits, transposed: lane l gets rows 2 (l % 4) + {0, 1} of column l / 4.
+__device__ __forceinline__ void load_matrices_transposed(u32 (&x)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(row) : "memory");
+}
+
 // ---- tensor cores: d = a b + c ----
 // Of a [16 rows, 32 bytes] a thread holds in a[0] row lane / 4, bytes 4 (lane % 4) + {0 .. 3}, in
 // a[1] row lane / 4 + 8, in a[2] and a[3] the same 16 bytes further; of b [32 bytes, 8 columns] in
@@ -72,6 +78,13 @@ __device__ __forceinline__ void mma_int8(
 
 __device__ __forceinline__ void mma_fp16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -103,6 +116,16 @@ __device__ __forceinline__ void mma_fp8_short(
 __device__ __forceinline__ float max_or_nan(float x, float y) {
     float larger;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+    return larger;
+}
+
+// The larger of two pairs of bfloat16 or float16, NaN where one is.
+__device__ __forceinline__ u32 max_of_pairs(u32 x, u32 y, bool bf16) {
+    u32 larger;
+    if (bf16)
+        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(x), "r"(y));
+    else
+        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(x), "r"(y));
     return larger;
 }
 

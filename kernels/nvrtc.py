@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 
+from .driver import check, driver, start
+
 # What the kernels include.
 HEADERS = tuple(map(Path(__file__).with_name, ("arithmetic.cuh", "hopper.cuh", "mma.cuh")))
 TENSOR_MAP = ctypes.c_uint64 * 16
+ONE_PARAMETER = ctypes.c_void_p * 1
 
 
 def operands(pointers: str, integers: str, maps: str = "") -> type[ctypes.Structure]:
@@ -26,42 +29,51 @@ def operands(pointers: str, integers: str, maps: str = "") -> type[ctypes.Struct
     return type("Operands", (ctypes.Structure,), {"_fields_": fields})
 
 
-def tensor_map(x: torch.Tensor, box: int) -> ctypes.Array:
-    """What the copy engine (TMA) knows of int8 rows; a kernel's operands hold it by value.
+def tensor_map(x: torch.Tensor, box: int | tuple[int, ...]) -> ctypes.Array:
+    """What the copy engine (TMA) knows of a tensor; a kernel's operands hold it by value.
 
-    It copies 128 columns of `box` rows at a time, 0 beyond the end, with chunks of 16 bytes
+    It copies a box at a time, 0 before the beginning and beyond the end, with chunks of 16 bytes
     swizzled as the tensor cores read them.
 
     Args:
-        x: int8 [rows, columns] or [B, rows, columns], contiguous along columns, all other strides
-            and the address multiples of 16 bytes.
-        box: rows of one copy, at most 256.
+        x: int8, fp16 or bf16, contiguous along its last dimension, all other strides and the
+            address multiples of 16 bytes.
+        box: its size in each dimension, at most 256, the last one of 64 or 128 bytes; a number
+            stands for so many rows of 128 columns.
 
     Raises:
         ValueError: x is not on a GPU.
         RuntimeError: the driver refuses.
     """
-    return _encoded(address(x), x.shape, x.stride(), box)
+    if isinstance(box, int):
+        box = (1, box, 128)[-x.ndim :]
+    return _encoded(address(x), x.itemsize, x.shape, x.stride(), box)
 
 
 # Torch's allocator hands out the same addresses in every block and forward pass.
 @functools.lru_cache(1024)
 def _encoded(
-    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], box: int
+    pointer: int,
+    itemsize: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
 ) -> ctypes.Array:
     """The tensor map of what these numbers say, and nothing else: the driver looks at no memory."""
-    sizes, steps, rank = shape[::-1], strides[-2::-1], len(shape)
-    boxes = (128, box, 1)[:rank]
+    sizes, boxes, rank = shape[::-1], box[::-1], len(shape)
+    steps = [itemsize * stride for stride in strides[-2::-1]]
     memory = (ctypes.c_uint64 * 24)()  # the map takes 16 of it, at a multiple of 64 bytes
     aligned = TENSOR_MAP.from_buffer(memory, -ctypes.addressof(memory) % 64)
-    uint8, plain, swizzle_128, promote_128, zeros = 0, 0, 3, 2, 0
-    code = _driver().cuTensorMapEncodeTiled(
-        aligned, uint8, rank, ctypes.c_void_p(pointer),
+    integers = {1: 0, 2: 1}[itemsize]  # zeros are the same in all of 16 bits
+    swizzle = {64: 2, 128: 3}[itemsize * boxes[0]]
+    plain, promote_128, zeros = 0, 2, 0
+    code = driver().cuTensorMapEncodeTiled(
+        aligned, integers, rank, ctypes.c_void_p(pointer),
         (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * rank)(*steps),
         (ctypes.c_uint32 * rank)(*boxes), (ctypes.c_uint32 * rank)(*[1] * rank),
-        plain, swizzle_128, promote_128, zeros,
+        plain, swizzle, promote_128, zeros,
     )  # fmt: skip
-    _check(_driver(), code)
+    check(code)
     return aligned
 
 
@@ -101,8 +113,8 @@ def address(x: torch.Tensor | None) -> int:
 class Kernel:
     """A compiled kernel on one device."""
 
-    def __init__(self, driver: ctypes.CDLL, function: ctypes.c_void_p, shared_bytes: int):
-        self.driver, self.function, self.shared_bytes = driver, function, shared_bytes
+    def __init__(self, function: ctypes.c_void_p, shared_bytes: int, device: int):
+        self.function, self.shared_bytes, self.device = function, shared_bytes, device
 
     def launch(self, programs: int, threads: int, operands: ctypes.Structure) -> None:
         """Start on torch's current stream, with the one parameter that the kernel takes.
@@ -110,11 +122,8 @@ class Kernel:
         Raises:
             RuntimeError: the driver refuses.
         """
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(operands))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        sizes = programs, 1, 1, threads, 1, 1, self.shared_bytes
-        code = self.driver.cuLaunchKernel(self.function, *sizes, stream, parameters, None)
-        _check(self.driver, code)
+        grid, parameters = (programs, 1, 1), ONE_PARAMETER(ctypes.addressof(operands))
+        start(self.function, grid, threads, self.shared_bytes, self.device, parameters)
 
 
 @functools.cache
@@ -155,14 +164,14 @@ def load(
         RuntimeError: it does not compile, or the driver does not take it.
     """
     binary = compile_file(source, target, shared_bytes, operands, **constants)
-    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # torch makes its context here at the latest
-        _check(driver, driver.cuModuleLoadData(ctypes.byref(module), binary))
-        _check(driver, driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+        check(driver().cuModuleLoadData(ctypes.byref(module), binary))
+        check(driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
         most_dynamic_shared_bytes = 8
-        _check(driver, driver.cuFuncSetAttribute(function, most_dynamic_shared_bytes, shared_bytes))
-    return Kernel(driver, function, shared_bytes)
+        check(driver().cuFuncSetAttribute(function, most_dynamic_shared_bytes, shared_bytes))
+    return Kernel(function, shared_bytes, device)
 
 
 def compile_file(
@@ -207,11 +216,6 @@ def compile_cuda(source: str, target: str, **constants: int) -> bytes:
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-
-
-@functools.cache
 def _nvrtc() -> ctypes.CDLL:
     major = torch.version.cuda.split(".")[0]
     return ctypes.CDLL(
@@ -231,10 +235,3 @@ def _check_nvrtc(nvrtc: ctypes.CDLL, code: int) -> None:
     if code:
         nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
         raise RuntimeError(f"NVRTC failed: {nvrtc.nvrtcGetErrorString(code).decode()}")
-
-
-def _check(driver: ctypes.CDLL, code: int) -> None:
-    if code:
-        text = ctypes.c_char_p()
-        driver.cuGetErrorString(code, ctypes.byref(text))
-        raise RuntimeError(f"the CUDA driver failed: {(text.value or b'unknown').decode()}")

@@ -18,6 +18,8 @@ class Counts:
 
     def __init__(self):
         self.forwards = 0
+        self.replayed = 0  # of them, as a CUDA graph
+        self.no_graph = set()  # why there was none, where one would pay
         self.num_blocks = 0
         self.sla = collections.defaultdict(set)  # how -> blocks
         self.dense = collections.defaultdict(set)  # why -> blocks
@@ -35,6 +37,8 @@ class Counts:
             return "runs without TurboDiffusion"
         sparse = set().union(*self.sla.values())
         parts = [count(self.forwards, "forward pass", "forward passes"), *sorted(self.gpus)]
+        parts += [f"{self.replayed} of them as a CUDA graph"] if self.replayed else []
+        parts += [f"no CUDA graph: {why}" for why in sorted(self.no_graph)]
         parts += [f"SLA in {len(sparse)} of {self.num_blocks} blocks"]
         parts += [f"{how} in {_ranges(blocks)}" for how, blocks in self.sla.items()]
         parts += [f"dense in {_ranges(blocks)}: {why}" for why, blocks in self.dense.items()]
@@ -53,6 +57,15 @@ class Counts:
                 self.waits[-1][1].synchronize()
                 told += f", {sum(a.elapsed_time(b) for a, b in self.waits):.0f} ms waited for them"
         return [told]
+
+    def add(self, other: "Counts") -> None:
+        """All that `other` knows of blocks, layers and kernels."""
+        for mine, its in ((self.sla, other.sla), (self.dense, other.dense),
+                          (self.unfused, other.unfused), (self.int8, other.int8)):  # fmt: skip
+            for key, found in its.items():
+                mine[key] |= found
+        self.fused |= other.fused
+        self.kernels |= other.kernels
 
     def _kernel_parts(self) -> list[str]:
         """What the kernels were written in, and each op that a faster one could not run."""
@@ -123,6 +136,18 @@ def run(cancelled: type[BaseException] = KeyboardInterrupt):
             log.info(report.line())
 
 
+@contextlib.contextmanager
+def noting():
+    """Meanwhile what is noted goes to counts of its own, which this gives; see `note_replayed`."""
+    report = RunReport()
+    token = _current.set(report)
+    try:
+        with dispatch.listening(report.hear):
+            yield report.counts
+    finally:
+        _current.reset(token)
+
+
 def note_expert(name: str) -> None:
     """From here on the expert called `name` runs."""
     if report := _current.get():
@@ -140,6 +165,19 @@ def note_forward(num_blocks: int) -> None:
     if counts := _counts():
         counts.forwards += 1
         counts.num_blocks = num_blocks
+
+
+def note_replayed(notes: Counts) -> None:
+    """A forward pass ran as a CUDA graph, whose capturing noted this."""
+    if counts := _counts():
+        counts.replayed += 1
+        counts.add(notes)
+
+
+def note_no_graph(why: str) -> None:
+    """A forward pass would run faster as a CUDA graph, but `why`."""
+    if counts := _counts():
+        counts.no_graph.add(why)
 
 
 def note_sla(block: int, how: str) -> None:

@@ -15,7 +15,7 @@ LATENT = 8  # pixels in a row for one of the latents
 COMFORTABLE = 4.5e9
 MOST_STRIPS = 8
 # What an allocator loses between tensors, and the convolutions' own workspaces.
-SLACK = 1.15
+SLACK = 1.18  # an H100 took 1.165 with four strips
 
 
 class Level(NamedTuple):

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import launching_on
+from ..launching import launched
 
 RESIDENT = 2048  # scores of a row that two warps hold in their registers; 1182 at 720p
 FEW = 512  # those of a shorter row, in a quarter of the time; 512 at 480p
@@ -15,6 +15,7 @@ LAUNCH = {"num_warps": 4, "num_stages": 1}  # memory-bound or tiny, the same on 
 ROW_LAUNCH = {"num_warps": 2, "num_stages": 1}  # more wait for each other, fewer take longer
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads"])
 def block_means_kernel(
     x_ptr, means_ptr, length, heads, stride_xb, stride_xl, stride_xh,
@@ -34,6 +35,7 @@ def block_means_kernel(
     tl.store(means_ptr + block * HEAD_DIM + channel, mean)
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "blocks"])
 def center_means_kernel(
     means_ptr, centered_ptr, mean_ptr, length, blocks,
@@ -56,6 +58,7 @@ def center_means_kernel(
         tl.store(centered_ptr + block * HEAD_DIM, means - mean[None, :], mask=block < blocks)
 
 
+@launched
 @triton.jit(do_not_specialize=["n_queries", "n_keys"])
 def scores_kernel(
     q_means_ptr, k_means_ptr, scores_ptr, n_queries, n_keys,
@@ -120,6 +123,7 @@ def select_row(scores_ptr, block_map_ptr, n_keys, count, RESIDENT: tl.constexpr)
     tl.store(block_map_ptr + row * count + place, index, mask=taken)
 
 
+@launched
 @triton.jit(do_not_specialize=["n_keys", "count"])
 def select_resident_kernel(
     scores_ptr, block_map_ptr, n_keys, count, RESIDENT: tl.constexpr, FEW: tl.constexpr
@@ -142,6 +146,7 @@ def count_from(scores_ptr, threshold, n_keys, CHUNK: tl.constexpr):
     return tl.sum(found, 0)
 
 
+@launched
 @triton.jit(do_not_specialize=["n_keys", "count"])
 def select_blocks_kernel(scores_ptr, block_map_ptr, n_keys, count, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -172,12 +177,11 @@ def select_blocks_kernel(scores_ptr, block_map_ptr, n_keys, count, CHUNK: tl.con
 def block_means(x: torch.Tensor, block: int) -> torch.Tensor:
     """Means of [B, L, H, D] over blocks of rows, float32 [B, H, ceil(L / block), D]."""
     batch, length, heads, dim = x.shape
-    blocks = triton.cdiv(length, block)
+    blocks = -(-length // block)
     means = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
-    with launching_on(x):
-        block_means_kernel[blocks, batch * heads](
-            x, means, length, heads, *x.stride()[:3], BLOCK=block, HEAD_DIM=dim, **LAUNCH
-        )
+    block_means_kernel[blocks, batch * heads](
+        x, means, length, heads, *x.stride()[:3], BLOCK=block, HEAD_DIM=dim, **LAUNCH
+    )
     return means
 
 
@@ -186,11 +190,10 @@ def center_means(means: torch.Tensor, length: int, block: int) -> tuple[torch.Te
     batch, heads, blocks, dim = means.shape
     centered = torch.empty(means.shape, dtype=torch.float32, device=means.device)
     mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=means.device)
-    with launching_on(means):
-        center_means_kernel[batch * heads, dim // CHANNELS](
-            means.contiguous(), centered, mean, length, blocks,
-            BLOCK=block, HEAD_DIM=dim, ROWS=TILE, CHANNELS=CHANNELS, **LAUNCH,
-        )  # fmt: skip
+    center_means_kernel[batch * heads, dim // CHANNELS](
+        means.contiguous(), centered, mean, length, blocks,
+        BLOCK=block, HEAD_DIM=dim, ROWS=TILE, CHANNELS=CHANNELS, **LAUNCH,
+    )  # fmt: skip
     return centered, mean
 
 
@@ -204,17 +207,16 @@ def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> t
     block_map = torch.empty(
         batch, heads, n_queries, count, dtype=torch.int32, device=q_means.device
     )
-    tiles = triton.cdiv(n_queries, TILE), triton.cdiv(n_keys, TILE), batch * heads
-    with launching_on(q_means):
-        scores_kernel[tiles](
-            q_means.contiguous(), k_means.contiguous(), scores, n_queries, n_keys,
-            HEAD_DIM=dim, TILE=TILE, **LAUNCH,
-        )  # fmt: skip
-        rows = (batch * heads * n_queries,)
-        if n_keys <= RESIDENT:
-            select_resident_kernel[rows](
-                scores, block_map, n_keys, count, RESIDENT=RESIDENT, FEW=FEW, **ROW_LAUNCH
-            )
-        else:
-            select_blocks_kernel[rows](scores, block_map, n_keys, count, CHUNK=CHUNK, **LAUNCH)
+    tiles = -(-n_queries // TILE), -(-n_keys // TILE), batch * heads
+    scores_kernel[tiles](
+        q_means.contiguous(), k_means.contiguous(), scores, n_queries, n_keys,
+        HEAD_DIM=dim, TILE=TILE, **LAUNCH,
+    )  # fmt: skip
+    rows = (batch * heads * n_queries,)
+    if n_keys <= RESIDENT:
+        select_resident_kernel[rows](
+            scores, block_map, n_keys, count, RESIDENT=RESIDENT, FEW=FEW, **ROW_LAUNCH
+        )
+    else:
+        select_blocks_kernel[rows](scores, block_map, n_keys, count, CHUNK=CHUNK, **LAUNCH)
     return block_map

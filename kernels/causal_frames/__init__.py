@@ -49,17 +49,47 @@ def causal_frames(
         TypeError: y is of another dtype.
         RuntimeError: Triton was asked for by name and cannot run.
     """
-    _check("causal_frames", y, bias, residual)
+    kernels = _kernels("causal_frames", backend, y, cache, gamma, bias, residual)
+    return kernels.causal_frames(y, cache, gamma, bias, residual, keep)
+
+
+def frames_apart(
+    y: Tensor,
+    cache: Tensor,
+    gamma: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    keep: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `causal_frames` returns, in three parts: without a copy of `cache`, which stays.
+
+    Returns:
+        Of the P + T frames the first min(T, P), `cache` or a part of it; those between, if any;
+        and the last P, which are the cache of the next call.
+    """
+    kernels = _kernels("frames_apart", backend, y, cache, gamma, bias, residual)
+    x, after = kernels.frames_apart(y, cache, gamma, bias, residual, keep)
+    return cache[:, : y.shape[1]].contiguous(), x, after
+
+
+def _kernels(
+    op: str,
+    backend: str,
+    y: Tensor,
+    cache: Tensor,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+):
+    _check(op, y, bias, residual)
     if cache.ndim != 5 or (cache.shape[0], *cache.shape[2:]) != (y.shape[0], *y.shape[2:]):
         raise ValueError(f"cache {list(cache.shape)} is not of the frames y {list(y.shape)}")
     if not cache.is_contiguous():
         raise ValueError(f"cache must be contiguous, got strides {list(cache.stride())}")
-    _check_vector("causal_frames", "gamma", gamma, y)
+    _check_vector(op, "gamma", gamma, y)
     unsupported = (no_gradients(y, cache, gamma, bias, residual), _channels_apart(y, residual))
-    kernels = choose(
-        "causal_frames", backend, y, reference, triton_kernels, unsupported=unsupported
-    )
-    return kernels.causal_frames(y, cache, gamma, bias, residual, keep)
+    return choose("causal_frames", backend, y, reference, triton_kernels, unsupported=unsupported)
 
 
 def resample_frames(

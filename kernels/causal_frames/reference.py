@@ -13,12 +13,26 @@ def causal_frames(
     residual: Tensor | None,
     keep: bool,
 ) -> Tensor:
+    x, after = frames_apart(y, cache, gamma, bias, residual, keep)
+    out = torch.cat([cache[:, : y.shape[1]], x, after], dim=1)
+    cache.copy_(after)
+    return out
+
+
+def frames_apart(
+    y: Tensor,
+    cache: Tensor,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     x = _finished(y, bias, residual)
     if keep and x is not y:
         y.copy_(x)
     out = torch.cat([cache, x if gamma is None else norm_silu(x, gamma)], dim=1)
-    cache.copy_(out[:, out.shape[1] - cache.shape[1] :])
-    return out
+    before, frames = cache.shape[1], y.shape[1]
+    return out[:, before : max(before, frames)].contiguous(), out[:, frames:].contiguous()
 
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:

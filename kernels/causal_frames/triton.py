@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import launching_on
+from ..launching import launched
 from .reference import smallest
 
 VALUES = 4096  # that a program holds at once
@@ -28,19 +28,39 @@ def causal_frames(
     residual: Tensor | None,
     keep: bool,
 ) -> Tensor:
+    out = _frames_like(y, cache.shape[1] + y.shape[1])
+    _run(y, cache, cache, gamma, bias, residual, out, keep, APART=False)
+    return out
+
+
+def frames_apart(
+    y: Tensor,
+    cache: Tensor,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    out, after = _frames_like(y, max(y.shape[1] - cache.shape[1], 0)), torch.empty_like(cache)
+    _run(y, cache, after, gamma, bias, residual, out, keep, APART=True)
+    return out, after
+
+
+def _frames_like(y: Tensor, frames: int) -> Tensor:
+    batch, _, *size = y.shape
+    return torch.empty(batch, frames, *size, dtype=y.dtype, device=y.device)
+
+
+def _run(y, cache, after, gamma, bias, residual, out, keep: bool, **options: bool) -> None:
     batch, frames, height, width, channels = y.shape
-    before = cache.shape[1]
-    shape = batch, before + frames, height, width, channels
-    out = torch.empty(shape, dtype=y.dtype, device=y.device)
     launch = _launch(channels)
     grid = triton.cdiv(height * width, launch["BLOCK_P"]), batch
-    with launching_on(y):
-        causal_frames_kernel[grid](
-            y, cache, gamma, bias, residual, out, frames, height, width,
-            channels**0.5, smallest(y.dtype), *y.stride()[:4], *_strides(residual),
-            BEFORE=before, KEEP=keep and not (bias is None and residual is None), **launch,
-        )  # fmt: skip
-    return out
+    causal_frames_kernel[grid](
+        y, cache, after, gamma, bias, residual, out, frames, height, width,
+        channels**0.5, smallest(y.dtype), *y.stride()[:4], *_strides(residual),
+        BEFORE=cache.shape[1], KEEP=keep and not (bias is None and residual is None),
+        **options, **launch,
+    )  # fmt: skip
 
 
 def resample_frames(
@@ -52,11 +72,10 @@ def resample_frames(
     out = torch.empty(shape, dtype=y.dtype, device=y.device)
     launch = _launch(channels // split)
     grid = triton.cdiv(rows * columns, launch["BLOCK_P"]), split * frames, batch
-    with launching_on(y):
-        resample_frames_kernel[grid](
-            y, bias, residual, out, split * frames, height, width, rows, columns,
-            *y.stride()[:4], *_strides(residual), SPLIT=split, SCALE=scale, **launch,
-        )  # fmt: skip
+    resample_frames_kernel[grid](
+        y, bias, residual, out, split * frames, height, width, rows, columns,
+        *y.stride()[:4], *_strides(residual), SPLIT=split, SCALE=scale, **launch,
+    )  # fmt: skip
     return out
 
 
@@ -94,12 +113,13 @@ def norm_silu(x, gamma, scale, eps, dtype: tl.constexpr):
     return x / (1 + tl.exp(-x))
 
 
+@launched
 @triton.jit(do_not_specialize=["frames", "height", "width"])
 def causal_frames_kernel(
-    y_ptr, cache_ptr, gamma_ptr, bias_ptr, residual_ptr, out_ptr, frames, height, width,
+    y_ptr, cache_ptr, after_ptr, gamma_ptr, bias_ptr, residual_ptr, out_ptr, frames, height, width,
     scale, eps, stride_yb, stride_yt, stride_yh, stride_yw,
     stride_rb, stride_rt, stride_rh, stride_rw,
-    CHANNELS: tl.constexpr, BEFORE: tl.constexpr, KEEP: tl.constexpr,
+    CHANNELS: tl.constexpr, BEFORE: tl.constexpr, KEEP: tl.constexpr, APART: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
@@ -114,12 +134,15 @@ def causal_frames_kernel(
     offset = wide(pixel) * CHANNELS + c
     step = size.to(tl.int64) * CHANNELS
     cache_ptr += batch * BEFORE * step
-    out_ptr += batch * (BEFORE + frames) * step
+    after_ptr += batch * BEFORE * step
+    out_ptr += batch * (tl.maximum(frames - BEFORE, 0) if APART else BEFORE + frames) * step
     for t in tl.static_range(BEFORE):
-        frame = tl.load(cache_ptr + t * step + offset, mask=inside)
-        tl.store(out_ptr + t * step + offset, frame, mask=inside)
-        tl.debug_barrier()  # a slot is read before the next frame moves into it
-        tl.store(cache_ptr + (t - frames) * step + offset, frame, mask=inside & (t >= frames))
+        stays = inside & (t >= frames)
+        frame = tl.load(cache_ptr + t * step + offset, mask=stays if APART else inside)
+        if not APART:
+            tl.store(out_ptr + t * step + offset, frame, mask=inside)
+            tl.debug_barrier()  # a slot is read before the next frame moves into it
+        tl.store(after_ptr + (t - frames) * step + offset, frame, mask=stays)
     if gamma_ptr is not None:
         gamma = tl.load(gamma_ptr + c, mask=c < CHANNELS, other=0.0).to(tl.float32)
     for t in range(frames):
@@ -131,11 +154,13 @@ def causal_frames_kernel(
             tl.store(y_ptr + y_offset + t * stride_yt, x, mask=inside)
         if gamma_ptr is not None:
             x = norm_silu(x, gamma, scale, eps, y_ptr.dtype.element_ty)
-        tl.store(out_ptr + (BEFORE + t) * step + offset, x, mask=inside)
         slot = BEFORE - frames + t
-        tl.store(cache_ptr + slot * step + offset, x, mask=inside & (slot >= 0))
+        written = inside & (slot < 0) if APART else inside
+        tl.store(out_ptr + ((0 if APART else BEFORE) + t) * step + offset, x, mask=written)
+        tl.store(after_ptr + slot * step + offset, x, mask=inside & (slot >= 0))
 
 
+@launched
 @triton.jit(do_not_specialize=["frames", "height", "width", "rows", "columns"])
 def resample_frames_kernel(
     y_ptr, bias_ptr, residual_ptr, out_ptr, frames, height, width, rows, columns,

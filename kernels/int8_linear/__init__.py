@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import BLOCK
+from ..checks import BLOCK, Remembered, layouts
 from ..dispatch import choose, has_triton
 from . import hopper, mma, reference
 
@@ -13,6 +13,8 @@ else:
     triton_kernels = None
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_fitting = Remembered()  # layouts of operands that fit together
 
 
 def int8_linear(
@@ -56,21 +58,28 @@ def int8_linear(
             none of the three, or `out` is not of out_dtype.
         RuntimeError: Triton was asked for by name and cannot run.
     """
-    _check_operands(x_q, w_q, bias, out_dtype)
-    _check_scales(x_q, x_scale, w_q, w_scale)
-    batch, length, _ = x_q.shape
-    n, _ = w_q.shape
-    shape = batch, length, n
-    _check_epilogue(shape, gate, residual, out, out_dtype)
+    layout = _checked(x_q, x_scale, w_q, w_scale, bias, gate, residual, out, out_dtype)
     if out is None:
-        out = torch.empty(batch, length, n, dtype=out_dtype, device=x_q.device)
+        out = torch.empty(*x_q.shape[:2], w_q.shape[0], dtype=out_dtype, device=x_q.device)
     if out.numel() == 0:
         return out
     bias = None if bias is None else bias.contiguous()
     operands = x_q, x_scale, w_q, w_scale.contiguous(), bias, gate, residual, out
     on_hopper = hopper if x_scale.ndim == 2 else None  # blocks run in Triton there
     modules = reference, triton_kernels, on_hopper, mma
-    return choose("int8_linear", backend, x_q, *modules, operands=operands).linear(*operands)
+    kernels = choose("int8_linear", backend, x_q, *modules, operands=operands, layout=layout)
+    return kernels.linear(*operands)
+
+
+def _checked(x_q, x_scale, w_q, w_scale, bias, gate, residual, out, out_dtype) -> object:
+    """Something that stands for how the operands of `int8_linear` lie, once known to fit."""
+    key = *layouts(x_q, x_scale, w_q, w_scale, bias, gate, residual, out), out_dtype
+    if (layout := _fitting.get(key)) is not None:
+        return layout
+    _check_operands(x_q, w_q, bias, out_dtype)
+    _check_scales(x_q, x_scale, w_q, w_scale)
+    _check_epilogue((*x_q.shape[:2], w_q.shape[0]), gate, residual, out, out_dtype)
+    return _fitting.put(key, object())
 
 
 def _check_operands(x_q: Tensor, w_q: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import nvrtc
 from ..checks import in_steps_of_16_bytes
-from ..dispatch import launching_on, multiprocessors
+from ..dispatch import multiprocessors
 
 SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90a"
@@ -83,10 +83,9 @@ def linear(
         batch, length, n, k, 0 if gate is None else gate.stride(0),
         *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
     )  # fmt: skip
-    with launching_on(x_q):
-        kernel = nvrtc.load(
-            SOURCE, "int8_linear", TARGET, SHARED_BYTES, Operands, x_q.get_device(),
-            BF16=int(out.dtype == torch.bfloat16),
-        )  # fmt: skip
-        kernel.launch(min(tiles, multiprocessors(x_q.device)), THREADS, operands)
+    kernel = nvrtc.load(
+        SOURCE, "int8_linear", TARGET, SHARED_BYTES, Operands, x_q.get_device(),
+        BF16=int(out.dtype == torch.bfloat16),
+    )  # fmt: skip
+    kernel.launch(min(tiles, multiprocessors(x_q.device)), THREADS, operands)
     return out

@@ -445,22 +445,6 @@ __device__ __forceinline__ void multiply(
 
 // ---- output ----
 
-// Of 32 columns thread t of four holds columns 8 j + 2 t + {0, 1} in x[j], or 8 t + {0 .. 7}: from
-// either to the other.
-__device__ __forceinline__ void transpose(u32 (&x)[4]) {
-    bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        u32 got = __shfl_xor_sync(0xffffffff, odd ? x[i] : x[i + 1], 1);
-        (odd ? x[i] : x[i + 1]) = got;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        u32 got = __shfl_xor_sync(0xffffffff, upper ? x[i] : x[i + 2], 2);
-        (upper ? x[i] : x[i + 2]) = got;
-    }
-}
-
 // (sum row_scale column_scale + bias) gate: what sum row_scale is multiplied with, what is added.
 struct Factors {
     float2 times, plus;

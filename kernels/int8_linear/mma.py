@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import nvrtc, tuning
 from ..checks import BLOCK
-from ..dispatch import capability, launching_on, multiprocessors
+from ..dispatch import capability, multiprocessors
 from .hopper import unfit as unfit  # the same rows, columns and epilogues
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -39,10 +39,9 @@ def linear(
         0 if gate is None else gate.stride(0),
         *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
     )  # fmt: skip
-    with launching_on(x_q):
-        kernel = _kernel(tile, x_scale.ndim == 3, out)
-        programs = tile.programs * multiprocessors(x_q.device)
-        kernel.launch(min(tiles, programs), tile.threads, operands)
+    kernel = _kernel(tile, x_scale.ndim == 3, out)
+    programs = tile.programs * multiprocessors(x_q.device)
+    kernel.launch(min(tiles, programs), tile.threads, operands)
     return out
 
 

@@ -1,12 +1,15 @@
 """INT8 quantization in Triton: the same integers as the reference, every value read once."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..checks import BLOCK
-from ..dispatch import launching_on, multiprocessors
+from ..dispatch import multiprocessors
+from ..launching import launched
 from ..norm.triton import load_row, row_launch, row_pieces, store_row
 from ..tuning import GELU_ROWS, QUANTIZE_BLOCKS, RowLoop, of_width
 
@@ -21,10 +24,9 @@ def quantize_blocks(x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
     scale = torch.empty(
         *x.shape[:-2], row_blocks, column_blocks, dtype=torch.float32, device=x.device
     )
-    with launching_on(x):
-        quantize_blocks_kernel[(scale.numel(),)](
-            batched, q, scale, rows, columns, *batched.stride(), activation, **BLOCKS_LAUNCH
-        )
+    quantize_blocks_kernel[(scale.numel(),)](
+        batched, q, scale, rows, columns, *batched.stride(), activation, **BLOCKS_LAUNCH
+    )
     return q, scale
 
 
@@ -35,20 +37,25 @@ def quantize_rows(
     batched = x if x.ndim == 3 else x.reshape(-1, rows, columns)
     q = torch.empty(*x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(*x.shape[:-1], dtype=torch.float32, device=x.device)
-    with launching_on(x):
-        if activation is None:
-            given = x if amax is None else amax.contiguous()
-            quantize_rows_kernel[(scale.numel(),)](
-                batched, given, q, scale, rows, columns, *batched.stride(),
-                GIVEN=amax is not None, **row_launch(columns),
-            )  # fmt: skip
-        else:
-            loop = of_width(GELU_ROWS, columns)
-            activate_rows_kernel[loop_grid(loop, *batched.shape[:2], x.device)](
-                batched, q, scale, rows, *batched.stride(), activation, columns,
-                row_pieces(columns), **loop.launch(),
-            )  # fmt: skip
+    if activation is None:
+        given = x if amax is None else amax.contiguous()
+        quantize_rows_kernel[(scale.numel(),)](
+            batched, given, q, scale, rows, columns, *batched.stride(),
+            GIVEN=amax is not None, **row_launch(columns),
+        )  # fmt: skip
+    else:
+        loop = of_width(GELU_ROWS, columns)
+        activate_rows_kernel[loop_grid(loop, *batched.shape[:2], x.device)](
+            batched, q, scale, rows, *batched.stride(), activation, columns,
+            **gelu_launch(loop, columns),
+        )  # fmt: skip
     return q, scale
+
+
+@functools.cache
+def gelu_launch(loop: RowLoop, columns: int) -> dict[str, object]:
+    """Launch of `activate_rows_kernel`."""
+    return {"PIECES": row_pieces(columns), **loop.launch()}
 
 
 def loop_grid(loop: RowLoop, batch: int, rows: int, device: torch.device) -> tuple[int, int]:
@@ -110,6 +117,7 @@ def activate(x, ACTIVATION: tl.constexpr):
     return x
 
 
+@launched
 @triton.jit(do_not_specialize=["rows"])
 def quantize_blocks_kernel(
     x_ptr,
@@ -140,6 +148,7 @@ def quantize_blocks_kernel(
     tl.store(scale_ptr + pid, scale)
 
 
+@launched
 @triton.jit(do_not_specialize=["rows"])
 def quantize_rows_kernel(
     x_ptr,
@@ -159,15 +168,14 @@ def quantize_rows_kernel(
     c = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + c.to(tl.int64) * stride_c, mask=c < columns, other=0.0)
     x = x.to(tl.float32)
-    if GIVEN:
-        amax = larger(tl.load(amax_ptr + pid), 1e-8)
-    else:
-        amax = larger(largest(tl.abs(x)), 1e-8)
+    amax = tl.load(amax_ptr + pid) if GIVEN else largest(tl.abs(x))
+    amax = larger(amax, 1e-8)
     q, scale = round_to_int8(x, amax), amax * (1 / 128)
     tl.store(q_ptr + pid.to(tl.int64) * columns + c, q, mask=c < columns)
     tl.store(scale_ptr + pid, scale)
 
 
+@launched
 @triton.jit(do_not_specialize=["rows"])
 def activate_rows_kernel(
     x_ptr, q_ptr, scale_ptr, rows, stride_b, stride_r, stride_c,

@@ -10,10 +10,10 @@ from ..dispatch import choose, has_triton
 from . import gradients_reference, reference
 
 if has_triton():
-    from . import gradients_triton
+    from . import gradients_triton, mma
     from . import triton as triton_kernels
 else:
-    gradients_triton = triton_kernels = None
+    gradients_triton = triton_kernels = mma = None
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 
@@ -81,7 +81,10 @@ def _kernels(k, v, feature_map, backend):
     check_heads(k=k, v=v)
     check_feature_map(feature_map)
     unsupported = not_contiguous(k, v), float32_on_gpu(k)
-    return choose("key_value_state", backend, k, reference, triton_kernels, unsupported=unsupported)
+    return choose(
+        "key_value_state", backend, k, reference, triton_kernels, mma=mma,
+        unsupported=unsupported, operands=(k, v, feature_map),
+    )  # fmt: skip
 
 
 def linear_attention(

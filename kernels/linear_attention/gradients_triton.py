@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import launching_on
+from ..launching import launched
 from .triton import (
     LAUNCH,
     SMALLEST,
@@ -89,6 +89,7 @@ def storeroom_for_sums(square, square_ptr, vector, vector_ptr, HEAD_DIM: tl.cons
     tl.store(vector_ptr + part * HEAD_DIM + channel, vector)
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads", "rows"])
 def linear_query_gradients_kernel(
     q_ptr, d_out_ptr, mix_ptr, normalizer_ptr, onto_ptr, d_mix_ptr, weighted_ptr, d_bias_ptr,
@@ -126,6 +127,7 @@ def linear_query_gradients_kernel(
     tl.store(d_bias_ptr + part * HEAD_DIM + channel, tl.sum(d_bias, 0))
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads"])
 def linear_key_gradients_kernel(
     k_ptr, v_ptr, d_state_ptr, peak_ptr, d_normalizer_ptr, onto_k_ptr, onto_v_ptr, length, heads,
@@ -148,6 +150,7 @@ def linear_key_gradients_kernel(
     add_rows(d_v, onto_v_ptr, first, length, length, heads, ROWS, HEAD_DIM)
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads", "rows"])
 def state_jvp_kernel(
     k_ptr, v_ptr, tk_ptr, tv_ptr, t_state_ptr, t_normalizer_ptr, length, heads, rows,
@@ -176,6 +179,7 @@ def state_jvp_kernel(
     storeroom_for_sums(t_state, t_state_ptr, tl.sum(t_normalizer, 0), t_normalizer_ptr, HEAD_DIM)
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads"])
 def rows_jvp_kernel(
     q_ptr, tq_ptr, mix_ptr, t_mix_ptr, normalizer_ptr, t_normalizer_ptr, t_bias_ptr, t_out_ptr,
@@ -216,12 +220,11 @@ def query_gradients(
     mix = project_state(state, normalizer, proj_weight, q.dtype)
     rows, d_mix, weighted = room_for_sums(q)
     d_bias = torch.empty_like(weighted)
-    with launching_on(q):
-        linear_query_gradients_kernel[len(d_mix), q.shape[0] * q.shape[2]](
-            q, d_out, mix, normalizer.contiguous(), onto, d_mix, weighted, d_bias,
-            q.shape[1], q.shape[2], rows, *q.stride()[:3], *d_out.stride()[:3],
-            HEAD_DIM=q.shape[3], TILE=TILE, FEATURE_MAP=feature_map, **SUMS_LAUNCH,
-        )  # fmt: skip
+    linear_query_gradients_kernel[len(d_mix), q.shape[0] * q.shape[2]](
+        q, d_out, mix, normalizer.contiguous(), onto, d_mix, weighted, d_bias,
+        q.shape[1], q.shape[2], rows, *q.stride()[:3], *d_out.stride()[:3],
+        HEAD_DIM=q.shape[3], TILE=TILE, FEATURE_MAP=feature_map, **SUMS_LAUNCH,
+    )  # fmt: skip
     own = normalizer.clamp_min(SMALLEST)
     return d_mix.sum(0) / own[..., None], -weighted.sum(0) / own, d_bias.sum((0, 1, 2))
 
@@ -239,12 +242,11 @@ def key_gradients(
     peak = d_state.abs().amax(-1).clamp_min(SMALLEST)
     d_state = (d_state / peak[..., None]).to(k.dtype)
     batch, length, heads, dim = k.shape
-    with launching_on(k):
-        linear_key_gradients_kernel[triton.cdiv(length, ROWS), batch * heads](
-            k, v, d_state, peak, d_normalizer, *onto, length, heads,
-            *k.stride()[:3], *v.stride()[:3],
-            HEAD_DIM=dim, ROWS=ROWS, FEATURE_MAP=feature_map, **LAUNCH,
-        )  # fmt: skip
+    linear_key_gradients_kernel[triton.cdiv(length, ROWS), batch * heads](
+        k, v, d_state, peak, d_normalizer, *onto, length, heads,
+        *k.stride()[:3], *v.stride()[:3],
+        HEAD_DIM=dim, ROWS=ROWS, FEATURE_MAP=feature_map, **LAUNCH,
+    )  # fmt: skip
 
 
 def state_jvp(
@@ -253,11 +255,10 @@ def state_jvp(
     """Tangents float32 [B, H, D, D] and [B, H, D] of the sums over keys."""
     rows, t_state, t_normalizer = room_for_sums(k)
     strides = [stride for x in (k, v, tk, tv) for stride in x.stride()[:3]]
-    with launching_on(k):
-        state_jvp_kernel[len(t_state), k.shape[0] * k.shape[2]](
-            k, v, tk, tv, t_state, t_normalizer, k.shape[1], k.shape[2], rows, *strides,
-            HEAD_DIM=k.shape[3], TILE=TILE, FEATURE_MAP=feature_map, **SUMS_LAUNCH,
-        )  # fmt: skip
+    state_jvp_kernel[len(t_state), k.shape[0] * k.shape[2]](
+        k, v, tk, tv, t_state, t_normalizer, k.shape[1], k.shape[2], rows, *strides,
+        HEAD_DIM=k.shape[3], TILE=TILE, FEATURE_MAP=feature_map, **SUMS_LAUNCH,
+    )  # fmt: skip
     return t_state.sum(0), t_normalizer.sum(0)
 
 
@@ -276,10 +277,9 @@ def rows_jvp(
     mix, t_mix = ((x / own).to(q.dtype) for x in (mix, t_mix))
     batch, length, heads, dim = q.shape
     t_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    with launching_on(q):
-        rows_jvp_kernel[triton.cdiv(length, ROWS), batch * heads](
-            q, tq, mix, t_mix, normalizer.contiguous(), t_normalizer, t_bias.contiguous(), t_out,
-            length, heads, *q.stride()[:3], *tq.stride()[:3],
-            HEAD_DIM=dim, ROWS=ROWS, FEATURE_MAP=feature_map, **LAUNCH,
-        )  # fmt: skip
+    rows_jvp_kernel[triton.cdiv(length, ROWS), batch * heads](
+        q, tq, mix, t_mix, normalizer.contiguous(), t_normalizer, t_bias.contiguous(), t_out,
+        length, heads, *q.stride()[:3], *tq.stride()[:3],
+        HEAD_DIM=dim, ROWS=ROWS, FEATURE_MAP=feature_map, **LAUNCH,
+    )  # fmt: skip
     return t_out

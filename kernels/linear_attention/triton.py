@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import launching_on, multiprocessors
+from ..dispatch import multiprocessors
 from ..int8_quant.triton import larger, largest
+from ..launching import launched
 
 TILE = 16  # keys of one step of the state: two programs fit a multiprocessor's registers
 PROGRAMS = 4  # of the state, over all heads, for each multiprocessor: 2 waves of 2
@@ -39,6 +40,7 @@ def linear_rows(q, mix, normalizer, bias, FEATURE_MAP: tl.constexpr):
     return tl.dot(weights.to(mix.dtype), mix) + bias.to(tl.float32)[None, :]
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads", "rows"])
 def key_value_state_kernel(
     k_ptr, v_ptr, state_ptr, normalizer_ptr, maxima_ptr, length, heads, rows,
@@ -77,6 +79,7 @@ def key_value_state_kernel(
         tl.store(maxima_ptr + part * HEAD_DIM + channel, maximum)
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads"])
 def apply_state_kernel(
     q_ptr, mix_ptr, normalizer_ptr, bias_ptr, out_ptr, length, heads,
@@ -129,13 +132,12 @@ def _sum_over_keys(k, v, feature_map, maxima: bool):
     batch, length, heads, dim = k.shape
     rows, state, normalizer = room_for_sums(k)
     maximum = torch.empty_like(normalizer) if maxima else normalizer
-    with launching_on(k):
-        key_value_state_kernel[len(state), batch * heads](
-            k, v, state, normalizer, maximum, length, heads, rows,
-            *k.stride()[:3], *v.stride()[:3],
-            HEAD_DIM=dim, TILE=TILE, FEATURE_MAP=feature_map, MAXIMA=maxima,
-            **STATE_LAUNCH,
-        )  # fmt: skip
+    key_value_state_kernel[len(state), batch * heads](
+        k, v, state, normalizer, maximum, length, heads, rows,
+        *k.stride()[:3], *v.stride()[:3],
+        HEAD_DIM=dim, TILE=TILE, FEATURE_MAP=feature_map, MAXIMA=maxima,
+        **STATE_LAUNCH,
+    )  # fmt: skip
     return state.sum(0), normalizer.sum(0), maximum.amax(0) if maxima else None
 
 
@@ -145,9 +147,9 @@ def room_for_sums(x: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
     batch, length, heads, dim = x.shape
     # By shape and card alone, so that sums never change order.
     splits = max(1, PROGRAMS * multiprocessors(x.device) // (batch * heads))
-    rows = TILE * triton.cdiv(length, TILE * splits)
+    rows = TILE * -(-length // (TILE * splits))
     options = {"dtype": torch.float32, "device": x.device}
-    parts = triton.cdiv(length, rows), batch, heads, dim
+    parts = -(-length // rows), batch, heads, dim
     return rows, torch.empty(*parts, dim, **options), torch.empty(parts, **options)
 
 
@@ -164,10 +166,9 @@ def linear_attention(
     batch, length, heads, dim = q.shape
     mix = project_state(state, normalizer, proj_weight, q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    with launching_on(q):
-        apply_state_kernel[triton.cdiv(length, ROWS), batch * heads](
-            q, mix, normalizer.contiguous(), proj_bias.contiguous(), out, length, heads,
-            *q.stride()[:3],
-            HEAD_DIM=dim, ROWS=ROWS, FEATURE_MAP=feature_map, **LAUNCH,
-        )  # fmt: skip
+    apply_state_kernel[-(-length // ROWS), batch * heads](
+        q, mix, normalizer.contiguous(), proj_bias.contiguous(), out, length, heads,
+        *q.stride()[:3],
+        HEAD_DIM=dim, ROWS=ROWS, FEATURE_MAP=feature_map, **LAUNCH,
+    )  # fmt: skip
     return out

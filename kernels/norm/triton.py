@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import launching_on
+from ..launching import launched
 from ..tuning import LAYER_NORM_ROWS, ROWS, of_width
 
 
@@ -43,10 +43,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     channels = x.shape[-1]
     rows = x.reshape(-1, channels)
     y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
-    with launching_on(x):
-        rms_norm_kernel[(rows.shape[0],)](
-            rows, weight.contiguous(), y, channels, eps, *rows.stride(), **row_launch(channels)
-        )
+    rms_norm_kernel[(rows.shape[0],)](
+        rows, weight.contiguous(), y, channels, eps, *rows.stride(), **row_launch(channels)
+    )
     return y
 
 
@@ -61,11 +60,10 @@ def layer_norm(
     batch, length, channels = x.shape
     y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
     operands, strides = layer_norm_operands(x, weight, bias, scale, shift)
-    with launching_on(x):
-        layer_norm_kernel[(batch * length,)](
-            x, *operands, y, length, eps, *strides, channels, row_pieces(channels),
-            **layer_norm_launch(channels),
-        )  # fmt: skip
+    layer_norm_kernel[(batch * length,)](
+        x, *operands, y, length, eps, *strides, channels, row_pieces(channels),
+        **layer_norm_launch(channels),
+    )  # fmt: skip
     return y
 
 
@@ -88,6 +86,7 @@ def layer_norm_operands(
     return [*vectors, *modulations], [*x.stride(), *strides[0], *strides[1]]
 
 
+@launched
 @triton.jit
 def rms_norm_kernel(
     x_ptr, weight_ptr, y_ptr, channels, eps, stride_r, stride_c, BLOCK: tl.constexpr
@@ -178,6 +177,7 @@ def modulate_row(
     return modulated
 
 
+@launched
 @triton.jit(do_not_specialize=["length"])
 def layer_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, length, eps,

@@ -1,13 +1,15 @@
 """LayerNorm and INT8 quantization in one Triton kernel; the normalised values stay on the chip."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..checks import BLOCK
-from ..dispatch import launching_on
 from ..int8_quant.triton import loop_grid, quantize_row, quantize_tile
+from ..launching import launched
 from ..norm.triton import (
     layer_norm_operands,
     load_row,
@@ -38,24 +40,25 @@ def layer_norm_quant(
         loop = of_width(LAYER_NORM_ROWS, channels)
         kernel, grid = layer_norm_rows_kernel, loop_grid(loop, batch, length, x.device)
         scales = batch, length
-        launch = {"PIECES": row_pieces(channels), **rows_launch(loop, per_token)}
+        launch = rows_launch(loop, channels, per_token)
     else:
         row_blocks = -(-length // BLOCK)
         kernel, grid = layer_norm_blocks_kernel, (batch * row_blocks,)
         scales = batch, row_blocks, -(-channels // BLOCK)
         launch = BLOCKS_LAUNCH
     q_scale = torch.empty(*scales, dtype=torch.float32, device=x.device)
-    with launching_on(x):
-        kernel[grid](x, *operands, q, q_scale, length, channels, eps, *strides, per_token, **launch)
+    kernel[grid](x, *operands, q, q_scale, length, channels, eps, *strides, per_token, **launch)
     return q, q_scale
 
 
-def rows_launch(loop: RowLoop, per_token: bool) -> dict[str, int]:
+@functools.cache
+def rows_launch(loop: RowLoop, channels: int, per_token: bool) -> dict[str, object]:
     """Launch of `layer_norm_rows_kernel`.
 
     Rows of scale and shift, where every token has its own, are too much to read ahead.
     """
-    return (loop._replace(stages=1) if per_token else loop).launch()
+    loop = loop._replace(stages=1) if per_token else loop
+    return {"PIECES": row_pieces(channels), **loop.launch()}
 
 
 @triton.jit
@@ -66,6 +69,7 @@ def constant_row(VALUE: tl.constexpr, PIECES: tl.constexpr):
     return row
 
 
+@launched
 @triton.jit(do_not_specialize=["length"])
 def layer_norm_rows_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, q_ptr, q_scale_ptr, length,
@@ -129,6 +133,7 @@ def _row_moments(x_ptr, channels, eps, stride_xc, BLOCK: tl.constexpr):
     return mean, tl.rsqrt(squares / channels + eps)
 
 
+@launched
 @triton.jit(do_not_specialize=["length"])
 def layer_norm_blocks_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, q_ptr, q_scale_ptr, length, channels, eps,

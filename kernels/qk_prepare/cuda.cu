@@ -328,13 +328,28 @@ __device__ __forceinline__ void load_turns(
     Shared& shared, const float* norms, const Angles& angles, int inside
 ) {
 #if TURNS
-    for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 2; i += THREADS) {
-        int row = i / (HEAD_DIM / 2), pair = i % (HEAD_DIM / 2);
-        float2 turn = {0, 0};
-        if (row < inside)
-            turn = {angles.cos[(long long)row * angles.cos_stride + pair],
-                    angles.sin[(long long)row * angles.sin_stride + pair]};
-        *reinterpret_cast<float2*>(&shared.turns[row][2 * pair]) = turn;
+    // Half of them at a time: one by one each would wait for memory. A thread takes four pairs.
+    constexpr int QUADS = HEAD_DIM / 8, EACH = ROWS * QUADS / THREADS / 2;
+#pragma unroll 1
+    for (int part = 0; part < 2; part++) {
+        int first = part * EACH * THREADS + threadIdx.x;
+        float4 cosines[EACH], sines[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int row = (first + i * THREADS) / QUADS, quad = threadIdx.x % QUADS;
+            long long last = min(row, inside - 1);  // rows beyond the end are zeros all the same
+            const float* cos = angles.cos + last * angles.cos_stride;
+            const float* sin = angles.sin + last * angles.sin_stride;
+            cosines[i] = __ldg(reinterpret_cast<const float4*>(cos) + quad);
+            sines[i] = __ldg(reinterpret_cast<const float4*>(sin) + quad);
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int row = (first + i * THREADS) / QUADS, quad = threadIdx.x % QUADS;
+            float4* to = reinterpret_cast<float4*>(&shared.turns[row][8 * quad]);
+            to[0] = make_float4(cosines[i].x, sines[i].x, cosines[i].y, sines[i].y);
+            to[1] = make_float4(cosines[i].z, sines[i].z, cosines[i].w, sines[i].w);
+        }
     }
 #endif
     if (threadIdx.x < ROWS)
@@ -357,12 +372,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
     int inside = min(ROWS, (int)(length - first));
     Angles angles = {o.cos + sample * (long long)o.cos_b + first * o.cos_l,
                      o.sin + sample * (long long)o.sin_b + first * o.sin_l, o.cos_l, o.sin_l};
-    load_turns(shared, o.norms + sample * (long long)length + first, angles, inside);
-#if LINEAR
-    // Keeps the normalizers, sums over all keys, in the range of float16.
-    float unit = 32768.0f / max(32768, length);
-#endif
-    __syncthreads();
     const u16* rows = o.x + sample * (long long)o.x_b + first * x_l;
     u16* out_rows = o.out + (sample * (long long)length + first) * heads * HEAD_DIM;
     int last = min(heads, (group + 1) * o.heads_each);
@@ -370,6 +379,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
     int head = group * o.heads_each;
     const uint4* head_rows = reinterpret_cast<const uint4*>(rows + (long long)head * x_h);
     load_rows(raw, head_rows, x_l / 8, row, pair, inside);
+    load_turns(shared, o.norms + sample * (long long)length + first, angles, inside);
+#if LINEAR
+    // Keeps the normalizers, sums over all keys, in the range of float16.
+    float unit = 32768.0f / max(32768, length);
+#endif
+    __syncthreads();
     for (; head < last; head++) {
         u32 packed[2][16];  // [ROWS, HEAD_DIM] normalized and rotated, in 16 bits
         long long whole_head = sample * (long long)heads + head;

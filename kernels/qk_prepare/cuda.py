@@ -7,7 +7,7 @@ import torch
 
 from .. import nvrtc
 from ..checks import in_steps_of_16_bytes
-from ..dispatch import HOPPER, capability, launching_on
+from ..dispatch import HOPPER, capability
 from ..linear_attention import LinearBranch
 from ..linear_attention.triton import project_state
 from ..tuning import PREPARE_HEADS, of_card
@@ -106,9 +106,8 @@ def prepare(
         *map(nvrtc.address, tensors), *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
         length, heads, means.shape[2], -(-heads // groups),
     )  # fmt: skip
-    with launching_on(x):
-        kernel = _kernel(x, block, quantize, branch is not None)
-        kernel.launch(groups * -(-length // ROWS) * batch, THREADS, operands)
+    kernel = _kernel(x, block, quantize, branch is not None)
+    kernel.launch(groups * -(-length // ROWS) * batch, THREADS, operands)
     return means, integers, scales
 
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import launching_on
+from ..launching import launched
 from ..linear_attention import LinearBranch
 from ..linear_attention.triton import linear_attention
 from ..sparse_attention.triton import round_block
@@ -13,6 +13,7 @@ HEADS = 8  # of one program, which reads its cosines from memory once
 ROW_LAUNCH = {"num_warps": 4, "num_stages": 1}  # bandwidth-bound, the same on every card
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads", "eps"])
 def row_norms_kernel(
     x_ptr, norms_ptr, length, heads, eps, stride_xb, stride_xl, stride_xh,
@@ -28,6 +29,7 @@ def row_norms_kernel(
     tl.store(norms_ptr + sample * length + row, tl.rsqrt(mean_square + eps))
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads"])
 def square_sums_kernel(
     x_ptr, sums_ptr, length, heads, stride_xb, stride_xl, stride_xh,
@@ -51,6 +53,7 @@ def rotate(x, cos, sin, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     return tl.join(a * cos - b * sin, a * sin + b * cos).reshape(ROWS, HEAD_DIM)
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads"])
 def prepare_kernel(
     x_ptr, norms_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, means_ptr, integers_ptr, scales_ptr,
@@ -105,19 +108,16 @@ def contiguous_pairs(angles: torch.Tensor) -> torch.Tensor:
     return angles if angles.stride(-1) == 1 else angles.contiguous()
 
 
-def given_or_own_norms(
-    x: torch.Tensor, eps: float, given: torch.Tensor | None
-) -> torch.Tensor:
+def given_or_own_norms(x: torch.Tensor, eps: float, given: torch.Tensor | None) -> torch.Tensor:
     """1 / root mean square of each row of [B, L, H, D] over all heads, float32 [B, L]."""
     if given is not None:
         return given.contiguous()
     batch, length, heads, dim = x.shape
     norms = torch.empty(batch, length, dtype=torch.float32, device=x.device)
-    with launching_on(x):
-        row_norms_kernel[length, batch](
-            x, norms, length, heads, eps, *x.stride()[:3],
-            HEAD_DIM=dim, HEADS=triton.next_power_of_2(heads), **ROW_LAUNCH,
-        )  # fmt: skip
+    row_norms_kernel[length, batch](
+        x, norms, length, heads, eps, *x.stride()[:3],
+        HEAD_DIM=dim, HEADS=1 << (heads - 1).bit_length(), **ROW_LAUNCH,
+    )  # fmt: skip
     return norms
 
 
@@ -125,11 +125,10 @@ def square_sums(x: torch.Tensor) -> torch.Tensor:
     """Sums of squares of x [B, L, H, D] by head, float32 [B, L, H]."""
     batch, length, heads, dim = x.shape
     sums = torch.empty(batch, length, heads, dtype=torch.float32, device=x.device)
-    with launching_on(x):
-        square_sums_kernel[length, batch](
-            x, sums, length, heads, *x.stride()[:3],
-            HEAD_DIM=dim, HEADS=triton.next_power_of_2(heads), **ROW_LAUNCH,
-        )  # fmt: skip
+    square_sums_kernel[length, batch](
+        x, sums, length, heads, *x.stride()[:3],
+        HEAD_DIM=dim, HEADS=1 << (heads - 1).bit_length(), **ROW_LAUNCH,
+    )  # fmt: skip
     return sums
 
 
@@ -139,7 +138,7 @@ def block_outputs(
     """Room for what is known of the N blocks of x [B, L, H, D]: means float32 [B, H, N, D] and,
     if asked for, int8 [B, H, N * block, D] with scales float32 [B, H, N]."""
     batch, length, heads, dim = x.shape
-    blocks = triton.cdiv(length, block)
+    blocks = -(-length // block)
     means = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
     if not quantize:
         return means, None, None
@@ -164,13 +163,12 @@ def prepare(
     norms = given_or_own_norms(x, eps, row_norms)
     means, integers, scales = block_outputs(x, block, quantize)
     cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
-    with launching_on(x):
-        prepare_kernel[triton.cdiv(heads, HEADS), means.shape[2], batch](
-            x, norms, weight.contiguous(), cos, sin, out, means,
-            integers if quantize else x, scales if quantize else norms,
-            length, heads, *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
-            BLOCK=block, HEAD_DIM=dim, HEADS=HEADS, QUANTIZE=quantize, **config(block),
-        )  # fmt: skip
+    prepare_kernel[-(-heads // HEADS), means.shape[2], batch](
+        x, norms, weight.contiguous(), cos, sin, out, means,
+        integers if quantize else x, scales if quantize else norms,
+        length, heads, *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
+        BLOCK=block, HEAD_DIM=dim, HEADS=HEADS, QUANTIZE=quantize, **config(block),
+    )  # fmt: skip
     if branch is not None:
         # On its own: within the pass above it would spill on every card but Hopper.
         linear_attention(out, *branch, out)

@@ -34,7 +34,7 @@ def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Te
     """
     if q.dtype != torch.int8:
         raise TypeError(f"requantize_rows: q must be int8, got {q.dtype}")
-    if q.ndim != 2 or scale.shape != tuple(-(-size // BLOCK) for size in q.shape):
+    if q.ndim != 2 or scale.shape != (-(-q.shape[0] // BLOCK), -(-q.shape[1] // BLOCK)):
         raise ValueError(
             f"requantize_rows: q must be [N, K] with scales [ceil(N/128), ceil(K/128)], "
             f"got {list(q.shape)} with {list(scale.shape)}"

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import BLOCK
-from ..dispatch import launching_on
 from ..int8_quant.triton import larger, largest, round_to_int8
+from ..launching import launched
 from ..tuning import REQUANTIZE_ROWS
 
 
@@ -25,13 +25,13 @@ def requantize_rows(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = q.shape
     out = torch.empty(rows, columns, dtype=torch.int8, device=q.device)
     row_scale = torch.empty(rows, dtype=torch.float32, device=q.device)
-    with launching_on(q):
-        requantize_rows_kernel[(rows,)](
-            q, scale.contiguous(), out, row_scale, columns, *q.stride(), **config(columns)
-        )
+    requantize_rows_kernel[(rows,)](
+        q, scale.contiguous(), out, row_scale, columns, *q.stride(), **config(columns)
+    )
     return out, row_scale
 
 
+@launched
 @triton.jit
 def requantize_rows_kernel(
     q_ptr,

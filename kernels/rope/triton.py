@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import launching_on
+from ..launching import launched
 from ..tuning import ROPE as LAUNCH
 
 
@@ -14,23 +14,23 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
     cos, sin = (angles.expand(batch, -1, -1) for angles in (cos, sin))
     grid = (-(-length * heads // LAUNCH["ROWS"]), batch)
-    with launching_on(x):
-        rope_kernel[grid](
-            x,
-            cos,
-            sin,
-            y,
-            length,
-            heads,
-            *x.stride(),
-            *cos.stride(),
-            *sin.stride(),
-            HEAD_DIM=head_dim,
-            **LAUNCH,
-        )
+    rope_kernel[grid](
+        x,
+        cos,
+        sin,
+        y,
+        length,
+        heads,
+        *x.stride(),
+        *cos.stride(),
+        *sin.stride(),
+        HEAD_DIM=head_dim,
+        **LAUNCH,
+    )
     return y
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads"])
 def rope_kernel(
     x_ptr,

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..checks import in_steps_of_16_bytes
 from ..dispatch import capability, has_tma, launching_on
+from ..launching import launched
 from ..tuning import gradient_launch
 from .gradients_reference import transpose_map
 from .reference import score_scale
@@ -40,6 +41,7 @@ def store_once(
     tl.store(x_ptr + place, rows.to(x_ptr.dtype.element_ty), mask=row < length)
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "rows", "scale"])
 def row_sums_kernel(
     out_ptr, d_out_ptr, lse_ptr, shift_ptr, d_shift_ptr, length, rows, scale,

@@ -8,6 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..checks import in_steps_of_16_bytes
 from ..dispatch import capability, has_tma, interpreting, launching_on
 from ..int8_quant.triton import larger, largest
+from ..launching import launched
 from ..tuning import attention_launch
 from .reference import VALUE_LIMIT, Int8Blocks, Quantized, score_scale
 
@@ -218,6 +219,7 @@ def place_in_block(
     return place
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads"])
 def quantize_heads_kernel(
     x_ptr, center_ptr, integers_ptr, scales_ptr, length, heads, stride_xb, stride_xl, stride_xh,
@@ -241,6 +243,7 @@ def quantize_heads_kernel(
     tl.store(scales_ptr + block, scale)
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads"])
 def channel_max_kernel(
     v_ptr, amax_ptr, length, heads, stride_vb, stride_vl, stride_vh,
@@ -255,6 +258,7 @@ def channel_max_kernel(
     tl.store(amax_ptr + part * HEAD_DIM + channel, largest(tl.abs(v.to(tl.float32)), 0))
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "heads"])
 def quantize_values_kernel(
     v_ptr, factors_ptr, values_ptr, length, heads, limit, stride_vb, stride_vl, stride_vh,
@@ -388,7 +392,7 @@ def quantize_heads(
 ) -> Int8Blocks:
     """x [B, L, H, D] less `center` [B, H, D] in int8, in blocks of rows of one head."""
     batch, length, heads, dim = x.shape
-    blocks = triton.cdiv(length, block)
+    blocks = -(-length // block)
     integers = torch.empty(batch, heads, blocks * block, dim, dtype=torch.int8, device=x.device)
     scales = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
     centered = center is not None
@@ -410,7 +414,7 @@ def quantize_values(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """v to `dtype` [B, H, N, D, block] and float32 [B, H, D], one scale per channel."""
     batch, length, heads, dim = v.shape
-    blocks = triton.cdiv(length, block)
+    blocks = -(-length // block)
     values = torch.empty(batch, heads, blocks, dim, block, dtype=dtype, device=v.device)
     amax = (channel_max(v, block) if v_max is None else v_max).clamp_min(1e-8)  # [B, H, D]
     with launching_on(v):
@@ -425,7 +429,7 @@ def quantize_values(
 def channel_max(v: torch.Tensor, rows: int) -> torch.Tensor:
     """max |v| over L, float32 [B, H, D]."""
     batch, length, heads, dim = v.shape
-    parts = triton.cdiv(length, rows)
+    parts = -(-length // rows)
     amax = torch.empty(batch, heads, parts, dim, dtype=torch.float32, device=v.device)
     with launching_on(v):
         channel_max_kernel[parts, batch * heads](

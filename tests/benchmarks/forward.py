@@ -5,6 +5,7 @@
     ... forward.py --compilations                 what gets compiled, and when
     ... forward.py --gpus 2 --steps 4             several against one; see support/several_gpus.py
     ... forward.py --card 8.6 --json 86.json      as on an older card, for estimate.py
+    ... forward.py --graph on                     each pass as one CUDA graph, wherever it can be
 
 Real shapes and layer counts, random INT8 weights made on the GPU, the MODEL built as TurboLoader
 builds it and driven as a sampler drives it. Prints medians, the share of the arithmetic floor, peak
@@ -54,12 +55,15 @@ from turbodiffusion_pack.turbo_core.forward_time import (  # noqa: E402
     linear_operations,
     self_attention_operations,
 )
+from turbodiffusion_pack.turbo_core.host import pass_graph  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.load import build_turbo_model  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler  # noqa: E402
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas  # noqa: E402
 from turbodiffusion_pack.turbo_core.sla_settings import ATTENTIONS, SLASettings  # noqa: E402
 
+# The share of a pass from which on launching makes it a graph.
+GRAPH_FROM = {"auto": pass_graph.BOUND, "on": 0.0, "off": float("inf")}
 # Names of kernels, and what is in the names of torch's.
 LINEARS = "int8_linear", "linear_kernel"
 SPARSE_ATTENTION = "sage_attention", "sage_attention_kernel", "sparse_attention_kernel"
@@ -151,7 +155,10 @@ def measure(name: str, settings: SLASettings, ceilings: Ceilings, options) -> di
     run = make_forward(model, shape)
     if why := why_not_timed(run):
         return {"model": name, "attention": settings.attention, "not timed": why}
-    finite = bool(run().isfinite().all())
+    for _ in range(pass_graph.EAGER_PASSES + 1):
+        finite = bool(run().isfinite().all())
+    followed = pass_graph._followed.get(model.model.diffusion_model)
+    graph = followed and followed.graph
     torch.cuda.reset_peak_memory_stats()
     ms = median_ms(run, options.runs)
     parts = ("linear", "attention", "text") if settings.attention != "dense" else ("linear", "text")
@@ -167,6 +174,7 @@ def measure(name: str, settings: SLASettings, ceilings: Ceilings, options) -> di
         "share_of_floor": round(floor / ms, 3),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "finite": finite,
+        "graph_gb": round(graph.size / 1e9, 2) if graph else None,
     }
     if options.steps:
         result |= measure_diffusion(model, shape, ms, options)
@@ -253,6 +261,7 @@ def parse_options():
     parser.add_argument("--steps", type=int, default=0, help="also a diffusion of so many steps")
     parser.add_argument("--gpus", type=int, default=1, help="that share each pass, against one")
     parser.add_argument("--compilations", action="store_true", help="count them, in two layers")
+    parser.add_argument("--graph", choices=GRAPH_FROM, default="auto", help="a pass as one")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--rows", type=int, default=20, help="kernels to list, 0 to skip them")
     parser.add_argument("--json", type=Path, help="write everything to this file")
@@ -261,6 +270,7 @@ def parse_options():
 
 def main() -> None:
     options = parse_options()
+    pass_graph.BOUND = GRAPH_FROM[options.graph]
     results = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         if options.compilations:

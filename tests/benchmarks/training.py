@@ -104,8 +104,7 @@ def kinds_of_steps(stage: str, preset: Preset) -> dict[str, list[int]]:
 
 
 def measure(step: Callable[[int], dict], numbers: list[int]) -> float:
-    """Mean seconds of the steps, after the last of them to warm up."""
-    step(numbers[-1])
+    """Mean seconds of the steps."""
     times = []
     for n in numbers:
         torch.cuda.synchronize()
@@ -123,7 +122,7 @@ def report(stage: str, preset: Preset, device: torch.device, profiled: bool) -> 
     for kind, numbers in kinds_of_steps(stage, preset).items():
         if not numbers:
             continue
-        if in_torch := references_of(lambda n=numbers[0]: training.step(n)):
+        if in_torch := references_of(lambda n=numbers[-1]: training.step(n)):  # and it warms up
             say(f"{kind} runs torch references, not kernels: {in_torch}")
         torch.cuda.reset_peak_memory_stats()
         seconds = measure(training.step, numbers)

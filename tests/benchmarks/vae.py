@@ -3,6 +3,7 @@
     COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/vae.py --sizes 832x480x81 1280x720x81
     ... vae.py --sizes 832x480x81 --strips 1 2 3    TurboVAE in so many strips as well
     ... vae.py --sizes 1280x720x81 --kernels        where TurboVAE's time goes
+    ... vae.py --cudnn                              TurboVAE by torch's convolutions and attention
 
 Full width, random weights in bf16. Prints for decode and encode: a first run of 9 frames, the
 median of runs as a node sees them (memory to memory), TurboVAE's model alone, the highest memory
@@ -25,11 +26,13 @@ arguments, sys.argv = sys.argv, sys.argv[:1]
 import in_comfyui  # noqa: E402, F401 - starts ComfyUI
 import older_cards  # noqa: E402
 import pack  # noqa: E402, F401
+from comfy.ldm.modules.diffusionmodules.model import pytorch_attention  # noqa: E402
 from comfy.ldm.wan.vae import WanVAE  # noqa: E402
 from comfy.model_management import load_models_gpu  # noqa: E402
 from comfy.sd import VAE  # noqa: E402
 from gpu_timing import kernel_times  # noqa: E402
 from tiny_models import VAE_CONFIG, vae_tensor  # noqa: E402
+from turbodiffusion_pack.turbo_core.host import causal_vae  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.turbo_vae import TurboVAE, accelerate_vae  # noqa: E402
 
 DIM = 96
@@ -154,10 +157,14 @@ def main() -> None:
     parser.add_argument("--strips", nargs="*", type=int, default=[])
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--cudnn", action="store_true")
     parser.add_argument("--card", help="as on an older card, see tests/support/older_cards.py")
     options = parser.parse_args(arguments[1:])
     if options.card:
         older_cards.play(options.card)
+    if options.cudnn:
+        causal_vae.left_to_cudnn = lambda *_: "not asked for"
+        causal_vae.attention_by_products = pytorch_attention
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     done = []
     with torch.inference_mode():

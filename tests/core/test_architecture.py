@@ -17,6 +17,7 @@ SHIPPED = [p for p in code_figures.in_checkout() if code_figures.ships(p) and p.
 EVERYWHERE = sys.stdlib_module_names | {"torch"}
 COMFYUI = {"comfy", "comfy_api", "comfy_kitchen", "folder_paths"}
 NO_MODULES = {"ctypes", "ftplib", "http", "requests", "socket", "subprocess", "urllib"}
+BY_CTYPES = tuple(f"kernels/{name}.py" for name in ("nvrtc", "driver", "launching"))
 NO_CALLS = {"print", "eval", "exec", "breakpoint", "__import__"}
 NO_OS = {"environ", "getenv", "putenv", "system", "popen"}
 
@@ -53,7 +54,7 @@ def wrong_imports(path: Path, source: str) -> list[str]:
         allowed |= {"PIL"}  # one of ComfyUI's requirements; the others get it from there
     if path.as_posix() == "turbo_core/parallel/workers.py":
         allowed |= {"subprocess"}  # a GPU more is a process more
-    if path.as_posix().endswith("kernels/nvrtc.py"):
+    if path.as_posix().endswith(BY_CTYPES):
         allowed |= {"ctypes"}  # NVRTC and the CUDA driver have no other face
     wrong = []
     for first, *rest in imports(path, ast.parse(source)):

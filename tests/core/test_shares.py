@@ -25,5 +25,5 @@ def test_no_rank_goes_without_tokens():
 def test_every_rank_has_as_many_heads():
     assert head_shares(40, 4)[1] == slice(10, 20)
     assert head_shares(12, 3) == [slice(0, 4), slice(4, 8), slice(8, 12)]
-    with pytest.raises(ValueError, match="12 heads .* by 8 ranks: take one of 2, 3, 4, 6, 12 GPUs"):
+    with pytest.raises(ValueError, match=r"12 heads .* 8 ranks: take one of 2, 3, 4, 6, 12 GPUs"):
         head_shares(12, 8)

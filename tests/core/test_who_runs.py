@@ -431,7 +431,8 @@ def test_no_triton(op, hopper, monkeypatch):
     assert line.endswith("; kernels: torch reference, as no Triton here")
 
 
-BY_MMA = {"int8_linear", "prepare", "sage_attention"}  # ops in CUDA C++ on cards of mma.sync
+# Ops in CUDA C++ on cards of mma.sync.
+BY_MMA = {"int8_linear", "key_value_state", "prepare", "sage_attention"}
 
 
 @pytest.mark.parametrize("card", [(8, 0), (8, 9), (10, 0), (12, 0)], ids="sm_{0[0]}{0[1]}".format)
@@ -450,6 +451,22 @@ def test_a_card_of_mma_declines_other_blocks(hopper, monkeypatch):
     assert launched == TRITON
     assert line.endswith("are 128, 64 and 64, not 128, 128 and 64")
     assert told(lambda: sage(heads(), pv="fp16"))[0] == CUDA
+
+
+@pytest.mark.parametrize(
+    ("shaped", "feature_map", "reason"),
+    [
+        ({"dim": 64}, "softmax", "the head dim is 64, not 128"),
+        ({}, "elu", "the feature map is elu"),
+        ({"spare": 4}, "softmax", "rows do not begin at multiples of 16 bytes"),
+    ],
+)
+def test_a_card_of_mma_declines_other_keys(shaped, feature_map, reason, hopper, monkeypatch):
+    _pretend(monkeypatch, (8, 9))
+    keys = heads(**shaped)
+    launched, line = told(lambda: linear_attention.key_value_state(keys, keys, feature_map))
+    assert launched == TRITON
+    assert line.endswith(reason)
 
 
 def test_every_op_and_every_declared_refusal_is_here():

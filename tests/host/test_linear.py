@@ -399,3 +399,35 @@ def test_the_host_has_its_weight_back_after_a_cast_that_fails(monkeypatch):
         pass
     assert len(back) == 1
     assert back[0][0] is linear and back[0][1] is given and back[0][2:] == (None, "stream")
+
+
+def _with(linear, **attributes):
+    for name, value in attributes.items():
+        setattr(linear, name, value)
+    return linear
+
+
+@pytest.mark.parametrize("granularity", [None, "rows"], ids=["float32", "int8"])
+def test_weights_that_lie_where_they_are_used_are_not_fetched(granularity, monkeypatch):
+    for name in ("cast_bias_weight", "uncast_bias_weight"):
+        monkeypatch.setattr(comfy.ops, name, lambda *_, **__: pytest.fail("the host was asked"))
+    linear = _linear(granularity).to("cpu")
+    with weights.fetched(linear, torch.float32, torch.device("cpu")) as (weight, bias):
+        assert weight is linear.weight
+        assert bias is linear.bias
+
+
+NOT_RESIDENT = {
+    "on another device": lambda: _linear().to("meta"),
+    "in another dtype": lambda: _linear(dtype=torch.float16),
+    "with a bias in another dtype": lambda: _linear("rows", torch.float16),
+    "with a LoRA": lambda: _with(_linear("rows"), weight_function=[torch.neg]),
+    "with one on its bias": lambda: _with(_linear("rows"), bias_function=[torch.neg]),
+    "that the host moves by itself": lambda: _with(_linear("rows"), _v=object()),
+    "that are not there": lambda: Linear(256, 384),
+}
+
+
+@pytest.mark.parametrize("make", NOT_RESIDENT.values(), ids=NOT_RESIDENT)
+def test_the_host_is_asked_for_weights(make):
+    assert weights.resident(make(), torch.float32, torch.device("cpu")) is None

@@ -410,6 +410,7 @@ class Clock:
 def test_the_line_tells_what_was_streamed_and_waited_for(model, monkeypatch, caplog):
     ticks = iter(range(100000))
     monkeypatch.setattr(arrivals, "_now", lambda device: Clock(next(ticks)))
+    monkeypatch.setattr(weights, "resident", lambda *_: None)
     monkeypatch.setattr(weights, "is_away", lambda op, device: isinstance(op, Linear))
     monkeypatch.setattr(weights, "came", lambda *_: True)
     caplog.set_level("INFO")

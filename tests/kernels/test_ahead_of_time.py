@@ -25,14 +25,17 @@ def test_what_is_launched_fits_the_card(card):
     assert {c.kernel for c in compiled} == _written()
     assert [c for c in compiled if c.shared > SHARED_LIMIT[card]] == []
     assert [c for c in compiled if c.spilled > _spills_measured(c, card)] == []
+    # What is decorated so is launched with its arguments packed once.
+    packed = _written("launched")
+    assert [c for c in compiled if c.kernel in packed and c.by_triton] == []
     assert [c for c in compiled if c.kernel == "linear_kernel" and not _multiplies_int8(c)] == []
     # Rounded once: from float32, not by way of float16.
     conversions = {name for c in compiled for name in c.to_fp8}
     assert conversions == ({TO_FP8} if card >= ADA else set())
 
 
-def _written() -> set[str]:
-    """Names of all functions called `*_kernel` that Triton compiles."""
+def _written(decorator: str = "triton.jit") -> set[str]:
+    """Names of all functions called `*_kernel` that have this decorator: that Triton compiles."""
     files = (ahead_of_time.ROOT / "kernels").rglob("*.py")
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8")))]
     return {
@@ -40,7 +43,7 @@ def _written() -> set[str]:
         for node in nodes
         if isinstance(node, ast.FunctionDef)
         and node.name.endswith("_kernel")
-        and any(ast.unparse(d).startswith("triton.jit") for d in node.decorator_list)
+        and any(ast.unparse(d).startswith(decorator) for d in node.decorator_list)
     }
 
 

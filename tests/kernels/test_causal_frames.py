@@ -4,7 +4,11 @@ import pytest
 import torch
 from devices import DEVICE, TRITON_DTYPES
 from torch.nn import functional
-from turbodiffusion_pack.kernels.causal_frames import causal_frames, resample_frames
+from turbodiffusion_pack.kernels.causal_frames import (
+    causal_frames,
+    frames_apart,
+    resample_frames,
+)
 
 BACKENDS = ("reference", "triton")
 SIZES = ((1, 1, 3, 5, 8), (2, 4, 5, 7, 24), (1, 2, 33, 40, 96))  # [B, T, H, W, C]
@@ -45,6 +49,21 @@ def test_the_frames_are_those_of_the_layers(backend, size, dtype):
     assert torch.equal(out[:, :2], expected[:, :2])
     assert torch.equal(cache, out[:, -2:])
     assert torch.equal(y, x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_frames_apart_are_the_same_frames(backend, frames):
+    y, cache, *rest = operands((2, frames, 5, 7, 24))
+    kept, given = y.clone(), cache.clone()
+    parts = frames_apart(kept, given, *rest, keep=True, backend=backend)
+    assert torch.equal(given, cache)
+    assert torch.equal(
+        torch.cat(parts, dim=1), causal_frames(y, cache, *rest, keep=True, backend=backend)
+    )
+    assert torch.equal(parts[2], cache)
+    assert torch.equal(kept, y)
+    assert all(part.is_contiguous() for part in parts)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -78,9 +78,9 @@ def test_triton_errs_at_most_twice_as_much_as_torch_at_any_length(length, featur
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("length", [1, 65, 300])
-def test_finds_the_largest_value_on_the_way(length, backend, sums_of_many_programs):
-    _, k, v = random_qkv(2, length, 2, 64, torch.float16)
+@pytest.mark.parametrize(("length", "dim"), [(1, 64), (65, 128), (300, 64)])
+def test_finds_the_largest_value_on_the_way(length, dim, backend, sums_of_many_programs):
+    _, k, v = random_qkv(2, length, 2, dim, torch.float16)
     v[:, -1] *= 9
     *sums, maximum = key_value_state_and_maximum(k, v, "softmax", backend)
     assert torch.equal(maximum, v.abs().amax(1).float())

@@ -146,7 +146,7 @@ def test_a_tensor_map_is_made_once_for_each_place_and_shape(monkeypatch):
         return 0
 
     driver = types.SimpleNamespace(cuTensorMapEncodeTiled=encode)
-    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(nvrtc, "driver", lambda: driver)
     monkeypatch.setattr(nvrtc, "address", torch.Tensor.data_ptr)
     nvrtc._encoded.cache_clear()
     x = torch.zeros(3, 256, 256, dtype=torch.int8)

@@ -50,7 +50,7 @@ class Compiled(NamedTuple):
 
     `run` is the first of `runs` that launched it; `shared` counts bytes of a block, `registers` and
     `spilled` (bytes) are a thread's; `matrix` are the tensor core instructions in the PTX, `to_fp8`
-    its conversions to e4m3.
+    its conversions to e4m3. `by_triton` says why only Triton can launch it.
     """
 
     kernel: str
@@ -60,6 +60,7 @@ class Compiled(NamedTuple):
     spilled: int
     matrix: list[str]
     to_fp8: list[str]
+    by_triton: str | None
 
 
 def compile_for(card: tuple[int, int]) -> list[Compiled]:
@@ -130,6 +131,8 @@ def compiled_only() -> Iterator[list]:
 
 def measure(run: str, kernel) -> Compiled:
     """The resources of a kernel that Triton compiled."""
+    from turbodiffusion_pack.kernels.launching import why_triton
+
     used = resources(kernel.asm["cubin"])
     return Compiled(
         kernel=kernel.metadata.name,
@@ -139,6 +142,7 @@ def measure(run: str, kernel) -> Compiled:
         spilled=used["stack"] + used["local"],
         matrix=sorted(set(MATRIX_INSTRUCTION.findall(kernel.asm["ptx"]))),
         to_fp8=sorted(set(TO_FP8.findall(kernel.asm["ptx"]))),
+        by_triton=why_triton(kernel),
     )
 
 

@@ -16,10 +16,13 @@ import torch
 from ahead_of_time import ADA, CARDS, HOPPER
 from devices import DEVICE
 from turbodiffusion_pack.kernels import ceilings, dispatch, nvrtc
+from turbodiffusion_pack.kernels.frames_conv import frames_conv
+from turbodiffusion_pack.kernels.frames_conv import hopper as conv
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.int8_linear import int8_linear
 from turbodiffusion_pack.kernels.int8_linear import mma as mma_linear
-from turbodiffusion_pack.kernels.linear_attention import LinearBranch
+from turbodiffusion_pack.kernels.linear_attention import LinearBranch, key_value_state
+from turbodiffusion_pack.kernels.linear_attention import mma as state
 from turbodiffusion_pack.kernels.qk_prepare import cuda as cuda_prepare
 from turbodiffusion_pack.kernels.qk_prepare import prepare
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
@@ -75,8 +78,13 @@ def captured(monkeypatch, card: Card) -> list[Launch]:
     monkeypatch.setattr(nvrtc, "load", load)
     monkeypatch.setattr(nvrtc, "target_of", lambda card, device: f"sm_{card[0]}{card[1]}")
     monkeypatch.setattr(nvrtc, "address", lambda x: 0 if x is None else x.data_ptr())
-    monkeypatch.setattr(nvrtc, "tensor_map", lambda x, box: nvrtc.TENSOR_MAP(x.data_ptr(), box))
+    monkeypatch.setattr(nvrtc, "tensor_map", noted_map)
     return found
+
+
+def noted_map(x: torch.Tensor, box: int | tuple[int, ...]) -> ctypes.Array:
+    """In place of a tensor map, what it is made of."""
+    return nvrtc.TENSOR_MAP(x.data_ptr(), *(box if isinstance(box, tuple) else (box,)))
 
 
 @functools.cache
@@ -147,6 +155,18 @@ def every_attention_by_mma(card):
                 launch_attention(dtype, pv, head_dim)
 
 
+def every_state(card):
+    for dtype in DTYPES:
+        heads = zeros(1, 70, 1, 128, dtype=dtype)
+        key_value_state(heads, heads, backend="triton")
+
+
+def every_convolution(card):
+    # Each takes seconds to compile, and dtypes differ in a few instructions at the end.
+    for dtype, columns in zip(DTYPES, (96, 192), strict=True):
+        frames_conv(zeros(1, 3, 4, 4, 96, dtype=dtype), zeros(3, 3, 3, columns, 96, dtype=dtype))
+
+
 def every_product(card):
     for name in ceilings.products_of(card):
         kernel = ceilings._kernel(name, torch.device("cuda", 0))
@@ -186,8 +206,8 @@ def attention_products(card: Card) -> set[str]:
 # Of attention on Hopper: scores, weights and values, and the weights' sums.
 BY_WGMMA = {"IGMMA.64x64x32.S8.S8", "QGMMA.64x128x32.F32.E4M3.E4M3", "HGMMA.64x8x16.F16"}
 BY_MMA_SYNC = tuple(card for card in CARDS if card[0] in dispatch.BY_MMA_SYNC)
-# Bytes; of float16, and of bfloat16 without the linear branch, which no model of ours runs.
-PREPARE_SPILLS = {(8, 0): 136, (8, 6): 72, (8, 9): 72, HOPPER: 32, (12, 0): 232}
+# Bytes, of q without a linear branch, which no model of ours runs; with one at most 64.
+PREPARE_SPILLS = {(8, 0): 136, (8, 6): 64, (8, 9): 64, HOPPER: 32, (12, 0): 232}
 # Around the loop over k, not in it: a thread has 192 sums.
 LINEAR_SPILLS = 96
 
@@ -212,10 +232,20 @@ KERNELS = {
         every_linear, (HOPPER,), 168, products=lambda card: {"IGMMA.64x256x32.S8.S8"},
         sizes={"TILE_L": linear.TILE_L, "TILE_N": linear.TILE_N},
     ),
+    "frames_conv/hopper.cu": Kernel(
+        every_convolution, (HOPPER,), 168,
+        products=lambda card: {"HGMMA.64x96x16.F32.BF16", "HGMMA.64x192x16.F32"},
+        sizes={"ACROSS": conv.ACROSS, "DEPTH": conv.DEPTH, "STAGES": conv.STAGES},
+    ),
     "qk_prepare/cuda.cu": Kernel(
         every_prepare, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card=PREPARE_SPILLS,
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
         sizes={"HEAD_DIM": cuda_prepare.HEAD_DIM, "ROWS": cuda_prepare.ROWS},
+    ),
+    "linear_attention/mma.cu": Kernel(
+        every_state, BY_MMA_SYNC, 128, spills_of_card={(12, 0): 24},
+        products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
+        sizes={"HEAD_DIM": state.HEAD_DIM, "STAGES": state.STAGES},
     ),
     "ceilings.cu": Kernel(
         every_product, CARDS, 64, products=ceilings_products, sizes={"CHAINS": ceilings.CHAINS}

@@ -55,9 +55,7 @@ def forward_of(model, shape: Shape) -> Callable:
     """A function that runs one forward pass, on the same inputs for every model."""
     generator = torch.Generator().manual_seed(1)
     channels = 16, shape.in_channels - 16
-    x, concat = (
-        torch.randn(1, c, *shape.latent, generator=generator).to(DEVICE) for c in channels
-    )
+    x, concat = (torch.randn(1, c, *shape.latent, generator=generator).to(DEVICE) for c in channels)
     text = torch.randn(1, TEXT_LENGTH, 4096, generator=generator).to(DEVICE)
     inputs = {
         "c_concat": concat if concat.shape[1] else None,

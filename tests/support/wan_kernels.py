@@ -167,7 +167,11 @@ def run_selection(blocks: int) -> None:
 
 def run_vae(device: str, dim: int = 96, latents: tuple[int, int] = (30, 52)) -> None:
     """What stands between the convolutions of Wan's VAE, on its largest level and its smallest."""
-    from turbodiffusion_pack.kernels.causal_frames import causal_frames, resample_frames
+    from turbodiffusion_pack.kernels.causal_frames import (
+        causal_frames,
+        frames_apart,
+        resample_frames,
+    )
 
     common = {"backend": "triton"}
     height, width = latents
@@ -179,6 +183,7 @@ def run_vae(device: str, dim: int = 96, latents: tuple[int, int] = (30, 52)) -> 
         causal_frames(x, cache, vector, vector, **common)
         causal_frames(x, cache, None, vector, y, **common)
         causal_frames(x, cache[:, :1].contiguous(), None, vector, **common)
+        frames_apart(x, cache, vector, **common)
         resample_frames(x, vector, y, scale=2, **common)
         resample_frames(x, vector, y, corner=1, **common)
         resample_frames(x, vector, split=2, scale=2, **common)

@@ -62,8 +62,11 @@ def _unless_it_steps_aside(
 
 
 def _fused(block, index, x, e, freqs, context, transformer_options):
+    # Not as attributes: those of a module take ten times as long to find, and this is every block.
+    parts = block._modules
+    attn, cross_attn, ffn = parts["self_attn"], parts["cross_attn"], parts["ffn"]._modules
     shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(block, e, x.device)
-    granularity, eps, dtype = block.ffn[0].granularity, block.eps, x.dtype
+    granularity, eps, dtype = ffn["0"].granularity, block.eps, x.dtype
     split = transformer_options.get(SPLIT)
     x = x if split is None else split.tokens_into(index, x)
     x = x.contiguous()  # the first block gets the patch embedding channels first; then no copy
@@ -74,35 +77,34 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     def normed():
         return layer_norm_quant(x, granularity, scale=scale1, shift=shift1, eps=eps)
 
-    attn = block.self_attn
     if split is None:
         y = attend(attn, index, normed, project, freqs, transformer_options)
         y = quantize(y, granularity)
     else:
         y = split_attend(attn, index, normed, granularity, dtype, freqs, transformer_options)
-    x = int8_product(attn.o, y, dtype, gate=gate1, residual=x)
+    x = int8_product(attn._modules["o"], y, dtype, gate=gate1, residual=x)
     del y
 
-    attn = block.cross_attn
-    weight, bias = float32_weights(block.norm3, x.device)
+    linears = cross_attn._modules
+    weight, bias = float32_weights(parts["norm3"], x.device)
     n = layer_norm_quant(x, granularity, weight=weight, bias=bias, eps=eps)
-    q = project(attn.q, n)
+    q = project(linears["q"], n)
     del n
-    q = rms_norm(q, float32_weights(attn.norm_q, x.device)[0], attn.eps)
-    k, v = _keys_values(attn, index, granularity, context, transformer_options)
-    y = host_attention(attn, q, k, v, transformer_options)
+    q = rms_norm(q, float32_weights(linears["norm_q"], x.device)[0], cross_attn.eps)
+    k, v = _keys_values(cross_attn, index, granularity, context, transformer_options)
+    y = host_attention(cross_attn, q, k, v, transformer_options)
     del q, k, v
     y = quantize(y, granularity)
-    int8_product(attn.o, y, dtype, residual=x, out=x)
+    int8_product(linears["o"], y, dtype, residual=x, out=x)
     del y
 
-    up, down = int8_weights(block.ffn[0], dtype, x.device), None
-    for part in x.split(part_length(*x.shape[:2], block.ffn[0].out_features), dim=1):
+    up, down = int8_weights(ffn["0"], dtype, x.device), None
+    for part in x.split(part_length(*x.shape[:2], ffn["0"].out_features), dim=1):
         n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
         h = int8_linear(*n, *up, dtype)
         del n
         # Not before: where it is streamed, it comes while the GPU is at the first product.
-        down = down or int8_weights(block.ffn[2], dtype, x.device)
+        down = down or int8_weights(ffn["2"], dtype, x.device)
         h = quantize(h, granularity, activation="gelu_tanh")
         int8_linear(*h, *down, dtype, gate=gate2, residual=part, out=part)
         del h
@@ -124,8 +126,9 @@ def _keys_values(attn, index, granularity, context, transformer_options):
     if index not in made:
         name = f"text in {granularity}"
         text = once(transformer_options, name, context, lambda c: quantize(c, granularity))
-        k, v = (int8_product(op, text, context.dtype) for op in (attn.k, attn.v))
-        made[index] = rms_norm(k, float32_weights(attn.norm_k, k.device)[0], attn.eps), v
+        parts = attn._modules
+        k, v = (int8_product(parts[name], text, context.dtype) for name in "kv")
+        made[index] = rms_norm(k, float32_weights(parts["norm_k"], k.device)[0], attn.eps), v
     return made[index]
 
 
@@ -133,15 +136,16 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
     """What keeps a block from running fused; None where nothing does."""
     if reason := _other_kind(block):
         return reason
+    attn, cross_attn, ffn = (block._modules[name] for name in ("self_attn", "cross_attn", "ffn"))
     if e.ndim == 4 and e.shape[1] != 1:
         return "timesteps differ between tokens"
     if transformer_options.get("patches", {}).keys() & {"attn1_patch", "attn2_patch"}:
         return "a node patches its attention"
-    if not is_ours(block.self_attn.forward):
+    if not is_ours(attn.forward):
         return "a node patches its self-attention"
     if reason := _other_parts(block):
         return reason
-    if not all(map(is_stock, (block.cross_attn, block.ffn, *_parts(block)))):
+    if not all(map(is_stock, (cross_attn, ffn, *_parts(block)))):
         return "a node patches a part of it"
     return None
 

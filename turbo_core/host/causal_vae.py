@@ -13,11 +13,13 @@ from comfy.ldm.wan.vae import Resample, ResidualBlock
 from torch import Tensor
 from torch.nn import functional
 
-from ...kernels.causal_frames import causal_frames, resample_frames
+from ...kernels.causal_frames import causal_frames, frames_apart, resample_frames
+from ...kernels.frames_conv import frames_conv, left_to_cudnn, packed
 from ..vae_strips import Level, Strip, halos
 from .weights import fetched, kept
 
 AT_ONCE = 2  # latent frames that the middle of the network runs together
+SCORES = 2**26  # of its attention at a time, 256 MB of float32
 
 
 class Frames:
@@ -49,32 +51,58 @@ class Layers:
 
     def __init__(self):
         self.caches = {}  # of a convolution over time: the frames before, [B, P, H, W, C]
+        self.packed = {}  # a convolution's weight and bias as our own kernel reads them
 
-    def frames_for(self, conv, x: Frames, norm=None, keep: bool = False) -> Tensor:
-        """What `conv` reads, and x its end, unless `keep`, which leaves it finished."""
-        y = x.y
+    def cache_of(self, conv, y: Tensor) -> Tensor:
         if conv not in self.caches:
             before = conv.kernel_size[0] - conv.stride[0]
             shape = y.shape[0], before, *y.shape[2:]
             self.caches[conv] = torch.zeros(shape, dtype=y.dtype, device=y.device)
+        return self.caches[conv]
+
+    def frames_for(self, conv, x: Frames, norm=None, keep: bool = False, apart: bool = False):
+        """What `conv` reads, and x its end, unless `keep`, which leaves it finished."""
+        y, run = x.y, frames_apart if apart else causal_frames
         gamma = None if norm is None else norm.gamma.to(y).flatten()
-        out = causal_frames(y, self.caches[conv], gamma, x.bias, x.residual, keep)
+        out = run(y, self.cache_of(conv, y), gamma, x.bias, x.residual, keep)
         x.take()
         if keep:
             x.y = y
         return out
 
-    def causal(self, conv, x: Frames, norm=None, keep: bool = False) -> Frames:
-        return convolve(conv, self.frames_for(conv, x, norm, keep))
+    def causal(
+        self, conv, x: Frames, norm=None, keep: bool = False, residual: Tensor | None = None
+    ) -> Frames:
+        """conv(norm(x)) of x and the frames before; the end of x, unless `keep`, see above."""
+        if left_to_cudnn(x.y, conv.out_channels):
+            y = convolve(conv, self.frames_for(conv, x, norm, keep))
+            y.residual = residual
+            return y
+        parts = self.frames_for(conv, x, norm, keep, apart=True)
+        self.caches[conv] = parts[2]
+        return self.convolve(conv, parts, residual)
+
+    def pictures(self, conv, x: Tensor) -> Frames:
+        """A convolution of each of the frames [B, T, H, W, C]."""
+        if left_to_cudnn(x, conv.out_channels):
+            return convolve_pictures(conv, x, 1)
+        return self.convolve(conv, x)
+
+    def convolve(self, conv, x: Tensor | tuple, residual: Tensor | None = None) -> Frames:
+        """By our own kernel, which adds the bias and the residual."""
+        if conv not in self.packed:
+            like = x[0] if isinstance(x, tuple) else x
+            with fetched(conv, like.dtype, like.device) as (weight, bias):
+                self.packed[conv] = packed(weight), None if bias is None else bias.clone()
+        return Frames(frames_conv(x, *self.packed[conv], residual))
 
     def block(self, block: ResidualBlock, x: Frames) -> Frames:
         norm1, _, conv1, norm2, _, _, conv2 = block.residual
         h = self.causal(conv1, x, norm1, keep=True)
-        h = self.causal(conv2, h, norm2)
-        h.residual, *_ = x.take()
+        residual, *_ = x.take()
         if block.in_dim != block.out_dim:
-            h.residual = convolve(block.shortcut, h.residual).finished()
-        return h
+            residual = convolve(block.shortcut, residual).finished()
+        return self.causal(conv2, h, norm2, residual=residual)
 
     def blocks(self, blocks: Iterable[ResidualBlock], x: Frames) -> Frames:
         for block in blocks:
@@ -83,16 +111,15 @@ class Layers:
 
     def middle(self, middle, x: Frames) -> Frames:
         before, attention, after = middle
-        x = self.block(before, x).finished()
-        x = attention(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
-        return self.block(after, Frames(x.contiguous()))
+        x = attend(attention, self.block(before, x).finished())
+        return self.block(after, Frames(x))
 
     def larger(self, layer: Resample, x: Frames, first: bool) -> Frames:
         """Twice as high and wide; but for the first piece twice as many frames where it does so."""
         split = 1
         if layer.mode == "upsample3d" and not first:
             split, x = 2, self.causal(layer.time_conv, x)
-        return convolve_pictures(layer.resample[1], resample_frames(*x.take(), split, scale=2), 1)
+        return self.pictures(layer.resample[1], resample_frames(*x.take(), split, scale=2))
 
     def smaller(self, layer: Resample, x: Frames, first: bool) -> Frames:
         """Half as high and wide; but for the first piece half as many frames where it does so."""
@@ -105,6 +132,32 @@ class Layers:
     def head(self, head, x: Frames) -> Tensor:
         norm, _, conv = head
         return self.causal(conv, x, norm).finished()
+
+
+def attend(attention, x: Tensor) -> Tensor:
+    """The host's attention block within each of the frames [B, T, H, W, C]."""
+    pictures = x.flatten(0, 1).permute(0, 3, 1, 2)
+    q, k, v = attention.to_qkv(attention.norm(pictures)).chunk(3, dim=1)
+    in_16_bits = x.is_cuda and x.dtype != torch.float32
+    run = attention_by_products if in_16_bits else attention.optimized_attention
+    pictures = pictures + attention.proj(run(q, k, v))
+    return pictures.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v over the pixels of pictures [N, C, H, W], some rows at a time.
+
+    Of one head with 384 channels torch's fused kernels know a slow one only.
+    """
+    size = q.shape[2:]
+    q, k, v = (x.flatten(2).transpose(1, 2) for x in (q, k, v))  # [N, H W, C]
+    rows = max(128, SCORES // (k.shape[0] * k.shape[1]) // 128 * 128)
+    exact = {} if q.dtype == torch.float32 else {"out_dtype": torch.float32}
+    parts = []
+    for part in q.split(rows, dim=1):
+        scores = torch.bmm(part, k.transpose(1, 2), **exact).mul_(k.shape[-1] ** -0.5)
+        parts.append(torch.bmm(scores.softmax(dim=-1).to(v.dtype), v))
+    return torch.cat(parts, dim=1).transpose(1, 2).unflatten(2, size)
 
 
 def convolve(conv, x: Tensor) -> Frames:

@@ -122,6 +122,8 @@ def pack(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> QuantizedT
 
 def is_int8(weight: torch.Tensor | None) -> bool:
     """Whether `weight` is one of ours."""
+    if type(weight) is QuantizedTensor:  # which is all that `pack` makes
+        return True
     return isinstance(weight, HostTensor) and layout_of(weight) == LAYOUT
 
 

@@ -15,11 +15,12 @@ from ...kernels.checks import float32_on_gpu
 from ...kernels.dispatch import why_reference
 from .. import run_report
 from ..sla_settings import SLASettings
-from . import per_run, text
+from . import pass_graph, per_run, text
 from .block import block_forward
 from .in_ram import keep_pins
 from .memory import told_to_the_host
 from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, PINS, PREFETCH, TEXT, THIS_PASS
+from .pass_graph import POSITIONAL
 from .patch_owner import is_ours, mark_as_ours, owner_of
 from .prefetch import next_block, queue_of
 from .self_attention import self_attention
@@ -90,9 +91,13 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
     ):
         patched.remove_wrappers_with_key(kind, ATTENTION)
         patched.add_wrapper_with_key(kind, ATTENTION, wrapper)
-    if not patched.callbacks.get(CallbacksMP.ON_CLONE, {}).get(ATTENTION):
-        patched.add_callback_with_key(CallbacksMP.ON_CLONE, ATTENTION, _rebind_clone)
-        patched.add_callback_with_key(CallbacksMP.ON_LOAD, PINS, keep_pins)
+    for kind, key, callback in (
+        (CallbacksMP.ON_CLONE, ATTENTION, _rebind_clone),
+        (CallbacksMP.ON_DETACH, ATTENTION, _drop_graph),
+        (CallbacksMP.ON_LOAD, PINS, keep_pins),
+    ):
+        if not patched.callbacks.get(kind, {}).get(key):
+            patched.add_callback_with_key(kind, key, callback)
     return patched
 
 
@@ -115,6 +120,10 @@ def _rebind_clone(original, clone) -> None:
     # A clone for another device or for torch.compile has its own copy of the model.
     if clone.model is not original.model:
         _bind_blocks(clone)
+
+
+def _drop_graph(patcher, unpatch_all) -> None:
+    pass_graph.drop(patcher.model.diffusion_model)
 
 
 def _bind(function, module: torch.nn.Module, index: int):
@@ -152,7 +161,7 @@ def has_hooks(conds: dict) -> bool:
 
 @torch.compiler.disable(recursive=False)  # as block.block_forward
 def _around_forward(
-    executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **kwargs
+    executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **rest
 ):
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     _report_forward(executor.class_obj.blocks)
@@ -163,7 +172,8 @@ def _around_forward(
     }
     options = {**transformer_options, **ours}
     options[PREFETCH] = queue_of(executor.class_obj, x.device, options)
-    out = executor(x, timestep, context, clip_fea, concat, options, **kwargs)
+    given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
+    out = pass_graph.forward(executor, options, given | rest)
     next_block(options, None, x.device)
     return out
 

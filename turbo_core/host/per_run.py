@@ -35,6 +35,16 @@ def keep(wanted: bool = True) -> Iterator[None]:
         _current.reset(token)
 
 
+@contextlib.contextmanager
+def forgotten() -> Iterator[None]:
+    """Until the end of this context nothing that was kept is known, and nothing is kept."""
+    token = _current.set(None)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
 def current() -> PerRun | None:
     """What is kept in this run; None outside of one."""
     return _current.get()

@@ -95,27 +95,27 @@ def attend(
     """
     settings, why_dense = _choose(attn, index, transformer_options)
     rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
-    n = quantized()
+    n, parts = quantized(), attn._modules
 
     def heads(op):
         return project(op, n).unflatten(2, (-1, attn.head_dim))
 
     def queries():
         nonlocal n
-        q, n = heads(attn.q), None
+        q, n = heads(parts["q"]), None
         return q
 
     if why_dense:
         run_report.note_dense(index, why_dense)
-        v = project(attn.v, n)
-        k = _rotated(attn.norm_k, heads(attn.k), rotation, some)
-        q = _rotated(attn.norm_q, queries(), rotation, some)
+        v = project(parts["v"], n)
+        k = _rotated(parts["norm_k"], heads(parts["k"]), rotation, some)
+        q = _rotated(parts["norm_q"], queries(), rotation, some)
         return host_attention(attn, q, k, v, transformer_options)
     _note_sla(attn, index, settings, freqs)
-    k, v = functools.partial(heads, attn.k), functools.partial(heads, attn.v)
+    k, v = (functools.partial(heads, parts[name]) for name in "kv")
     channels, eps = some or (slice(None), attn.eps)
-    norms = [float32_weights(op, freqs.device)[0][channels] for op in (attn.norm_q, attn.norm_k)]
-    weights = norms, rotation, _projection(attn, freqs.device)
+    norms = [float32_weights(parts[name], freqs.device)[0] for name in ("norm_q", "norm_k")]
+    weights = [x[channels] for x in norms], rotation, _projection(attn, freqs.device)
     options = {"eps": eps, **_sla_options(settings)}
     return sla_from_projections(queries, k, v, *weights, **options).flatten(2)
 
@@ -182,7 +182,8 @@ def _sla_options(settings: SLASettings) -> dict:
 
 def _projection(attn, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Weight and bias of proj_l, None where the checkpoint had none."""
-    return float32_weights(attn.proj_l, device) if hasattr(attn, "proj_l") else None
+    proj_l = attn._modules.get("proj_l")
+    return None if proj_l is None else float32_weights(proj_l, device)
 
 
 def _norm(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -195,6 +196,6 @@ def _norm(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 def _note_sla(attn, index: int, settings: SLASettings, x: torch.Tensor) -> None:
     """Tell the report which attention runs, in a few words."""
     bits = f"int8 QK and {default_pv(x.device)} PV" if settings.attention == "sagesla" else "16 bit"
-    branch = "" if hasattr(attn, "proj_l") else ", no proj_l so no linear branch"
+    branch = "" if "proj_l" in attn._modules else ", no proj_l so no linear branch"
     how = f"{settings.attention} top-k {settings.topk:g} ({bits}{branch})"
     run_report.note_sla(index, how)

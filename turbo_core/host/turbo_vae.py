@@ -24,6 +24,7 @@ from ..vae_strips import (
     strips_within,
     video_bytes,
 )
+from . import split_vae
 from .causal_vae import (
     decode_features,
     decode_pieces,
@@ -32,7 +33,6 @@ from .causal_vae import (
     encode_pieces,
     encoder_levels,
 )
-from . import split_vae
 from .gpu_workers import key_of, running_workers, uninterrupted
 from .split_vae import pieces_of, shared_pieces
 from .versions import on_device, pixels_dtype

@@ -93,6 +93,12 @@ else:  # an object of comfy-kitchen's
 _known = inspect.signature(comfy.ops.cast_bias_weight).parameters
 REQUANTIZED = {"want_requant": True} if "want_requant" in _known else {}
 
+# The key of the APPLY_MODEL wrapper that compiles a model.
+COMPILED = "torch.compile"
+
+# What a host with dynamic VRAM keeps in an op whose weights it moves by itself; 0.3.75 has none.
+MANAGED = "_v"
+
 # The activations that the host may ask a Linear for, by name; none in 0.3.75.
 INPUT_ACTIVATIONS: dict[str, Callable] = getattr(comfy.ops, "INPUT_ACT_EAGER", {})
 

@@ -132,9 +132,7 @@ def columns_to_rows(
     return [torch.cat(found, -1) for found in parts]
 
 
-def collect(
-    ranks: Ranks, own: torch.Tensor, shapes: list[tuple[int, ...]]
-) -> list[torch.Tensor]:
+def collect(ranks: Ranks, own: torch.Tensor, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
     """On rank 0 every rank's tensor, of these `shapes`; on others nothing."""
     if ranks.rank > 0:
         _swapped([_operation(ranks, dist.isend, own.contiguous(), 0)])

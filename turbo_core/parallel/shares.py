@@ -5,6 +5,8 @@ Between attentions a rank has some tokens with all channels, in attention all to
 map and every scale is of the blocks that it is of on one GPU.
 """
 
+import itertools
+
 from ...kernels.checks import BLOCK
 
 
@@ -49,4 +51,4 @@ def _even(count: int, ranks: int) -> list[slice]:
     ends = [0]
     for rank in range(ranks):
         ends.append(ends[-1] + each + (rank < more))
-    return [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]

@@ -1,6 +1,6 @@
 """A worker: does one job after the other that its parent tells it, and ends when the parent does.
 
-    python worker.py DESCRIPTOR    started by workers.py, with its end of a connection
+Started by workers.py as `python worker.py DESCRIPTOR`, with its end of a connection.
 """
 
 import importlib

@@ -1,0 +1,56 @@
+"""The CUDA driver, as far as kernels need it to start: the same calls for Triton's and CUDA C++."""
+
+import ctypes
+import functools
+import sys
+
+import torch
+
+# Numbers of torch's current stream on a device and of its current device, which Triton asks for as
+# well: what torch.cuda makes of them takes ten times as long. A torch without CUDA has neither.
+_stream_on = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """The driver's library."""
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def check(code: int) -> None:
+    """Raise what a call of the driver gave.
+
+    Raises:
+        RuntimeError: the driver refused.
+    """
+    if code:
+        text = ctypes.c_char_p()
+        driver().cuGetErrorString(code, ctypes.byref(text))
+        raise RuntimeError(f"the CUDA driver failed: {(text.value or b'unknown').decode()}")
+
+
+def start(
+    function: ctypes.c_void_p,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared_bytes: int,
+    device: int,
+    parameters: ctypes.Array,
+) -> None:
+    """Start a kernel that was loaded on `device` on torch's current stream there.
+
+    `parameters` are addresses of what the kernel takes, which the driver reads before it returns.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    if _current_device() != device:
+        with torch.cuda.device(device):
+            start(function, grid, threads, shared_bytes, device, parameters)
+        return
+    stream = ctypes.c_void_p(_stream_on(device))
+    sizes = *grid, threads, 1, 1, shared_bytes
+    code = driver().cuLaunchKernel(function, *sizes, stream, parameters, None)
+    if code:
+        check(code)

@@ -1,0 +1,66 @@
+"""The linear branch's sums over keys by mma.sync, for GeForce cards and A100: see mma.cu."""
+
+from pathlib import Path
+
+import torch
+
+from .. import nvrtc
+from ..checks import in_steps_of_16_bytes
+from ..dispatch import capability, launching_on
+from .triton import room_for_sums
+
+SOURCE = Path(__file__).with_suffix(".cu")
+HEAD_DIM = 128
+THREADS = 256
+STAGES = 3  # two programs share a multiprocessor, which has 100 KB
+SHARED_BYTES = STAGES * 2 * 32 * HEAD_DIM * 2  # mma.cu's Shared
+Operands = nvrtc.operands(
+    pointers="k v state normalizer maxima",
+    integers="length heads heads_in_all rows k_b k_l k_h v_b v_l v_h",
+)
+
+
+def unfit(k: torch.Tensor, v: torch.Tensor, feature_map: str) -> str | None:
+    """Why the kernel cannot sum over these keys; None where it can."""
+    if k.shape[-1] != HEAD_DIM:
+        return f"the head dim is {k.shape[-1]}, not {HEAD_DIM}"
+    # The only one that models were trained with.
+    if feature_map != "softmax":
+        return f"the feature map is {feature_map}"
+    if not (in_steps_of_16_bytes(k) and in_steps_of_16_bytes(v)):
+        return "rows do not begin at multiples of 16 bytes"
+    if max(*k.stride(), *v.stride()) >= 2**31:
+        return "strides exceed int32"
+    return None
+
+
+def key_value_state(
+    k: torch.Tensor, v: torch.Tensor, feature_map: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`key_value_state` of the Triton file, of what is not `unfit`."""
+    return key_value_state_and_maximum(k, v, feature_map)[:2]
+
+
+def key_value_state_and_maximum(
+    k: torch.Tensor, v: torch.Tensor, feature_map: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`key_value_state_and_maximum` of the Triton file, of what is not `unfit`."""
+    batch, length, heads, _ = k.shape
+    rows, state, normalizer = room_for_sums(k)
+    maximum = torch.empty_like(normalizer)
+    operands = Operands(
+        *map(nvrtc.address, (k, v, state, normalizer, maximum)),
+        length, heads, batch * heads, rows, *k.stride()[:3], *v.stride()[:3],
+    )  # fmt: skip
+    with launching_on(k):
+        kernel = _kernel(k)
+        kernel.launch(len(state) * batch * heads, THREADS, operands)
+    return state.sum(0), normalizer.sum(0), maximum.amax(0)
+
+
+def _kernel(k: torch.Tensor) -> nvrtc.Kernel:
+    target = nvrtc.target_of(capability(k.device), k.device)
+    return nvrtc.load(
+        SOURCE, "key_value_state", target, SHARED_BYTES, Operands, k.device.index,
+        STAGES=STAGES, BF16=int(k.dtype == torch.bfloat16),
+    )  # fmt: skip

@@ -1,0 +1,122 @@
+"""Times what Python does to launch fused blocks, on any machine: their kernels are never run.
+
+    COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/launching.py
+
+Blocks of a small model take as many launches as those of a large one. Triton compiles theirs for
+Hopper, the driver is a function of the C library that does nothing, and tensors lie on the CPU, so
+torch's own operations cost what they cost there: only figures of one machine compare. Linux only.
+"""
+
+import cProfile
+import ctypes
+import functools
+import os
+import pstats
+import statistics
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+from unittest import mock
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
+os.environ.pop("TRITON_INTERPRET", None)
+sys.argv = sys.argv[:1]
+
+import pretended_card  # noqa: E402 - before all that asks for the card
+import tiny_models  # noqa: E402
+import torch  # noqa: E402
+import triton  # noqa: E402
+from in_comfyui import comfy  # noqa: E402
+from turbodiffusion_pack.kernels import driver, nvrtc  # noqa: E402
+from turbodiffusion_pack.turbo_core.host import self_attention  # noqa: E402
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model  # noqa: E402
+from turbodiffusion_pack.turbo_core.host.options import MADE_ONCE, THIS_PASS  # noqa: E402
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention  # noqa: E402
+from turbodiffusion_pack.turbo_core.sla_settings import SLASettings  # noqa: E402
+
+LAYERS, TOKENS, TEXT, DIM, FFN = 4, 192, 512, 256, 512
+RUNS = 40
+SETTINGS = SLASettings("sagesla", 0.1)
+NOTHING = ctypes.CDLL(None).labs  # of its first argument, the kernel, which is 0 here
+TENSOR_MAP = nvrtc.tensor_map  # before a card is pretended, which replaces it
+
+
+def load_model():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model-quant.pth")
+        torch.save(tiny_models.t2v_checkpoint(dim=DIM, ffn=FFN, layers=LAYERS), path)
+        model = patch_attention(load_turbo_model(str(path)), SETTINGS)
+        comfy.model_management.load_models_gpu([model])
+    return model
+
+
+def make_pass(model):
+    """A function that runs all blocks on tensors in bfloat16, as a forward pass calls them."""
+    wan = model.model.diffusion_model
+    x, context = (torch.randn(1, n, DIM, dtype=torch.bfloat16) for n in (TOKENS, TEXT))
+    e, freqs = torch.zeros(1, 1, 6, DIM), wan.rope_encode(3, 16, 16, dtype=x.dtype)
+
+    def run():
+        options = {THIS_PASS: (SETTINGS, -1), MADE_ONCE: {}}
+        for block in wan.blocks:
+            block(x, e=e, freqs=freqs, context=context, transformer_options=options)
+
+    return run
+
+
+@functools.cache
+def load_kernel(*_, **__) -> nvrtc.Kernel:
+    return nvrtc.Kernel(ctypes.c_void_p(0), 0, 0)
+
+
+def stubs() -> list:
+    """What stands between a launch and a GPU that is not there."""
+    library = types.SimpleNamespace(cuLaunchKernel=NOTHING, cuTensorMapEncodeTiled=lambda *_: 0)
+    return [
+        mock.patch.object(nvrtc, "load", load_kernel),
+        mock.patch.object(nvrtc, "address", lambda x: 0 if x is None else x.data_ptr()),
+        mock.patch.object(nvrtc, "tensor_map", TENSOR_MAP),
+        mock.patch.object(nvrtc, "driver", lambda: library),
+        mock.patch.object(driver, "driver", lambda: library),
+        mock.patch.object(driver, "_stream_on", lambda device: 0),
+        mock.patch.object(driver, "_current_device", lambda: 0),
+        mock.patch.object(torch.Tensor, "get_device", lambda x: 0),
+        mock.patch.object(self_attention, "optimized_attention", lambda q, *_, **__: q),
+    ]
+
+
+def let_triton_load() -> None:
+    """Triton compiles, and takes what it compiled for loaded."""
+    active = triton.runtime.driver.active
+    active.launcher_cls = lambda source, metadata: lambda *arguments: None
+    active.utils = types.SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 232448},
+        load_binary=lambda *_: (1, 0, 0, 0, 1024),
+        unload_module=lambda module: None,
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    run = make_pass(load_model())
+    with torch.inference_mode(), pretended_card.pretended((9, 0), has_nvrtc=True):
+        let_triton_load()
+        for stub in stubs():
+            stub.start()
+        times = []
+        for _ in range(RUNS + 3):
+            start = time.perf_counter()
+            run()
+            times.append(1e6 * (time.perf_counter() - start) / LAYERS)
+        with cProfile.Profile() as profile:
+            run()
+    calls = pstats.Stats(profile).total_calls / LAYERS
+    middle = statistics.median(times[3:])
+    line = f"a block: {min(times):.0f} us at best, {middle:.0f} in the median, {calls:.0f} calls\n"
+    sys.stdout.write(line)
+
+
+if __name__ == "__main__":
+    main()
