@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 import worker_jobs
 import zygote
-from processes import ended, running
+from processes import ended, listening, running
 from turbodiffusion_pack.turbo_core.parallel import exchange
 from turbodiffusion_pack.turbo_core.parallel import workers as module
 from turbodiffusion_pack.turbo_core.parallel.parcels import UnsendableError, unwrap, wrap
@@ -55,11 +56,10 @@ def test_workers_stay_from_job_to_job(workers):
 
 
 @pytest.mark.parametrize("value", [None, "3"])
-def test_a_failure_does_not_end_this_process_and_the_environment_stays(
-    tmp_path, monkeypatch, value
-):
-    """What torch is told when a group is made, and nobody else is."""
-    seen, name = [], "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+@pytest.mark.parametrize("name", exchange.SETTINGS)
+def test_torch_alone_is_told_that_ranks_are_here(tmp_path, monkeypatch, name, value):
+    """And that it shall not end this process; while a group is made, and the environment stays."""
+    seen = []
     monkeypatch.delenv(name, raising=False)
     if value:
         monkeypatch.setenv(name, value)
@@ -68,7 +68,14 @@ def test_a_failure_does_not_end_this_process_and_the_environment_stays(
     dist.init_process_group = lambda *_, **__: seen.append(os.environ[name])
     monkeypatch.setattr(exchange, "dist", dist)
     exchange.join("gloo", str(tmp_path / "store"), 0, 1, 1)
-    assert seen == ["0"] and os.environ.get(name) == value
+    assert seen == [exchange.SETTINGS[name]] and os.environ.get(name) == value
+
+
+def test_nobody_else_reaches_a_rank(workers, monkeypatch):
+    workers.stop()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", [name for _, name in socket.if_nameindex()][-1])
+    total(workers, 1)
+    assert {address for address, _ in listening(os.getpid())} == {"0100007F"}  # 127.0.0.1
 
 
 def test_ranks_can_meet_again_after_the_start(workers):
@@ -142,13 +149,24 @@ def test_a_worker_that_cannot_start_says_so(workers, tmp_path):
     assert broken.processes == []
 
 
-def test_a_worker_that_does_not_answer_is_given_up(workers):
+def test_a_rank_that_has_no_memory_to_meet_others_keeps_nobody_waiting(workers):
+    workers.stop()
+    first = JOB + "have_no_memory_to_meet", [()]
+    poor = Workers(2, paths=[str(SUPPORT)], first=first, seconds=60)
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match="MemoryError: for NCCL"):
+        poor.together(JOB + "add_up", (1,), meet)
+    assert poor.processes == [] and time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("own", [lambda ranks: None, meet], ids=["done", "in an exchange"])
+def test_a_worker_that_does_not_answer_is_given_up(workers, own):
     workers.stop()
     slow = Workers(2, paths=[str(SUPPORT)], seconds=60)
     slow.together(JOB + "add_up", (1,), worker_jobs.add_up_one)
     slow.seconds = 0.3
     with pytest.raises(WorkerError, match=r"a worker has not answered for 0.3 s"):
-        slow.together(JOB + "wait", (), lambda ranks: None)
+        slow.together(JOB + "wait", (), own)
     assert slow.processes == []
 
 

@@ -26,6 +26,21 @@ def ended(pids: list[int], seconds: float = 20) -> bool:
     return not any(map(running, pids))
 
 
+def listening(pid: int) -> set[tuple[str, str]]:
+    """Where a process listens on the network by IPv4: addresses and ports in hexadecimal digits."""
+    links = (_link(entry) for entry in Path(f"/proc/{pid}/fd").iterdir())
+    sockets = {link[8:-1] for link in links if link.startswith("socket:[")}
+    rows = (row.split() for row in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:])
+    return {tuple(row[1].split(":")) for row in rows if row[3] == "0A" and row[9] in sockets}
+
+
+def _link(entry: Path) -> str:
+    try:
+        return str(entry.readlink())
+    except OSError:  # it is closed by now
+        return ""
+
+
 def _stat(pid: int) -> list[str]:
     """The fields behind a process's name: its state, its parent and others."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -48,6 +48,15 @@ def meet_in_another_group(ranks) -> None:
     dist.barrier(dist.new_group(range(ranks.count)))
 
 
+def have_no_memory_to_meet() -> None:
+    """Before anything else: fail where ranks meet."""
+
+    def meet(ranks):
+        raise MemoryError("for NCCL")
+
+    _module("parallel.exchange").meet = meet
+
+
 def fail(ranks) -> None:
     """As a rank that is out of memory, while the others wait for it."""
     if ranks.rank == 1:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations  # a torch without torch.distributed has none of its types
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+
+# What torch and NCCL are told while ranks meet, which is when they ask.
+SETTINGS = {
+    # As torch wants it of those who end exchanges themselves, see give_up. Else it ends the
+    # process, ComfyUI's, where one fails, and where its own watch over them does not wake for long.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    # All ranks are on this computer: nobody else can reach them, and no firewall or VPN is between.
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
 
 
 class Ranks(NamedTuple):
@@ -31,21 +45,48 @@ def join(backend: str, store: str, rank: int, count: int, seconds: float) -> Ran
         backend: "gloo", or "cpu:gloo,cuda:nccl".
         seconds: after which an exchange gives up.
     """
-    # As torch asks of those who end exchanges themselves, see give_up. Else it ends the process,
-    # ComfyUI's, where one fails. It is read when a group is made.
-    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
+    with _settings():
         dist.init_process_group(
             backend, store=dist.FileStore(store, count), rank=rank, world_size=count,
             timeout=timedelta(seconds=seconds),
         )  # fmt: skip
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
     return ranks_of()
+
+
+def meet(ranks: Ranks) -> None:
+    """Connect the ranks' GPUs, which takes memory and seconds.
+
+    NCCL would do so at the first exchange, and there wait for good for a rank that does not come.
+    So first each needs a GPU that works, and hears of the others over gloo.
+    """
+    on_gpus = _on_gpus(ranks)
+    x = torch.zeros(1, ranks.count, device="cuda" if on_gpus else "cpu")
+    summed(ranks, torch.zeros(1))
+    if not on_gpus:
+        return
+    with _settings():
+        summed(ranks, x)
+        rows = [slice(r, r + 1) for r in range(ranks.count)]
+        gather(ranks, [x[:, rows[ranks.rank]].contiguous()], [rows])  # two by two, as in a pass
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """While this lasts the environment has SETTINGS."""
+    before = {name: os.environ.get(name) for name in SETTINGS}
+    os.environ.update(SETTINGS)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+
+def _on_gpus(ranks: Ranks) -> bool:
+    return torch.cuda.is_available() and "nccl" in dist.get_backend_config(ranks.group)
 
 
 def give_up(ranks: Ranks) -> None:
@@ -53,7 +94,7 @@ def give_up(ranks: Ranks) -> None:
 
     Those over gloo end by themselves; the GPU would wait for the others for good.
     """
-    if torch.cuda.is_available() and "nccl" in dist.get_backend_config(ranks.group):
+    if _on_gpus(ranks):
         ranks.group._get_backend(torch.device("cuda")).abort()
 
 

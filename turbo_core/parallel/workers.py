@@ -12,18 +12,21 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing import Pipe, connection
 from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 from . import exchange
 from .exchange import Ranks
 from .parcels import wrap
 
 GONE = "a worker is gone: it was ended, or out of memory"
+IN_STEP = 300  # seconds, far more than one rank is ahead of another
 A_MOMENT = 0.1  # seconds in which a failure's cause may be heard of after its effects
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -43,7 +46,7 @@ class Workers:
         paths: where workers import from besides the pack.
         first: function of the pack, "module:function", and for each worker what it is called with
             before anything else is imported.
-        seconds: after which an exchange gives up.
+        seconds: after which a job has failed: a pass, a video's decoding, a model's loading.
 
     Attributes:
         notes: whoever gives jobs writes here what workers keep; empty again after each start.
@@ -55,7 +58,7 @@ class Workers:
         backend: str = "gloo",
         paths: Sequence[str] = (),
         first: tuple[str, list[tuple]] | None = None,
-        seconds: float = 600,
+        seconds: float = 1800,
     ):
         self.count, self.backend, self.seconds = count, backend, seconds
         self.paths, self.first = list(paths), first
@@ -84,12 +87,15 @@ class Workers:
             UnsendableError: of the arguments, before anything is done.
             WorkerError: a worker failed or is gone. This, and whatever `own` raises, ends them all.
         """
-        parcel, tensors = wrap((job, arguments))
+        parcel = wrap((job, arguments))
         if not self.running:
             self.stop()
             self._start()
+        return self._together(*parcel, own)
+
+    def _together(self, parcel: bytes, tensors: list[Tensor], own: Callable[[Ranks], T]) -> T:
         told = parcel, [(tuple(x.shape), x.dtype, x.is_cuda) for x in tensors]
-        watch = _Watch(self.connections, self._let_go)
+        watch = _Watch(self.connections, self._let_go, self.seconds)
         try:
             for end in self.connections:
                 end.send(told)
@@ -104,10 +110,9 @@ class Workers:
             if failure is None:
                 raise
             raise WorkerError(failure) from error
-        if not watch.wait(self.seconds):
-            failure = watch.failure or f"a worker has not answered for {self.seconds:g} s"
+        if not watch.wait():
             self._stop_watched(watch)
-            raise WorkerError(failure)
+            raise WorkerError(watch.failure)
         return result
 
     def check(self) -> None:
@@ -138,17 +143,18 @@ class Workers:
         self.stop()
 
     def _start(self) -> None:
-        # There as long as the group: NCCL meets there at its first exchange only.
+        # There as long as the group: NCCL asks there at its first exchanges only.
         self.folder = tempfile.TemporaryDirectory()
         group = {"backend": self.backend, "store": str(Path(self.folder.name) / "ranks")}
-        group |= {"count": self.count, "seconds": self.seconds}
+        group |= {"count": self.count, "seconds": min(self.seconds, IN_STEP)}
         try:
             for rank in range(1, self.count):
                 self._start_one(rank, {**group, "rank": rank})
-            ready = _Watch(self.connections, self._let_go)
-            if not ready.wait(self.seconds):
-                raise WorkerError(ready.failure or "the workers do not start")
+            ready = _Watch(self.connections, self._let_go, self.seconds)
+            if not ready.wait():
+                raise WorkerError(ready.failure)
             self.ranks = exchange.join(**group, rank=0)
+            self._together(*wrap((exchange.meet, ())), exchange.meet)
         except BaseException:
             self.stop()
             raise
@@ -182,24 +188,31 @@ def nothing(ranks: Ranks) -> None:
 class _Watch:
     """Waits for one answer of every worker, in a thread; at the first failure calls `end`.
 
-    Whoever is in an exchange with a worker that has failed is let go by the end of all of them.
+    Whoever is in an exchange with a worker that has failed is let go by the end of all of them. To
+    not answer for so many seconds is to fail.
     """
 
-    def __init__(self, connections: list[connection.Connection], end: Callable[[], None]):
+    def __init__(
+        self, connections: list[connection.Connection], end: Callable[[], None], seconds: float
+    ):
         self.failure: str | None = None
         self.failed = threading.Event()
-        self.waiting, self.end = list(connections), end
+        self.waiting, self.end, self.seconds = list(connections), end, seconds
         self.thread = threading.Thread(target=self._listen, daemon=True)
         self.thread.start()
 
-    def wait(self, seconds: float) -> bool:
-        """Whether all have answered well, within so many seconds."""
-        self.thread.join(seconds)
-        return not self.thread.is_alive() and self.failure is None
+    def wait(self) -> bool:
+        """Whether all have answered well."""
+        self.thread.join()
+        return self.failure is None
 
     def _listen(self) -> None:
+        deadline = time.monotonic() + self.seconds
         while self.waiting and not self.failure:
-            self._hear(connection.wait(self.waiting))
+            ready = connection.wait(self.waiting, max(0, deadline - time.monotonic()))
+            if not ready:
+                self.failure = f"a worker has not answered for {self.seconds:g} s"
+            self._hear(ready)
         if self.failure:
             self._hear(connection.wait(self.waiting, A_MOMENT))
             self.failed.set()
