@@ -4,15 +4,17 @@ For tests/benchmarks/forward.py --gpus. This process has the first GPU and the p
 the others; they make the same random models from the same seeds in place of loading a file. A model
 of two experts runs whole diffusions only, with the switch. `from_one_rank` is how far a shared pass
 is from one that one GPU computes in the same way, `from_ordinary` how far this is from the pack's
-ordinary pass: a float32 norm summed in another order, and what that rounds otherwise.
+ordinary pass: a float32 norm summed in another order, and what that rounds otherwise. To judge it
+there is `of_rounding`: how far two ordinary passes are whose inputs differ by a 4096th.
 """
 
+import gc
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -51,8 +53,8 @@ def model_of(shape: Shape, settings: SLASettings, seed: int = 0):
     return patch_attention(model, settings)
 
 
-def forward_of(model, shape: Shape) -> Callable:
-    """A function that runs one forward pass, on the same inputs for every model."""
+def forward_of(model, shape: Shape, factor: float = 1.0) -> Callable:
+    """A function that runs one forward pass, on the same inputs, times `factor`, for every model."""
     generator = torch.Generator().manual_seed(1)
     channels = 16, shape.in_channels - 16
     x, concat = (torch.randn(1, c, *shape.latent, generator=generator).to(DEVICE) for c in channels)
@@ -66,7 +68,7 @@ def forward_of(model, shape: Shape) -> Callable:
         },
     }
     sigma = torch.tensor([0.9338], device=DEVICE)
-    return lambda: model.model.apply_model(x, sigma, **inputs)
+    return lambda: model.model.apply_model(factor * x, sigma, **inputs)
 
 
 def diffusion_of(model, shape: Shape, steps: int) -> Callable:
@@ -113,6 +115,7 @@ def measure_forwards(model, shape: Shape, gpus: int, runs: int) -> dict:
     comfy.model_management.load_models_gpu([model])
     with per_run.keep():
         ordinary, _, one = seconds(forward_of(model, shape), runs)
+        beside = forward_of(model, shape, 1 + 2**-12)()
         by_rank = forward_of(split_over(model, Ranks(None)), shape)()
         shared, first, many = seconds(forward_of(share_among(model, gpus), shape), runs)
     return {
@@ -121,6 +124,7 @@ def measure_forwards(model, shape: Shape, gpus: int, runs: int) -> dict:
         "start_s": round(first, 1),
         "from_one_rank": relative(shared, by_rank),
         "from_ordinary": relative(by_rank, ordinary),
+        "of_rounding": relative(beside, ordinary),
     }
 
 
@@ -145,26 +149,27 @@ def measure_diffusions(model, shape: Shape, options, warm: bool) -> dict:
     }
 
 
-def measure(name: str, settings: SLASettings, options, shape: Shape | None = None) -> dict:
-    """Everything of one model."""
+def measure(name: str, settings: SLASettings, options, shape: Shape | None = None) -> Iterator:
+    """What is measured of one model, as it comes."""
     shape = shape or MODELS[name]
-    result = {"model": name, "attention": settings.attention, "gpus": options.gpus}
-    result["peer_access"] = os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
+    about = {"model": name, "attention": settings.attention, "gpus": options.gpus}
+    about["peer_access"] = os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
     model, experts = model_of(shape, settings), name.startswith("A14B")
     if experts:
         model = switch_experts(model, model_of(shape, settings, 1), 0.9)
     else:
-        result |= measure_forwards(model, shape, options.gpus, options.runs)
+        yield about | measure_forwards(model, shape, options.gpus, options.runs)
     if options.steps:
-        result |= measure_diffusions(model, shape, options, warm=not experts)
-    return result
+        yield about | measure_diffusions(model, shape, options, warm=not experts)
 
 
 def main(options) -> None:
-    """A line of JSON for each model of forward.py's options."""
+    """Lines of JSON for each model of forward.py's options."""
     for name in options.models:
         for attention in options.attention:
-            result = measure(name, SLASettings(attention, options.topk[0]), options)
-            sys.stdout.write(json.dumps(result) + "\n")
-            sys.stdout.flush()
+            for found in measure(name, SLASettings(attention, options.topk[0]), options):
+                sys.stdout.write(json.dumps(found) + "\n")
+                sys.stdout.flush()
+            comfy.model_management.unload_all_models()
+            gc.collect()  # a model holds itself through its patched forwards
     gpu_workers.stop()
