@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -97,6 +98,43 @@ def test_a_failure_ends_all_and_the_next_job_works(workers, job, message):
         workers.together(JOB + job, (), meet)
     assert all(process.poll() is not None for process in processes)
     assert total(workers, 2) == 6
+
+
+def test_nothing_starts_once_exchanges_are_given_up(workers):
+    """In torch's coalescing, which does not get over it."""
+
+    def carry_on(ranks):
+        workers.processes[0].kill()
+        while not ranks.way.closed:
+            time.sleep(0.01)
+        exchange.gather(ranks, [torch.zeros(1, 1)], [[slice(r, r + 1) for r in range(3)]])
+
+    total(workers, 1)
+    with (
+        mock.patch.object(dist, "batch_isend_irecv") as started,
+        pytest.raises(WorkerError, match="is gone"),
+    ):
+        workers.together(JOB + "wait", (), carry_on)
+    assert not started.called
+
+
+@pytest.mark.parametrize(("moment", "patient"), [(60, True), (0.01, False)])
+def test_exchanges_are_given_up_between_two(monkeypatch, moment, patient):
+    """Not while one starts; but that it starts is not waited for longer than a moment."""
+    monkeypatch.setattr(exchange, "A_MOMENT", moment)
+    way, closed = exchange.Way(), []
+
+    def start():
+        closing = threading.Thread(target=way.close)
+        closing.start()
+        closing.join(0.05 if patient else 60)
+        closed.append(way.closed)
+        return closing
+
+    way.start(start).join()
+    assert closed == [not patient] and way.closed
+    with pytest.raises(RuntimeError, match="other ranks are gone"):
+        way.start(start)
 
 
 def test_an_error_here_ends_workers_that_wait(workers):

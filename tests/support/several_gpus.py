@@ -54,7 +54,7 @@ def model_of(shape: Shape, settings: SLASettings, seed: int = 0):
 
 
 def forward_of(model, shape: Shape, factor: float = 1.0) -> Callable:
-    """A function that runs one forward pass, on the same inputs, times `factor`, for every model."""
+    """A function that runs one forward pass, on the same inputs times `factor` for every model."""
     generator = torch.Generator().manual_seed(1)
     channels = 16, shape.in_channels - 16
     x, concat = (torch.randn(1, c, *shape.latent, generator=generator).to(DEVICE) for c in channels)

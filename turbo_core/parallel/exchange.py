@@ -4,13 +4,13 @@ from __future__ import annotations  # a torch without torch.distributed has none
 
 import contextlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-
 
 # What torch and NCCL are told while ranks meet, which is when they ask.
 SETTINGS = {
@@ -24,18 +24,52 @@ SETTINGS = {
 }
 
 
+A_MOMENT = 1  # second, in which the start of an exchange is over unless the GPU is in its way
+
+
+class Way:
+    """The way to the other ranks, until it is closed.
+
+    An exchange that NCCL gives up between its start and its end counts for good as begun, and all
+    later ones in this thread wait for its end. So nothing starts on a closed way, and none is
+    closed while something starts.
+    """
+
+    def __init__(self):
+        self.lock, self.closed = threading.Lock(), False
+
+    def start(self, exchange: Callable, *arguments, **options):
+        """What exchange(...) gives.
+
+        Raises:
+            RuntimeError: the way is closed.
+        """
+        with self.lock:
+            if self.closed:
+                raise RuntimeError("the other ranks are gone")
+            return exchange(*arguments, **options)
+
+    def close(self) -> None:
+        """From any thread."""
+        found = self.lock.acquire(timeout=A_MOMENT)
+        self.closed = True
+        if found:
+            self.lock.release()
+
+
 class Ranks(NamedTuple):
     """The processes that work on one video, as one of them sees them."""
 
     group: dist.ProcessGroup | None  # None where this one is alone
     rank: int = 0
     count: int = 1
+    way: Way | None = None
 
 
 def ranks_of(group: dist.ProcessGroup | None = None) -> Ranks:
     """The ranks of a process group that this process is in; of all processes if None."""
     group = dist.group.WORLD if group is None else group
-    return Ranks(group, dist.get_rank(group), dist.get_world_size(group))
+    return Ranks(group, dist.get_rank(group), dist.get_world_size(group), Way())
 
 
 def join(backend: str, store: str, rank: int, count: int, seconds: float) -> Ranks:
@@ -94,6 +128,7 @@ def give_up(ranks: Ranks) -> None:
 
     Those over gloo end by themselves; the GPU would wait for the others for good.
     """
+    ranks.way.close()
     if _on_gpus(ranks):
         ranks.group._get_backend(torch.device("cuda")).abort()
 
@@ -116,7 +151,7 @@ def give(ranks: Ranks, tensors: list[torch.Tensor]) -> None:
     for x in tensors:
         if x.numel():
             flat = x.contiguous().view(-1).view(torch.uint8)
-            dist.broadcast(flat, dist.get_global_rank(ranks.group, 0), ranks.group)
+            _done(ranks, dist.broadcast, flat, dist.get_global_rank(ranks.group, 0))
 
 
 def take(ranks: Ranks, blanks: list[Blank]) -> list[torch.Tensor]:
@@ -176,10 +211,10 @@ def columns_to_rows(
 def collect(ranks: Ranks, own: torch.Tensor, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
     """On rank 0 every rank's tensor, of these `shapes`; on others nothing."""
     if ranks.rank > 0:
-        _swapped([_operation(ranks, dist.isend, own.contiguous(), 0)])
+        _swapped(ranks, [_operation(ranks, dist.isend, own.contiguous(), 0)])
         return []
     found = [own, *(own.new_empty(shape) for shape in shapes[1:])]
-    _swapped([_operation(ranks, dist.irecv, found[r], r) for r in range(1, ranks.count)])
+    _swapped(ranks, [_operation(ranks, dist.irecv, found[r], r) for r in range(1, ranks.count)])
     return found
 
 
@@ -193,7 +228,7 @@ def told(ranks: Ranks, value: bool) -> bool:
 def summed(ranks: Ranks, x: torch.Tensor) -> torch.Tensor:
     """The sum of x over ranks, in place."""
     if ranks.count > 1:
-        dist.all_reduce(x, group=ranks.group)
+        _done(ranks, dist.all_reduce, x)
     return x
 
 
@@ -201,7 +236,7 @@ def largest(ranks: Ranks, x: torch.Tensor) -> torch.Tensor:
     """The largest of x over ranks, in place; infinite where one is NaN, which NCCL would drop."""
     if ranks.count > 1:
         torch.nan_to_num(x, nan=torch.inf, posinf=torch.inf, out=x)
-        dist.all_reduce(x, dist.ReduceOp.MAX, group=ranks.group)
+        _done(ranks, dist.all_reduce, x, dist.ReduceOp.MAX)
     return x
 
 
@@ -215,14 +250,18 @@ def swap(
             if peer != ranks.rank:
                 operations.append(_operation(ranks, dist.isend, sent[peer], peer))
                 operations.append(_operation(ranks, dist.irecv, received[peer], peer))
-    _swapped(operations)
+    _swapped(ranks, operations)
 
 
 def _operation(ranks: Ranks, kind, x: torch.Tensor, peer: int) -> dist.P2POp:
     return dist.P2POp(kind, x, dist.get_global_rank(ranks.group, peer), ranks.group)
 
 
-def _swapped(operations: list[dist.P2POp]) -> None:
+def _swapped(ranks: Ranks, operations: list[dist.P2POp]) -> None:
     if operations:
-        for work in dist.batch_isend_irecv(operations):
+        for work in ranks.way.start(dist.batch_isend_irecv, operations):
             work.wait()
+
+
+def _done(ranks: Ranks, exchange: Callable, *arguments) -> None:
+    ranks.way.start(exchange, *arguments, group=ranks.group, async_op=True).wait()

@@ -129,12 +129,13 @@ class Workers:
         self._let_go()
         for end in self.connections:
             end.close()
-        if self.ranks is not None:
-            exchange.leave(self.ranks)
-        if self.folder is not None:
-            self.folder.cleanup()
+        ranks, folder = self.ranks, self.folder
         self.processes, self.connections, self.ranks, self.folder = [], [], None, None
         self.notes, self.given_up = {}, False
+        if ranks is not None:
+            exchange.leave(ranks)
+        if folder is not None:
+            folder.cleanup()
 
     def _stop_watched(self, watch: "_Watch") -> None:
         """End all workers, and so the watch, before the connections it waits for are closed."""
