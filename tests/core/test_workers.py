@@ -3,11 +3,11 @@
 import importlib.util
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
 import types
+from multiprocessing import Pipe
 from pathlib import Path
 from unittest import mock
 
@@ -28,11 +28,16 @@ JOB = "worker_jobs:"
 
 
 @pytest.fixture(scope="module")
-def workers():
+def start():
+    with zygote.forking(module, "worker_imports") as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def workers(start):
     found = Workers(3, paths=[str(SUPPORT)], seconds=60)
-    with zygote.forking(module, "worker_imports"):
-        yield found
-        found.stop()
+    yield found
+    found.stop()
 
 
 def total(workers, value: int) -> int:
@@ -223,25 +228,12 @@ def test_a_torch_without_processes_imports_the_pack():
             assert module.dist is bare
 
 
-PARENT = """
-import sys
-sys.path.append({support!r})
-import pack
-from turbodiffusion_pack.turbo_core.parallel.workers import Workers
-workers = Workers(2, paths=[{support!r}], seconds=60)
-def own(ranks):
-    print(workers.processes[0].pid, flush=True)
-    import torch
-    torch.distributed.barrier()
-workers.together("worker_jobs:wait", (), own)
-"""
-
-
-def test_no_worker_outlives_a_parent_that_is_killed():
-    """In an exchange, from a worker of its own kind rather than a forked one."""
-    command = [sys.executable, "-c", PARENT.format(support=str(SUPPORT))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        pid = int(parent.stdout.readline())
-        assert running(pid)
-        parent.kill()
-    assert ended([pid])
+def test_no_worker_outlives_a_parent_that_is_killed(start):
+    """In an exchange."""
+    ours, theirs = Pipe()
+    with theirs:
+        parent = start(str(SUPPORT / "parent.py"), theirs.fileno())
+    worker = ours.recv()
+    assert running(worker)
+    parent.kill()
+    assert ended([worker])

@@ -1,6 +1,8 @@
 """Workers for tests, forked from a process that has imported what they need already.
 
-    python zygote.py DESCRIPTOR MODULE    imports it, and forks a worker for each connection it gets
+    python zygote.py DESCRIPTOR MODULE    imports it, and forks for each script that it is told
+
+A script gets a descriptor, its end of a connection, as its only argument.
 
 To import them takes longer than most of what workers do in tests.
 """
@@ -14,15 +16,12 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import Pipe, connection, reduction
 from pathlib import Path
 from unittest import mock
 
 import processes
-
-HERE = Path(__file__).resolve().parent
-WORKER = HERE.parents[1] / "turbo_core" / "parallel" / "worker.py"
 
 
 class Forked:
@@ -44,8 +43,11 @@ class Forked:
 
 
 @contextlib.contextmanager
-def forking(workers_module, preload: str) -> Iterator[None]:
-    """While this lasts the workers of the pack's `workers_module` are forked."""
+def forking(workers_module, preload: str) -> Iterator[Callable[[str, int], Forked]]:
+    """While this lasts the workers of the pack's `workers_module` are forked.
+
+    Gives what starts any script with a descriptor likewise.
+    """
     ours, theirs = Pipe()
     with theirs:
         words = [sys.executable, str(Path(__file__)), str(theirs.fileno()), preload]
@@ -54,31 +56,35 @@ def forking(workers_module, preload: str) -> Iterator[None]:
         others["OMP_NUM_THREADS"] = "1"
         zygote = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=others)
 
-    def start(command, pass_fds, **_):
-        reduction.send_handle(ours, pass_fds[0], zygote.pid)
+    def start(script, descriptor):
+        ours.send(script)
+        reduction.send_handle(ours, descriptor, zygote.pid)
         return Forked(ours.recv())
 
-    instead = types.SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
+    def popen(command, pass_fds, **_):
+        return start(command[1], pass_fds[0])
+
+    instead = types.SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)
     with mock.patch.object(workers_module, "subprocess", instead):
-        yield
+        yield start
     ours.close()
     zygote.kill()
     zygote.wait()
 
 
 def main() -> None:
-    """Import all that workers do, and fork them until there is nobody to ask for one."""
+    """Import all that workers do, and fork until there is nobody to ask for it."""
     parent = connection.Connection(int(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     importlib.import_module(sys.argv[2])
     with contextlib.suppress(EOFError):
         while True:
-            handle = reduction.recv_handle(parent)
+            script, handle = parent.recv(), reduction.recv_handle(parent)
             pid = os.fork()
             if pid == 0:
                 parent.close()
-                sys.argv = [str(WORKER), str(handle)]
-                runpy.run_path(str(WORKER), run_name="__main__")
+                sys.argv = [script, str(handle)]
+                runpy.run_path(script, run_name="__main__")
             os.close(handle)
             parent.send(pid)
 
