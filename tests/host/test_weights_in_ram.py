@@ -256,6 +256,22 @@ def test_without_room_in_ram_a_lora_is_added_at_each_use(model, merges, monkeypa
     assert len(merges) == 2 * layers
 
 
+@pytest.mark.parametrize("loaded_in", [True, False])
+@pytest.mark.parametrize("unloaded_in", [True, False])
+def test_a_lora_is_taken_out_in_any_mode(path, loaded_in, unloaded_in):
+    """ComfyUI runs nodes in inference mode, training outside of it, and one unloads for another."""
+    with torch.inference_mode(loaded_in):
+        model = load_turbo_model(path)
+        own = {name: unpack(op.weight)[0].clone() for name, op in _linears(model).items()}
+        patched, layers = _lora(model)
+        management.load_models_gpu([patched], force_full_load=True)
+        assert in_comfyui.DYNAMIC or len(patched.backup) == layers
+    with torch.inference_mode(unloaded_in):
+        patched.detach()
+    linears = _linears(model)
+    assert all(torch.equal(unpack(linears[name].weight)[0], q) for name, q in own.items())
+
+
 # A block ahead
 
 
