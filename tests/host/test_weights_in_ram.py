@@ -455,6 +455,42 @@ def _ends(error):
     return callback
 
 
+@legacy
+def test_out_of_memory_is_told_and_leaves_nothing_pinned_or_merged(path, pins, monkeypatch):
+    model = load_turbo_model(path)
+    in_ram.pin(model)
+    op = next(iter(_linears(model).values()))
+    vars(op)["merged"] = None, ()
+    assert pins
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 740.00 MiB")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"takes about [\d.]+ GB .*740.00 MiB"):
+        _run(model, callback=fails)
+    assert not pins
+    assert "merged" not in vars(op)
+
+
+@legacy
+def test_out_of_memory_in_either_expert_leaves_nothing_pinned(path, pins, monkeypatch):
+    monkeypatch.setattr(experts, "is_device_cpu", lambda _: False)
+    monkeypatch.setattr(experts, "fit_together", lambda *_: False)
+    other = load_turbo_model(path)
+    for op in _linears(other).values():
+        unpack(op.weight)[0].add_(1)
+    model = switch_experts(load_turbo_model(path), other, 0.9)
+
+    def fails(step, *_):
+        if step == last:
+            raise torch.OutOfMemoryError("no room")
+
+    for last in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match=r"^the GPU has .*\(no room\)$"):
+            _run(model, rcm_sigmas(2, 200), callback=fails)
+        assert not pins
+
+
 @pytest.mark.parametrize("error", [management.InterruptProcessingException, torch.OutOfMemoryError])
 def test_the_next_run_works_after_one_that_ended_in_a_step(model, monkeypatch, error):
     expected = _run(model)

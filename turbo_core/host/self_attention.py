@@ -67,35 +67,42 @@ def _sparse(attn, index: int, settings: SLASettings, x, freqs, transformer_optio
 
 
 def attend(
-    attn, index: int, quantized: Callable, project: Callable, freqs, transformer_options: dict
+    attn, index: int, x, quantized: Callable, project: Callable, freqs, transformer_options: dict
 ) -> torch.Tensor:
-    """Self-attention of block `index` from its input to what goes into `o`, [B, L, C].
+    """Self-attention of block `index` from its input x [B, L, C] to what goes into `o`, as large.
 
-    For the fused block: `quantized()` gives its input, `project(op, input)` the layer attn.q, k or
-    v of it. Both are called here, keys and values first, so that nothing outlives its use.
+    For the fused block: `quantized()` gives x as what the layers attn.q, k and v take, and
+    `project(op, input, out)` their output. Both are called here, keys and values first, so that
+    nothing outlives its use.
     """
     settings, why_dense = _choose(attn, index, transformer_options)
     rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
-    heads, n = _heads(attn), quantized()
+    in_16_bits = why_dense or settings.attention == "sla"
+    # What lives longer comes before what it is made of, see activation_memory.py.
+    rooms = [torch.empty_like(x) for _ in ("kvq" if in_16_bits else "kv")]
+    heads, n, parts = _heads(attn), quantized(), attn._modules
+
+    def projected(name: str) -> torch.Tensor:
+        return project(parts[name], n, rooms.pop() if rooms else None)
+
     if why_dense:
         run_report.note_dense(index, why_dense)
-        v = project(attn.v, n)
-        k = _norm(attn.norm_k, project(attn.k, n))
+        v = projected("v")
+        k = _norm(parts["norm_k"], projected("k"))
         k = apply_rope(k.unflatten(2, heads), *rotation).flatten(2)
-        q = project(attn.q, n)
+        q = projected("q")
         del n
-        q = _norm(attn.norm_q, q)
+        q = _norm(parts["norm_q"], q)
         q = apply_rope(q.unflatten(2, heads), *rotation).flatten(2)
         return host_attention(attn, q, k, v, transformer_options)
     _note_sla(attn, index, settings, freqs)
 
     def queries():
         nonlocal n
-        q, n = project(attn._modules["q"], n), None
+        q, n = projected("q"), None
         return q.unflatten(2, heads)
 
-    parts = attn._modules
-    k, v = (lambda op=parts[name]: project(op, n).unflatten(2, heads) for name in "kv")
+    k, v = (lambda name=name: projected(name).unflatten(2, heads) for name in "kv")
     norms = [float32_weights(parts[name], freqs.device)[0] for name in ("norm_q", "norm_k")]
     weights = norms, rotation, _projection(attn, freqs.device)
     options = {"eps": attn.eps, **_sla_options(settings)}
