@@ -78,11 +78,12 @@ def fused_bytes(
     one = 2 * batch * tokens * network.dim
     scores = _score_bytes(network, batch, tokens)
     q_phase = (3.5 if fp8_values else 4) * one + scores
-    attending = LOST * one + {
+    attending = {
         "sagesla": max(4 * one + _means_bytes(network, batch, tokens), q_phase),
         "sla": 5 * one + scores,
         "dense": 5.5 * one,
     }[attention]
+    attending += LOST * one
     part = min(part_length(batch, tokens, network.ffn_dim), tokens)
     hidden = batch * part * HIDDEN_ITEM * network.ffn_dim
     weights = 2 * network.dim * network.ffn_dim  # up and down, requantized or kept

@@ -1,6 +1,7 @@
 """Weights that are streamed: kept and pinned in RAM, a block ahead, LoRAs merged once, told."""
 
 import contextlib
+import functools
 import gc
 import threading
 from pathlib import Path
@@ -481,13 +482,13 @@ def test_out_of_memory_in_either_expert_leaves_nothing_pinned(path, pins, monkey
         unpack(op.weight)[0].add_(1)
     model = switch_experts(load_turbo_model(path), other, 0.9)
 
-    def fails(step, *_):
-        if step == last:
+    def fails(failing, step, *_):
+        if step == failing:
             raise torch.OutOfMemoryError("no room")
 
-    for last in range(2):
+    for step in range(2):
         with pytest.raises(torch.OutOfMemoryError, match=r"^the GPU has .*\(no room\)$"):
-            _run(model, rcm_sigmas(2, 200), callback=fails)
+            _run(model, rcm_sigmas(2, 200), callback=functools.partial(fails, step))
         assert not pins
 
 

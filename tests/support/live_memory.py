@@ -12,7 +12,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
 MB = 2**20
 
 
@@ -67,7 +66,9 @@ class Allocator:
         free.append(piece)
 
     def _segment(self, size: int) -> Piece:
-        size = 2 * MB if size <= MB else 20 * MB if size < 10 * MB else -(-size // (2 * MB)) * 2 * MB
+        if size < 10 * MB:
+            size = 2 * MB if size <= MB else 20 * MB
+        size = -(-size // (2 * MB)) * 2 * MB
         if self.reserved + size > self.room:
             for free in self.free.values():
                 whole = [piece for piece in free if piece.before is None and piece.after is None]
