@@ -15,7 +15,8 @@ Counted in activations of one bf16 [B, L, C]; an int8 one is half of it. The fus
 The allocator gives back to the GPU only what it got in one piece and is free as a whole, and takes
 from the smallest free piece that is large enough. What would stay in the way there is made first:
 the text's keys and values before all blocks, q, k and v before the int8 that they are made of. Then
-it loses a quarter of an activation at most; tests/host/test_activation_memory.py plays it through.
+it loses a quarter of an activation at most, half where attention is dense;
+tests/host/test_activation_memory.py plays it through.
 """
 
 import dataclasses
@@ -81,14 +82,14 @@ def fused_bytes(
     attending = {
         "sagesla": max(4 * one + _means_bytes(network, batch, tokens), q_phase),
         "sla": 5 * one + scores,
-        "dense": 5.5 * one,
+        "dense": (5.5 + LOST) * one,  # q and k are normed and rotated into others
     }[attention]
     attending += LOST * one
     part = min(part_length(batch, tokens, network.ffn_dim), tokens)
     hidden = batch * part * HIDDEN_ITEM * network.ffn_dim
     weights = 2 * network.dim * network.ffn_dim  # up and down, requantized or kept
     fits = 2 * batch * part * network.ffn_dim <= one  # into what attention had
-    feeding = (2 if fits else 4) * one + hidden + weights
+    feeding = (2 * one if fits else attending) + hidden + weights
     head_dim = network.dim // network.num_heads
     around = tokens * (AROUND * batch + ROTATION * head_dim)
     text = 4 * texts * text_tokens * network.dim * network.num_layers  # k and v, 16 bits each

@@ -86,37 +86,24 @@ def alive(monkeypatch):
         yield
 
 
-def _sizes(network, latent, batch, attention, layers):
-    tokens = latent[0] * latent[1] * latent[2] // 4
-    return Network(*NETWORKS[network], num_layers=layers), batch, tokens, attention
-
-
+@pytest.mark.parametrize("attention", ["sagesla", "sla", "dense"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_formula_is_just_above_what_is_alive(alive, network):
-    wan = _wan(*NETWORKS[network])
-    found = {}
-    for size, latent in LATENTS.items():
-        for attention in ("sagesla", "sla", "dense"):
-            for batch in (1, 2):
-                sizes = _sizes(network, latent, batch, attention, 2)
-                peak = _peak(wan, latent, batch, attention)
-                found[size, attention, batch] = fused_bytes(*sizes, texts=batch) / peak
+def test_the_formula_is_just_above_what_is_taken(alive, network, attention):
+    layers = 4
+    wan, found = _wan(*NETWORKS[network], layers), {}
+    for latent, batch in ((LATENTS["480p"], 1), (LATENTS["720p"], 1), (LATENTS["720p"], 2),
+                          ((13, 76, 134), 1)):  # fmt: skip
+        tokens = latent[0] * latent[1] * latent[2] // 4
+        sizes = Network(*NETWORKS[network], num_layers=layers), batch, tokens, attention
+        asked = fused_bytes(*sizes, texts=batch)
+        # Two passes in that, with a GPU that has no more.
+        peak = _peak(wan, latent, batch, attention, live_memory.Allocator(asked), passes=2)
+        found[latent, batch] = asked / peak
     least, most = min(found.values()), max(found.values())
     # Above it for what is around the blocks, and for the allocator: more where what is hidden in
     # the feed-forward layers is larger than an activation.
-    assert least >= 1.05 and most <= 1.8, found
-    assert network == "1.3B" or found["720p", "sagesla", 1] <= 1.2
-
-
-@pytest.mark.parametrize("attention", ["sagesla", "sla", "dense"])
-@pytest.mark.parametrize("network", NETWORKS)
-def test_torchs_allocator_does_with_what_the_formula_says(alive, network, attention):
-    layers, batch = (10, 1) if network == "14B" else (8, 2)
-    wan = _wan(*NETWORKS[network], layers)
-    for latent in ((21, 60, 104), (21, 90, 160), (13, 76, 134), (41, 60, 104)):
-        sizes = _sizes(network, latent, batch, attention, layers)
-        allocator = live_memory.Allocator(fused_bytes(*sizes, texts=batch))
-        _peak(wan, latent, batch, attention, allocator, passes=2)
+    assert least >= 1.05 and most <= 1.9, found
+    assert (network, attention) != ("14B", "sagesla") or found[LATENTS["720p"], 1] <= 1.2
 
 
 def test_a_weight_that_the_allocator_asks_for_alone_takes_whole_pieces():
