@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import types
 
 import goldens
 import in_comfyui
@@ -10,7 +11,7 @@ import pytest
 import torch
 from in_comfyui import comfy
 from turbodiffusion_pack.kernels import dispatch, sla, sparse_attention
-from turbodiffusion_pack.turbo_core.activation_memory import Network, fused_bytes
+from turbodiffusion_pack.turbo_core.activation_memory import Network, fused_bytes, rounding
 from turbodiffusion_pack.turbo_core.host import block, memory, patch, per_run, self_attention, text
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.operations import Linear, TurboOperations
@@ -54,14 +55,21 @@ def _fill(op, int8):
     op.granularity = "rows"
 
 
-def _peak(wan, latent, batch, attention):
-    """Bytes alive at the peak of one forward pass, its inputs among them."""
-    options = {THIS_PASS: (SLASettings(attention), -1), MADE_ONCE: {}, TEXT: {}}
-    with torch.inference_mode(), live_memory.LiveBytes() as live:
-        x = meta(batch, 16, *latent, dtype=torch.bfloat16)
-        context = meta(batch, 512, 4096, dtype=torch.bfloat16)
-        wan(x, meta(batch), context, transformer_options=options)
+def _peak(wan, latent, batch, attention, allocator=None, passes=1):
+    """Bytes alive at the peak of forward passes of one prompt, their inputs among them."""
+    with torch.inference_mode(), live_memory.LiveBytes(allocator) as live, per_run.keep():
+        for _ in range(passes):
+            x = meta(batch, 16, *latent, dtype=torch.bfloat16)
+            context = meta(batch, 512, 4096, dtype=torch.bfloat16)
+            made = per_run.made("text", lambda: _room_for_texts(wan, batch))
+            options = {THIS_PASS: (SLASettings(attention), -1), MADE_ONCE: {}, TEXT: made}
+            wan(x, meta(batch), context, transformer_options=options)
+            del x, context, options
     return live.peak
+
+
+def _room_for_texts(wan, batch):
+    return text.KeysValues(meta(len(wan.blocks), 2, batch, 512, wan.dim, dtype=torch.bfloat16))
 
 
 @pytest.fixture
@@ -78,20 +86,29 @@ def alive(monkeypatch):
         yield
 
 
+@pytest.mark.parametrize("attention", ["sagesla", "sla", "dense"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_formula_is_just_above_what_is_alive(alive, network):
-    wan = _wan(*NETWORKS[network])
-    found = {}
-    for size, latent in LATENTS.items():
-        for attention in ("sagesla", "sla", "dense"):
-            for batch in (1, 2):
-                tokens = latent[0] * latent[1] * latent[2] // 4
-                sizes = Network(*NETWORKS[network], num_layers=2), batch, tokens, attention
-                peak = _peak(wan, latent, batch, attention)
-                found[size, attention, batch] = fused_bytes(*sizes, texts=batch) / peak
+def test_the_formula_is_just_above_what_is_taken(alive, network, attention):
+    layers = 4
+    wan, found = _wan(*NETWORKS[network], layers), {}
+    for latent, batch in ((LATENTS["480p"], 1), (LATENTS["720p"], 1), (LATENTS["720p"], 2),
+                          ((13, 76, 134), 1)):  # fmt: skip
+        tokens = latent[0] * latent[1] * latent[2] // 4
+        sizes = Network(*NETWORKS[network], num_layers=layers), batch, tokens, attention
+        asked = fused_bytes(*sizes, texts=batch)
+        # Two passes in that, with a GPU that has no more.
+        peak = _peak(wan, latent, batch, attention, live_memory.Allocator(asked), passes=2)
+        found[latent, batch] = asked / peak
     least, most = min(found.values()), max(found.values())
-    # Above it for what is around the blocks, and for the allocator; in small models that is more.
-    assert 1.05 <= least and most <= (1.25 if network == "1.3B" else 1.15), found
+    # Above it for what is around the blocks, and for the allocator: more where what is hidden in
+    # the feed-forward layers is larger than an activation.
+    assert least >= 1.05 and most <= 1.9, found
+    assert (network, attention) != ("14B", "sagesla") or found[LATENTS["720p"], 1] <= 1.2
+
+
+def test_a_weight_that_the_allocator_asks_for_alone_takes_whole_pieces():
+    """[5120, 5120] in INT8 are 25 MB, of which it takes 26; smaller ones share."""
+    assert rounding([5120 * 5120, 5120 * 13824, 1536 * 1536]) == 1.5 * 2**20
 
 
 def test_a_720p_forward_of_14b_takes_little(alive):
@@ -252,16 +269,31 @@ def test_where_weights_change_within_a_run_nothing_is_kept(model, monkeypatch):
 
 
 def test_keys_and_values_are_those_of_one_network_and_two_texts():
-    high, low = torch.nn.Identity(), torch.nn.Identity()
+    high, low = (types.SimpleNamespace(blocks=[None] * 3, dim=16) for _ in range(2))
     texts = [torch.full((1, 4, 8), float(number)) for number in range(3)]
-    assert text.keys_values(high, texts[0]) is not text.keys_values(high, texts[0])
+
+    def keys_values(network, context):
+        return text.keys_values(network, context, torch.float16, fused=True)
+
+    assert keys_values(high, texts[0]) is not keys_values(high, texts[0])
     with per_run.keep():
-        made = [text.keys_values(high, one) for one in texts[:2]]
-        again = [text.keys_values(high, one.clone()) for one in texts[:2]]
+        made = [keys_values(high, one) for one in texts[:2]]
+        again = [keys_values(high, one.clone()) for one in texts[:2]]
         assert all(a is b for a, b in zip(again, made, strict=True))
-        assert text.keys_values(high, texts[0].half()) is not made[0]
-        text.keys_values(high, texts[2])
-        assert text.keys_values(high, texts[1]) is not made[1]
-        kept = text.keys_values(high, texts[2])
-        text.keys_values(low, texts[2])
-        assert text.keys_values(high, texts[2]) is not kept
+        assert keys_values(high, texts[0].half()) is not made[0]
+        keys_values(high, texts[2])
+        assert keys_values(high, texts[1]) is not made[1]
+        kept = keys_values(high, texts[2])
+        assert [kept.room.shape, kept.room.dtype] == [(3, 2, 1, 4, 16), torch.float16]
+        keys_values(low, texts[2])
+        assert keys_values(high, texts[2]) is not kept
+
+
+def test_keys_and_values_lie_in_one_tensor_where_they_fit():
+    k, v = torch.rand(2, 1, 4, 16)
+    for room, within in ((torch.empty(3, 2, 1, 4, 16), True), (torch.empty(3, 2, 1, 9, 16), False)):
+        made = text.KeysValues(room)
+        made.keep(1, k, v)
+        assert all(map(torch.equal, made[1], (k, v)))
+        assert (made[1][0].data_ptr() == room[1, 0].data_ptr()) is within
+        assert list(made) == [1]

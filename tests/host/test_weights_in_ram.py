@@ -1,6 +1,7 @@
 """Weights that are streamed: kept and pinned in RAM, a block ahead, LoRAs merged once, told."""
 
 import contextlib
+import functools
 import gc
 import threading
 from pathlib import Path
@@ -256,6 +257,22 @@ def test_without_room_in_ram_a_lora_is_added_at_each_use(model, merges, monkeypa
     assert len(merges) == 2 * layers
 
 
+@pytest.mark.parametrize("loaded_in", [True, False])
+@pytest.mark.parametrize("unloaded_in", [True, False])
+def test_a_lora_is_taken_out_in_any_mode(path, loaded_in, unloaded_in):
+    """ComfyUI runs nodes in inference mode, training outside of it, and one unloads for another."""
+    with torch.inference_mode(loaded_in):
+        model = load_turbo_model(path)
+        own = {name: unpack(op.weight)[0].clone() for name, op in _linears(model).items()}
+        patched, layers = _lora(model)
+        management.load_models_gpu([patched], force_full_load=True)
+        assert in_comfyui.DYNAMIC or len(patched.backup) == layers
+    with torch.inference_mode(unloaded_in):
+        patched.detach()
+    linears = _linears(model)
+    assert all(torch.equal(unpack(linears[name].weight)[0], q) for name, q in own.items())
+
+
 # A block ahead
 
 
@@ -437,6 +454,42 @@ def _ends(error):
         raise error
 
     return callback
+
+
+@legacy
+def test_out_of_memory_is_told_and_leaves_nothing_pinned_or_merged(path, pins, monkeypatch):
+    model = load_turbo_model(path)
+    in_ram.pin(model)
+    op = next(iter(_linears(model).values()))
+    vars(op)["merged"] = None, ()
+    assert pins
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 740.00 MiB")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"takes about [\d.]+ GB .*740.00 MiB"):
+        _run(model, callback=fails)
+    assert not pins
+    assert "merged" not in vars(op)
+
+
+@legacy
+def test_out_of_memory_in_either_expert_leaves_nothing_pinned(path, pins, monkeypatch):
+    monkeypatch.setattr(experts, "is_device_cpu", lambda _: False)
+    monkeypatch.setattr(experts, "fit_together", lambda *_: False)
+    other = load_turbo_model(path)
+    for op in _linears(other).values():
+        unpack(op.weight)[0].add_(1)
+    model = switch_experts(load_turbo_model(path), other, 0.9)
+
+    def fails(failing, step, *_):
+        if step == failing:
+            raise torch.OutOfMemoryError("no room")
+
+    for step in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match=r"^the GPU has .*\(no room\)$"):
+            _run(model, rcm_sigmas(2, 200), callback=functools.partial(fails, step))
+        assert not pins
 
 
 @pytest.mark.parametrize("error", [management.InterruptProcessingException, torch.OutOfMemoryError])

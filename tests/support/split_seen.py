@@ -21,7 +21,7 @@ class Seen:
         """Note them while this lasts."""
         attend = block.split_attend
 
-        def attended(attn, index, normed, *arguments):
+        def attended(attn, index, x, normed, *arguments):
             def noted():
                 n = normed()
                 if index == 0:
@@ -29,7 +29,7 @@ class Seen:
                     self.parts["scale of n"] = n[1]
                 return n
 
-            y, scale = attend(attn, index, noted, *arguments)
+            y, scale = attend(attn, index, x, noted, *arguments)
             self.parts.setdefault("scale of y", scale)
             return y, scale
 

@@ -24,6 +24,7 @@ from .patch_owner import is_ours, is_stock
 from .prefetch import next_block
 from .self_attention import attend, host_attention, missing_parts
 from .split_block import split_attend
+from .text import KeysValues
 from .versions import unrecorded
 from .weights import float32_weights
 
@@ -71,24 +72,25 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     x = x if split is None else split.tokens_into(index, x)
     x = x.contiguous()  # the first block gets the patch embedding channels first; then no copy
 
-    def project(op, n):
-        return int8_product(op, n, dtype)  # [B, L, C]
+    def project(op, n, out):
+        return int8_product(op, n, dtype, out=out)  # [B, L, C]
 
     def normed():
         return layer_norm_quant(x, granularity, scale=scale1, shift=shift1, eps=eps)
 
     if split is None:
-        y = attend(attn, index, normed, project, freqs, transformer_options)
+        y = attend(attn, index, x, normed, project, freqs, transformer_options)
         y = quantize(y, granularity)
     else:
-        y = split_attend(attn, index, normed, granularity, dtype, freqs, transformer_options)
+        y = split_attend(attn, index, x, normed, granularity, freqs, transformer_options)
     x = int8_product(attn._modules["o"], y, dtype, gate=gate1, residual=x)
     del y
 
     linears = cross_attn._modules
     weight, bias = float32_weights(parts["norm3"], x.device)
+    q = torch.empty_like(x)  # before what it is made of, see activation_memory.py
     n = layer_norm_quant(x, granularity, weight=weight, bias=bias, eps=eps)
-    q = project(linears["q"], n)
+    project(linears["q"], n, q)
     del n
     q = rms_norm(q, float32_weights(linears["norm_q"], x.device)[0], cross_attn.eps)
     k, v = _keys_values(cross_attn, index, granularity, context, transformer_options)
@@ -122,13 +124,13 @@ def _modulation(block, e, device) -> tuple[torch.Tensor, ...]:
 
 def _keys_values(attn, index, granularity, context, transformer_options):
     """k and v [B, T, C] of the text features `context` for block `index`."""
-    made = transformer_options.get(TEXT, {})
+    made = transformer_options.get(TEXT, KeysValues())
     if index not in made:
         name = f"text in {granularity}"
         text = once(transformer_options, name, context, lambda c: quantize(c, granularity))
         parts = attn._modules
         k, v = (int8_product(parts[name], text, context.dtype) for name in "kv")
-        made[index] = rms_norm(k, float32_weights(parts["norm_k"], k.device)[0], attn.eps), v
+        made.keep(index, rms_norm(k, float32_weights(parts["norm_k"], k.device)[0], attn.eps), v)
     return made[index]
 
 

@@ -5,8 +5,9 @@ where it is streamed. Of weights that nobody changed there is a copy in RAM alre
 file perhaps; so what leaves the GPU is dropped (Linear._apply), and what is pinned stays so.
 """
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import comfy.model_management
 import torch
@@ -48,6 +49,22 @@ def keep_pins(model, *_) -> None:
             _pinned_of(model.model).append(weight)
 
 
+@contextlib.contextmanager
+def let_go(*models) -> Iterator[None]:
+    """Where the GPU's memory runs out in here, nothing of these ModelPatchers stays pinned or
+    merged in RAM: the host gives up all that it can then, and so does this."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        for model in models:
+            if model.load_device.type == "cuda":
+                torch.cuda.synchronize(model.load_device)  # copies from there may be under way
+            for op in _linears(model.model).values():
+                vars(op).pop("merged", None)
+            _unpin(_pinned.get(model.model, []))
+        raise
+
+
 def fit_together(models: list, activations: int) -> bool:
     """Whether the GPU has room for all of these ModelPatchers and for so many bytes besides."""
     device = models[0].load_device
@@ -74,5 +91,5 @@ def _pinned_of(base: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def _unpin(weights: list[torch.Tensor]) -> None:
-    for weight in weights:
-        comfy.model_management.unpin_memory(weight)
+    while weights:
+        comfy.model_management.unpin_memory(weights.pop())

@@ -16,9 +16,10 @@ from comfy.patcher_extension import WrappersMP
 
 from ...kernels.dispatch import triton_unavailable
 from ...kernels.sparse_attention import default_pv
-from ..activation_memory import Network, fused_bytes
+from ..activation_memory import Network, fused_bytes, rounding
 from ..sla_settings import SLASettings
 from .block import why_never_fused
+from .operations import Linear
 from .options import ATTENTION, PROJECTIONS
 from .patch_owner import is_ours
 from .text import PROMPTS
@@ -45,6 +46,30 @@ def told_to_the_host(model, conds: dict, model_options: dict) -> Iterator[None]:
             del attributes[name]
         else:
             attributes[name] = before
+
+
+class OutOfMemoryError(torch.OutOfMemoryError):
+    """The host's own, in words that help."""
+
+
+@contextlib.contextmanager
+def out_of_memory_in_words(model, shape: torch.Size) -> Iterator[None]:
+    """Where a run of `model` with latents of this shape does not fit, it says what it takes.
+
+    Raises:
+        OutOfMemoryError: which the host takes for its own.
+    """
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
+    except torch.OutOfMemoryError as error:
+        needed = model.model.memory_required(list(shape)) / 1e9
+        raise OutOfMemoryError(
+            f"the GPU has no room for this video: a forward pass takes about {needed:.1f} GB "
+            "beside the weights that are there. Make the video smaller or shorter, or close what "
+            f"else uses the GPU. ({error})"
+        ) from error
 
 
 def why_the_hosts_figure(model, conds: dict, model_options: dict) -> str | None:
@@ -87,12 +112,15 @@ def _required(model, conds: dict, model_options: dict) -> Callable[..., int]:
     every = [cond for group in conds.values() for cond in group]
     texts = [cond["cross_attn"] for cond in every if "cross_attn" in cond]
     longest = max((text.shape[1] for text in texts), default=512)
+    linears = (op for op in wan.modules() if isinstance(op, Linear) and op.weight is not None)
+    rounded = rounding(op.weight.nbytes for op in linears)
 
     def memory_required(input_shape, cond_shapes=None):
         batch, _, frames, height, width = input_shape
         tokens = frames * -(-height // 2) * -(-width // 2)
         kept = max(batch, min(len(texts), PROMPTS) * batch)
-        return max(fused_bytes(network, batch, tokens, k, fp8, kept, longest) for k in kinds)
+        sizes = network, batch, tokens
+        return rounded + max(fused_bytes(*sizes, k, fp8, kept, longest) for k in kinds)
 
     return memory_required
 

@@ -33,6 +33,7 @@ from .options import (
     TIMESTEP,
 )
 from .patch_owner import is_ours, is_stock
+from .text import KeysValues
 from .versions import COMPILED, MANAGED
 
 log = logging.getLogger(__name__)
@@ -244,7 +245,7 @@ def forward(executor, options: dict, named: dict) -> torch.Tensor:
     def alone(inputs: Inputs) -> torch.Tensor:
         """With nothing that other passes made, as the text's keys and values."""
         with per_run.forgotten():
-            return run(inputs, **{TEXT: {}, MADE_ONCE: {}})
+            return run(inputs, **{TEXT: KeysValues(), MADE_ONCE: {}})
 
     followed = _follow(executor.class_obj, inputs, others, options)
     if followed is None:

@@ -16,9 +16,9 @@ from ...kernels.dispatch import why_reference
 from .. import run_report
 from ..sla_settings import SLASettings
 from . import pass_graph, per_run, text
-from .block import block_forward
-from .in_ram import keep_pins
-from .memory import told_to_the_host
+from .block import block_forward, why_never_fused
+from .in_ram import keep_pins, let_go
+from .memory import out_of_memory_in_words, told_to_the_host
 from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, PINS, PREFETCH, TEXT, THIS_PASS
 from .pass_graph import POSITIONAL
 from .patch_owner import is_ours, mark_as_ours, owner_of
@@ -149,8 +149,14 @@ def _around_run(executor, *args, **kwargs):
     guider = executor.class_obj
     # A scheduled LoRA changes the weights from step to step.
     same_weights = not has_hooks(guider.conds)
-    told = told_to_the_host(guider.model_patcher, guider.conds, guider.model_options)
-    with run_report.run(InterruptProcessingException), per_run.keep(same_weights), told:
+    model, shape = guider.model_patcher, args[0].shape
+    with (
+        run_report.run(InterruptProcessingException),
+        per_run.keep(same_weights),
+        told_to_the_host(model, guider.conds, guider.model_options),
+        out_of_memory_in_words(model, shape),
+        let_go(model),
+    ):
         return executor(*args, **kwargs)
 
 
@@ -164,14 +170,16 @@ def _around_forward(
     executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **rest
 ):
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
-    _report_forward(executor.class_obj.blocks)
+    network = executor.class_obj
+    _report_forward(network.blocks)
+    fused = why_never_fused(network.blocks[0]) is None
     ours = {
         THIS_PASS: _this_pass(transformer_options),
         MADE_ONCE: {},
-        TEXT: text.keys_values(executor.class_obj, context),
+        TEXT: text.keys_values(network, context, x.dtype, fused),
     }
     options = {**transformer_options, **ours}
-    options[PREFETCH] = queue_of(executor.class_obj, x.device, options)
+    options[PREFETCH] = queue_of(network, x.device, options)
     given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
     out = pass_graph.forward(executor, options, given | rest)
     next_block(options, None, x.device)

@@ -81,41 +81,47 @@ class SomeHeads(NamedTuple):
 def attend(
     attn,
     index: int,
+    x,
     quantized: Callable,
     project: Callable,
     freqs,
     transformer_options: dict,
     some: SomeHeads | None = None,
 ) -> torch.Tensor:
-    """Self-attention of block `index` from its input to what goes into `o`, [B, L, C].
+    """Self-attention of block `index` from its input x [B, L, C] to what goes into `o`, as large.
 
-    For the fused block: `quantized()` gives its input, `project(op, input)` the layer attn.q, k or
-    v of it, or of those `some` heads. Both are called here, keys and values first, so that nothing
-    outlives its use.
+    For the fused block: `quantized()` gives x as what the layers attn.q, k and v take, and
+    `project(op, input, out)` their output, or that of those `some` heads. Both are called here,
+    keys and values first, so that nothing outlives its use.
     """
     settings, why_dense = _choose(attn, index, transformer_options)
     rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
+    channels, eps = some or (slice(None), attn.eps)
+    in_16_bits = why_dense or settings.attention == "sla"
+    # What lives longer comes before what it is made of, see activation_memory.py.
+    room = len(x), freqs.shape[1], len(range(attn.dim)[channels])
+    rooms = [x.new_empty(room) for _ in ("kvq" if in_16_bits else "kv")]
     n, parts = quantized(), attn._modules
 
-    def heads(op):
-        return project(op, n).unflatten(2, (-1, attn.head_dim))
+    def heads(name: str) -> torch.Tensor:
+        y = project(parts[name], n, rooms.pop() if rooms else None)
+        return y.unflatten(2, (-1, attn.head_dim))
 
     def queries():
         nonlocal n
-        q, n = heads(parts["q"]), None
+        q, n = heads("q"), None
         return q
 
     if why_dense:
         run_report.note_dense(index, why_dense)
-        v = project(parts["v"], n)
-        k = _rotated(parts["norm_k"], heads(parts["k"]), rotation, some)
+        v = heads("v").flatten(2)
+        k = _rotated(parts["norm_k"], heads("k"), rotation, some)
         q = _rotated(parts["norm_q"], queries(), rotation, some)
         return host_attention(attn, q, k, v, transformer_options)
     _note_sla(attn, index, settings, freqs)
-    k, v = (functools.partial(heads, parts[name]) for name in "kv")
-    channels, eps = some or (slice(None), attn.eps)
+    k, v = (functools.partial(heads, name) for name in "kv")
     norms = [float32_weights(parts[name], freqs.device)[0] for name in ("norm_q", "norm_k")]
-    weights = [x[channels] for x in norms], rotation, _projection(attn, freqs.device)
+    weights = [norm[channels] for norm in norms], rotation, _projection(attn, freqs.device)
     options = {"eps": eps, **_sla_options(settings)}
     return sla_from_projections(queries, k, v, *weights, **options).flatten(2)
 

@@ -36,12 +36,12 @@ class Split(NamedTuple):
 
 
 def split_attend(
-    attn, index, normed: Callable, granularity: str, dtype, freqs, transformer_options: dict
+    attn, index, x, normed: Callable, granularity: str, freqs, transformer_options: dict
 ) -> Operands:
-    """Self-attention of block `index`, from this rank's tokens of its input to those of its output.
+    """Self-attention of block `index`, from this rank's tokens x [B, l, C] to those of its output.
 
-    `normed()` gives its input [B, l, C] in INT8, scales in `granularity`; so is the result, which
-    `o` takes. The rotation `freqs` [1, L, 1, D/2, 2, 2] is that of all tokens.
+    `normed()` gives x in INT8, scales in `granularity`; so is the result, which `o` takes. The
+    rotation `freqs` [1, L, 1, D/2, 2, 2] is that of all tokens.
     """
     ranks = transformer_options[SPLIT].ranks
     shares = _operand_shares(token_shares(freqs.shape[1], ranks.count), granularity)
@@ -50,11 +50,11 @@ def split_attend(
     def gathered():
         return gather(ranks, list(normed()), shares)
 
-    def project(op, n):
-        return int8_product(op, n, dtype, channels)  # [B, L, c]
+    def project(op, n, out):
+        return int8_product(op, n, x.dtype, channels, out=out)  # [B, L, c]
 
     some = SomeHeads(channels, functools.partial(_row_norms, attn, ranks))
-    y = attend(attn, index, gathered, project, freqs, transformer_options, some)
+    y = attend(attn, index, x, gathered, project, freqs, transformer_options, some)
     if granularity == "blocks":
         return tuple(columns_to_rows(ranks, list(quantize_blocks(y)), shares))
     amax = torch.linalg.vector_norm(y, torch.inf, dim=-1, dtype=torch.float32)  # [B, L]
