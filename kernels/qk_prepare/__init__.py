@@ -16,7 +16,7 @@ if has_triton():
 else:
     cuda = triton_kernels = None
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "square_sums"]
 
 
 class Prepared(NamedTuple):
@@ -38,6 +38,7 @@ def prepare(
     quantize: bool = False,
     out: torch.Tensor | None = None,
     branch: LinearBranch | None = None,
+    row_norms: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Prepared:
     """RMSNorm over all heads, RoPE, block means and, if asked for, int8 and the linear branch.
@@ -56,6 +57,8 @@ def prepare(
         out: where the rotated rows go, contiguous like x; may be x itself. A new tensor if None.
         branch: where given, `out` gets the linear branch of the rotated rows in their place: in
             low bits nothing else reads them.
+        row_norms: float32 [B, L], 1 / root mean square of each row, eps included: given where x is
+            some of the heads that a norm is taken over, see `square_sums`.
         backend: see `dispatch.choose`.
 
     Returns:
@@ -75,6 +78,8 @@ def prepare(
             f"out must be contiguous and {x.dtype}, "
             f"got {out.dtype} with strides {list(out.stride())}"
         )
+    if row_norms is not None:
+        check_shape("row_norms", row_norms, tuple(x.shape[:2]))
     if branch is not None:
         check_branch(x, branch)
     kernels = choose(
@@ -82,9 +87,31 @@ def prepare(
         unsupported=(not_contiguous(x), None if branch is None else float32_on_gpu(x)),
         operands=(x, cos, sin, out, branch),
     )  # fmt: skip
-    means, *blocks = kernels.prepare(x, weight, cos, sin, eps, block, quantize, out, branch)
+    arguments = x, weight, cos, sin, eps, block, quantize, out, branch, row_norms
+    means, *blocks = kernels.prepare(*arguments)
     rows, linear = (out, None) if branch is None else (None, out)
     return Prepared(rows, linear, means, Int8Blocks(*blocks) if quantize else None)
+
+
+def square_sums(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+    """Sums of squares of each head's row, of which a norm over several heads is made.
+
+    Each in float32 and by itself, so that it does not depend on which heads are at hand.
+
+    Args:
+        x: [B, L, H, D], float32, float16 or bfloat16.
+        backend: see `dispatch.choose`.
+
+    Returns:
+        float32 [B, L, H].
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+    """
+    check_heads(x=x)
+    unsupported = (not_contiguous(x),)
+    kernels = choose("square_sums", backend, x, reference, triton_kernels, unsupported=unsupported)
+    return kernels.square_sums(x)
 
 
 def check_angles(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

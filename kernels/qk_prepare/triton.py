@@ -29,6 +29,23 @@ def row_norms_kernel(
     tl.store(norms_ptr + sample * length + row, tl.rsqrt(mean_square + eps))
 
 
+@launched
+@triton.jit(do_not_specialize=["length", "heads"])
+def square_sums_kernel(
+    x_ptr, sums_ptr, length, heads, stride_xb, stride_xl, stride_xh,
+    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    row, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head = tl.arange(0, HEADS)
+    channel = tl.arange(0, HEAD_DIM)[None, :]
+    x_ptr += sample * stride_xb + row * stride_xl
+    place = head[:, None] * stride_xh + channel
+    x = tl.load(x_ptr + place, mask=head[:, None] < heads, other=0.0)  # [HEADS, D]
+    x = x.to(tl.float32)
+    to = sums_ptr + (sample * length + row) * heads + head
+    tl.store(to, tl.sum(x * x, 1), mask=head < heads)
+
+
 @triton.jit
 def rotate(x, cos, sin, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Rotate the channel pairs (2i, 2i + 1) of x [R, D] by angles [R, D / 2]."""
@@ -91,8 +108,10 @@ def contiguous_pairs(angles: torch.Tensor) -> torch.Tensor:
     return angles if angles.stride(-1) == 1 else angles.contiguous()
 
 
-def row_norms(x: torch.Tensor, eps: float) -> torch.Tensor:
+def given_or_own_norms(x: torch.Tensor, eps: float, given: torch.Tensor | None) -> torch.Tensor:
     """1 / root mean square of each row of [B, L, H, D] over all heads, float32 [B, L]."""
+    if given is not None:
+        return given.contiguous()
     batch, length, heads, dim = x.shape
     norms = torch.empty(batch, length, dtype=torch.float32, device=x.device)
     row_norms_kernel[length, batch](
@@ -100,6 +119,17 @@ def row_norms(x: torch.Tensor, eps: float) -> torch.Tensor:
         HEAD_DIM=dim, HEADS=1 << (heads - 1).bit_length(), **ROW_LAUNCH,
     )  # fmt: skip
     return norms
+
+
+def square_sums(x: torch.Tensor) -> torch.Tensor:
+    """Sums of squares of x [B, L, H, D] by head, float32 [B, L, H]."""
+    batch, length, heads, dim = x.shape
+    sums = torch.empty(batch, length, heads, dtype=torch.float32, device=x.device)
+    square_sums_kernel[length, batch](
+        x, sums, length, heads, *x.stride()[:3],
+        HEAD_DIM=dim, HEADS=1 << (heads - 1).bit_length(), **ROW_LAUNCH,
+    )  # fmt: skip
+    return sums
 
 
 def block_outputs(
@@ -126,10 +156,11 @@ def prepare(
     quantize: bool,
     out: torch.Tensor,
     branch: LinearBranch | None,
+    row_norms: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The rotated rows or their linear branch to `out`; their means, int8 blocks and scales."""
     batch, length, heads, dim = x.shape
-    norms = row_norms(x, eps)
+    norms = given_or_own_norms(x, eps, row_norms)
     means, integers, scales = block_outputs(x, block, quantize)
     cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
     prepare_kernel[-(-heads // HEADS), means.shape[2], batch](

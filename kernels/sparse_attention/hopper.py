@@ -1,5 +1,6 @@
 """Low-bit sparse attention on Hopper, in CUDA C++: see hopper.cu."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -46,6 +47,12 @@ def quantize(
     """
     arguments = q, k, v, k_mean, v_dtype, block_q, block_k, v_max
     return triton_kernels.quantize(*arguments, swizzled=True)
+
+
+# The same, one operand at a time.
+quantize_heads = triton_kernels.quantize_heads
+quantize_keys = functools.partial(triton_kernels.quantize_keys, swizzled=True)
+quantize_values = functools.partial(triton_kernels.quantize_values, swizzled=True)
 
 
 def sage_attention(

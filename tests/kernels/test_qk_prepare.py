@@ -12,7 +12,7 @@ from turbodiffusion_pack.kernels.linear_attention import (
     linear_attention,
 )
 from turbodiffusion_pack.kernels.norm import rms_norm
-from turbodiffusion_pack.kernels.qk_prepare import cuda, prepare
+from turbodiffusion_pack.kernels.qk_prepare import cuda, prepare, square_sums
 from turbodiffusion_pack.kernels.qk_prepare import triton as triton_kernels
 from turbodiffusion_pack.kernels.rope import apply_rope
 from turbodiffusion_pack.kernels.sparse_attention.reference import quantize_heads
@@ -215,3 +215,30 @@ def test_two_programs_share_a_multiprocessor_of_100_kb(linear):
     """Without cosines and sines in shared memory; all cards of mma.sync have that much."""
     shared = cuda.SHARED_BYTES + linear * cuda.LINEAR_BYTES - cuda.TURN_BYTES
     assert 2 * (shared + 1024) <= 100 * 1024
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_some_heads_are_prepared_by_the_norm_over_all(backend, dtype):
+    """As a rank does that has some heads: the sums of all make the norms of the whole rows."""
+    x, weight, cos, sin = random_projection(2, 70, 5, 64, dtype)
+    whole = prepare(x, weight, cos, sin, block=64, quantize=True, backend=backend)
+    sums = torch.cat([square_sums(x[:, :, h], backend) for h in (slice(2), slice(2, 5))], -1)
+    assert torch.equal(sums, square_sums(x, backend))
+    torch.testing.assert_close(sums.double(), x.double().square().sum(-1), atol=0, rtol=1e-6)
+    norms = (sums.double().sum(-1) / weight.numel() + 1e-6).rsqrt().float()
+    heads = slice(2, 5)
+    own = x[:, :, heads], weight.view(5, 64)[heads].flatten(), cos, sin
+    found = prepare(*own, block=64, quantize=True, row_norms=norms, backend=backend)
+    eps = 2 * torch.finfo(dtype).eps
+    assert goldens.relative_error(found.rows, whole.rows[:, :, heads]) <= eps
+    assert goldens.relative_error(found.means, whole.means[:, heads]) <= max(eps, 3e-6)
+    assert (found.blocks.integers.int() - whole.blocks.integers[:, heads].int()).abs().max() <= 1
+    without = prepare(*own, block=64, backend=backend)
+    assert goldens.relative_error(without.rows, whole.rows[:, :, heads]) > 10 * eps
+
+
+def test_row_norms_must_fit():
+    arguments = random_projection(1, 10, 2, 64, torch.float32)
+    with pytest.raises(ValueError, match=r"row_norms must be \[1, 10\], got \[10\]"):
+        prepare(*arguments, row_norms=torch.ones(10, device=DEVICE))

@@ -1,5 +1,7 @@
 """Sparse-linear attention against the original's outputs, and mutants that must miss them."""
 
+import weakref
+
 import goldens
 import pytest
 import torch
@@ -241,6 +243,33 @@ def test_from_projections_needs_no_memory_for_q_and_k():
     q, k, *rest = random_projections(300, 2, 64)
     out = sla_from_projections(q, k, *rest, low_bit=True, pv="fp16", backend="reference")
     assert out.data_ptr() == q.data_ptr()
+
+
+def test_in_low_bits_keys_and_values_are_freed_before_there_are_queries():
+    q, k, v, *rest = random_projections(130, 2, 64)
+    expected = by_its_parts(q, k, v, *rest, low_bit=True, pv="fp16")
+    given = []
+
+    def give(x):
+        given.append(weakref.ref(y := x.clone()))
+        return y
+
+    def queries():
+        assert [x() for x in given] == [None, None]
+        return q
+
+    functions = queries, lambda: give(k), lambda: give(v)
+    out = sla_from_projections(*functions, *rest, low_bit=True, pv="fp16", backend="reference")
+    assert torch.equal(out, expected)
+
+
+def test_from_projections_refuses_what_does_not_fit():
+    q, *rest = random_projections(130, 2, 64)
+    options = {"low_bit": True, "pv": "fp16", "backend": "reference"}
+    with pytest.raises(ValueError, match="block_map must be"):
+        sla_from_projections(q, *rest, **options, block_map=random_map(1, 130, 1, 128, 64))
+    with pytest.raises(ValueError, match="q must be"):
+        sla_from_projections(q[:, :64].contiguous(), *rest, **options)
 
 
 def test_refuses_what_does_not_fit():

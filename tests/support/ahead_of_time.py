@@ -99,6 +99,8 @@ def runs(card: tuple[int, int]) -> Iterator[tuple[str, bool, Callable[[], None]]
     for granularity in GRANULARITIES:
         for model in (wan.SMALL, wan.LARGE):
             yield granularity, False, partial(wan.run_apart, LENGTH, granularity, model)
+    for model in (wan.SMALL, wan.LARGE):
+        yield "shared", False, partial(wan.run_shared, LENGTH, model)
     for values in ("bf16", "fp16", "fp8") if card >= ADA else ("bf16", "fp16"):
         yield "attention", False, partial(wan.run_attention, LENGTH, values, *TILE, False)
         for tile in (TILE, *TILES) if card in TILE_CARDS else (TILE,):

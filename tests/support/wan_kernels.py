@@ -108,6 +108,16 @@ def run_apart(length: int, granularity: str, model: Model) -> None:
     int8_linear(odd, scale, *weight, tensor(model.dim), **common)
 
 
+def run_shared(length: int, model: Model) -> None:
+    """What a GPU runs besides that has half of the heads."""
+    from turbodiffusion_pack.kernels.int8_quant import quantize_rows
+    from turbodiffusion_pack.kernels.qk_prepare import square_sums
+
+    y = tensor(1, length, model.dim // 2)
+    square_sums(y.unflatten(2, (-1, HEAD_DIM)), backend="triton")
+    quantize_rows(y, backend="triton", amax=vectors(1, length))
+
+
 def run_attention(
     length: int, values: str, head_dim: int, block_q: int, block_k: int, linear: bool = True
 ) -> None:

@@ -12,9 +12,11 @@ from comfy.ldm.wan.vae import AttentionBlock, Resample, ResidualBlock, WanVAE
 from torch import Tensor
 
 from ...kernels.dispatch import triton_unavailable
+from ..parallel.workers import Workers
 from ..staging import FromMemory, ToMemory
 from ..vae_strips import (
     COMFORTABLE,
+    LATENT,
     MOST_STRIPS,
     Strip,
     halos,
@@ -22,6 +24,7 @@ from ..vae_strips import (
     strips_within,
     video_bytes,
 )
+from . import split_vae
 from .causal_vae import (
     decode_features,
     decode_pieces,
@@ -30,11 +33,12 @@ from .causal_vae import (
     encode_pieces,
     encoder_levels,
 )
+from .gpu_workers import key_of, running_workers, uninterrupted
+from .split_vae import pieces_of, shared_pieces
 from .versions import on_device, pixels_dtype
 
 log = logging.getLogger(__name__)
 
-LATENT = 8  # pixels in a row for one of the latents
 FRAMES = 4  # for one frame of the latents, but for the first
 
 
@@ -179,25 +183,63 @@ class TurboVAE(comfy.sd.VAE):
     @torch.no_grad()
     def _decode(self, samples: Tensor, count: int) -> Tensor:
         batch, _, frames, height, width = samples.shape
-        model = self.first_stage_model.model
+        model, workers = self.first_stage_model.model, self._workers(samples)
+        if workers is not None:
+            count = workers.count * -(-count // workers.count)
+        strips = strips_of(height, width, count)
         channels = model.decoder.head[-1].out_channels
         shape = batch, 1 + FRAMES * (frames - 1), LATENT * height, LATENT * width, channels
         out = torch.empty(shape, dtype=pixels_dtype(self), device=self.output_device)
-        strips = strips_of(height, width, count)
-        memory, tick = ToMemory(), progress(batch * len(strips) * frames)
-        for item, pixels in zip(samples.split(1), out.split(1), strict=True):
-            features = decode_features(model, item.to(self.device, self.vae_dtype))
-            for strip in strips:
-                part = pixels.narrow(strip.axis, *_span(strip.first, strip.last))
-                pieces = decode_pieces(model, features, strip if len(strips) > 1 else None)
-                for t, piece in enumerate(pieces):
+        memory = ToMemory(at_once=1 if workers is None else workers.count)
+        tick = progress(batch * len(strips) * frames)
+
+        def write(pieces_of: Callable) -> None:
+            for item, pixels in zip(samples.split(1), out.split(1), strict=True):
+                latents = item.to(self.device, self.vae_dtype)
+                for strip, t, piece in pieces_of(model, latents, strips):
                     last = 1 + FRAMES * t
                     first = max(0, last - FRAMES)
-                    piece = self.process_output(piece.to(out.dtype))
-                    memory.copy(piece, part[:, first:last])
+                    part = pixels.narrow(strip.axis, *_span(strip.first, strip.last))
+                    memory.copy(self.process_output(piece.to(out.dtype)), part[:, first:last])
                     tick()
-        memory.finish()
+            memory.finish()
+
+        if workers is None:
+            write(pieces_of)
+        else:
+            self._shared(workers, samples, len(strips), write)
         return out
+
+    def _workers(self, samples: Tensor) -> Workers | None:
+        """Those that can share the decoding of `samples`; None where one GPU has to."""
+        workers = running_workers()
+        if workers is None or max(samples.shape[3:]) < workers.count:
+            return None
+        on_gpus = workers.backend != "gloo"
+        return workers if (self.device.type == "cuda") == on_gpus else None
+
+    def _shared(self, workers: Workers, samples: Tensor, count: int, write: Callable) -> None:
+        """`write` the pieces of `samples` that all ranks decode in `count` strips together."""
+        model = self.first_stage_model.model
+        key = key_of(model)
+        known = workers.notes.get("vae") == key
+        weights = None if known else model.state_dict()
+
+        def own(ranks):
+            with uninterrupted():
+                write(partial(shared_pieces, ranks))
+
+        arguments = key, weights, samples, self.vae_dtype, count
+        workers.together(split_vae.decode, arguments, own)
+        workers.notes["vae"] = key
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def make_room(self, shape: tuple, count: int) -> None:
+        """Have the model on the GPU, with room to decode [B, Z, T, H, W] in `count` strips."""
+        need = self._decode_bytes(shape, self.vae_dtype, count)
+        comfy.model_management.load_models_gpu(
+            [self.patcher], memory_required=need, force_full_load=self.disable_offload
+        )
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor, count: int) -> Tensor:

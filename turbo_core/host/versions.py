@@ -117,6 +117,20 @@ except ImportError:  # older hosts record nothing
     pause_malloc_graph = contextlib.nullcontext
 
 
+try:
+    from comfy.model_prefetch import make_prefetch_queue, prefetch_queue_pop
+except ImportError:  # 0.3.75
+
+    def make_prefetch_queue(queue: list, device, transformer_options: dict) -> None:
+        """This host has no queue."""
+
+    prefetch_queue_pop = None
+
+
+# (open file, lock, offset, size): where the host finds a storage's bytes; 0.3.75 always maps.
+file_slice = getattr(getattr(comfy, "memory_management", None), "TensorFileSlice", None)
+
+
 def unrecorded() -> contextlib.AbstractContextManager:
     """A context whose allocations ComfyUI's compiler (0.35) leaves out of its plan; no nesting.
 
@@ -143,6 +157,11 @@ def load_diffusion_model(state_dict: dict, model_options: dict, disable_dynamic:
 def loader_of(model) -> tuple | None:
     """How the host loads a MODEL again, as (function, arguments, ...); 0.3.75 knows ours only."""
     return getattr(model, "cached_patcher_init", None)
+
+
+def carry_loader(original, clone) -> None:
+    """Tell a clone how its model is loaded; newer hosts do so themselves."""
+    clone.cached_patcher_init = loader_of(original)
 
 
 def clone_into(model, fresh):

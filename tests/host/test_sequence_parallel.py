@@ -1,0 +1,385 @@
+"""TurboSequenceParallel: runs that two and three processes share, over gloo; what is not shared.
+
+The workers are the pack's own, but for how they start: see support/zygote.py.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+from unittest import mock
+
+import comfyui_install
+import dynamic_vram
+import in_comfyui
+import pytest
+import tiny_models
+import torch
+import worker_jobs
+import zygote
+from in_comfyui import comfy
+from processes import children
+from split_seen import Seen
+from turbodiffusion_pack.nodes.experts import Wan22ExpertSwitch
+from turbodiffusion_pack.nodes.parallel import TurboSequenceParallel
+from turbodiffusion_pack.turbo_core.host import (
+    gpu_workers,
+    per_run,
+    split_block,
+    split_pass,
+    split_worker,
+    turbo_vae,
+)
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.patch import patch_attention, wan_model
+from turbodiffusion_pack.turbo_core.host.turbo_vae import accelerate_vae
+from turbodiffusion_pack.turbo_core.parallel import exchange
+from turbodiffusion_pack.turbo_core.parallel import workers as workers_module
+from turbodiffusion_pack.turbo_core.parallel.exchange import Ranks
+from turbodiffusion_pack.turbo_core.parallel.workers import WorkerError
+from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="is about the CPU's fp32"),
+]
+DIM = 768  # six heads, for two ranks and for three
+LATENT = 7, 4, 46  # 322 tokens: 2 whole blocks of 128 and one of 66
+SHARES = {2: [256, 66], 3: [128, 128, 66]}
+CASES = ["sagesla fast", "sagesla exact", "sla fast", "dense exact"]
+# INT8 rounds another way where the last bit of a norm's sum decides, one step of 127; a rank that
+# norms by its own heads is further off.
+NORMS_ROUNDING = 2.5e-3
+SAME = 1e-6
+# With dynamic VRAM this process adds a LoRA at each use, and rounds its sum with INT8 weights
+# otherwise than its workers, which add it once.
+SAME_WITH_LORA = 5e-3 if dynamic_vram.wanted() else SAME
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked():
+    with zygote.forking(workers_module, "comfy_worker_imports"):
+        yield
+        gpu_workers.stop()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("high", "low")):
+        tensors = tiny_models.t2v_checkpoint(seed, dim=DIM, ffn=512)
+        tiny_models.write_checkpoint(folder / f"{name}.safetensors", tensors)
+    return {name: str(folder / f"{name}.safetensors") for name in ("high", "low")}
+
+
+@pytest.fixture(scope="module")
+def model(files):
+    loaded = load_turbo_model(files["high"])
+    comfy.model_management.load_models_gpu([loaded])
+    return patch_attention(loaded, SLASettings("sagesla", topk=0.4))
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.double().norm())
+
+
+def inputs() -> dict:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1, 16, *LATENT, generator=generator)
+    context = torch.randn(1, 8, 4096, generator=generator) / 8
+    return {"x": x, "context": context, "timestep": 900}
+
+
+def pass_of(model) -> torch.Tensor:
+    """One forward pass, as in a run."""
+    with torch.inference_mode(), per_run.keep():
+        return in_comfyui.velocity(model, **inputs())
+
+
+def share(model, gpus):
+    return TurboSequenceParallel.execute(model, gpus).args[0]
+
+
+def one_rank(model):
+    """`model` computed as ranks do, by one."""
+    return split_pass.split_over(model, Ranks(None))
+
+
+def run(model, sigmas=(1.0, 0.0), **options) -> torch.Tensor:
+    """A whole run through ComfyUI's guider."""
+    x, context = inputs()["x"], inputs()["context"]
+    with torch.inference_mode():
+        sampler = comfy.samplers.sampler_object("euler")
+        return in_comfyui.sample(model, sampler, torch.tensor(sigmas), x, context, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(files):
+    """Each case computed by one rank and by one process, once for all numbers of ranks."""
+    found = {}
+
+    def get(case):
+        if case not in found:
+            attention, granularity = case.split()
+            loaded = load_turbo_model(files["high"], granularity)
+            model = patch_attention(loaded, SLASettings(attention, topk=0.4))
+            with Seen().watch() as seen:
+                by_rank = pass_of(one_rank(model))
+            found[case] = model, by_rank, seen, pass_of(model)
+        return found[case]
+
+    return get
+
+
+@pytest.mark.parametrize(("count", "case"), [*((3, c) for c in CASES), (2, CASES[0])])
+def test_ranks_compute_what_one_computes(alone, count, case):
+    model, by_rank, seen_alone, ordinary = alone(case)
+    with Seen().watch() as seen:
+        shared = pass_of(share(model, count))
+    assert seen.tokens == SHARES[count][0]  # it was shared, and these are uneven
+    assert seen.differing(seen_alone, count) == []  # maps, means, states and scales, to the bit
+    assert relative(shared, by_rank) <= SAME
+    assert relative(shared, ordinary) <= NORMS_ROUNDING
+
+
+def test_what_is_not_reduced_over_ranks_is_seen(alone):
+    model, by_rank, *_ = alone(CASES[0])
+    pass_of(share(model, 2))
+    workers = gpu_workers.running_workers()
+    for name, alike in worker_jobs.REDUCED.items():
+        own = getattr(split_block, name)
+        workers.together("worker_jobs:reduce_nothing", (name,), lambda ranks: None)
+        with mock.patch.object(split_block, name, alike):
+            assert relative(pass_of(share(model, 2)), by_rank) > 1e-3
+        workers.together("worker_jobs:reduce_again", (name,), lambda ranks: None)
+        assert getattr(split_block, name) is own
+    assert relative(pass_of(share(model, 2)), by_rank) <= SAME
+
+
+def test_a_run_is_shared_and_says_so(model, caplog):
+    caplog.set_level(logging.INFO)
+    expected = run(one_rank(model), (1.0, 0.5, 0.0))
+    assert relative(run(share(model, 2), (1.0, 0.5, 0.0)), expected) <= SAME
+    assert "2 forward passes; on 2 GPUs; SLA in 2 of 2 blocks" in caplog.messages[-1]
+    (worker,) = gpu_workers.running_workers().processes
+    assert relative(run(share(model, 2), (1.0, 0.5, 0.0)), expected) <= SAME
+    assert gpu_workers.running_workers().processes == [worker]  # stays from run to run
+
+
+def test_loras_are_sent_when_they_change(model):
+    def with_lora(strength):
+        lora = tiny_models.lora(dim=DIM)
+        return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+    sent = []
+    together = workers_module.Workers.together
+
+    def noted(self, job, arguments, own):
+        sent.append(job is split_worker.prepare and bool(arguments[3]))
+        return together(self, job, arguments, own)
+
+    plain, strong = run(share(model, 2)), with_lora(2.0)
+    with mock.patch.object(workers_module.Workers, "together", noted):
+        for lora in (strong, with_lora(-2.0)):
+            expected = run(one_rank(lora))
+            assert relative(plain, expected) > 0.03
+            shared = run(share(lora, 2))
+            assert relative(shared, expected) <= SAME_WITH_LORA
+        assert run(share(lora.clone(), 2)).equal(shared)
+        assert run(share(model, 2)).equal(plain)
+    assert sum(sent) == 2  # the clone's are the same
+
+
+def test_both_experts_are_shared(files, caplog):
+    caplog.set_level(logging.INFO)
+    high, low = (load_turbo_model(files[name]) for name in ("high", "low"))
+    both, sigmas = Wan22ExpertSwitch.execute(high, low, 0.6).args[0], (1.0, 0.5, 0.0)
+    expected, loading = run(one_rank(both), sigmas), []
+    together = workers_module.Workers.together
+
+    def noted(self, job, arguments, own):
+        loading.append(job is split_worker.prepare and own is not workers_module.nothing)
+        return together(self, job, arguments, own)
+
+    with mock.patch.object(workers_module.Workers, "together", noted):
+        assert relative(run(share(both, 2), sigmas), expected) <= SAME
+    assert sum(loading) == 2  # of each expert, while this process loads it as well
+    assert caplog.messages[-1].count("1 forward pass; on 2 GPUs") == 2
+    assert relative(run(share(high, 2), sigmas), expected) > 0.01
+    run(share(both, 2), (0.5, 0.0))
+    assert "TurboDiffusion: low-noise expert: 1 forward pass; on 2 GPUs" in caplog.messages[-1]
+
+
+@contextlib.contextmanager
+def in_the_second_block(do):
+    """`do` in rank 0 while a pass is shared, when other ranks wait for it in the second block."""
+    attend = split_block.attend
+
+    def attended(attn, index, *arguments):
+        if index == 1:
+            do()
+        return attend(attn, index, *arguments)
+
+    with mock.patch.object(split_block, "attend", attended):
+        yield
+
+
+def test_a_run_is_cancelled_between_passes(model):
+    expected = run(share(model, 2))
+    processes = list(gpu_workers.running_workers().processes)
+    steps = []
+    with (
+        in_the_second_block(comfy.model_management.interrupt_current_processing),
+        pytest.raises(comfy.model_management.InterruptProcessingException),
+    ):
+        run(share(model, 2), (1.0, 0.5, 0.0), callback=lambda step, *_: steps.append(step))
+    assert steps == []  # the first pass was the last
+    assert not comfy.model_management.processing_interrupted()
+    assert run(share(model, 2)).equal(expected)
+    assert gpu_workers.running_workers().processes == processes
+
+
+@pytest.mark.parametrize("what", ["a worker is killed", "rank 0 is out of memory"])
+def test_the_next_run_works_after_one_that_failed(model, what):
+    expected = run(share(model, 2))
+    pids = [process.pid for process in gpu_workers.running_workers().processes]
+    error = comfy.model_management.OOM_EXCEPTION if "memory" in what else WorkerError
+
+    def fail():
+        if "memory" in what:
+            raise comfy.model_management.OOM_EXCEPTION("out of memory")
+        os.kill(pids[-1], signal.SIGKILL)
+
+    with in_the_second_block(fail), pytest.raises(error):
+        run(share(model, 2))
+    assert not gpu_workers.running_workers()
+    assert not set(pids) & set(children(os.getpid()))
+    assert run(share(model, 2)).equal(expected)
+
+
+def test_a_worker_that_is_out_of_memory_says_so(model):
+    run(share(model, 2))
+    workers = gpu_workers.running_workers()
+    workers.together("worker_jobs:run_out_of_memory", (), lambda ranks: None)
+    with pytest.raises(WorkerError, match="OutOfMemoryError: in a worker"):
+        run(share(model, 2))
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return accelerate_vae(comfy.sd.VAE(sd=tiny_models.vae_state_dict(comfyui_install.find())))
+
+
+def test_frames_are_decoded_by_all(vae, model):
+    """In strips that are not alike, two videos of three latent frames."""
+    latents = torch.randn(2, 16, 3, 4, 11, generator=torch.Generator().manual_seed(0))
+    gpu_workers.stop()
+    vae.make_room(latents.shape, 2)
+    expected = vae._decode(latents, 2)  # a CPU's convolution sums otherwise at another size
+    run(share(model, 2))
+    workers = gpu_workers.running_workers()
+    sent = []
+
+    def noted(ranks, *arguments):
+        sent.append(arguments[1])
+        return collect(ranks, *arguments)
+
+    collect = exchange.collect
+    with mock.patch.object(exchange, "collect", noted):
+        assert vae.decode(latents).equal(expected)
+    assert len(sent) == 6 and {tuple(shape[3] for shape in shapes) for shapes in sent} == {(40, 48)}
+
+    def cancel(*_):
+        comfy.model_management.interrupt_current_processing()
+
+    with (
+        mock.patch.object(turbo_vae.ToMemory, "copy", cancel),
+        pytest.raises(comfy.model_management.InterruptProcessingException),
+    ):
+        vae.decode(latents)
+    start = latents[:, :, :1]
+    assert vae.decode(start).equal(expected[:, :1])
+    assert gpu_workers.running_workers() is workers
+
+
+def reason(model, count=2, latent=(3, 16, 16), options=None, timesteps=1) -> str | None:
+    x = torch.zeros(1, 16, *latent)
+    wan, timestep, context = wan_model(model), torch.zeros(1, timesteps), torch.zeros(1, 8, 4096)
+    with torch.inference_mode():
+        return split_pass.why_not_split(wan, x, timestep, context, options or {}, count)
+
+
+def test_what_cannot_be_shared_says_why(model):
+    comfy.model_management.load_models_gpu([model])
+    assert reason(model) is None
+    assert reason(model, 4) == "4 GPUs do not divide 6 heads"
+    few = "its 1 blocks of 128 tokens are too few for 2 GPUs"
+    assert reason(model, latent=(1, 16, 16)) == few
+    replaced = {"patches_replace": {"dit": {("double_block", 0): None}}}
+    assert reason(model, options=replaced) == "a node replaces blocks"
+    own_timesteps = "block 0 is not fused: timesteps differ between tokens"
+    assert reason(model, timesteps=3) == own_timesteps
+    patched = {"patches": {"attn1_patch": [None]}}
+    assert reason(model, options=patched) == "block 0 is not fused: a node patches its attention"
+
+
+def wrapped(model):
+    def wrapper(executor, *args, **kwargs):
+        return executor(*args, **kwargs)
+
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    model.add_wrapper_with_key(kind, "another node", wrapper)
+
+
+def from_elsewhere(model):
+    model.cached_patcher_init = None
+
+
+def patched(model):
+    name = "diffusion_model.time_projection"
+    part = model.get_model_object(name)
+    model.add_object_patch(f"{name}.forward", lambda x: type(part).forward(part, x))
+
+
+def lora_of_another_pack(model):
+    key = "diffusion_model.head.head.bias"
+    model.add_patches({key: ("diff", (torch.zeros(64),))})
+    name, value, strength, offset, _ = model.patches[key][0]
+    model.patches[key] = [(name, value, strength, offset, lambda weight: weight)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (wrapped, "a node behind Turbo Sequence Parallel wraps the model"),
+        (from_elsewhere, "its loader does not tell how to load it again"),
+        (patched, "a node patches its time_projection.forward"),
+        (lora_of_another_pack, "workers cannot load it"),
+    ],
+)
+def test_what_is_not_alike_elsewhere_runs_on_one_gpu(model, caplog, change, words):
+    caplog.set_level(logging.INFO)
+    model = share(model, 2)
+    change(model)
+    run(model)
+    assert f"on one GPU, as {words}" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("platform", "device", "words"),
+    [
+        ("win32", "cpu", "needs Linux, where GPUs can exchange by NCCL; on Windows take WSL"),
+        ("linux", "xpu", "is for NVIDIA GPUs, not for xpu"),
+        ("linux", "cuda", "2 GPUs are asked for and only 0 are visible"),
+    ],
+)
+def test_where_there_are_no_workers(platform, device, words):
+    with mock.patch.object(gpu_workers.sys, "platform", platform):
+        assert words in gpu_workers.why_no_workers(2, torch.device(device))
+
+
+def test_another_nodes_group_is_left_alone(model, caplog):
+    gpu_workers.stop()
+    caplog.set_level(logging.INFO)
+    with mock.patch.object(gpu_workers.dist, "is_initialized", return_value=True):
+        run(share(model, 2))
+    assert "on one GPU, as another node has workers of its own" in caplog.messages[-1]
