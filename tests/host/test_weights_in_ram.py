@@ -19,7 +19,6 @@ from turbodiffusion_pack.turbo_core.host import (
     block,
     experts,
     in_ram,
-    operations,
     patch,
     prefetch,
     weights,
@@ -211,14 +210,14 @@ def _lora(model, seed=3):
 
 @pytest.fixture
 def merges(monkeypatch):
-    """How often the host added a LoRA to a weight that it fetched."""
-    made, call = [], comfy.model_patcher.LowVramPatch.__call__
+    """How often a LoRA was added to a weight."""
+    made, calculate = [], comfy.lora.calculate_weight
 
-    def counted(patch, weight):
-        made.append(patch.key)
-        return call(patch, weight)
+    def counted(patches, weight, key, **options):
+        made.append(key)
+        return calculate(patches, weight, key, **options)
 
-    monkeypatch.setattr(comfy.model_patcher.LowVramPatch, "__call__", counted)
+    monkeypatch.setattr(comfy.lora, "calculate_weight", counted)
     return made
 
 
@@ -227,9 +226,8 @@ def test_a_lora_is_added_to_a_streamed_weight_once(model, merges, monkeypatch):
     patched, layers = _lora(model)
     data = goldens.load("forward")
     inputs = data["t2v.ragged.x"], data["t2v.ragged.context"], 987.5
-    with in_comfyui.streamed(patched), monkeypatch.context() as only_here:
-        only_here.setattr(operations, "stand_in", lambda op, merge: op)
-        expected = in_comfyui.apply(patched, *inputs)
+    management.load_models_gpu([patched], force_full_load=True)
+    expected = in_comfyui.apply(patched, *inputs)
     assert len(merges) == layers
     merges.clear()
     for _ in range(2):  # kept while the model is away
