@@ -2,7 +2,6 @@
 each forward pass. Each function is a job, see parallel/workers.py."""
 
 import contextlib
-import gc
 
 import comfy.model_management
 import torch
@@ -30,7 +29,9 @@ def prepare(ranks: Ranks, key: int, alive: set[int], loader, patches, options, s
         patches: its ModelPatcher.patches; None where it has had the same before.
         options: of its passes; the attention's settings are in there.
     """
-    _forget_all_but(alive)
+    for kept in (_loaded, _models):
+        for gone in kept.keys() - alive:
+            del kept[gone]
     if loader is not None:
         load, arguments, *output = loader
         model = load(*arguments)
@@ -45,13 +46,6 @@ def prepare(ranks: Ranks, key: int, alive: set[int], loader, patches, options, s
     if per_run.current() is None:
         _run.enter_context(per_run.keep())
     _load(_models[key], shape)
-
-
-def _forget_all_but(alive: set[int]) -> None:
-    if gone := _loaded.keys() - alive:
-        for key in gone:
-            del _loaded[key], _models[key]
-        gc.collect()  # a model holds itself through its patched forwards
 
 
 def _load(model, shape: tuple[int, ...]) -> None:
