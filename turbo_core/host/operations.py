@@ -16,7 +16,7 @@ from .epilogue import Operands, activated, added, int8_linear_with, quantize
 from .gradients import records_graph
 from .int8_tensor import is_int8, pack, requantize, unpack
 from .merged import stand_in
-from .versions import unrecorded
+from .versions import to_add_a_lora_to, unrecorded
 from .weights import fetched, kept, moved
 
 
@@ -54,10 +54,9 @@ def _merged(op: "Linear", device: torch.device) -> "Linear":
 
     def merge():
         with waiting(device) as wait:
-            weight = op.weight.to(device, copy=True)
+            weight = to_add_a_lora_to(op.weight, device)
             wait.size = op.weight.nbytes
-        # Just as the host adds a LoRA to what stays on the GPU. What it does to what it streams
-        # rounds the LoRA to 16 bits first.
+        # As the host does it for what stays on the GPU; for what it streams it counts in 16 bits.
         weight = op.convert_weight(weight)
         for patch in op.weight_function:
             weight = comfy.lora.calculate_weight(patch.patches[patch.key], weight, patch.key)
