@@ -4,6 +4,7 @@ The workers are the pack's own, but for how they start: see support/zygote.py.
 """
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -189,8 +190,11 @@ def test_loras_are_sent_when_they_change(model):
     assert sum(sent) == 2  # the clone's are the same
 
 
-def test_both_experts_are_shared(files, caplog):
+def test_both_experts_are_shared(files, model, caplog):
     caplog.set_level(logging.INFO)
+    run(share(model, 2))
+    workers = gpu_workers.running_workers()
+    workers.together("worker_jobs:count_models", (0,), workers_module.nothing)
     high, low = (load_turbo_model(files[name]) for name in ("high", "low"))
     both, sigmas = Wan22ExpertSwitch.execute(high, low, 0.6).args[0], (1.0, 0.5, 0.0)
     expected, loading = run(one_rank(both), sigmas), []
@@ -207,6 +211,11 @@ def test_both_experts_are_shared(files, caplog):
     assert relative(run(share(high, 2), sigmas), expected) > 0.01
     run(share(both, 2), (0.5, 0.0))
     assert "TurboDiffusion: low-noise expert: 1 forward pass; on 2 GPUs" in caplog.messages[-1]
+    workers.together("worker_jobs:count_models", (2,), workers_module.nothing)
+    del high, low, both
+    gc.collect()  # as ComfyUI does between prompts
+    run(share(model, 2))
+    workers.together("worker_jobs:count_models", (0,), workers_module.nothing)
 
 
 @contextlib.contextmanager

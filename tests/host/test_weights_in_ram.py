@@ -19,7 +19,6 @@ from turbodiffusion_pack.turbo_core.host import (
     block,
     experts,
     in_ram,
-    operations,
     patch,
     prefetch,
     weights,
@@ -27,7 +26,7 @@ from turbodiffusion_pack.turbo_core.host import (
 from turbodiffusion_pack.turbo_core.host.experts import switch_experts
 from turbodiffusion_pack.turbo_core.host.int8_tensor import is_int8, unpack
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
-from turbodiffusion_pack.turbo_core.host.operations import Linear
+from turbodiffusion_pack.turbo_core.host.operations import Linear, int8_weights
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
@@ -211,15 +210,21 @@ def _lora(model, seed=3):
 
 @pytest.fixture
 def merges(monkeypatch):
-    """How often the host added a LoRA to a weight that it fetched."""
-    made, call = [], comfy.model_patcher.LowVramPatch.__call__
+    """How often a LoRA was added to a weight."""
+    made, calculate = [], comfy.lora.calculate_weight
 
-    def counted(patch, weight):
-        made.append(patch.key)
-        return call(patch, weight)
+    def counted(patches, weight, key, **options):
+        made.append(key)
+        return calculate(patches, weight, key, **options)
 
-    monkeypatch.setattr(comfy.model_patcher.LowVramPatch, "__call__", counted)
+    monkeypatch.setattr(comfy.lora, "calculate_weight", counted)
     return made
+
+
+def _multiplied(model):
+    """What each INT8 layer multiplies with where activations are bfloat16, as on a GPU."""
+    fetch = functools.partial(int8_weights, dtype=torch.bfloat16, device=in_comfyui.DEVICE)
+    return [x for op in _linears(model).values() for x in fetch(op)[:2]]
 
 
 @legacy
@@ -227,13 +232,13 @@ def test_a_lora_is_added_to_a_streamed_weight_once(model, merges, monkeypatch):
     patched, layers = _lora(model)
     data = goldens.load("forward")
     inputs = data["t2v.ragged.x"], data["t2v.ragged.context"], 987.5
-    with in_comfyui.streamed(patched), monkeypatch.context() as only_here:
-        only_here.setattr(operations, "stand_in", lambda op, merge: op)
-        expected = in_comfyui.apply(patched, *inputs)
+    management.load_models_gpu([patched], force_full_load=True)
+    expected, resident = in_comfyui.apply(patched, *inputs), _multiplied(patched)
     assert len(merges) == layers
     merges.clear()
     for _ in range(2):  # kept while the model is away
         with in_comfyui.streamed(patched):
+            assert all(map(torch.equal, _multiplied(patched), resident))
             for _ in range(2):
                 assert torch.equal(in_comfyui.apply(patched, *inputs), expected)
     assert len(merges) == layers

@@ -1,5 +1,6 @@
 """What workers do in tests/core/test_workers.py and in tests/host/test_sequence_parallel.py."""
 
+import gc
 import importlib
 import os
 import time
@@ -88,6 +89,15 @@ def reduce_nothing(ranks, name: str) -> None:
 def reduce_again(ranks, name: str) -> None:
     """End what `reduce_nothing` began."""
     setattr(_host("split_block"), name, getattr(_module("parallel.exchange"), name))
+
+
+counted = []
+
+
+def count_models(ranks, more: int) -> None:
+    """This process has so many models more than when it was asked first."""
+    counted.append(sum(type(x).__name__ == "WanModel" for x in gc.get_objects()))
+    assert counted[-1] == counted[0] + more, counted
 
 
 def run_out_of_memory(ranks) -> None:

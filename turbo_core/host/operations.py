@@ -3,6 +3,7 @@
 import functools
 
 import comfy.float
+import comfy.lora
 import comfy.ops
 import torch
 
@@ -10,11 +11,12 @@ from ...kernels.int8_linear import int8_linear
 from ...kernels.requantize import requantize_rows
 from .. import run_report
 from ..parallel.shares import in_blocks
+from .arrivals import waiting
 from .epilogue import Operands, activated, added, int8_linear_with, quantize
 from .gradients import records_graph
 from .int8_tensor import is_int8, pack, requantize, unpack
 from .merged import stand_in
-from .versions import unrecorded
+from .versions import to_add_a_lora_to, unrecorded
 from .weights import fetched, kept, moved
 
 
@@ -27,7 +29,7 @@ def int8_product(
     """
     comfy.ops.run_every_op()
     run_report.note_int8(op.granularity, op)
-    op = _merged(op, dtype, x[0].device)
+    op = _merged(op, x[0].device)
     with fetched(op, dtype, x[0].device) as (weight, bias):
         operands = _weight_operands(weight, op.granularity, channels)
         bias = bias if channels is None or bias is None else bias[channels]
@@ -38,7 +40,7 @@ def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
     """What int8_linear takes of `op`, fetched once for several products: w_q, w_scale and bias."""
     comfy.ops.run_every_op()
     run_report.note_int8(op.granularity, op)
-    op = _merged(op, dtype, device)
+    op = _merged(op, device)
     with fetched(op, dtype, device) as (weight, bias):
         operands = _weight_operands(weight, op.granularity)
         if is_int8(weight) and operands[0] is unpack(weight)[0]:
@@ -47,15 +49,20 @@ def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
     return *operands, kept_bias
 
 
-def _merged(op: "Linear", dtype: torch.dtype, device: torch.device) -> "Linear":
+def _merged(op: "Linear", device: torch.device) -> "Linear":
     """`op`, or what stands in for it while it is streamed with a LoRA."""
 
     def merge():
-        with fetched(op, dtype, device) as (weight, _):
-            q, scale = _weight_operands(weight, op.granularity)
-            operands = q.to("cpu"), None, scale.to("cpu")
+        with waiting(device) as wait:
+            weight = to_add_a_lora_to(op.weight, device)
+            wait.size = op.weight.nbytes
+        # As the host does it for what stays on the GPU; for what it streams it counts in 16 bits.
+        weight = op.convert_weight(weight)
+        for patch in op.weight_function:
+            weight = comfy.lora.calculate_weight(patch.patches[patch.key], weight, patch.key)
+        q, scale = _weight_operands(op.set_weight(weight, return_weight=True), op.granularity)
         merged = Linear(op.in_features, op.out_features, dtype=op.compute_dtype)
-        merged.assign(*operands)
+        merged.assign(q.to("cpu"), None, scale.to("cpu"))
         merged.bias, merged.bias_function = op.bias, op.bias_function
         merged.granularity = op.granularity
         return merged

@@ -154,6 +154,17 @@ def load_diffusion_model(state_dict: dict, model_options: dict, disable_dynamic:
     )
 
 
+def to_add_a_lora_to(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of an INT8 `weight` on `device` as the host makes it before it adds a LoRA.
+
+    It dequantizes to the dtype of these sums; in 0.3.75 always float32.
+    """
+    management = comfy.model_management
+    known = hasattr(management, "lora_compute_dtype")
+    dtype = management.lora_compute_dtype(device) if known else torch.float32
+    return management.cast_to_device(weight, device, dtype, copy=True)
+
+
 def loader_of(model) -> tuple | None:
     """How the host loads a MODEL again, as (function, arguments, ...); 0.3.75 knows ours only."""
     return getattr(model, "cached_patcher_init", None)

@@ -8,6 +8,7 @@ import torch
 
 from . import per_run
 from .arrivals import bytes_of, came, is_away, signature_of, waiting
+from .gradients import records_graph
 from .int8_tensor import is_int8
 from .versions import MANAGED, REQUANTIZED
 
@@ -123,9 +124,12 @@ def kept(given: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 
 def float32_weights(op: torch.nn.Module, device: torch.device) -> Fetched:
-    """Weight and bias of a small comfy op in float32 on `device`, to keep; once in a run."""
+    """Weight and bias of a small comfy op in float32 on `device`, to keep; once in a run, unless
+    they are trained in it."""
     if (own := resident(op, torch.float32, device)) is not None:
         return own
+    if records_graph(op):
+        return _float32_weights(op, device)
     return per_run.made((op, device), lambda: _float32_weights(op, device))
 
 
