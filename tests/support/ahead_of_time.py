@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -164,11 +164,16 @@ def resources(cubin: bytes) -> dict[str, int]:
 def machine_products(cubin: bytes) -> set[str]:
     """The tensor core instructions of a cubin, as QMMA.16832.F16.E4M3.E4M3 of an fp8 product with
     fp16 sums; what is only emulated has others than its PTX."""
+    return set(MACHINE_PRODUCT.findall(machine_code(cubin)))
+
+
+@lru_cache(1)
+def machine_code(cubin: bytes) -> str:
+    """A cubin's instructions as text."""
     import triton
 
     # Nothing here follows jumps, so it need not either.
-    text = _read_by([triton.knobs.nvidia.nvdisasm.path, "--no-dataflow"], cubin)
-    return set(MACHINE_PRODUCT.findall(text))
+    return _read_by([triton.knobs.nvidia.nvdisasm.path, "--no-dataflow"], cubin)
 
 
 def _read_by(command: list[str], cubin: bytes) -> str:

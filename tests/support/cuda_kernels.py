@@ -5,6 +5,7 @@ A new .cu file gets a line in KERNELS.
 
 import ctypes
 import functools
+import re
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ from turbodiffusion_pack.kernels.sparse_attention import sage_attention
 
 FOLDER = Path(__file__).resolve().parents[2] / "kernels"
 DTYPES = torch.bfloat16, torch.float16
+REALLOCATION = re.compile(r"USETMAXREG\S*\.CTAPOOL +(?:UP\d, *)?(0x[0-9a-f]+)")
 
 Card = tuple[int, int]
 
@@ -59,6 +61,7 @@ class Built(NamedTuple):
     spilled: int  # bytes of a thread
     shared: int  # bytes of a block
     products: set[str]  # see ahead_of_time.machine_products
+    reallocated: list[int]  # registers that a thread has of its block's pool, from fewest to most
 
 
 def captured(monkeypatch, card: Card) -> list[Launch]:
@@ -92,12 +95,13 @@ def built(*of: object) -> Built:
     """What Launch.built describes, compiled; needs no GPU."""
     source, target, shared_bytes, operands, constants = of
     binary = nvrtc.compile_file(source, target, shared_bytes, operands, **dict(constants))
-    used = ahead_of_time.resources(binary)
+    used, code = ahead_of_time.resources(binary), ahead_of_time.machine_code(binary)
     return Built(
         registers=used["registers"],
         spilled=used["stack"] + used["local"],
         shared=used["shared"] + shared_bytes,
         products=ahead_of_time.machine_products(binary),
+        reallocated=sorted({int(x, 16) for x in REALLOCATION.findall(code)}),
     )
 
 
@@ -203,8 +207,8 @@ def attention_products(card: Card) -> set[str]:
     return {"IMMA.16832.S8.S8"} | values | fp8
 
 
-# Of attention on Hopper: scores, weights and values, and the weights' sums.
-BY_WGMMA = {"IGMMA.64x64x32.S8.S8", "QGMMA.64x128x32.F32.E4M3.E4M3", "HGMMA.64x8x16.F16"}
+# Of attention on Hopper: scores, and weights with values.
+BY_WGMMA = {"IGMMA.64x64x32.S8.S8", "QGMMA.64x128x32.F32.E4M3.E4M3"}
 BY_MMA_SYNC = tuple(card for card in CARDS if card[0] in dispatch.BY_MMA_SYNC)
 # Bytes, of q without a linear branch, which no model of ours runs; with one at most 64.
 PREPARE_SPILLS = {(8, 0): 136, (8, 6): 64, (8, 9): 64, HOPPER: 32, (12, 0): 232}
@@ -217,7 +221,7 @@ LINEAR_SPILLS = 96
 # less than they hide.
 KERNELS = {
     "sparse_attention/hopper.cu": Kernel(
-        every_attention, (HOPPER,), 168, products=lambda card: BY_WGMMA,
+        every_attention, (HOPPER,), 168, spills=32, products=lambda card: BY_WGMMA,
         sizes=dict(zip(("HEAD_DIM", "BLOCK_Q", "BLOCK_K"), attention.SHAPE, strict=True)),
     ),
     "sparse_attention/mma.cu": Kernel(
