@@ -58,7 +58,7 @@ class Built(NamedTuple):
     registers: int  # a thread starts with
     spilled: int  # bytes of a thread
     shared: int  # bytes of a block
-    products: set[str]  # see ahead_of_time.machine_products
+    binary: bytes
 
 
 def captured(monkeypatch, card: Card) -> list[Launch]:
@@ -97,7 +97,7 @@ def built(*of: object) -> Built:
         registers=used["registers"],
         spilled=used["stack"] + used["local"],
         shared=used["shared"] + shared_bytes,
-        products=ahead_of_time.machine_products(binary),
+        binary=binary,
     )
 
 
