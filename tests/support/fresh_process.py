@@ -7,8 +7,11 @@ would import in each process anew.
 
 import multiprocessing
 import os
+import runpy
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from unittest import mock
 
 HOW = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -32,3 +35,19 @@ def call(function: Callable, *args):
     """What `function` returns there, or raises; a function of a module in tests/support."""
     with ProcessPoolExecutor(1, mp_context=context()) as pool:
         return pool.submit(function, *args).result()
+
+
+def start(words: list[str], environment: dict[str, str], told: Path) -> multiprocessing.Process:
+    """A process that is `python WORDS` with this besides in its environment, where torch has been
+    imported; what it writes to stderr goes to the file `told`."""
+    process = context().Process(target=_run, args=(words, environment, told))
+    process.start()
+    return process
+
+
+def _run(words: list[str], environment: dict[str, str], told: Path) -> None:
+    os.environ |= environment
+    sys.argv = words
+    with told.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    runpy.run_path(words[0], run_name="__main__")
