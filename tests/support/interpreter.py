@@ -1,5 +1,6 @@
 """Makes Triton's interpreter fast enough for the kernels' own functions and reductions."""
 
+import dataclasses
 import importlib.util
 
 import numpy as np
@@ -13,6 +14,8 @@ def speed_up() -> None:
 
     _reduce_by_numpy(interpreter)
     _patch_once_a_launch(interpreter)
+    _leave_out_checks_that_nobody_reads(interpreter)
+    _look_numpy_types_up(interpreter)
 
 
 def _reduce_by_numpy(interpreter) -> None:
@@ -49,3 +52,24 @@ def _patch_once_a_launch(interpreter) -> None:
 
     interpreter._patch_lang = patch_lang
     interpreter.GridExecutor.__call__ = launch_anew
+
+
+def _leave_out_checks_that_nobody_reads(interpreter) -> None:
+    """Integer arithmetic is done again in int64 and compared, for an assertion that only `debug`
+    makes, which the interpreter has not: half of the time of kernels that take row by row."""
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def _look_numpy_types_up(interpreter) -> None:
+    """The interpreter makes its table of numpy's types anew at each look into it."""
+    of_type, known = interpreter._get_np_dtype, {}
+
+    def look_up(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = of_type(dtype.scalar)
+        return known[name]
+
+    interpreter._get_np_dtype = look_up
