@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 
 import numpy as np
 
@@ -16,6 +17,8 @@ def speed_up() -> None:
     _patch_once_a_launch(interpreter)
     _leave_out_checks_that_nobody_reads(interpreter)
     _look_numpy_types_up(interpreter)
+    _look_block_types_up(interpreter)
+    _look_shapes_up(interpreter)
 
 
 def _reduce_by_numpy(interpreter) -> None:
@@ -73,3 +76,33 @@ def _look_numpy_types_up(interpreter) -> None:
         return known[name]
 
     interpreter._get_np_dtype = look_up
+
+
+def _look_block_types_up(interpreter) -> None:
+    """The interpreter makes the type of a block anew for every tensor."""
+    language, known = interpreter.tl, {}
+    block_type = language.block_type
+
+    def look_up(scalar, shape):
+        key = scalar.name, *shape
+        if key not in known:
+            known[key] = block_type(scalar, shape)
+        return known[key]
+
+    block_type.with_element_ty = lambda self, scalar: look_up(scalar, self.shape)
+    interpreter.InterpreterBuilder.get_block_ty = lambda self, scalar, shape: look_up(scalar, shape)
+
+
+def _look_shapes_up(interpreter) -> None:
+    """A tensor makes the numbers of its shape anew."""
+    core, known = interpreter.tl.core, {}
+
+    def start(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        shape = tuple(type.shape) if type.is_block() else ()
+        if shape not in known:
+            numbers = core.tuple([core.constexpr(size) for size in shape])
+            known[shape] = numbers, core.constexpr(math.prod(shape))
+        self.shape, self.numel = known[shape]
+
+    core.tensor.__init__ = start
