@@ -167,6 +167,8 @@ def assert_gelu_equal_but_for_ties(quantize, x):
 @pytest.mark.parametrize("shape", ((1, 8), (63, 65), (3, 129, 200), (9, 8960)))
 def test_gelu_equals_the_reference_but_for_ties(shape, quantize, dtype):
     x = random_input(*shape, dtype=dtype)
+    if quantize is quantize_rows:
+        x = x[..., :29, :]  # more rows than programs, and no blocks to fill
     x[..., 0] = 4  # a row without a positive value is all cancellation in torch's gelu
     assert_gelu_equal_but_for_ties(quantize, x)
 

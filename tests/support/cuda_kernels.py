@@ -5,7 +5,6 @@ A new .cu file gets a line in KERNELS.
 
 import ctypes
 import functools
-import re
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +31,6 @@ from turbodiffusion_pack.kernels.sparse_attention import sage_attention
 
 FOLDER = Path(__file__).resolve().parents[2] / "kernels"
 DTYPES = torch.bfloat16, torch.float16
-REALLOCATION = re.compile(r"USETMAXREG\S*\.CTAPOOL +(?:UP\d, *)?(0x[0-9a-f]+)")
 
 Card = tuple[int, int]
 
@@ -60,8 +58,7 @@ class Built(NamedTuple):
     registers: int  # a thread starts with
     spilled: int  # bytes of a thread
     shared: int  # bytes of a block
-    products: set[str]  # see ahead_of_time.machine_products
-    reallocated: list[int]  # registers that a thread has of its block's pool, from fewest to most
+    binary: bytes
 
 
 def captured(monkeypatch, card: Card) -> list[Launch]:
@@ -95,13 +92,12 @@ def built(*of: object) -> Built:
     """What Launch.built describes, compiled; needs no GPU."""
     source, target, shared_bytes, operands, constants = of
     binary = nvrtc.compile_file(source, target, shared_bytes, operands, **dict(constants))
-    used, code = ahead_of_time.resources(binary), ahead_of_time.machine_code(binary)
+    used = ahead_of_time.resources(binary)
     return Built(
         registers=used["registers"],
         spilled=used["stack"] + used["local"],
         shared=used["shared"] + shared_bytes,
-        products=ahead_of_time.machine_products(binary),
-        reallocated=sorted({int(x, 16) for x in REALLOCATION.findall(code)}),
+        binary=binary,
     )
 
 
