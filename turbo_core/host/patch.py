@@ -172,11 +172,10 @@ def _around_forward(
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     network = executor.class_obj
     _report_forward(network.blocks)
-    fused = why_never_fused(network.blocks[0]) is None
     ours = {
         THIS_PASS: _this_pass(transformer_options),
         MADE_ONCE: {},
-        TEXT: text.keys_values(network, context, x.dtype, fused),
+        TEXT: _keys_values(executor, context, x.dtype, transformer_options),
     }
     options = {**transformer_options, **ours}
     options[PREFETCH] = queue_of(network, x.device, options)
@@ -195,6 +194,16 @@ def _report_forward(blocks: torch.nn.ModuleList) -> None:
         if not is_ours(block.self_attn.forward):
             owner = owner_of(block.self_attn.forward)
             run_report.note_dense(index, f"its self-attention is patched by {owner}")
+
+
+@torch.compiler.disable
+def _keys_values(executor, context, dtype: torch.dtype, transformer_options: dict):
+    """What this run's blocks have made of the text, where it reaches them as we see it."""
+    if text.may_change(executor, transformer_options):
+        return text.KeysValues()
+    network = executor.class_obj
+    fused = why_never_fused(network.blocks[0]) is None
+    return text.keys_values(network, context, dtype, fused)
 
 
 @torch.compiler.disable
