@@ -378,6 +378,48 @@ def test_what_the_hosts_queue_brings_is_what_is_fetched(model, hosts_queue, monk
     assert not any("_prefetch" in vars(op) for op in model.model.modules())
 
 
+def _wrap(model, wrapper):
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    model.add_wrapper_with_key(kind, "another node", wrapper)
+
+
+def _skips_the_second(calls, executor, x, *args, **more):
+    calls.append(x)
+    return x / 2 if len(calls) == 2 else executor(x, *args, **more)
+
+
+def _leaves_the_second_block_out(calls, executor, *args, **more):
+    calls.append(args)
+    if len(calls) != 2:
+        return executor(*args, **more)
+    wan = executor.class_obj
+    blocks, wan.blocks = wan.blocks, wan.blocks[:1]
+    try:
+        return executor(*args, **more)
+    finally:
+        wan.blocks = blocks
+
+
+def _runs_twice(calls, executor, *args, **more):
+    return (executor(*args, **more) + executor(*args, **more)) / 2
+
+
+@dynamic_on_cpu
+@pytest.mark.parametrize("wraps", [_skips_the_second, _leaves_the_second_block_out, _runs_twice])
+def test_nothing_stays_pinned_where_another_node_runs_other_passes(
+    model, hosts_queue, monkeypatch, wraps
+):
+    with monkeypatch.context() as only_here:
+        only_here.setattr(prefetch, "make_prefetch_queue", lambda *_: None)
+        plain = model.clone()
+        _wrap(plain, functools.partial(wraps, []))
+        expected = _run(plain)
+    _wrap(model, functools.partial(wraps, []))
+    assert torch.equal(_run(model), expected)
+    assert _pinned_on_gpu(model) == 0
+    assert not any("_prefetch" in vars(op) for op in model.model.modules())
+
+
 @dynamic_on_cpu
 def test_a_cancelled_pass_leaves_nothing_pinned(model, hosts_queue, monkeypatch):
     expected = _run(model)
