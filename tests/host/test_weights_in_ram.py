@@ -19,6 +19,7 @@ from turbodiffusion_pack.turbo_core.host import (
     block,
     experts,
     in_ram,
+    operations,
     patch,
     prefetch,
     weights,
@@ -208,6 +209,11 @@ def _lora(model, seed=3):
     return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0], len(lora) // 2
 
 
+def _inputs():
+    data = goldens.load("forward")
+    return data["t2v.ragged.x"], data["t2v.ragged.context"], 987.5
+
+
 @pytest.fixture
 def merges(monkeypatch):
     """How often a LoRA was added to a weight."""
@@ -230,8 +236,7 @@ def _multiplied(model):
 @legacy
 def test_a_lora_is_added_to_a_streamed_weight_once(model, merges, monkeypatch):
     patched, layers = _lora(model)
-    data = goldens.load("forward")
-    inputs = data["t2v.ragged.x"], data["t2v.ragged.context"], 987.5
+    inputs = _inputs()
     management.load_models_gpu([patched], force_full_load=True)
     expected, resident = in_comfyui.apply(patched, *inputs), _multiplied(patched)
     assert len(merges) == layers
@@ -252,13 +257,38 @@ def test_a_lora_is_added_to_a_streamed_weight_once(model, merges, monkeypatch):
 
 
 @legacy
+def test_a_bias_that_changes_later_reaches_what_is_merged(model, monkeypatch):
+    patched, _ = _lora(model)
+    other, inputs = patched.clone(), _inputs()
+    shapes = model.model.state_dict()
+    keys = [n.removesuffix("weight") + "bias" for n in _linears(model) if n.endswith("q.weight")]
+    other.add_patches({key: ("diff", (torch.full_like(shapes[key], 0.5),)) for key in keys})
+    with in_comfyui.streamed(other), monkeypatch.context() as only_here:
+        only_here.setattr(operations, "stand_in", lambda op, merge: op)
+        expected = in_comfyui.apply(other, *inputs)
+    for lora in (patched, other):
+        with in_comfyui.streamed(lora):
+            found = in_comfyui.apply(lora, *inputs)
+    assert torch.equal(found, expected)
+
+
+@legacy
+def test_what_is_merged_goes_with_the_model_where_ram_is_short(model, monkeypatch):
+    patched, layers = _lora(model)
+    with in_comfyui.streamed(patched):
+        in_comfyui.apply(patched, *_inputs())
+        assert sum("merged" in vars(op) for op in _linears(model).values()) == layers
+        _without_room(monkeypatch)
+    assert not any("merged" in vars(op) for op in _linears(model).values())
+
+
+@legacy
 def test_without_room_in_ram_a_lora_is_added_at_each_use(model, merges, monkeypatch):
     patched, layers = _lora(model)
-    data = goldens.load("forward")
     _without_room(monkeypatch)
     with in_comfyui.streamed(patched):
         for _ in range(2):
-            in_comfyui.apply(patched, data["t2v.ragged.x"], data["t2v.ragged.context"], 987.5)
+            in_comfyui.apply(patched, *_inputs())
     assert len(merges) == 2 * layers
 
 

@@ -17,7 +17,7 @@ from .. import run_report
 from ..sla_settings import SLASettings
 from . import pass_graph, per_run, text
 from .block import block_forward, why_never_fused
-from .in_ram import keep_pins, let_go
+from .in_ram import drop_merged_if_short, keep_pins, let_go
 from .memory import out_of_memory_in_words, told_to_the_host
 from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, PINS, PREFETCH, TEXT, THIS_PASS
 from .pass_graph import POSITIONAL
@@ -95,6 +95,7 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
         (CallbacksMP.ON_CLONE, ATTENTION, _rebind_clone),
         (CallbacksMP.ON_DETACH, ATTENTION, _drop_graph),
         (CallbacksMP.ON_LOAD, PINS, keep_pins),
+        (CallbacksMP.ON_DETACH, PINS, drop_merged_if_short),
     ):
         if not patched.callbacks.get(kind, {}).get(key):
             patched.add_callback_with_key(kind, key, callback)
