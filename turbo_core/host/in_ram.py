@@ -49,13 +49,13 @@ def keep_pins(model, *_) -> None:
             _pinned_of(model.model).append(weight)
 
 
-def drop_merged_if_short(model, *_) -> None:
+def drop_merged_if_short(model, unpatch_all: bool) -> None:
     """An ON_DETACH callback: what is merged, see merged.py, goes with the model where RAM is short.
 
     Else it is there when the model comes again, as an expert does in each run; the host, which does
     not know of it, could not have it back.
     """
-    if not ram_allows(0):
+    if unpatch_all and not ram_allows(0):  # not so where one of its clones is deleted
         _drop_merged(model)
 
 
