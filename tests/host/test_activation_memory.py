@@ -14,6 +14,7 @@ from in_comfyui import comfy
 from turbodiffusion_pack.kernels import dispatch, sla, sparse_attention
 from turbodiffusion_pack.turbo_core.activation_memory import Network, fused_bytes, rounding
 from turbodiffusion_pack.turbo_core.host import block, memory, patch, per_run, self_attention, text
+from turbodiffusion_pack.turbo_core.host.gradients import GRADIENTS
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.operations import Linear, TurboOperations
 from turbodiffusion_pack.turbo_core.host.options import (
@@ -232,6 +233,13 @@ def test_the_hosts_figure_where_a_block_may_not_run_fused(model, on_a_gpu, monke
     assert _reserved(model, monkeypatch) == pytest.approx(host)
 
 
+def test_the_hosts_figure_holds_where_gradients_are_asked_for(model, on_a_gpu):
+    reason = functools.partial(memory.why_the_hosts_figure, model, {}, model.model_options)
+    assert reason() is None
+    with torch.inference_mode(False):
+        assert reason() == GRADIENTS
+
+
 def test_the_hosts_figure_holds_without_kernels(model, monkeypatch):
     shape = list(goldens.load("rcm")["t2v.noise0"].shape)
     if torch.cuda.is_available():
@@ -278,6 +286,18 @@ def test_keys_and_values_of_the_text_are_made_once_a_run(model, monkeypatch, cfg
     ran.clear()
     _run(model)
     assert {sum(op is other for other in ran) for op in _of_the_text(model)} == {1}
+
+
+def test_in_training_nothing_is_kept(model):
+    def executor(*_):
+        return per_run.current()
+
+    options = {"conds": {}, "model_patcher": model, "model_options": model.model_options}
+    executor.class_obj = types.SimpleNamespace(**options)
+    latent = goldens.load("rcm")["t2v.noise0"]
+    assert patch._around_run(executor, latent) is not None
+    with torch.inference_mode(False):
+        assert patch._around_run(executor, latent) is None
 
 
 def test_where_weights_change_within_a_run_nothing_is_kept(model, monkeypatch):

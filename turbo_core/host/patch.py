@@ -148,8 +148,8 @@ def _is_checkpointed(module: torch.nn.Module) -> bool:
 
 def _around_run(executor, *args, **kwargs):
     guider = executor.class_obj
-    # A scheduled LoRA changes the weights from step to step.
-    same_weights = not has_hooks(guider.conds)
+    # A scheduled LoRA changes the weights from step to step, as training does.
+    same_weights = not (has_hooks(guider.conds) or torch.is_grad_enabled())
     model, shape = guider.model_patcher, args[0].shape
     with (
         run_report.run(InterruptProcessingException),
