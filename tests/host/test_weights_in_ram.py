@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import threading
+import types
 from pathlib import Path
 
 import dynamic_vram
@@ -186,6 +187,38 @@ def test_a_cancelled_run_pins_nothing_more(path, pins, monkeypatch):
     with pytest.raises(management.InterruptProcessingException):
         _run(model, rcm_sigmas(2, 200), callback=cancels)
     assert len(pins) == len(in_ram._linears(model.model))  # those of the first expert
+
+
+@legacy
+def test_a_run_is_cancelled_while_its_first_expert_is_pinned(path, pins, monkeypatch):
+    monkeypatch.setattr(experts, "is_device_cpu", lambda _: False)
+    monkeypatch.setattr(experts, "fit_together", lambda *_: False)
+    other = load_turbo_model(path)
+    for op in _linears(other).values():
+        unpack(op.weight)[0].add_(1)
+    model = switch_experts(load_turbo_model(path), other, 0.9)
+    pin_memory = management.pin_memory
+
+    def cancels(tensor):
+        management.interrupt_current_processing()
+        return pin_memory(tensor)
+
+    monkeypatch.setattr(management, "pin_memory", cancels)
+    with pytest.raises(management.InterruptProcessingException):
+        _run(model, rcm_sigmas(2, 200))
+    assert len(pins) == 1
+
+
+@legacy
+def test_why_an_expert_could_not_be_pinned_is_logged(monkeypatch, caplog):
+    run = types.SimpleNamespace(low=None, ended=False)
+
+    def fails(*_):
+        raise OSError("cannot read the file")
+
+    monkeypatch.setattr(experts, "pin", fails)
+    experts.ExpertRun._pin_low(run)
+    assert "cannot read the file" in caplog.text
 
 
 @legacy
