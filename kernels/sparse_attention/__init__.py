@@ -235,7 +235,7 @@ def sage_kernels(
     """The module that `sage_attention` of these `rows` [B, L, H, D] runs in.
 
     For who quantizes one operand at a time, to free it before the next is made: by its
-    quantize_heads, quantize_keys and quantize_values. They go into `attend_quantized`.
+    quantize_keys and quantize_values. They go into `attend_quantized`.
     """
     x = rows[-1]
     return choose(

@@ -51,7 +51,6 @@ def quantize(
 
 
 # The same, one operand at a time.
-quantize_heads = triton_kernels.quantize_heads
 quantize_keys = functools.partial(triton_kernels.quantize_keys, swizzled=True)
 quantize_values = functools.partial(triton_kernels.quantize_values, swizzled=True)
 

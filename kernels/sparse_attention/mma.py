@@ -51,7 +51,7 @@ def quantize(
 
 
 # The same, one operand at a time.
-quantize_heads, quantize_keys = triton_kernels.quantize_heads, hopper.quantize_keys
+quantize_keys = hopper.quantize_keys
 quantize_values = functools.partial(hopper.quantize_values, limit=VALUE_LIMIT)
 
 

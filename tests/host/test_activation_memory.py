@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import types
 
 import goldens
@@ -13,13 +14,24 @@ from in_comfyui import comfy
 from turbodiffusion_pack.kernels import dispatch, sla, sparse_attention
 from turbodiffusion_pack.turbo_core.activation_memory import Network, fused_bytes, rounding
 from turbodiffusion_pack.turbo_core.host import block, memory, patch, per_run, self_attention, text
+from turbodiffusion_pack.turbo_core.host.gradients import GRADIENTS
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.operations import Linear, TurboOperations
-from turbodiffusion_pack.turbo_core.host.options import MADE_ONCE, TEXT, THIS_PASS
+from turbodiffusion_pack.turbo_core.host.options import (
+    ATTENTION,
+    MADE_ONCE,
+    SPLIT,
+    TEXT,
+    THIS_PASS,
+    TIMESTEP,
+)
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.host.patch_owner import mark_as_ours
 from turbodiffusion_pack.turbo_core.host.projections import projection
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
+from turbodiffusion_pack.turbo_core.host.split_pass import split_over
+from turbodiffusion_pack.turbo_core.host.timesteps import round_timesteps
+from turbodiffusion_pack.turbo_core.parallel.exchange import Ranks
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
@@ -221,6 +233,13 @@ def test_the_hosts_figure_where_a_block_may_not_run_fused(model, on_a_gpu, monke
     assert _reserved(model, monkeypatch) == pytest.approx(host)
 
 
+def test_the_hosts_figure_holds_where_gradients_are_asked_for(model, on_a_gpu):
+    reason = functools.partial(memory.why_the_hosts_figure, model, {}, model.model_options)
+    assert reason() is None
+    with torch.inference_mode(False):
+        assert reason() == GRADIENTS
+
+
 def test_the_hosts_figure_holds_without_kernels(model, monkeypatch):
     shape = list(goldens.load("rcm")["t2v.noise0"].shape)
     if torch.cuda.is_available():
@@ -269,11 +288,79 @@ def test_keys_and_values_of_the_text_are_made_once_a_run(model, monkeypatch, cfg
     assert {sum(op is other for other in ran) for op in _of_the_text(model)} == {1}
 
 
+def test_in_training_nothing_is_kept(model):
+    def executor(*_):
+        return per_run.current()
+
+    options = {"conds": {}, "model_patcher": model, "model_options": model.model_options}
+    executor.class_obj = types.SimpleNamespace(**options)
+    latent = goldens.load("rcm")["t2v.noise0"]
+    assert patch._around_run(executor, latent) is not None
+    with torch.inference_mode(False):
+        assert patch._around_run(executor, latent) is None
+
+
 def test_where_weights_change_within_a_run_nothing_is_kept(model, monkeypatch):
     monkeypatch.setattr(patch, "has_hooks", lambda conds: True)
     ran = _linears_that_run(monkeypatch)
     _run(model)
     assert {sum(op is other for other in ran) for op in _of_the_text(model)} == {3}
+
+
+WRAPPER = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+
+
+def _text_replaced(model):
+    def scaled(scales, args, extra):
+        return extra["original_block"]({**args, "txt": args["txt"] * next(scales)})
+
+    for index in range(2):
+        block = functools.partial(scaled, itertools.cycle((1, 2, 3)))
+        model.set_model_patch_replace(block, "dit", "double_block", index)
+
+
+def _text_wrapped(model):
+    scales = itertools.cycle((1, 2, 3))
+
+    def wrapper(executor, x, t, context, *args, **more):
+        return executor(x, t, context * next(scales), *args, **more)
+
+    model.add_wrapper_with_key(WRAPPER, "another node", wrapper)
+
+
+def _text_embedded_otherwise(model):
+    scales, own = itertools.cycle((1, 2, 3)), model.model.diffusion_model.text_embedding[0]
+    forward = type(own).forward
+    name = "diffusion_model.text_embedding.0.forward"
+    model.add_object_patch(name, lambda x: forward(own, x) * next(scales))
+
+
+def _run_otherwise(model):
+    scales, wan = itertools.cycle((1, 2, 3)), model.model.diffusion_model
+
+    def forward_orig(x, t, context, **more):
+        return type(wan).forward_orig(wan, x, t, context * next(scales), **more)
+
+    model.add_object_patch("diffusion_model.forward_orig", forward_orig)
+
+
+@pytest.mark.parametrize(
+    "change", [_text_replaced, _text_wrapped, _text_embedded_otherwise, _run_otherwise]
+)
+def test_a_text_that_another_node_changes_from_step_to_step_is_not_kept(model, monkeypatch, change):
+    change(model)
+    with _kept_nowhere(monkeypatch):
+        expected = _run(model)
+    assert torch.equal(_run(model), expected)
+
+
+def test_a_text_is_kept_where_ranks_share_the_pass_behind(model, monkeypatch):
+    ran, shared = _linears_that_run(monkeypatch), split_over(model, Ranks(None))
+    rounding = shared.wrappers[WRAPPER].pop(TIMESTEP, [round_timesteps])
+    shared.wrappers[WRAPPER][TIMESTEP] = rounding  # behind as well
+    assert list(shared.wrappers[WRAPPER]) == [ATTENTION, SPLIT, TIMESTEP]
+    _run(shared)
+    assert {sum(op is other for other in ran) for op in _of_the_text(model)} == {1}
 
 
 def test_keys_and_values_are_those_of_one_network_and_two_texts():

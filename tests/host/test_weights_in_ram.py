@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import threading
+import types
 from pathlib import Path
 
 import dynamic_vram
@@ -188,6 +189,38 @@ def test_a_cancelled_run_pins_nothing_more(path, pins, monkeypatch):
 
 
 @legacy
+def test_a_run_is_cancelled_while_its_first_expert_is_pinned(path, pins, monkeypatch):
+    monkeypatch.setattr(experts, "is_device_cpu", lambda _: False)
+    monkeypatch.setattr(experts, "fit_together", lambda *_: False)
+    other = load_turbo_model(path)
+    for op in _linears(other).values():
+        unpack(op.weight)[0].add_(1)
+    model = switch_experts(load_turbo_model(path), other, 0.9)
+    pin_memory = management.pin_memory
+
+    def cancels(tensor):
+        management.interrupt_current_processing()
+        return pin_memory(tensor)
+
+    monkeypatch.setattr(management, "pin_memory", cancels)
+    with pytest.raises(management.InterruptProcessingException):
+        _run(model, rcm_sigmas(2, 200))
+    assert len(pins) == 1
+
+
+@legacy
+def test_why_an_expert_could_not_be_pinned_is_logged(monkeypatch, caplog):
+    run = types.SimpleNamespace(low=None, ended=False)
+
+    def fails(*_):
+        raise OSError("cannot read the file")
+
+    monkeypatch.setattr(experts, "pin", fails)
+    experts.ExpertRun._pin_low(run)
+    assert "cannot read the file" in caplog.text
+
+
+@legacy
 def test_pinning_leaves_ram_to_others(model, pins, monkeypatch):
     monkeypatch.setattr(in_ram, "ram_allows", lambda size: len(pins) < 3)
     in_ram.pin(model)
@@ -206,6 +239,11 @@ def _lora(model, seed=3):
             lora[f"{key}.lora_A.weight"] = torch.randn(4, op.in_features, generator=generator) / 20
             lora[f"{key}.lora_B.weight"] = torch.randn(op.out_features, 4, generator=generator) / 20
     return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0], len(lora) // 2
+
+
+def _inputs():
+    data = goldens.load("forward")
+    return data["t2v.ragged.x"], data["t2v.ragged.context"], 987.5
 
 
 @pytest.fixture
@@ -230,8 +268,7 @@ def _multiplied(model):
 @legacy
 def test_a_lora_is_added_to_a_streamed_weight_once(model, merges, monkeypatch):
     patched, layers = _lora(model)
-    data = goldens.load("forward")
-    inputs = data["t2v.ragged.x"], data["t2v.ragged.context"], 987.5
+    inputs = _inputs()
     management.load_models_gpu([patched], force_full_load=True)
     expected, resident = in_comfyui.apply(patched, *inputs), _multiplied(patched)
     assert len(merges) == layers
@@ -252,13 +289,38 @@ def test_a_lora_is_added_to_a_streamed_weight_once(model, merges, monkeypatch):
 
 
 @legacy
+def test_a_bias_that_changes_later_reaches_what_is_merged(model):
+    patched, _ = _lora(model)
+    other, inputs = patched.clone(), _inputs()
+    shapes = model.model.state_dict()
+    keys = [n.removesuffix("weight") + "bias" for n in _linears(model) if n.endswith("q.weight")]
+    other.add_patches({key: ("diff", (torch.full_like(shapes[key], 0.5),)) for key in keys})
+    with in_comfyui.streamed(other):
+        expected = in_comfyui.apply(other, *inputs)
+    in_ram._drop_merged(model)
+    for lora in (patched, other):
+        with in_comfyui.streamed(lora):
+            found = in_comfyui.apply(lora, *inputs)
+    assert torch.equal(found, expected)
+
+
+@legacy
+def test_what_is_merged_goes_with_the_model_where_ram_is_short(model, monkeypatch):
+    patched, layers = _lora(model)
+    with in_comfyui.streamed(patched):
+        in_comfyui.apply(patched, *_inputs())
+        assert sum("merged" in vars(op) for op in _linears(model).values()) == layers
+        _without_room(monkeypatch)
+    assert not any("merged" in vars(op) for op in _linears(model).values())
+
+
+@legacy
 def test_without_room_in_ram_a_lora_is_added_at_each_use(model, merges, monkeypatch):
     patched, layers = _lora(model)
-    data = goldens.load("forward")
     _without_room(monkeypatch)
     with in_comfyui.streamed(patched):
         for _ in range(2):
-            in_comfyui.apply(patched, data["t2v.ragged.x"], data["t2v.ragged.context"], 987.5)
+            in_comfyui.apply(patched, *_inputs())
     assert len(merges) == 2 * layers
 
 
@@ -374,6 +436,48 @@ def test_what_the_hosts_queue_brings_is_what_is_fetched(model, hosts_queue, monk
         expected = _run(model)
     with contextlib.nullcontext() if room else dynamic_vram.full():
         assert torch.equal(_run(model), expected)
+    assert _pinned_on_gpu(model) == 0
+    assert not any("_prefetch" in vars(op) for op in model.model.modules())
+
+
+def _wrap(model, wrapper):
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    model.add_wrapper_with_key(kind, "another node", wrapper)
+
+
+def _skips_the_second(calls, executor, x, *args, **more):
+    calls.append(x)
+    return x / 2 if len(calls) == 2 else executor(x, *args, **more)
+
+
+def _leaves_the_second_block_out(calls, executor, *args, **more):
+    calls.append(args)
+    if len(calls) != 2:
+        return executor(*args, **more)
+    wan = executor.class_obj
+    blocks, wan.blocks = wan.blocks, wan.blocks[:1]
+    try:
+        return executor(*args, **more)
+    finally:
+        wan.blocks = blocks
+
+
+def _runs_twice(calls, executor, *args, **more):
+    return (executor(*args, **more) + executor(*args, **more)) / 2
+
+
+@dynamic_on_cpu
+@pytest.mark.parametrize("wraps", [_skips_the_second, _leaves_the_second_block_out, _runs_twice])
+def test_nothing_stays_pinned_where_another_node_runs_other_passes(
+    model, hosts_queue, monkeypatch, wraps
+):
+    with monkeypatch.context() as only_here:
+        only_here.setattr(prefetch, "make_prefetch_queue", lambda *_: None)
+        plain = model.clone()
+        _wrap(plain, functools.partial(wraps, []))
+        expected = _run(plain)
+    _wrap(model, functools.partial(wraps, []))
+    assert torch.equal(_run(model), expected)
     assert _pinned_on_gpu(model) == 0
     assert not any("_prefetch" in vars(op) for op in model.model.modules())
 

@@ -16,13 +16,18 @@ A run that begins below the boundary is one of `low` from its OUTER_SAMPLE wrapp
 """
 
 import contextlib
+import logging
 import threading
 
 import comfy.ldm.wan.model
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
-from comfy.model_management import InterruptProcessingException, is_device_cpu
+from comfy.model_management import (
+    InterruptProcessingException,
+    is_device_cpu,
+    throw_exception_if_processing_interrupted,
+)
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
@@ -32,6 +37,8 @@ from .in_ram import fit_together, pin
 from .options import EXPERT_SWITCH
 from .patch import has_hooks, require_model
 from .versions import has_dynamic_vram, share_latent_shapes, with_hooks
+
+log = logging.getLogger(__name__)
 
 HIGH, LOW = "high-noise expert", "low-noise expert"
 
@@ -199,8 +206,14 @@ class ExpertRun:
             return
         estimate = comfy.sampler_helpers.estimate_memory(self.low, shape, self.guider.conds)
         if not fit_together(experts, estimate[1]):
-            pin(self.high)
-            self.pinning = threading.Thread(target=pin, args=(self.low, lambda: not self.ended))
+            pin(self.high, _not_cancelled)
+            self.pinning = threading.Thread(target=self._pin_low)
+
+    def _pin_low(self) -> None:
+        try:
+            pin(self.low, lambda: not self.ended)
+        except Exception:  # in a thread, where else nobody would log it
+            log.exception("TurboDiffusion: the %s's weights could not be pinned", LOW)
 
     def _merged(self, run_options: dict) -> dict:
         return options_of_low(self.low_options, run_options, self.came_with, self.boundary)
@@ -228,6 +241,11 @@ class ExpertRun:
         if self.low.model.current_patcher is self.low:
             self.low.cleanup()
         comfy.sampler_helpers.cleanup_additional_models(self.other_models)
+
+
+def _not_cancelled() -> bool:
+    throw_exception_if_processing_interrupted()
+    return True
 
 
 def _hookable(model: ModelPatcher, conds: dict) -> ModelPatcher:

@@ -49,6 +49,16 @@ def keep_pins(model, *_) -> None:
             _pinned_of(model.model).append(weight)
 
 
+def drop_merged_if_short(model, unpatch_all: bool) -> None:
+    """An ON_DETACH callback: what is merged, see merged.py, goes with the model where RAM is short.
+
+    Else it is there when the model comes again, as an expert does in each run; the host, which does
+    not know of it, could not have it back.
+    """
+    if unpatch_all and not ram_allows(0):  # not so where one of its clones is deleted
+        _drop_merged(model)
+
+
 @contextlib.contextmanager
 def let_go(*models) -> Iterator[None]:
     """Where the GPU's memory runs out in here, nothing of these ModelPatchers stays pinned or
@@ -57,10 +67,7 @@ def let_go(*models) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         for model in models:
-            if model.load_device.type == "cuda":
-                torch.cuda.synchronize(model.load_device)  # copies from there may be under way
-            for op in _linears(model.model).values():
-                vars(op).pop("merged", None)
+            _drop_merged(model)
             _unpin(_pinned.get(model.model, []))
         raise
 
@@ -75,6 +82,13 @@ def fit_together(models: list, activations: int) -> bool:
         if other.device == device and other.model is not None
     )
     return sum(model.model_size() for model in models) + activations <= room
+
+
+def _drop_merged(model) -> None:
+    if model.load_device.type == "cuda":
+        torch.cuda.synchronize(model.load_device)  # copies from there may be under way
+    for op in _linears(model.model).values():
+        vars(op).pop("merged", None)
 
 
 def _linears(base: torch.nn.Module) -> dict[str, Linear]:

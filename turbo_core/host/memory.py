@@ -19,6 +19,7 @@ from ...kernels.sparse_attention import default_pv
 from ..activation_memory import Network, fused_bytes, rounding
 from ..sla_settings import SLASettings
 from .block import why_never_fused
+from .gradients import GRADIENTS
 from .operations import Linear
 from .options import ATTENTION, PROJECTIONS
 from .patch_owner import is_ours
@@ -75,6 +76,8 @@ def out_of_memory_in_words(model, shape: torch.Size) -> Iterator[None]:
 def why_the_hosts_figure(model, conds: dict, model_options: dict) -> str | None:
     """Why a run of `model` may take more than its fused blocks do; None where it does not."""
     settings = _settings(model_options)
+    if torch.is_grad_enabled():
+        return GRADIENTS
     if type(model.model) is not comfy.model_base.WAN21:
         return f"it is a {type(model.model).__name__}"
     if unavailable := triton_unavailable(model.load_device):

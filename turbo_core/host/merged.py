@@ -34,6 +34,7 @@ def stand_in(op, merge):
         if comfy.model_management.pin_memory(kept.weight):
             weakref.finalize(kept, _unpin, kept.weight).atexit = False
         vars(op)["merged"] = kept, patches
+    kept.bias, kept.bias_function = op.bias, op.bias_function  # which may be others by now
     return kept
 
 

@@ -63,7 +63,6 @@ def _merged(op: "Linear", device: torch.device) -> "Linear":
         q, scale = _weight_operands(op.set_weight(weight, return_weight=True), op.granularity)
         merged = Linear(op.in_features, op.out_features, dtype=op.compute_dtype)
         merged.assign(q.to("cpu"), None, scale.to("cpu"))
-        merged.bias, merged.bias_function = op.bias, op.bias_function
         merged.granularity = op.granularity
         return merged
 

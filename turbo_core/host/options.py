@@ -37,7 +37,7 @@ EXPERT_SWITCH = "turbodiffusion.experts"
 # The DIFFUSION_MODEL wrapper that rounds timesteps, see timesteps.py.
 TIMESTEP = "turbodiffusion.timestep"
 
-# The ON_LOAD callback that keeps weights pinned, see in_ram.py.
+# The ON_LOAD and ON_DETACH callbacks that keep in RAM what is pinned or merged, see in_ram.py.
 PINS = "turbodiffusion.pins"
 
 # The OUTER_SAMPLE wrapper that tells what a run does otherwise than the model was made for, see

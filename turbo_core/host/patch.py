@@ -17,7 +17,7 @@ from .. import run_report
 from ..sla_settings import SLASettings
 from . import pass_graph, per_run, text
 from .block import block_forward, why_never_fused
-from .in_ram import keep_pins, let_go
+from .in_ram import drop_merged_if_short, keep_pins, let_go
 from .memory import out_of_memory_in_words, told_to_the_host
 from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, PINS, PREFETCH, TEXT, THIS_PASS
 from .pass_graph import POSITIONAL
@@ -95,6 +95,7 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
         (CallbacksMP.ON_CLONE, ATTENTION, _rebind_clone),
         (CallbacksMP.ON_DETACH, ATTENTION, _drop_graph),
         (CallbacksMP.ON_LOAD, PINS, keep_pins),
+        (CallbacksMP.ON_DETACH, PINS, drop_merged_if_short),
     ):
         if not patched.callbacks.get(kind, {}).get(key):
             patched.add_callback_with_key(kind, key, callback)
@@ -147,8 +148,8 @@ def _is_checkpointed(module: torch.nn.Module) -> bool:
 
 def _around_run(executor, *args, **kwargs):
     guider = executor.class_obj
-    # A scheduled LoRA changes the weights from step to step.
-    same_weights = not has_hooks(guider.conds)
+    # A scheduled LoRA changes the weights from step to step, as training does.
+    same_weights = not (has_hooks(guider.conds) or torch.is_grad_enabled())
     model, shape = guider.model_patcher, args[0].shape
     with (
         run_report.run(InterruptProcessingException),
@@ -172,11 +173,10 @@ def _around_forward(
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     network = executor.class_obj
     _report_forward(network.blocks)
-    fused = why_never_fused(network.blocks[0]) is None
     ours = {
         THIS_PASS: _this_pass(transformer_options),
         MADE_ONCE: {},
-        TEXT: text.keys_values(network, context, x.dtype, fused),
+        TEXT: _keys_values(executor, context, x.dtype, transformer_options),
     }
     options = {**transformer_options, **ours}
     options[PREFETCH] = queue_of(network, x.device, options)
@@ -195,6 +195,16 @@ def _report_forward(blocks: torch.nn.ModuleList) -> None:
         if not is_ours(block.self_attn.forward):
             owner = owner_of(block.self_attn.forward)
             run_report.note_dense(index, f"its self-attention is patched by {owner}")
+
+
+@torch.compiler.disable
+def _keys_values(executor, context, dtype: torch.dtype, transformer_options: dict):
+    """What this run's blocks have made of the text, where it reaches them as we see it."""
+    if text.may_change(executor, transformer_options):
+        return text.KeysValues()
+    network = executor.class_obj
+    fused = why_never_fused(network.blocks[0]) is None
+    return text.keys_values(network, context, dtype, fused)
 
 
 @torch.compiler.disable

@@ -34,11 +34,16 @@ def _streamed(block: torch.nn.Module, has_text: bool) -> list[torch.nn.Module]:
 
 
 def next_block(transformer_options: dict, block: torch.nn.Module | None, device) -> None:
-    """`block` is about to run, None where the last one has: the host brings its weights, while the
-    GPU computes what was asked of it before."""
+    """`block` is about to run, None where the pass is over: the host brings its weights, while the
+    GPU computes what was asked of it before.
+
+    Another node may have left blocks out of the pass, or run it twice.
+    """
     queue = transformer_options.get(PREFETCH)
-    if queue is None:
+    if queue is None or len(queue) < 2:
         return
+    if block is None:
+        del queue[1:-1]  # nobody would let go of what came now
     with waiting(device) as wait:
         prefetch_queue_pop(queue, device, block)
         coming = queue[0][1][1] if queue and queue[0] else ()

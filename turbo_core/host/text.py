@@ -4,8 +4,11 @@ Where weights are streamed, those of the layers that make them then come over on
 """
 
 import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from . import per_run
+from .options import SPLIT, TIMESTEP
+from .patch_owner import is_stock
 
 PROMPTS = 2  # that are kept: with and without the prompt, where the host runs them apart
 
@@ -38,7 +41,7 @@ def keys_values(
     one network's are kept, as the experts of a model take turns once.
     """
     run = per_run.current()
-    if run is None or _is_captured(context):
+    if run is None:
         return KeysValues()
     run.texts = [entry for entry in run.texts if entry[0] is network]
     for _, text, made in run.texts:
@@ -51,6 +54,21 @@ def keys_values(
     return made
 
 
-def _is_captured(x: torch.Tensor) -> bool:
-    """Whether a CUDA graph is recorded, in which nobody may look at numbers."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def may_change(executor: WrapperExecutor, transformer_options: dict) -> bool:
+    """Whether somebody else may change the text between the DIFFUSION_MODEL wrapper that `executor`
+    is given to and the blocks: in each step otherwise perhaps, so that none is to be kept."""
+    wan, behind = executor.class_obj, executor.wrappers[executor.idx + 1 :]
+    wrappers = transformer_options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
+    ours = [wrapper for key in (SPLIT, TIMESTEP) for wrapper in wrappers.get(key, ())]
+    return bool(
+        any(wrapper not in ours for wrapper in behind)
+        or transformer_options.get("patches_replace", {}).get("dit")
+        or any(_is_replaced(wan, name) for name in ("_forward", "forward_orig"))
+        or not all(map(is_stock, wan.text_embedding.modules()))
+    )
+
+
+def _is_replaced(wan: torch.nn.Module, name: str) -> bool:
+    # As in `is_stock`, the own method may be an attribute as well.
+    method = vars(wan).get(name)
+    return method is not None and getattr(method, "__func__", None) is not getattr(type(wan), name)
