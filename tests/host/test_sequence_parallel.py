@@ -58,7 +58,10 @@ SAME_WITH_LORA = 5e-3 if dynamic_vram.wanted() else SAME
 
 @pytest.fixture(scope="module", autouse=True)
 def forked():
-    with zygote.forking(workers_module, "comfy_worker_imports"):
+    with (
+        zygote.forking(workers_module, "comfy_worker_imports"),
+        mock.patch.object(gpu_workers, "ON_CPUS", True),
+    ):
         yield
         gpu_workers.stop()
 
@@ -265,6 +268,47 @@ def test_the_next_run_works_after_one_that_failed(model, what):
     assert run(share(model, 2)).equal(expected)
 
 
+@contextlib.contextmanager
+def blocks_left_out(owner):
+    """A cache's way in a second pass: what the first gave, and no block runs. `owner` has it."""
+    loop, kept = owner.forward_orig, []
+
+    def forward_orig(*arguments, **more):
+        if not kept:
+            kept.append(loop(*arguments, **more))
+        return kept[0]
+
+    with mock.patch.object(owner, "forward_orig", forward_orig):
+        yield
+
+
+def test_a_model_with_a_cache_runs_on_one_gpu(model, caplog):
+    caplog.set_level(logging.INFO)
+    run(share(model, 2))
+    gpu_workers.running_workers().seconds = 20
+    with blocks_left_out(wan_model(model)):
+        run(share(model, 2), (1.0, 0.5, 0.0))
+    assert "on one GPU, as a node replaces its forward_orig, as caches do" in caplog.messages[-1]
+
+
+def test_blocks_that_are_left_out_in_secret_keep_nobody_waiting(model):
+    run(share(model, 2))
+    gpu_workers.running_workers().seconds = 20
+    with blocks_left_out(type(wan_model(model))), pytest.raises(RuntimeError, match="left .* out"):
+        run(share(model, 2), (1.0, 0.5, 0.0))
+    assert relative(run(share(model, 2)), run(one_rank(model))) <= SAME
+
+
+def test_new_workers_get_the_model_where_one_dies_between_two_passes(model):
+    expected = run(share(model, 2), (1.0, 0.5, 0.0))
+
+    def kill(step, *_):
+        if step == 0:
+            gpu_workers.running_workers().processes[0].kill()
+
+    assert run(share(model, 2), (1.0, 0.5, 0.0), callback=kill).equal(expected)
+
+
 def test_a_worker_that_is_out_of_memory_says_so(model):
     run(share(model, 2))
     workers = gpu_workers.running_workers()
@@ -281,9 +325,11 @@ def vae():
 def test_frames_are_decoded_by_all(vae, model):
     """In strips that are not alike, two videos of three latent frames."""
     latents = torch.randn(2, 16, 3, 4, 11, generator=torch.Generator().manual_seed(0))
+    narrow = latents[:1, :, :1, :3, :3]
     gpu_workers.stop()
     vae.make_room(latents.shape, 2)
-    expected = vae._decode(latents, 2)  # a CPU's convolution sums otherwise at another size
+    # A CPU's convolution sums otherwise at another size.
+    expected, expected_narrow = vae._decode(latents, 2), vae._decode(narrow, 2)
     run(share(model, 2))
     workers = gpu_workers.running_workers()
     sent = []
@@ -296,6 +342,7 @@ def test_frames_are_decoded_by_all(vae, model):
     with mock.patch.object(exchange, "collect", noted):
         assert vae.decode(latents).equal(expected)
     assert len(sent) == 6 and {tuple(shape[3] for shape in shapes) for shapes in sent} == {(40, 48)}
+    assert vae._decode(narrow, 3).equal(expected_narrow)  # 3 are not enough for 2 strips each
 
     def cancel(*_):
         comfy.model_management.interrupt_current_processing()
@@ -308,6 +355,23 @@ def test_frames_are_decoded_by_all(vae, model):
     start = latents[:, :, :1]
     assert vae.decode(start).equal(expected[:, :1])
     assert gpu_workers.running_workers() is workers
+
+
+@pytest.mark.parametrize("what", ["a worker has no memory", "weights do not travel"])
+def test_one_gpu_decodes_where_a_worker_cannot(vae, model, caplog, what):
+    latents = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    gpu_workers.stop()
+    expected = vae.decode(latents)
+    run(share(model, 2))
+    unsendable = {"weight": torch.zeros(1).as_subclass(type("Other", (torch.Tensor,), {}))}
+    weights = unsendable if "weights" in what else vae.first_stage_model.model.state_dict()
+    if "memory" in what:
+        workers = gpu_workers.running_workers()
+        workers.together("worker_jobs:have_no_memory_to_decode", (), lambda ranks: None)
+    with mock.patch.object(vae.first_stage_model.model, "state_dict", return_value=weights):
+        assert vae.decode(latents).equal(expected)
+    assert "TurboVAE goes on with one GPU: " in caplog.text
+    assert ("in a worker" if "memory" in what else "does not travel") in caplog.text
 
 
 def reason(model, count=2, latent=(3, 16, 16), options=None, timesteps=1) -> str | None:
@@ -327,6 +391,11 @@ def test_what_cannot_be_shared_says_why(model):
     assert reason(model, options=replaced) == "a node replaces blocks"
     own_timesteps = "block 0 is not fused: timesteps differ between tokens"
     assert reason(model, timesteps=3) == own_timesteps
+    for name in ("patch_embedding", "text_embedding", "time_projection", "head"):
+        part = wan_model(model).get_submodule(name)
+        hook = list(part.modules())[-1].register_forward_hook(lambda *_: None)
+        assert reason(model) == f"a node patches its {name}"
+        hook.remove()
     patched = {"patches": {"attn1_patch": [None]}}
     assert reason(model, options=patched) == "block 0 is not fused: a node patches its attention"
 
@@ -344,9 +413,8 @@ def from_elsewhere(model):
 
 
 def patched(model):
-    name = "diffusion_model.time_projection"
-    part = model.get_model_object(name)
-    model.add_object_patch(f"{name}.forward", lambda x: type(part).forward(part, x))
+    name = "diffusion_model.rope_embedder"
+    model.add_object_patch(name, model.get_model_object(name))
 
 
 def lora_of_another_pack(model):
@@ -361,7 +429,7 @@ def lora_of_another_pack(model):
     [
         (wrapped, "a node behind Turbo Sequence Parallel wraps the model"),
         (from_elsewhere, "its loader does not tell how to load it again"),
-        (patched, "a node patches its time_projection.forward"),
+        (patched, "a node patches its rope_embedder"),
         (lora_of_another_pack, "workers cannot load it"),
     ],
 )
@@ -378,12 +446,45 @@ def test_what_is_not_alike_elsewhere_runs_on_one_gpu(model, caplog, change, word
     [
         ("win32", "cpu", "needs Linux, where GPUs can exchange by NCCL; on Windows take WSL"),
         ("linux", "xpu", "is for NVIDIA GPUs, not for xpu"),
+        ("linux", "cpu", "is for NVIDIA GPUs, not for cpu"),
         ("linux", "cuda", "2 GPUs are asked for and only 0 are visible"),
     ],
 )
 def test_where_there_are_no_workers(platform, device, words):
-    with mock.patch.object(gpu_workers.sys, "platform", platform):
+    with (
+        mock.patch.object(gpu_workers.sys, "platform", platform),
+        mock.patch.object(gpu_workers, "ON_CPUS", False),
+    ):
         assert words in gpu_workers.why_no_workers(2, torch.device(device))
+
+
+def test_workers_are_of_one_device():
+    """GPU 0 of three is this process's, then GPU 1."""
+    gpu_workers.stop()
+    current, found = [0], {}
+
+    def devices(gpu):
+        current[0] = gpu
+        assert gpu_workers.why_no_workers(2, torch.device("cuda", gpu)) is None
+        found[gpu] = gpu_workers.workers_for(2, torch.device("cuda", gpu))
+        assert gpu_workers.workers_for(2, torch.device("cuda")) is found[gpu]
+        return [device for device, _ in found[gpu].first[1]]
+
+    with (
+        mock.patch.object(torch.cuda, "device_count", return_value=3),
+        mock.patch.object(torch.cuda, "current_device", lambda: current[0]),
+        mock.patch.object(gpu_workers.dist, "is_nccl_available", return_value=True),
+    ):
+        assert devices(0) == [1] and devices(1) == [0] and found[0] is not found[1]
+        words = "the model is on cuda:2, and only ComfyUI's own GPU can be among those that share"
+        assert gpu_workers.why_no_workers(2, torch.device("cuda", 2)) == words
+    gpu_workers.stop()
+
+
+def test_what_another_device_decodes_is_not_shared(model):
+    run(share(model, 2))
+    assert gpu_workers.running_workers(torch.device("cpu")) is gpu_workers.running_workers()
+    assert gpu_workers.running_workers(torch.device("cuda", 1)) is None
 
 
 def test_another_nodes_group_is_left_alone(model, caplog):

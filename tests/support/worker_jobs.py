@@ -113,6 +113,15 @@ def run_out_of_memory(ranks) -> None:
     split_block.attend = attended
 
 
+def have_no_memory_to_decode(ranks) -> None:
+    """From now on."""
+
+    def shared_pieces(*_):
+        raise torch.OutOfMemoryError("in a worker")
+
+    _host("split_vae").shared_pieces = shared_pieces
+
+
 def _host(name: str):
     return _module(f"host.{name}")
 

@@ -88,7 +88,7 @@ class SharedRun:
     def prepare(self, patcher, options: dict, shape: tuple[int, ...], load: Callable):
         """load(), by which ComfyUI loads `patcher` for passes of x `shape`, while workers do."""
         key = key_of(patcher.model)
-        known = self.workers.notes if self.workers.running else {}
+        known = self.workers.known
         loader = None if key in known else loader_of(patcher)
         patches = None if known.get(key) == patcher.patches_uuid else dict(patcher.patches)
         arguments = key, keys_alive(), loader, patches, _told(options), shape
@@ -101,7 +101,7 @@ class SharedRun:
     def forward(self, executor, patcher, inputs: tuple, options: dict) -> torch.Tensor:
         """A forward pass of the model that `patcher` has loaded, shared."""
         key = key_of(patcher.model)
-        if self.ready != key:
+        if self.ready != key or not self.workers.running:  # new ones know no model
             self.prepare(patcher, options, tuple(inputs[0].shape), nothing)
 
         def own(ranks):

@@ -11,9 +11,11 @@ from .block import why_not_fused
 from .gradients import GRADIENTS, records_graph
 from .options import SPLIT
 from .patch import wan_model
-from .patch_owner import is_ours, is_stock, owner_of
+from .patch_owner import has_own, is_ours, is_stock, owner_of
 from .split_block import Split
 
+# What caches put in the place of: they leave blocks out, and other ranks would wait in theirs.
+PASS = "forward", "_forward", "forward_orig"
 HEAD_DIM = 128  # of every Wan model: then a head is one block of scales
 
 
@@ -45,18 +47,29 @@ def split_pass(executor, ranks: Ranks, inputs: tuple, options: dict) -> torch.Te
     """This rank's part of a forward pass of x, timestep, context and clip features; its result.
 
     The head too runs on own tokens, and what it makes of all comes together behind it.
+
+    Raises:
+        RuntimeError: it did not get as far as the head, while the other ranks did or wait.
     """
     wan = executor.class_obj
     shares = token_shares(_tokens(wan, inputs[0]), ranks.count)
+    gathered = []
 
     def together(head, given, own):
+        gathered.append(True)
         return gather(ranks, [own.contiguous()], [shares])[0]
 
     hook = wan.head.register_forward_hook(together)
     try:
-        return executor(*inputs, None, {**options, SPLIT: Split(ranks)})
+        out = executor(*inputs, None, {**options, SPLIT: Split(ranks)})
     finally:
         hook.remove()
+    if not gathered:
+        raise RuntimeError(
+            "a forward pass that GPUs share has left the model's layers out: a cache perhaps, "
+            "which is for one GPU. Turn it off, or bypass Turbo Sequence Parallel."
+        )
+    return out
 
 
 def why_not_split(
@@ -78,13 +91,24 @@ def why_not_split(
     if transformer_options.get("patches_replace", {}).get("dit"):
         return "a node replaces blocks"
     e = timestep.reshape(len(x), -1, 1, 1)  # as blocks get it, but for the channels
-    if not is_stock(wan.head):
-        return "a node patches its head"
+    if reason := _why_not_stock(wan):
+        return reason
     for index, block in enumerate(wan.blocks):
         if not is_ours(block.forward):
             return f"block {index} is patched by {owner_of(block.forward)}"
         if reason := why_not_fused(block, e, transformer_options):
             return f"block {index} is not fused: {reason}"
+    return None
+
+
+def _why_not_stock(wan: comfy.ldm.wan.model.WanModel) -> str | None:
+    """Whether a node has changed something beside the blocks, which other ranks would not have."""
+    for method in PASS:
+        if not has_own(wan, method):
+            return f"a node replaces its {method}, as caches do"
+    for name, part in wan.named_children():
+        if name != "blocks" and not all(map(is_stock, part.modules())):
+            return f"a node patches its {name}"
     return None
 
 

@@ -30,6 +30,12 @@ def pieces_of(model, latents: Tensor, strips: list[Strip]) -> Iterator[Piece]:
         yield from ((strip, t, piece) for t, piece in enumerate(pieces))
 
 
+def strips_for_all(count: int, ranks: int, size: int) -> int:
+    """`count` strips or some more, as many for each rank; less where `size` latents are not as
+    many. At least `ranks` there have to be."""
+    return ranks * min(-(-count // ranks), size // ranks)
+
+
 def shared_pieces(ranks: Ranks, model, latents: Tensor, strips: list[Strip]) -> Iterator[Piece]:
     """The same in another order, for rank 0; other ranks give it theirs and get nothing.
 

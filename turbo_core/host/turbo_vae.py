@@ -12,7 +12,8 @@ from comfy.ldm.wan.vae import AttentionBlock, Resample, ResidualBlock, WanVAE
 from torch import Tensor
 
 from ...kernels.dispatch import triton_unavailable
-from ..parallel.workers import Workers
+from ..parallel.parcels import UnsendableError
+from ..parallel.workers import WorkerError, Workers
 from ..staging import FromMemory, ToMemory
 from ..vae_strips import (
     COMFORTABLE,
@@ -34,7 +35,7 @@ from .causal_vae import (
     encoder_levels,
 )
 from .gpu_workers import key_of, running_workers, uninterrupted
-from .split_vae import pieces_of, shared_pieces
+from .split_vae import pieces_of, shared_pieces, strips_for_all
 from .versions import on_device, pixels_dtype
 
 log = logging.getLogger(__name__)
@@ -184,19 +185,16 @@ class TurboVAE(comfy.sd.VAE):
     def _decode(self, samples: Tensor, count: int) -> Tensor:
         batch, _, frames, height, width = samples.shape
         model, workers = self.first_stage_model.model, self._workers(samples)
-        if workers is not None:
-            count = workers.count * -(-count // workers.count)
-        strips = strips_of(height, width, count)
         channels = model.decoder.head[-1].out_channels
         shape = batch, 1 + FRAMES * (frames - 1), LATENT * height, LATENT * width, channels
         out = torch.empty(shape, dtype=pixels_dtype(self), device=self.output_device)
-        memory = ToMemory(at_once=1 if workers is None else workers.count)
-        tick = progress(batch * len(strips) * frames)
 
-        def write(pieces_of: Callable) -> None:
+        def write(decoded: Callable, strips: list[Strip], at_once: int = 1) -> None:
+            memory = ToMemory(at_once)
+            tick = progress(batch * len(strips) * frames)
             for item, pixels in zip(samples.split(1), out.split(1), strict=True):
                 latents = item.to(self.device, self.vae_dtype)
-                for strip, t, piece in pieces_of(model, latents, strips):
+                for strip, t, piece in decoded(model, latents, strips):
                     last = 1 + FRAMES * t
                     first = max(0, last - FRAMES)
                     part = pixels.narrow(strip.axis, *_span(strip.first, strip.last))
@@ -204,35 +202,36 @@ class TurboVAE(comfy.sd.VAE):
                     tick()
             memory.finish()
 
-        if workers is None:
-            write(pieces_of)
-        else:
-            self._shared(workers, samples, len(strips), write)
+        if workers is None or not self._shared(workers, samples, count, write):
+            write(pieces_of, strips_of(height, width, count))
         return out
 
     def _workers(self, samples: Tensor) -> Workers | None:
         """Those that can share the decoding of `samples`; None where one GPU has to."""
-        workers = running_workers()
-        if workers is None or max(samples.shape[3:]) < workers.count:
-            return None
-        on_gpus = workers.backend != "gloo"
-        return workers if (self.device.type == "cuda") == on_gpus else None
+        workers = running_workers(self.device)
+        return workers if workers and max(samples.shape[3:]) >= workers.count else None
 
-    def _shared(self, workers: Workers, samples: Tensor, count: int, write: Callable) -> None:
-        """`write` the pieces of `samples` that all ranks decode in `count` strips together."""
-        model = self.first_stage_model.model
+    def _shared(self, workers: Workers, samples: Tensor, count: int, write: Callable) -> bool:
+        """`write` the pieces of `samples` that all ranks decode together, in `count` strips or some
+        more; False, with a warning, where a worker cannot."""
+        model, (height, width) = self.first_stage_model.model, samples.shape[3:]
+        strips = strips_of(height, width, strips_for_all(count, workers.count, max(height, width)))
         key = key_of(model)
-        known = workers.notes.get("vae") == key
-        weights = None if known else model.state_dict()
+        weights = None if workers.known.get("vae") == key else model.state_dict()
 
         def own(ranks):
             with uninterrupted():
-                write(partial(shared_pieces, ranks))
+                write(partial(shared_pieces, ranks), strips, ranks.count)
 
-        arguments = key, weights, samples, self.vae_dtype, count
-        workers.together(split_vae.decode, arguments, own)
+        arguments = key, weights, samples, self.vae_dtype, len(strips)
+        try:
+            workers.together(split_vae.decode, arguments, own)
+        except (WorkerError, UnsendableError) as error:
+            log.warning("TurboVAE goes on with one GPU: %s", error)
+            return False
         workers.notes["vae"] = key
         comfy.model_management.throw_exception_if_processing_interrupted()
+        return True
 
     def make_room(self, shape: tuple, count: int) -> None:
         """Have the model on the GPU, with room to decode [B, Z, T, H, W] in `count` strips."""
@@ -253,13 +252,13 @@ class TurboVAE(comfy.sd.VAE):
         for item in pixels.split(1):
             parts = []
             for strip in strips:
-                pieces = self._pieces_of(item, strip, tick)
-                parts.append(torch.cat(list(encode_pieces(model, pieces, strip)), dim=1))
+                frames = self._frames_of(item, strip, tick)
+                parts.append(torch.cat(list(encode_pieces(model, frames, strip)), dim=1))
             features = torch.cat(parts, dim=strips[0].axis) if strips[0] else parts[0]
             latents.append(encode_latents(model, features).to(self.output_device))
         return torch.cat(latents).to(pixels_dtype(self))
 
-    def _pieces_of(self, pixels: Tensor, strip: Strip | None, tick: Callable) -> Iterator[Tensor]:
+    def _frames_of(self, pixels: Tensor, strip: Strip | None, tick: Callable) -> Iterator[Tensor]:
         """The frames of one video that a strip is encoded from, on the GPU in [-1, 1]."""
         if strip:
             halo = halos(encoder_levels(self.first_stage_model.model)[:-1])[0]

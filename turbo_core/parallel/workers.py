@@ -74,6 +74,11 @@ class Workers:
         """Whether all of them are there and wait for jobs."""
         return self.ranks is not None and all(p.poll() is None for p in self.processes)
 
+    @property
+    def known(self) -> dict:
+        """The notes of what workers keep at this moment: nothing, where one is gone."""
+        return self.notes if self.running else {}
+
     def together(self, job: Callable | str, arguments: tuple, own: Callable[[Ranks], T]) -> T:
         """own(ranks) here while every worker does job(ranks, *arguments).
 
