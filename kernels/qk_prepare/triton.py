@@ -127,7 +127,8 @@ def square_sums(x: torch.Tensor) -> torch.Tensor:
     sums = torch.empty(batch, length, heads, dtype=torch.float32, device=x.device)
     square_sums_kernel[length, batch](
         x, sums, length, heads, *x.stride()[:3],
-        HEAD_DIM=dim, HEADS=1 << (heads - 1).bit_length(), **ROW_LAUNCH,
+        # For fewer than 8 a row would be on more threads, which add it up in another order.
+        HEAD_DIM=dim, HEADS=max(8, 1 << (heads - 1).bit_length()), **ROW_LAUNCH,
     )  # fmt: skip
     return sums
 
