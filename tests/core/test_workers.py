@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import socket
 import sys
 import threading
@@ -211,6 +212,26 @@ def test_a_worker_that_does_not_answer_is_given_up(workers, own):
     with pytest.raises(WorkerError, match=r"a worker has not answered for 0.3 s"):
         slow.together(JOB + "wait", (), own)
     assert slow.processes == []
+
+
+def test_a_stopped_worker_is_ended_before_a_run_asks_for_it(workers, monkeypatch):
+    workers.stop()
+    monkeypatch.setattr(module, "ANSWER", 0.3)
+    still = Workers(2, paths=[str(SUPPORT)], seconds=60)
+    still.together(JOB + "add_up", (1,), worker_jobs.add_up_one)
+    os.kill(still.processes[0].pid, signal.SIGSTOP)
+    start = time.monotonic()
+    still.check()
+    assert still.processes == [] and time.monotonic() - start < 20
+
+
+def test_an_answer_that_cannot_be_read_is_a_failure():
+    ours, theirs = Pipe()
+    theirs.send_bytes(b"no pickle")
+    ended = []
+    watch = module._Watch([ours], lambda: ended.append(True), 5)
+    assert not watch.wait()
+    assert "a worker's answer cannot be read" in watch.failure and ended
 
 
 def test_a_torch_without_processes_imports_the_pack():

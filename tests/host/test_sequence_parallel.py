@@ -294,7 +294,7 @@ def test_a_model_with_a_cache_runs_on_one_gpu(model, caplog):
 def test_blocks_that_are_left_out_in_secret_keep_nobody_waiting(model):
     run(share(model, 2))
     gpu_workers.running_workers().seconds = 20
-    with blocks_left_out(type(wan_model(model))), pytest.raises(RuntimeError, match="left .* out"):
+    with blocks_left_out(type(wan_model(model))), pytest.raises(RuntimeError, match=r"left .* out"):
         run(share(model, 2), (1.0, 0.5, 0.0))
     assert relative(run(share(model, 2)), run(one_rank(model))) <= SAME
 

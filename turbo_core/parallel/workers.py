@@ -27,6 +27,7 @@ from .parcels import wrap
 
 GONE = "a worker is gone: it was ended, or out of memory"
 IN_STEP = 300  # seconds, far more than one rank is ahead of another
+ANSWER = 20  # seconds in which a worker that has nothing to do answers
 A_MOMENT = 0.1  # seconds in which a failure's cause may be heard of after its effects
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -68,6 +69,7 @@ class Workers:
         self.folder: tempfile.TemporaryDirectory | None = None  # where they meet
         self.notes = {}
         self.given_up = False  # whether this process has left all exchanges
+        self.ending = threading.Lock()  # a watch and whoever gave the job may end them at once
 
     @property
     def running(self) -> bool:
@@ -96,11 +98,13 @@ class Workers:
         if not self.running:
             self.stop()
             self._start()
-        return self._together(*parcel, own)
+        return self._together(*parcel, own, self.seconds)
 
-    def _together(self, parcel: bytes, tensors: list[Tensor], own: Callable[[Ranks], T]) -> T:
+    def _together(
+        self, parcel: bytes, tensors: list[Tensor], own: Callable[[Ranks], T], seconds: float
+    ) -> T:
         told = parcel, [(tuple(x.shape), x.dtype, x.is_cuda) for x in tensors]
-        watch = _Watch(self.connections, self._let_go, self.seconds)
+        watch = _Watch(self.connections, self._let_go, seconds)
         try:
             for end in self.connections:
                 end.send(told)
@@ -127,7 +131,7 @@ class Workers:
             self.stop()
             return
         with contextlib.suppress(WorkerError):
-            self.together(nothing, (), nothing)
+            self._together(*wrap((nothing, ())), nothing, min(self.seconds, ANSWER))
 
     def stop(self) -> None:
         """End all workers; the next job starts new ones."""
@@ -160,7 +164,7 @@ class Workers:
             if not ready.wait():
                 raise WorkerError(ready.failure)
             self.ranks = exchange.join(**group, rank=0)
-            self._together(*wrap((exchange.meet, ())), exchange.meet)
+            self._together(*wrap((exchange.meet, ())), exchange.meet, self.seconds)
         except BaseException:
             self.stop()
             raise
@@ -178,13 +182,14 @@ class Workers:
 
     def _let_go(self) -> None:
         """End all workers, and whatever exchange with them this process is in."""
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
-        if self.ranks is not None and not self.given_up:
-            self.given_up = True
-            exchange.give_up(self.ranks)
+        with self.ending:
+            for process in self.processes:
+                process.kill()
+            for process in self.processes:
+                process.wait()
+            if self.ranks is not None and not self.given_up:
+                self.given_up = True
+                exchange.give_up(self.ranks)
 
 
 def nothing(ranks: Ranks) -> None:
@@ -231,6 +236,9 @@ class _Watch:
                 well, answer = ready.recv()
             except (EOFError, OSError):
                 self.failure = GONE  # which is why others fail, whoever tells it first
+                continue
+            except Exception as error:
+                self.failure = f"a worker's answer cannot be read: {error}"
                 continue
             if not well:
                 self.failure = self.failure or answer
