@@ -10,7 +10,7 @@ from ..linear_attention.triton import linear_attention
 from ..sparse_attention.triton import round_block
 
 HEADS = 8  # of one program, which reads its cosines from memory once
-NORM_ROWS = 256  # of a program that adds up their squares
+NORM_ROWS = 128  # of a program that adds up their squares
 ROW_LAUNCH = {"num_warps": 4, "num_stages": 1}  # bandwidth-bound, the same on every card
 
 
@@ -33,17 +33,16 @@ def row_norms_kernel(
 @launched
 @triton.jit(do_not_specialize=["length", "parts", "channels", "eps"])
 def norms_of_squares_kernel(
-    squares_ptr, norms_ptr, length, parts, channels, eps, ROWS: tl.constexpr
+    squares_ptr, norms_ptr, length, parts, channels, eps, PARTS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.arange(0, PARTS)[:, None]
     inside = row < length
-    squares_ptr += sample * parts * length + row
-    total = tl.zeros((ROWS,), tl.float32)
-    for _ in range(parts):
-        total += tl.load(squares_ptr, mask=inside, other=0.0)
-        squares_ptr += length
-    tl.store(norms_ptr + sample * length + row, tl.rsqrt(total / channels + eps), mask=inside)
+    squares_ptr += (sample * parts + part) * length + row
+    squares = tl.load(squares_ptr, mask=(part < parts) & inside, other=0.0)  # [PARTS, ROWS]
+    norms = tl.rsqrt(tl.sum(squares, 0) / channels + eps)
+    tl.store(norms_ptr + sample * length + row, norms, mask=inside)
 
 
 @triton.jit
@@ -118,8 +117,9 @@ def row_norms(x: torch.Tensor, eps: float, squares: torch.Tensor | None = None) 
     if squares is not None:
         parts, channels = squares.shape[1], heads * dim
         norms_of_squares_kernel[-(-length // NORM_ROWS), batch](
-            squares.contiguous(), norms, length, parts, channels, eps, ROWS=NORM_ROWS, **ROW_LAUNCH
-        )
+            squares.contiguous(), norms, length, parts, channels, eps,
+            PARTS=1 << (parts - 1).bit_length(), ROWS=NORM_ROWS, **ROW_LAUNCH,
+        )  # fmt: skip
         return norms
     row_norms_kernel[length, batch](
         x, norms, length, heads, eps, *x.stride()[:3],
