@@ -38,6 +38,7 @@ def prepare(
     quantize: bool = False,
     out: torch.Tensor | None = None,
     branch: LinearBranch | None = None,
+    squares: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Prepared:
     """RMSNorm over all heads, RoPE, block means and, if asked for, int8 and the linear branch.
@@ -56,6 +57,8 @@ def prepare(
         out: where the rotated rows go, contiguous like x; may be x itself. A new tensor if None.
         branch: where given, `out` gets the linear branch of the rotated rows in their place: in
             low bits nothing else reads them.
+        squares: float32 [B, P, L], P parts of the sum of each row's squares over all heads, where
+            the projection has them: see `int8_linear_and_squares`. None reads x for them.
         backend: see `dispatch.choose`.
 
     Returns:
@@ -77,12 +80,16 @@ def prepare(
         )
     if branch is not None:
         check_branch(x, branch)
+    if squares is not None:
+        check_shape("squares", squares, (x.shape[0], squares.shape[1], x.shape[1]))
     kernels = choose(
         "prepare", backend, x, reference, triton_kernels, cuda, cuda,
         unsupported=(not_contiguous(x), None if branch is None else float32_on_gpu(x)),
         operands=(x, cos, sin, out, branch),
     )  # fmt: skip
-    means, *blocks = kernels.prepare(x, weight, cos, sin, eps, block, quantize, out, branch)
+    means, *blocks = kernels.prepare(
+        x, weight, cos, sin, eps, block, quantize, out, branch, squares
+    )
     rows, linear = (out, None) if branch is None else (None, out)
     return Prepared(rows, linear, means, Int8Blocks(*blocks) if quantize else None)
 

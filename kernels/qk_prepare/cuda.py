@@ -88,10 +88,11 @@ def prepare(
     quantize: bool,
     out: torch.Tensor,
     branch: LinearBranch | None,
+    squares: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """`prepare` of the Triton file, of what is not `unfit`."""
     batch, length, heads, _ = x.shape
-    norms, weight = row_norms(x, eps), aligned_copy(weight)
+    norms, weight = row_norms(x, eps, squares), aligned_copy(weight)
     means, integers, scales = block_outputs(x, block, quantize)
     mixed = None, None, None
     if branch is not None:

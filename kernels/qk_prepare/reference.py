@@ -20,9 +20,15 @@ def prepare(
     quantize: bool,
     out: torch.Tensor,
     branch: LinearBranch | None,
+    squares: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The rotated rows or their linear branch to `out`; their means, int8 blocks and scales."""
-    normalized = rms_norm(x.flatten(2), weight, eps).view(x.shape)
+    if squares is None:
+        normalized = rms_norm(x.flatten(2), weight, eps).view(x.shape)
+    else:
+        mean_square = squares.sum(1)[..., None, None] / weight.numel()  # [B, L, 1, 1]
+        weight = weight.float().view(x.shape[2:])
+        normalized = (x.float() * (mean_square + eps).rsqrt() * weight).to(x.dtype)
     rotated = apply_rope(normalized, cos, sin)
     out.copy_(rotated if branch is None else linear_attention(rotated, *branch))
     integers, scales = quantize_heads(rotated, block) if quantize else (None, None)

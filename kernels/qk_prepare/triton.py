@@ -10,6 +10,7 @@ from ..linear_attention.triton import linear_attention
 from ..sparse_attention.triton import round_block
 
 HEADS = 8  # of one program, which reads its cosines from memory once
+NORM_ROWS = 128  # of a program that adds up their squares
 ROW_LAUNCH = {"num_warps": 4, "num_stages": 1}  # bandwidth-bound, the same on every card
 
 
@@ -27,6 +28,21 @@ def row_norms_kernel(
     x = x.to(tl.float32)
     mean_square = tl.sum(x * x) / (heads * HEAD_DIM)
     tl.store(norms_ptr + sample * length + row, tl.rsqrt(mean_square + eps))
+
+
+@launched
+@triton.jit(do_not_specialize=["length", "parts", "channels", "eps"])
+def norms_of_squares_kernel(
+    squares_ptr, norms_ptr, length, parts, channels, eps, PARTS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.arange(0, PARTS)[:, None]
+    inside = row < length
+    squares_ptr += (sample * parts + part) * length + row
+    squares = tl.load(squares_ptr, mask=(part < parts) & inside, other=0.0)  # [PARTS, ROWS]
+    norms = tl.rsqrt(tl.sum(squares, 0) / channels + eps)
+    tl.store(norms_ptr + sample * length + row, norms, mask=inside)
 
 
 @triton.jit
@@ -91,10 +107,20 @@ def contiguous_pairs(angles: torch.Tensor) -> torch.Tensor:
     return angles if angles.stride(-1) == 1 else angles.contiguous()
 
 
-def row_norms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / root mean square of each row of [B, L, H, D] over all heads, float32 [B, L]."""
+def row_norms(x: torch.Tensor, eps: float, squares: torch.Tensor | None = None) -> torch.Tensor:
+    """1 / root mean square of each row of [B, L, H, D] over all heads, float32 [B, L].
+
+    `squares` [B, P, L] is what the rows' squares add up to, where it is known.
+    """
     batch, length, heads, dim = x.shape
     norms = torch.empty(batch, length, dtype=torch.float32, device=x.device)
+    if squares is not None:
+        parts, channels = squares.shape[1], heads * dim
+        norms_of_squares_kernel[-(-length // NORM_ROWS), batch](
+            squares.contiguous(), norms, length, parts, channels, eps,
+            PARTS=1 << (parts - 1).bit_length(), ROWS=NORM_ROWS, **ROW_LAUNCH,
+        )  # fmt: skip
+        return norms
     row_norms_kernel[length, batch](
         x, norms, length, heads, eps, *x.stride()[:3],
         HEAD_DIM=dim, HEADS=1 << (heads - 1).bit_length(), **ROW_LAUNCH,
@@ -126,10 +152,11 @@ def prepare(
     quantize: bool,
     out: torch.Tensor,
     branch: LinearBranch | None,
+    squares: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The rotated rows or their linear branch to `out`; their means, int8 blocks and scales."""
     batch, length, heads, dim = x.shape
-    norms = row_norms(x, eps)
+    norms = row_norms(x, eps, squares)
     means, integers, scales = block_outputs(x, block, quantize)
     cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
     prepare_kernel[-(-heads // HEADS), means.shape[2], batch](

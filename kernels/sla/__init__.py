@@ -100,6 +100,7 @@ def sla_from_projections(
     low_bit: bool = False,
     block_map: torch.Tensor | None = None,
     pv: str | None = None,
+    squares: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     backend: str = "auto",
 ) -> torch.Tensor:
     """`sla` of what Wan's projections give, `sla(apply_rope(rms_norm(q)), ..., v)`, for inference.
@@ -117,6 +118,7 @@ def sla_from_projections(
         eps: of both norms.
         proj, topk, low_bit, block_map, pv, backend: see `sla`. Blocks have 128 and 64 rows, the
             feature map is "softmax".
+        squares: of q's and k's rows, see `prepare`.
 
     Returns:
         [B, L, H, D] in q's dtype.
@@ -128,11 +130,12 @@ def sla_from_projections(
     # The kernels need pairs side by side; copied here, so that q and k share the copy.
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in rotation)
     q_norm, k_norm = norms
-    rotated = prepare(k, k_norm, cos, sin, eps, BLOCK_K, out=k, backend=backend)
+    q_squares, k_squares = squares
+    rotated = prepare(k, k_norm, cos, sin, eps, BLOCK_K, out=k, squares=k_squares, backend=backend)
     keys = _keys(k, v, rotated.means, proj, "softmax", low_bit, BLOCK_K, backend)
     # In 16 bits attention reads the rotated q, which then cannot make room for its linear branch.
     branch = keys.branch if low_bit else None
-    queries = prepare(q, q_norm, cos, sin, eps, BLOCK_Q, low_bit, q, branch, backend)
+    queries = prepare(q, q_norm, cos, sin, eps, BLOCK_Q, low_bit, q, branch, q_squares, backend)
     return _attend(queries, keys, topk, low_bit, block_map, pv, BLOCK_Q, BLOCK_K, backend)
 
 

@@ -74,6 +74,19 @@ def test_triton_equals_the_reference(length, heads, dim, block, own_angles, dtyp
     assert (found.integers != expected.integers).float().mean() <= 1e-2
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_takes_the_squares_of_rows_where_they_are_known(backend):
+    """In parts, and in place of those of x itself."""
+    x, weight, cos, sin = random_projection(2, 300, 3, 64, torch.float32)
+    parts = x.square().sum(-1).permute(0, 2, 1)  # of each head, [B, H, L]
+    found = prepare(x, weight, cos, sin, block=64, squares=parts, backend=backend)
+    assert goldens.relative_error(found.rows, exact(x, weight, cos, sin)) <= 1e-6
+    wrong = prepare(x, weight, cos, sin, block=64, squares=4 * parts, backend=backend)
+    assert goldens.relative_error(2 * wrong.rows, found.rows) <= 1e-5
+    with pytest.raises(ValueError, match="squares"):
+        prepare(x, weight, cos, sin, squares=parts[:, :, :299], backend=backend)
+
+
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 def test_means_and_integers_are_those_of_the_rounded_rows(dtype):
     arguments = random_projection(1, 150, 2, 64, dtype)

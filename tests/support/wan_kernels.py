@@ -44,7 +44,7 @@ def run_block(
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """The kernels of one fused block, in its order."""
-    from turbodiffusion_pack.kernels.int8_linear import int8_linear
+    from turbodiffusion_pack.kernels.int8_linear import int8_linear, int8_linear_and_squares
     from turbodiffusion_pack.kernels.norm import rms_norm
     from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
     from turbodiffusion_pack.kernels.requantize import requantize_rows
@@ -66,8 +66,9 @@ def run_block(
     cos, sin = (vectors(1, length, HEAD_DIM // 2, device=device) for _ in range(2))
     proj = vectors(HEAD_DIM, HEAD_DIM, device=device), vectors(HEAD_DIM, device=device)
     n = layer_norm_quant(x, granularity, scale=scale, shift=shift, **common)
-    q, k, v = (int8_linear(*n, *square, **common).unflatten(2, (-1, HEAD_DIM)) for _ in "qkv")
-    options = {"topk": topk, "low_bit": low_bit, **common}
+    (q, q_squares), (k, k_squares) = (int8_linear_and_squares(*n, *square, **common) for _ in "qk")
+    q, k, v = (y.unflatten(2, (-1, HEAD_DIM)) for y in (q, k, int8_linear(*n, *square, **common)))
+    options = {"topk": topk, "low_bit": low_bit, "squares": (q_squares, k_squares), **common}
     y = sla_from_projections(q, k, v, (norm, norm), (cos, sin), proj, **options)
     y = quantize(y.flatten(2), **common)
     int8_linear(*y, *square, gate=gate, residual=x, **common)

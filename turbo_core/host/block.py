@@ -17,7 +17,7 @@ from .epilogue import Operands, quantize
 from .gradients import GRADIENTS, records_graph
 from .int8_tensor import is_int8
 from .once import once
-from .operations import Linear, int8_product, int8_weights
+from .operations import Linear, int8_product, int8_product_and_squares, int8_weights
 from .patch_owner import is_ours, is_stock
 from .self_attention import attend, host_attention, missing_parts
 from .versions import unrecorded
@@ -68,7 +68,8 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     x = x.contiguous()  # the first block gets the patch embedding channels first; then no copy
 
     n = layer_norm_quant(x, granularity, scale=scale1, shift=shift1, eps=eps)
-    q, k, v = (int8_product(attn._modules[name], n, dtype) for name in "qkv")  # [B, L, C]
+    q, k = (int8_product_and_squares(attn._modules[name], n, dtype) for name in "qk")
+    v = int8_product(attn._modules["v"], n, dtype)  # [B, L, C]
     del n
     y = attend(attn, index, q, k, v, freqs, transformer_options)
     del q, k, v

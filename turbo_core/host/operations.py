@@ -6,7 +6,7 @@ import comfy.float
 import comfy.ops
 import torch
 
-from ...kernels.int8_linear import int8_linear
+from ...kernels.int8_linear import int8_linear, int8_linear_and_squares
 from ...kernels.requantize import requantize_rows
 from .. import run_report
 from .epilogue import Operands, activated, added, int8_linear_with, quantize
@@ -18,10 +18,21 @@ from .weights import fetched, kept
 
 def int8_product(op: "Linear", x: Operands, dtype: torch.dtype, **epilogue) -> torch.Tensor:
     """The INT8 linear layer `op` on quantized activations; `epilogue` as int8_linear takes it."""
+    return _product(int8_linear, op, x, dtype, **epilogue)
+
+
+def int8_product_and_squares(
+    op: "Linear", x: Operands, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same as int8_linear_and_squares gives it."""
+    return _product(int8_linear_and_squares, op, x, dtype)
+
+
+def _product(multiply, op: "Linear", x: Operands, dtype: torch.dtype, **epilogue):
     comfy.ops.run_every_op()
     with fetched(op, dtype, x[0].device) as (weight, bias):
         operands = _weight_operands(weight, op.granularity)
-        y = int8_linear(*x, *operands, bias, out_dtype=dtype, **epilogue)
+        y = multiply(*x, *operands, bias, out_dtype=dtype, **epilogue)
     run_report.note_int8(op.granularity, op)
     return y
 

@@ -68,10 +68,12 @@ def _sparse(attn, index: int, settings: SLASettings, x, freqs, transformer_optio
 def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tensor:
     """Self-attention of block `index` from its projections q, k, v [B, L, C], before `o`.
 
-    Overwrites q and k. For the fused block: RMSNorm and RoPE happen in here, SLA or the host's
+    q and k come with the sums of their rows' squares, see `sla_from_projections`; both are
+    overwritten. For the fused block: RMSNorm and RoPE happen in here, SLA or the host's
     attention follows.
     """
     settings, why_dense = _choose(attn, index, transformer_options)
+    (q, q_squares), (k, k_squares) = q, k
     q_weight, _ = float32_weights(attn._modules["norm_q"], q.device)
     k_weight, _ = float32_weights(attn._modules["norm_k"], q.device)
     rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
@@ -84,7 +86,7 @@ def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tens
     _note_sla(attn, index, settings, q)
     q, k, v = (x.unflatten(2, heads) for x in (q, k, v))
     weights = (q_weight, k_weight), rotation, _projection(attn, q.device)
-    options = {"eps": attn.eps, **_sla_options(settings)}
+    options = {"eps": attn.eps, "squares": (q_squares, k_squares), **_sla_options(settings)}
     return sla_from_projections(q, k, v, *weights, **options).flatten(2)
 
 
