@@ -80,8 +80,7 @@ def prepare(
         )
     if branch is not None:
         check_branch(x, branch)
-    if squares is not None:
-        check_shape("squares", squares, (x.shape[0], squares.shape[1], x.shape[1]))
+    _check_squares(x, squares)
     kernels = choose(
         "prepare", backend, x, reference, triton_kernels, cuda, cuda,
         unsupported=(not_contiguous(x), None if branch is None else float32_on_gpu(x)),
@@ -92,6 +91,14 @@ def prepare(
     )
     rows, linear = (out, None) if branch is None else (None, out)
     return Prepared(rows, linear, means, Int8Blocks(*blocks) if quantize else None)
+
+
+def _check_squares(x: torch.Tensor, squares: torch.Tensor | None) -> None:
+    if squares is None:
+        return
+    check_shape("squares", squares, (x.shape[0], *squares.shape[1:2], x.shape[1]))
+    if squares.dtype != torch.float32:
+        raise TypeError(f"squares must be float32, got {squares.dtype}")
 
 
 def check_angles(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -92,7 +92,7 @@ def sla_from_projections(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    norms: Pair,
+    norms: tuple[torch.Tensor | None, ...],
     rotation: Pair,
     proj: Pair | None,
     eps: float = 1e-6,
@@ -100,7 +100,6 @@ def sla_from_projections(
     low_bit: bool = False,
     block_map: torch.Tensor | None = None,
     pv: str | None = None,
-    squares: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     backend: str = "auto",
 ) -> torch.Tensor:
     """`sla` of what Wan's projections give, `sla(apply_rope(rms_norm(q)), ..., v)`, for inference.
@@ -112,13 +111,13 @@ def sla_from_projections(
     Args:
         q, k: [B, L, H, D], the projections, contiguous; float32, float16 or bfloat16.
         v: [B, L, H, D] of the same dtype.
-        norms: weights [H * D] of q's and k's RMSNorm over all heads, any float dtypes.
+        norms: weights [H * D] of q's and k's RMSNorm over all heads, any float dtypes; after them
+            may stand the sums of q's and k's rows' squares, see `prepare`, or None.
         rotation: cos and sin [1 or B, L, D / 2] float32; see `apply_rope`. Pairs that lie side by
             side (stride 1) save a copy.
         eps: of both norms.
         proj, topk, low_bit, block_map, pv, backend: see `sla`. Blocks have 128 and 64 rows, the
             feature map is "softmax".
-        squares: of q's and k's rows, see `prepare`.
 
     Returns:
         [B, L, H, D] in q's dtype.
@@ -129,8 +128,8 @@ def sla_from_projections(
     _check_inputs(q, k, v, proj, topk, BLOCK_Q, BLOCK_K)
     # The kernels need pairs side by side; copied here, so that q and k share the copy.
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in rotation)
-    q_norm, k_norm = norms
-    q_squares, k_squares = squares
+    q_norm, k_norm, *squares = norms
+    q_squares, k_squares = squares or (None, None)
     rotated = prepare(k, k_norm, cos, sin, eps, BLOCK_K, out=k, squares=k_squares, backend=backend)
     keys = _keys(k, v, rotated.means, proj, "softmax", low_bit, BLOCK_K, backend)
     # In 16 bits attention reads the rotated q, which then cannot make room for its linear branch.

@@ -85,6 +85,8 @@ def test_takes_the_squares_of_rows_where_they_are_known(backend):
     assert goldens.relative_error(2 * wrong.rows, found.rows) <= 1e-5
     with pytest.raises(ValueError, match="squares"):
         prepare(x, weight, cos, sin, squares=parts[:, :, :299], backend=backend)
+    with pytest.raises(TypeError, match="squares"):
+        prepare(x, weight, cos, sin, squares=parts.double(), backend=backend)
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)

@@ -222,6 +222,16 @@ def test_from_projections_in_triton(dim, low_bit, pv):
     assert goldens.relative_error(out, expected) <= bound
 
 
+def test_from_projections_takes_what_is_known_of_rows():
+    """Squares four times as large halve q's norm, and so on."""
+    q, k, v, norms, *rest = random_projections(300, 2, 64)
+    squares = [x.flatten(2).square().sum(-1)[:, None] for x in (q, k)]
+    expected = by_its_parts(q, k, v, (norms[0] / 2, norms[1]), *rest)
+    known = *norms, 4 * squares[0], squares[1]
+    out = sla_from_projections(q, k, v, known, *rest, backend="reference")
+    assert goldens.relative_error(out, expected) <= 1e-5
+
+
 def test_from_projections_takes_every_option():
     q, k, *rest = random_projections(300, 2, 64)
     chosen = random_map(1, 300, 2, 128, 64)

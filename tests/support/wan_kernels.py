@@ -68,8 +68,9 @@ def run_block(
     n = layer_norm_quant(x, granularity, scale=scale, shift=shift, **common)
     (q, q_squares), (k, k_squares) = (int8_linear_and_squares(*n, *square, **common) for _ in "qk")
     q, k, v = (y.unflatten(2, (-1, HEAD_DIM)) for y in (q, k, int8_linear(*n, *square, **common)))
-    options = {"topk": topk, "low_bit": low_bit, "squares": (q_squares, k_squares), **common}
-    y = sla_from_projections(q, k, v, (norm, norm), (cos, sin), proj, **options)
+    norms = norm, norm, q_squares, k_squares
+    options = {"topk": topk, "low_bit": low_bit, **common}
+    y = sla_from_projections(q, k, v, norms, (cos, sin), proj, **options)
     y = quantize(y.flatten(2), **common)
     int8_linear(*y, *square, gate=gate, residual=x, **common)
     n = layer_norm_quant(x, granularity, weight=norm, bias=norm, **common)

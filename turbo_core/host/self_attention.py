@@ -85,8 +85,9 @@ def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tens
         return host_attention(attn, q.flatten(2), k.flatten(2), v, transformer_options)
     _note_sla(attn, index, settings, q)
     q, k, v = (x.unflatten(2, heads) for x in (q, k, v))
-    weights = (q_weight, k_weight), rotation, _projection(attn, q.device)
-    options = {"eps": attn.eps, "squares": (q_squares, k_squares), **_sla_options(settings)}
+    norms = q_weight, k_weight, q_squares, k_squares
+    weights = norms, rotation, _projection(attn, q.device)
+    options = {"eps": attn.eps, **_sla_options(settings)}
     return sla_from_projections(q, k, v, *weights, **options).flatten(2)
 
 
