@@ -16,7 +16,7 @@ if has_triton():
 else:
     cuda = triton_kernels = None
 
-__all__ = ["Prepared", "prepare", "square_sums"]
+__all__ = ["Prepared", "norms_of_squares", "prepare", "square_sums"]
 
 
 class Prepared(NamedTuple):
@@ -58,7 +58,8 @@ def prepare(
         branch: where given, `out` gets the linear branch of the rotated rows in their place: in
             low bits nothing else reads them.
         row_norms: float32 [B, L], 1 / root mean square of each row, eps included: given where x is
-            some of the heads that a norm is taken over, see `square_sums`.
+            some of the heads that a norm is taken over, see `square_sums`, and where they are
+            known without reading x, see `norms_of_squares`.
         backend: see `dispatch.choose`.
 
     Returns:
@@ -80,6 +81,7 @@ def prepare(
         )
     if row_norms is not None:
         check_shape("row_norms", row_norms, tuple(x.shape[:2]))
+        _check_float32("row_norms", row_norms)
     if branch is not None:
         check_branch(x, branch)
     kernels = choose(
@@ -114,11 +116,40 @@ def square_sums(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     return kernels.square_sums(x)
 
 
+def norms_of_squares(
+    squares: torch.Tensor, channels: int, eps: float = 1e-6, backend: str = "auto"
+) -> torch.Tensor:
+    """What `prepare` takes as `row_norms`, 1 / sqrt(mean square + eps), of sums of squares.
+
+    Args:
+        squares: float32 [B, P, L], P parts of the sum of each row's squares, as
+            `int8_linear_and_squares` gives them.
+        channels: what the squares are of in a row, of all heads.
+        eps: added to the mean square.
+        backend: see `dispatch.choose`.
+
+    Returns:
+        float32 [B, L].
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+    """
+    if squares.ndim != 3:
+        raise ValueError(f"squares must be [B, P, L], got {list(squares.shape)}")
+    _check_float32("squares", squares)
+    kernels = choose("norms_of_squares", backend, squares, reference, triton_kernels)
+    return kernels.norms_of_squares(squares, channels, eps)
+
+
+def _check_float32(name: str, x: torch.Tensor) -> None:
+    if x.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32, got {x.dtype}")
+
+
 def check_angles(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """Require the cosines and sines of a rotation of x [B, L, H, D]."""
     batch, length, _, dim = x.shape
     for name, angles in (("cos", cos), ("sin", sin)):
         samples = 1 if angles.shape[:1] == (1,) else batch
         check_shape(name, angles, (samples, length, dim // 2))
-        if angles.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32, got {angles.dtype}")
+        _check_float32(name, angles)

@@ -35,6 +35,11 @@ def square_sums(x: torch.Tensor) -> torch.Tensor:
     return x.float().square().sum(-1)
 
 
+def norms_of_squares(squares: torch.Tensor, channels: int, eps: float) -> torch.Tensor:
+    """1 / root mean square of rows whose squares add up to squares [B, P, L], float32 [B, L]."""
+    return torch.rsqrt(squares.sum(1) / channels + eps)
+
+
 def _normalized(
     x: torch.Tensor, weight: torch.Tensor, eps: float, row_norms: torch.Tensor | None
 ) -> torch.Tensor:

@@ -10,6 +10,7 @@ from ..linear_attention.triton import linear_attention
 from ..sparse_attention.triton import round_block
 
 HEADS = 8  # of one program, which reads its cosines from memory once
+NORM_ROWS = 128  # of a program that adds up their squares
 ROW_LAUNCH = {"num_warps": 4, "num_stages": 1}  # bandwidth-bound, the same on every card
 
 
@@ -44,6 +45,21 @@ def square_sums_kernel(
     x = x.to(tl.float32)
     to = sums_ptr + (sample * length + row) * heads + head
     tl.store(to, tl.sum(x * x, 1), mask=head < heads)
+
+
+@launched
+@triton.jit(do_not_specialize=["length", "parts", "channels", "eps"])
+def norms_of_squares_kernel(
+    squares_ptr, norms_ptr, length, parts, channels, eps, PARTS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.arange(0, PARTS)[:, None]
+    inside = row < length
+    squares_ptr += (sample * parts + part) * length + row
+    squares = tl.load(squares_ptr, mask=(part < parts) & inside, other=0.0)  # [PARTS, ROWS]
+    norms = tl.rsqrt(tl.sum(squares, 0) / channels + eps)
+    tl.store(norms_ptr + sample * length + row, norms, mask=inside)
 
 
 @triton.jit
@@ -131,6 +147,17 @@ def square_sums(x: torch.Tensor) -> torch.Tensor:
         HEAD_DIM=dim, HEADS=max(8, 1 << (heads - 1).bit_length()), **ROW_LAUNCH,
     )  # fmt: skip
     return sums
+
+
+def norms_of_squares(squares: torch.Tensor, channels: int, eps: float) -> torch.Tensor:
+    """1 / root mean square of rows whose squares add up to squares [B, P, L], float32 [B, L]."""
+    batch, parts, length = squares.shape
+    norms = torch.empty(batch, length, dtype=torch.float32, device=squares.device)
+    norms_of_squares_kernel[-(-length // NORM_ROWS), batch](
+        squares.contiguous(), norms, length, parts, channels, eps,
+        PARTS=1 << (parts - 1).bit_length(), ROWS=NORM_ROWS, **ROW_LAUNCH,
+    )  # fmt: skip
+    return norms
 
 
 def block_outputs(

@@ -29,7 +29,8 @@ from .autograd import Options, SparseLinearAttention
 __all__ = ["sla", "sla_from_projections"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-Projection = torch.Tensor | Callable[[], torch.Tensor]
+# q or k, or what gives it and its `row_norms`, see `prepare`, or None for these.
+Projection = torch.Tensor | Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
 
 BLOCK_Q, BLOCK_K = 128, 64  # rows in a query and a key block, as the models were trained
 
@@ -100,11 +101,11 @@ def _differentiable(q, k, v, proj, low_bit, block_map, options: Options) -> torc
 def sla_from_projections(
     q: Projection,
     k: Projection,
-    v: Projection,
+    v: torch.Tensor | Callable[[], torch.Tensor],
     norms: Pair,
     rotation: Pair,
     proj: Pair | None,
-    eps: float | Callable[[torch.Tensor], torch.Tensor] = 1e-6,
+    eps: float = 1e-6,
     topk: float = 0.1,
     low_bit: bool = False,
     block_map: torch.Tensor | None = None,
@@ -120,12 +121,12 @@ def sla_from_projections(
     Args:
         q, k: [B, L, H, D], the projections, contiguous; float32, float16 or bfloat16.
         v: [B, L, H, D] of the same dtype. All three may be functions that give them, called for k,
-            v and q in turn: in low bits k and v are then freed before there is a q.
+            v and q in turn: in low bits k and v are then freed before there is a q. Those of q and
+            k give two things, the second one its `row_norms`, see `prepare`, or None.
         norms: weights [H * D] of q's and k's RMSNorm over all heads, any float dtypes.
         rotation: cos and sin [1 or B, L, D / 2] float32; see `apply_rope`. Pairs that lie side by
             side (stride 1) save a copy.
-        eps: of both norms. Where q and k are some of the heads that these are taken over: a
-            function that gives the `row_norms` of either, see `prepare`.
+        eps: of both norms.
         proj, topk, low_bit, block_map, pv, backend: see `sla`. Blocks have 128 and 64 rows, the
             feature map is "softmax".
 
@@ -135,15 +136,14 @@ def sla_from_projections(
     Raises:
         ValueError, TypeError: a shape, dtype or option does not fit.
     """
-    eps, row_norms = (0.0, eps) if callable(eps) else (eps, lambda _: None)
     # The kernels need pairs side by side; copied here, so that q and k share the copy.
     rotation = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in rotation)
     q_norm, k_norm = norms
-    k, v = _given(k), _given(v)
+    k, row_norms = k() if callable(k) else (k, None)
+    v = v() if callable(v) else v
     shape = k.shape
     _check_inputs(k, k, v, proj, topk, BLOCK_Q, BLOCK_K)
-    norm = row_norms(k)
-    means = prepare(k, k_norm, *rotation, eps, BLOCK_K, False, k, None, norm, backend).means
+    means = prepare(k, k_norm, *rotation, eps, BLOCK_K, False, k, None, row_norms, backend).means
     keys = _keys(k, v, means, proj, "softmax", low_bit, BLOCK_K, backend)
     if low_bit:
         pv = pv or default_pv(v.device)
@@ -151,20 +151,15 @@ def sla_from_projections(
         keys = keys._replace(rows=None, v=None)
         k = kernels.quantize_keys(k, BLOCK_K, keys.mean)
         v = kernels.quantize_values(v, PV_DTYPES[pv], BLOCK_K, keys.v_max)
-    q = _given(q)
+    q, row_norms = q() if callable(q) else (q, None)
     check_shape("q", q, shape)
     # In 16 bits attention reads the rotated q, which then cannot make room for its linear branch.
     branch = keys.branch if low_bit else None
-    norm = row_norms(q)
-    queries = prepare(q, q_norm, *rotation, eps, BLOCK_Q, low_bit, q, branch, norm, backend)
+    queries = prepare(q, q_norm, *rotation, eps, BLOCK_Q, low_bit, q, branch, row_norms, backend)
     if not low_bit:
         return _attend(queries, keys, topk, False, block_map, None, BLOCK_Q, BLOCK_K, backend)
     block_map = _block_map(queries, keys, topk, block_map, backend)
     return attend_quantized(kernels, queries.blocks, k, v, block_map, q, branch is not None)
-
-
-def _given(x: Projection) -> torch.Tensor:
-    return x() if callable(x) else x
 
 
 class _Keys(NamedTuple):

@@ -142,6 +142,7 @@ FITTING = {
         lambda: norm_quant.layer_norm_quant(torch.zeros(1, 130, 128), "rows"),
     ),
     "prepare": (CUDA, lambda: prepare(heads())),
+    "norms_of_squares": (TRITON, lambda: qk_prepare.norms_of_squares(torch.ones(1, 2, 130), 128)),
     "square_sums": (TRITON, lambda: qk_prepare.square_sums(heads())),
     "requantize_rows": (
         TRITON,

@@ -11,7 +11,7 @@ import live_memory
 import pytest
 import torch
 from in_comfyui import comfy
-from turbodiffusion_pack.kernels import dispatch, sla, sparse_attention
+from turbodiffusion_pack.kernels import dispatch, int8_linear, sla, sparse_attention
 from turbodiffusion_pack.turbo_core.activation_memory import Network, fused_bytes, rounding
 from turbodiffusion_pack.turbo_core.host import block, memory, patch, per_run, self_attention, text
 from turbodiffusion_pack.turbo_core.host.gradients import GRADIENTS
@@ -94,8 +94,16 @@ def alive(monkeypatch):
     for module in (sla, self_attention):
         monkeypatch.setattr(module, "default_pv", lambda device: "fp8")
     monkeypatch.setattr(sparse_attention, "_no_fp8", lambda *_: None)
+    monkeypatch.setattr(int8_linear, "hopper", int8_linear.triton_kernels)
+    monkeypatch.setattr(int8_linear.hopper, "linear_and_squares", _and_squares, raising=False)
     with live_memory.kernels_that_allocate_only(monkeypatch):
         yield
+
+
+def _and_squares(*operands):
+    """The linear as on Hopper, which takes memory for the squares of rows."""
+    batch, length, n = operands[-1].shape
+    return operands[-1], meta(batch, n // 256, length)
 
 
 def _by_cudnn(conv, x):

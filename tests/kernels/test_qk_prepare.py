@@ -12,7 +12,7 @@ from turbodiffusion_pack.kernels.linear_attention import (
     linear_attention,
 )
 from turbodiffusion_pack.kernels.norm import rms_norm
-from turbodiffusion_pack.kernels.qk_prepare import cuda, prepare, square_sums
+from turbodiffusion_pack.kernels.qk_prepare import cuda, norms_of_squares, prepare, square_sums
 from turbodiffusion_pack.kernels.qk_prepare import triton as triton_kernels
 from turbodiffusion_pack.kernels.rope import apply_rope
 from turbodiffusion_pack.kernels.sparse_attention.reference import quantize_heads
@@ -72,6 +72,25 @@ def test_triton_equals_the_reference(length, heads, dim, block, own_angles, dtyp
     torch.testing.assert_close(found.scale, expected.scale, atol=0, rtol=max(2 * eps, 1e-6))
     assert (found.integers.int() - expected.integers.int()).abs().max() <= 1
     assert (found.integers != expected.integers).float().mean() <= 1e-2
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_takes_the_squares_of_rows_where_they_are_known(backend):
+    """In parts, and as norms in place of those of x itself."""
+    x, weight, cos, sin = random_projection(2, 300, 3, 64, torch.float32)
+    parts = x.square().sum(-1).permute(0, 2, 1)  # of each head, [B, H, L]
+
+    def rows(squares):
+        norms = norms_of_squares(squares, weight.numel(), backend=backend)
+        return prepare(x, weight, cos, sin, block=64, row_norms=norms, backend=backend).rows
+
+    found = rows(parts)
+    assert goldens.relative_error(found, exact(x, weight, cos, sin)) <= 1e-6
+    assert goldens.relative_error(2 * rows(4 * parts), found) <= 1e-5
+    with pytest.raises(ValueError, match="squares"):
+        norms_of_squares(parts[0], weight.numel(), backend=backend)
+    with pytest.raises(TypeError, match="squares"):
+        norms_of_squares(parts.double(), weight.numel(), backend=backend)
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)

@@ -72,8 +72,8 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     x = x if split is None else split.tokens_into(index, x)
     x = x.contiguous()  # the first block gets the patch embedding channels first; then no copy
 
-    def project(op, n, out):
-        return int8_product(op, n, dtype, out=out)  # [B, L, C]
+    def project(op, n, out, **squares):
+        return int8_product(op, n, dtype, out=out, **squares)  # [B, L, C]
 
     def normed():
         return layer_norm_quant(x, granularity, scale=scale1, shift=shift1, eps=eps)

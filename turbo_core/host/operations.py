@@ -7,7 +7,7 @@ import comfy.lora
 import comfy.ops
 import torch
 
-from ...kernels.int8_linear import int8_linear
+from ...kernels.int8_linear import int8_linear, int8_linear_and_squares
 from ...kernels.requantize import requantize_rows
 from .. import run_report
 from ..parallel.shares import in_blocks
@@ -21,11 +21,17 @@ from .weights import fetched, kept, moved
 
 
 def int8_product(
-    op: "Linear", x: Operands, dtype: torch.dtype, channels: slice | None = None, **epilogue
-) -> torch.Tensor:
+    op: "Linear",
+    x: Operands,
+    dtype: torch.dtype,
+    channels: slice | None = None,
+    squares: bool = False,
+    **epilogue,
+):
     """The INT8 linear layer `op` on quantized activations; `epilogue` as int8_linear takes it.
 
-    `channels` are the output channels to compute, whole blocks of 128; None computes all.
+    `channels` are the output channels to compute, whole blocks of 128; None computes all. With
+    `squares` as int8_linear_and_squares gives it.
     """
     comfy.ops.run_every_op()
     run_report.note_int8(op.granularity, op)
@@ -33,7 +39,8 @@ def int8_product(
     with fetched(op, dtype, x[0].device) as (weight, bias):
         operands = _weight_operands(weight, op.granularity, channels)
         bias = bias if channels is None or bias is None else bias[channels]
-        return int8_linear(*x, *operands, bias, out_dtype=dtype, **epilogue)
+        multiply = int8_linear_and_squares if squares else int8_linear
+        return multiply(*x, *operands, bias, out_dtype=dtype, **epilogue)
 
 
 def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):

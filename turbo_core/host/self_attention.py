@@ -1,7 +1,6 @@
 """Wan's self-attention as SLA: from the host's module and options to kernels/."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from ...kernels.norm import rms_norm
-from ...kernels.qk_prepare import prepare
+from ...kernels.qk_prepare import norms_of_squares, prepare
 from ...kernels.rope import apply_rope
 from ...kernels.sla import sla, sla_from_projections
 from ...kernels.sparse_attention import default_pv
@@ -91,39 +90,53 @@ def attend(
     """Self-attention of block `index` from its input x [B, L, C] to what goes into `o`, as large.
 
     For the fused block: `quantized()` gives x as what the layers attn.q, k and v take, and
-    `project(op, input, out)` their output, or that of those `some` heads. Both are called here,
-    keys and values first, so that nothing outlives its use.
+    `project(op, input, out)` their output, or that of those `some` heads; that of all also with
+    its `squares`, see int8_product. Both are called here, keys and values first, so that nothing
+    outlives its use.
     """
     settings, why_dense = _choose(attn, index, transformer_options)
     rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
-    channels, eps = some or (slice(None), attn.eps)
+    channels = slice(None) if some is None else some.channels
     in_16_bits = why_dense or settings.attention == "sla"
     # What lives longer comes before what it is made of, see activation_memory.py.
     room = len(x), freqs.shape[1], len(range(attn.dim)[channels])
     rooms = [x.new_empty(room) for _ in ("kvq" if in_16_bits else "kv")]
     n, parts = quantized(), attn._modules
 
-    def heads(name: str) -> torch.Tensor:
-        y = project(parts[name], n, rooms.pop() if rooms else None)
-        return y.unflatten(2, (-1, attn.head_dim))
+    def projected(name: str, **squares):
+        return project(parts[name], n, rooms.pop() if rooms else None, **squares)
 
-    def queries():
+    def heads(name: str) -> torch.Tensor:
+        return projected(name).unflatten(2, (-1, attn.head_dim))
+
+    def with_row_norms(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Those of q or k, and what their rows are normed by, where that is known by now."""
+        if some is not None:
+            y = heads(name)
+            return y, some.row_norms(y)
+        y, squares = projected(name, squares=True)
+        y = y.unflatten(2, (-1, attn.head_dim))
+        return y, None if squares is None else norms_of_squares(squares, attn.dim, attn.eps)
+
+    def last(y):
         nonlocal n
-        q, n = heads("q"), None
-        return q
+        n = None
+        return y
 
     if why_dense:
         run_report.note_dense(index, why_dense)
         v = heads("v").flatten(2)
         k = _rotated(parts["norm_k"], heads("k"), rotation, some)
-        q = _rotated(parts["norm_q"], queries(), rotation, some)
+        q = _rotated(parts["norm_q"], last(heads("q")), rotation, some)
         return host_attention(attn, q, k, v, transformer_options)
     _note_sla(attn, index, settings, freqs)
-    k, v = (functools.partial(heads, name) for name in "kv")
     norms = [float32_weights(parts[name], freqs.device)[0] for name in ("norm_q", "norm_k")]
     weights = [norm[channels] for norm in norms], rotation, _projection(attn, freqs.device)
-    options = {"eps": eps, **_sla_options(settings)}
-    return sla_from_projections(queries, k, v, *weights, **options).flatten(2)
+    options = {"eps": attn.eps, **_sla_options(settings)}
+    return sla_from_projections(
+        lambda: last(with_row_norms("q")), lambda: with_row_norms("k"), lambda: heads("v"),
+        *weights, **options,
+    ).flatten(2)  # fmt: skip
 
 
 def _rotated(norm, x: torch.Tensor, rotation: Pair, some: SomeHeads | None) -> torch.Tensor:
