@@ -58,12 +58,15 @@ SAME_WITH_LORA = 5e-3 if dynamic_vram.wanted() else SAME
 
 @pytest.fixture(scope="module", autouse=True)
 def forked():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as workers have: sums of several threads round otherwise
     with (
         zygote.forking(workers_module, "comfy_worker_imports"),
         mock.patch.object(gpu_workers, "ON_CPUS", True),
     ):
         yield
         gpu_workers.stop()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +307,9 @@ def test_new_workers_get_the_model_where_one_dies_between_two_passes(model):
 
     def kill(step, *_):
         if step == 0:
-            gpu_workers.running_workers().processes[0].kill()
+            worker = gpu_workers.running_workers().processes[0]
+            worker.kill()
+            worker.wait()
 
     assert run(share(model, 2), (1.0, 0.5, 0.0), callback=kill).equal(expected)
 
@@ -483,7 +488,7 @@ def test_workers_are_of_one_device():
 
 def test_what_another_device_decodes_is_not_shared(model):
     run(share(model, 2))
-    assert gpu_workers.running_workers(torch.device("cpu")) is gpu_workers.running_workers()
+    assert gpu_workers.running_workers(model.load_device) is gpu_workers.running_workers()
     assert gpu_workers.running_workers(torch.device("cuda", 1)) is None
 
 
