@@ -148,13 +148,18 @@ def test_what_the_host_pins_stays_pinned_as_long_as_the_model_lives(path, pins):
     assert not pins
 
 
-@legacy
-def test_experts_that_do_not_fit_together_are_pinned(path, pins, monkeypatch):
+def _two_experts(path, monkeypatch):
+    """A model of two experts with other weights, as on a GPU, and the second one."""
     monkeypatch.setattr(experts, "is_device_cpu", lambda _: False)
     other = load_turbo_model(path)
     for op in _linears(other).values():
         unpack(op.weight)[0].add_(1)
-    model = switch_experts(load_turbo_model(path), other, 0.9)
+    return switch_experts(load_turbo_model(path), other, 0.9), other
+
+
+@legacy
+def test_experts_that_do_not_fit_together_are_pinned(path, pins, monkeypatch):
+    model, _ = _two_experts(path, monkeypatch)
     size = 2 * model.model_size()
     for room, pinned in ((1e13, False), (size, True)):
         _free(monkeypatch, room)
@@ -166,12 +171,9 @@ def test_experts_that_do_not_fit_together_are_pinned(path, pins, monkeypatch):
 
 @legacy
 def test_a_cancelled_run_pins_nothing_more(path, pins, monkeypatch):
-    monkeypatch.setattr(experts, "is_device_cpu", lambda _: False)
     monkeypatch.setattr(experts, "fit_together", lambda *_: False)
-    other, pinned, may_go_on = load_turbo_model(path), in_ram.pin, threading.Event()
-    for op in _linears(other).values():
-        unpack(op.weight)[0].add_(1)
-    model = switch_experts(load_turbo_model(path), other, 0.9)
+    pinned, may_go_on = in_ram.pin, threading.Event()
+    model, other = _two_experts(path, monkeypatch)
 
     def slowly(expert, goes_on=lambda: True):
         if expert.model is other.model:
@@ -190,12 +192,8 @@ def test_a_cancelled_run_pins_nothing_more(path, pins, monkeypatch):
 
 @legacy
 def test_a_run_is_cancelled_while_its_first_expert_is_pinned(path, pins, monkeypatch):
-    monkeypatch.setattr(experts, "is_device_cpu", lambda _: False)
     monkeypatch.setattr(experts, "fit_together", lambda *_: False)
-    other = load_turbo_model(path)
-    for op in _linears(other).values():
-        unpack(op.weight)[0].add_(1)
-    model = switch_experts(load_turbo_model(path), other, 0.9)
+    model, _ = _two_experts(path, monkeypatch)
     pin_memory = management.pin_memory
 
     def cancels(tensor):
@@ -584,12 +582,8 @@ def test_out_of_memory_is_told_and_leaves_nothing_pinned_or_merged(path, pins, m
 
 @legacy
 def test_out_of_memory_in_either_expert_leaves_nothing_pinned(path, pins, monkeypatch):
-    monkeypatch.setattr(experts, "is_device_cpu", lambda _: False)
     monkeypatch.setattr(experts, "fit_together", lambda *_: False)
-    other = load_turbo_model(path)
-    for op in _linears(other).values():
-        unpack(op.weight)[0].add_(1)
-    model = switch_experts(load_turbo_model(path), other, 0.9)
+    model, _ = _two_experts(path, monkeypatch)
 
     def fails(failing, step, *_):
         if step == failing:
