@@ -14,6 +14,8 @@ ROWS = 128  # queries of one program
 SMALLEST = 1e-30  # to divide by: float32 stays finite
 STATE_LAUNCH = {"num_warps": 8, "num_stages": 3}  # both the same on every card
 LAUNCH = {"num_warps": 8, "num_stages": 2}
+MIX_BLOCK = 1024  # numbers of a program
+MIX_LAUNCH = {"BLOCK": MIX_BLOCK, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -103,15 +105,42 @@ def apply_state_kernel(
     tl.store(out_ptr + place + channel[None, :], rows, mask=row < length)
 
 
+@launched
+@triton.jit
+def mix_kernel(
+    product_ptr, normalizer_ptr, places_ptr, mix_ptr,
+    HEAD_DIM: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head = tl.program_id(1).to(tl.int64)
+    place = index if places_ptr is None else tl.load(places_ptr + index)
+    product = tl.load(product_ptr + head * (HEAD_DIM * HEAD_DIM) + place)
+    normalizer = tl.load(normalizer_ptr + head * HEAD_DIM + place // HEAD_DIM)
+    mix = tl.div_rn(product, larger(normalizer, SMALLEST))
+    mix = mix.to(mix_ptr.dtype.element_ty)
+    tl.store(mix_ptr + head * (HEAD_DIM * HEAD_DIM) + index, mix)
+
+
 def project_state(
-    state: torch.Tensor, normalizer: torch.Tensor, proj_weight: torch.Tensor, dtype: torch.dtype
+    state: torch.Tensor,
+    normalizer: torch.Tensor,
+    proj_weight: torch.Tensor,
+    dtype: torch.dtype,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """state W^T with each row divided by its channel's normalizer, as `dtype` [B, H, D, D].
 
     Its rows are weighted means of projected values, so they fit every dtype that the values fit;
-    the sums over all keys would overflow float16.
+    the sums over all keys would overflow float16. With `places` int32 [D * D] the numbers of a head
+    lie in another order: each as the one at this place in state W^T.
     """
-    return (state @ proj_weight.float().T / normalizer.clamp_min(SMALLEST)[..., None]).to(dtype)
+    batch, heads, dim, _ = state.shape
+    product = state @ proj_weight.float().T
+    mix = torch.empty(state.shape, dtype=dtype, device=state.device)
+    mix_kernel[dim * dim // MIX_BLOCK, batch * heads](
+        product, normalizer.contiguous(), places, mix, HEAD_DIM=dim, SMALLEST=SMALLEST, **MIX_LAUNCH
+    )
+    return mix
 
 
 def key_value_state(

@@ -78,6 +78,14 @@ def order(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return columns[:, None], summands
 
 
+@functools.cache
+def places(device: torch.device) -> torch.Tensor:
+    """Where the numbers of the linear branch's products [D (out), D (in)] lie in [D (in), D (out)]
+    once both are in `order`, int32 [D * D] on `device`."""
+    columns, summands = order(device)
+    return (summands * HEAD_DIM + columns).flatten().to(torch.int32)
+
+
 def prepare(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -96,8 +104,8 @@ def prepare(
     means, integers, scales = block_outputs(x, block, quantize)
     mixed = None, None, None
     if branch is not None:
-        mix = project_state(branch.state, branch.normalizer, branch.proj_weight, x.dtype)
-        mix = mix.mT[(..., *order(x.device))].contiguous()
+        sums = branch.state, branch.normalizer, branch.proj_weight
+        mix = project_state(*sums, x.dtype, places(x.device))
         mixed = mix, aligned_copy(branch.normalizer), aligned_copy(branch.proj_bias)
     cos, sin = (aligned_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
     groups = -(-heads // of_card(PREPARE_HEADS, capability(x.device)))

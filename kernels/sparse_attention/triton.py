@@ -261,7 +261,8 @@ def channel_max_kernel(
 @launched
 @triton.jit(do_not_specialize=["length", "heads"])
 def quantize_values_kernel(
-    v_ptr, factors_ptr, values_ptr, length, heads, limit, stride_vb, stride_vl, stride_vh,
+    v_ptr, amax_ptr, values_ptr, scales_ptr, length, heads, limit, per_limit,
+    stride_vb, stride_vl, stride_vh,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ITEM: tl.constexpr, CUT: tl.constexpr,
     SWIZZLED: tl.constexpr,
 ):  # fmt: skip
@@ -276,8 +277,11 @@ def quantize_values_kernel(
     channel = tl.arange(0, HEAD_DIM)
     v_ptr += head // heads * stride_vb + head % heads * stride_vh
     v = tl.load(v_ptr + row * stride_vl + channel[None, :], mask=row < length, other=0.0)
-    factor = tl.load(factors_ptr + head * HEAD_DIM + channel)[None, :]
-    scaled = tl.clamp(v.to(tl.float32) * factor, -limit, limit)
+    amax = larger(tl.load(amax_ptr + head * HEAD_DIM + channel), 1e-8)  # [D]
+    if tl.program_id(0) == 0:
+        tl.store(scales_ptr + head * HEAD_DIM + channel, amax * per_limit)
+    factor = tl.div_rn(tl.full([HEAD_DIM], 1.0, tl.float32), amax) * limit
+    scaled = tl.clamp(v.to(tl.float32) * factor[None, :], -limit, limit)
     scaled = rounded_once(scaled, values_ptr.dtype.element_ty, CUT)
     place = place_in_block(channel[:, None], offset[None, :], BLOCK, ITEM, SWIZZLED)
     tl.store(values_ptr + block * (HEAD_DIM * BLOCK) + place, tl.trans(scaled))  # [D, BLOCK]
@@ -416,14 +420,15 @@ def quantize_values(
     batch, length, heads, dim = v.shape
     blocks = -(-length // block)
     values = torch.empty(batch, heads, blocks, dim, block, dtype=dtype, device=v.device)
-    amax = (channel_max(v, block) if v_max is None else v_max).clamp_min(1e-8)  # [B, H, D]
+    scales = torch.empty(batch, heads, dim, dtype=torch.float32, device=v.device)
+    amax = channel_max(v, block) if v_max is None else v_max.contiguous()  # [B, H, D]
     with launching_on(v):
         quantize_values_kernel[blocks, batch * heads](
-            v, limit / amax, values, length, heads, limit, *v.stride()[:3],
+            v, amax, values, scales, length, heads, limit, 1 / limit, *v.stride()[:3],
             BLOCK=block, HEAD_DIM=dim, ITEM=values.itemsize, SWIZZLED=swizzled,
             CUT=cuts_e4m3(v.device), **LAUNCH,
         )  # fmt: skip
-    return values, amax / limit
+    return values, scales
 
 
 def channel_max(v: torch.Tensor, rows: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from turbodiffusion_pack.kernels.linear_attention import (
     reference,
     triton_kernels,
 )
+from turbodiffusion_pack.kernels.qk_prepare import cuda
 
 BACKENDS = ("reference", "triton")
 # On a GPU float32 is the reference's: its tiles do not fit.
@@ -64,6 +65,22 @@ def test_triton_errs_at_most_twice_as_much_as_torch(
     exact = exact_linear(*arguments)
     bound = 2 * goldens.relative_error(linear_branch(*arguments), exact)
     assert goldens.relative_error(branch(*arguments, "triton"), exact) <= max(bound, 1e-6)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+def test_one_kernel_mixes_as_torch_does(dtype, ordered):
+    """The same bits, in the order in which the CUDA kernel reads them too."""
+    state, weight = torch.randn(2, 3, 128, 128, device=DEVICE), random_proj(128)[0]
+    normalizer = torch.rand(2, 3, 128, device=DEVICE)
+    normalizer[0, 0, :3] = torch.tensor([0.0, 1e-35, float("nan")])
+    product = state @ weight.float().T / normalizer.clamp_min(1e-30)[..., None]
+    expected, places = product.to(dtype), None
+    if ordered:
+        columns, summands = cuda.order(torch.device(DEVICE))
+        expected, places = expected.mT[..., columns, summands], cuda.places(torch.device(DEVICE))
+    mix = triton_kernels.project_state(state, normalizer, weight, dtype, places)
+    assert torch.allclose(mix, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.gpu
