@@ -115,20 +115,20 @@ class Launched:
     def launch(self, grid: tuple[int, ...], *arguments, **constants) -> None:
         """Start the kernel on tensors of one GPU."""
         tensors = arguments[: self.tensors]
-        dtypes, devices, pointers, together = [], [], [], 0
+        kinds, pointers, together = [], [], 0
         for x in tensors:
             if x is None:
-                dtypes.append(None)
+                kinds.append(None)
                 continue
-            dtypes.append(x.dtype)
-            devices.append(x.get_device())
             pointers.append(pointer := x.data_ptr())
             together |= pointer
+            kinds += x.dtype, x.get_device()
         # All that Triton compiles for, and all numbers.
-        key = (*dtypes, *devices, together % 16, *arguments[self.tensors :], *constants.items())
+        key = (*kinds, together % 16, *arguments[self.tensors :], *constants.items())
         if (ready := self.ready.get(key)) is not None:
             ready.launch(grid, pointers)
             return
+        devices = [x.get_device() for x in tensors if x is not None]
         with launching_on(tensors[0]):
             compiled = self.kernel[grid](*arguments, **constants)
         usual = together % 16 == 0 and len(set(devices)) == 1 and devices[0] >= 0

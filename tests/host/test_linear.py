@@ -300,6 +300,7 @@ def _requantizing_fails(monkeypatch):
 
 
 def _norms_fail(monkeypatch):
+    monkeypatch.setattr(weights, "resident", lambda *_: None)  # as where they are streamed
     monkeypatch.setattr(weights, "kept", _out_of_memory)
 
 
@@ -415,6 +416,14 @@ def test_weights_that_lie_where_they_are_used_are_not_fetched(granularity, monke
     with weights.fetched(linear, torch.float32, torch.device("cpu")) as (weight, bias):
         assert weight is linear.weight
         assert bias is linear.bias
+
+
+def test_a_norm_without_a_bias_is_not_fetched_either():
+    """The host gives its RMSNorm a bias, which is None, beside its parameters."""
+    norm = comfy.ops.manual_cast.RMSNorm(8, dtype=torch.float32, device="cpu")
+    found = weights.resident(norm, torch.float32, torch.device("cpu"))
+    assert found[0] is norm.weight
+    assert found[1] is None
 
 
 NOT_RESIDENT = {
