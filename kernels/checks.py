@@ -78,10 +78,13 @@ class Remembered(dict):
 
 def layouts(*tensors: torch.Tensor | None) -> tuple:
     """All that checks look at, to look it up: what was checked once need not be again."""
-    return tuple([
-        None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
-        for x in tensors
-    ])  # fmt: skip
+    found = []
+    for x in tensors:
+        if x is None:
+            found.append(None)
+        else:
+            found += x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
+    return tuple(found)
 
 
 def in_steps_of_16_bytes(x: torch.Tensor) -> bool:

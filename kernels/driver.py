@@ -49,8 +49,11 @@ def start(
         with torch.cuda.device(device):
             start(function, grid, threads, shared_bytes, device, parameters)
         return
+    x, y, z = grid
     stream = ctypes.c_void_p(_stream_on(device))
-    sizes = *grid, threads, 1, 1, shared_bytes
-    code = driver().cuLaunchKernel(function, *sizes, stream, parameters, None)
+    # Each by itself: with `*grid` the call takes half as long again.
+    code = driver().cuLaunchKernel(
+        function, x, y, z, threads, 1, 1, shared_bytes, stream, parameters, None
+    )
     if code:
         check(code)

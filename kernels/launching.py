@@ -115,17 +115,19 @@ class Launched:
     def launch(self, grid: tuple[int, ...], *arguments, **constants) -> None:
         """Start the kernel on tensors of one GPU."""
         tensors = arguments[: self.tensors]
-        kinds, pointers, together = [], [], 0
+        # All that Triton compiles for, and all numbers.
+        key = [*constants, *constants.values(), *arguments[self.tensors :]]
+        pointers, together = [], 0
         for x in tensors:
             if x is None:
-                kinds.append(None)
+                key.append(None)
                 continue
             pointers.append(pointer := x.data_ptr())
             together |= pointer
-            kinds += x.dtype, x.get_device()
-        # All that Triton compiles for, and all numbers.
-        key = (*kinds, together % 16, *arguments[self.tensors :], *constants.items())
-        if (ready := self.ready.get(key)) is not None:
+            key.append(x.dtype)
+            key.append(x.get_device())
+        key.append(together % 16)
+        if (ready := self.ready.get(key := tuple(key))) is not None:
             ready.launch(grid, pointers)
             return
         devices = [x.get_device() for x in tensors if x is not None]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .checks import Remembered
 from .driver import check, driver, start
 
 # What the kernels include.
@@ -45,21 +46,24 @@ def tensor_map(x: torch.Tensor, box: int | tuple[int, ...]) -> ctypes.Array:
         ValueError: x is not on a GPU.
         RuntimeError: the driver refuses.
     """
-    if isinstance(box, int):
-        box = (1, box, 128)[-x.ndim :]
-    return _encoded(address(x), x.itemsize, x.shape, x.stride(), box)
+    key = address(x), x.itemsize, x.shape, x.stride(), box
+    return _maps[key] if key in _maps else _maps.put(key, _encoded(*key))
 
 
 # Torch's allocator hands out the same addresses in every block and forward pass.
-@functools.lru_cache(1024)
+_maps = Remembered()
+
+
 def _encoded(
     pointer: int,
     itemsize: int,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
-    box: tuple[int, ...],
+    box: int | tuple[int, ...],
 ) -> ctypes.Array:
     """The tensor map of what these numbers say, and nothing else: the driver looks at no memory."""
+    if isinstance(box, int):
+        box = (1, box, 128)[-len(shape) :]
     sizes, boxes, rank = shape[::-1], box[::-1], len(shape)
     steps = [itemsize * stride for stride in strides[-2::-1]]
     memory = (ctypes.c_uint64 * 24)()  # the map takes 16 of it, at a multiple of 64 bytes
@@ -146,7 +150,9 @@ def _this_card() -> str:
     return f"sm_{major}{minor}"
 
 
-@functools.cache
+_loaded = {}
+
+
 def load(
     source: Path,
     name: str,
@@ -163,6 +169,22 @@ def load(
     Raises:
         RuntimeError: it does not compile, or the driver does not take it.
     """
+    key = str(source), name, target, shared_bytes, operands, device, *constants.items()
+    if (kernel := _loaded.get(key)) is None:
+        arguments = source, name, target, shared_bytes, operands, device
+        kernel = _loaded[key] = _compiled(*arguments, **constants)
+    return kernel
+
+
+def _compiled(
+    source: Path,
+    name: str,
+    target: str,
+    shared_bytes: int,
+    operands: type[ctypes.Structure],
+    device: int,
+    **constants: int,
+) -> Kernel:
     binary = compile_file(source, target, shared_bytes, operands, **constants)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):

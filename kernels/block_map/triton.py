@@ -188,7 +188,7 @@ def block_means(x: torch.Tensor, block: int) -> torch.Tensor:
 def center_means(means: torch.Tensor, length: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Means [B, H, N, D] of blocks of rows less the mean of all rows, and that [B, H, D]."""
     batch, heads, blocks, dim = means.shape
-    centered = torch.empty(means.shape, dtype=torch.float32, device=means.device)
+    centered = torch.empty_like(means, memory_format=torch.contiguous_format)
     mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=means.device)
     center_means_kernel[batch * heads, dim // CHANNELS](
         means.contiguous(), centered, mean, length, blocks,

@@ -35,7 +35,7 @@ def quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape[-2:]
     batched = x if x.ndim == 3 else x.reshape(-1, rows, columns)
-    q = torch.empty(*x.shape, dtype=torch.int8, device=x.device)
+    q = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     scale = torch.empty(*x.shape[:-1], dtype=torch.float32, device=x.device)
     if activation is None:
         given = x if amax is None else amax.contiguous()

@@ -136,7 +136,7 @@ def project_state(
     """
     batch, heads, dim, _ = state.shape
     product = state @ proj_weight.float().T
-    mix = torch.empty(state.shape, dtype=dtype, device=state.device)
+    mix = torch.empty_like(product, dtype=dtype)
     mix_kernel[dim * dim // MIX_BLOCK, batch * heads](
         product, normalizer.contiguous(), places, mix, HEAD_DIM=dim, SMALLEST=SMALLEST, **MIX_LAUNCH
     )
@@ -179,7 +179,7 @@ def room_for_sums(x: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
     rows = TILE * -(-length // (TILE * splits))
     options = {"dtype": torch.float32, "device": x.device}
     parts = -(-length // rows), batch, heads, dim
-    return rows, torch.empty(*parts, dim, **options), torch.empty(parts, **options)
+    return rows, torch.empty(*parts, dim, **options), torch.empty(*parts, **options)
 
 
 def linear_attention(
@@ -194,7 +194,7 @@ def linear_attention(
     """The linear branch of [B, L, H, D], in q's dtype; `out`, contiguous, may be q itself."""
     batch, length, heads, dim = q.shape
     mix = project_state(state, normalizer, proj_weight, q.dtype)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    out = torch.empty(*q.shape, dtype=q.dtype, device=q.device) if out is None else out
     apply_state_kernel[-(-length // ROWS), batch * heads](
         q, mix, normalizer.contiguous(), proj_bias.contiguous(), out, length, heads,
         *q.stride()[:3],

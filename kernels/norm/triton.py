@@ -81,9 +81,16 @@ def layer_norm_operands(
 ) -> tuple[list[Tensor | None], list[int]]:
     """Weight, bias, scale and shift as the kernels take them; strides of x, scale and shift."""
     vectors = [None if v is None else v.contiguous() for v in (weight, bias)]
-    modulations = [None if m is None else m.expand(*x.shape) for m in (scale, shift)]
-    strides = [(0, 0, 1) if m is None else m.stride() for m in modulations]
-    return [*vectors, *modulations], [*x.stride(), *strides[0], *strides[1]]
+    strides = *modulation_strides(scale), *modulation_strides(shift)
+    return [*vectors, scale, shift], [*x.stride(), *strides]
+
+
+def modulation_strides(modulation: Tensor | None) -> tuple[int, int, int]:
+    """Of scale or shift [1 or B, 1 or L, C] as [B, L, C]."""
+    if modulation is None:
+        return 0, 0, 1
+    (batch, length, _), (stride_b, stride_l, stride_c) = modulation.shape, modulation.stride()
+    return stride_b if batch > 1 else 0, stride_l if length > 1 else 0, stride_c
 
 
 @launched

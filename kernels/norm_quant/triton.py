@@ -35,7 +35,7 @@ def layer_norm_quant(
     batch, length, channels = x.shape
     operands, strides = layer_norm_operands(x, weight, bias, scale, shift)
     per_token = any(m is not None and m.shape[1] > 1 for m in (scale, shift))
-    q = torch.empty(batch, length, channels, dtype=torch.int8, device=x.device)
+    q = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     if granularity == "rows":
         loop = of_width(LAYER_NORM_ROWS, channels)
         kernel, grid = layer_norm_rows_kernel, loop_grid(loop, batch, length, x.device)

@@ -72,7 +72,7 @@ def prepare(
     check_block_size(block)
     check_shape("weight", weight, (x.shape[2] * x.shape[3],))
     check_angles(x, cos, sin)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    out = torch.empty(*x.shape, dtype=x.dtype, device=x.device) if out is None else out
     check_shape("out", out, tuple(x.shape))
     if out.dtype != x.dtype or not out.is_contiguous():
         raise ValueError(

@@ -62,6 +62,12 @@ def aligned_pairs(angles: torch.Tensor) -> torch.Tensor:
     return angles.clone(memory_format=torch.contiguous_format)
 
 
+def angle_strides(angles: torch.Tensor) -> tuple[int, int]:
+    """Between samples and rows of cos or sin [1 or B, L, D / 2]."""
+    sample, row, _ = angles.stride()
+    return sample if angles.shape[0] > 1 else 0, row
+
+
 @functools.cache
 def order(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the linear branch's products [D (out), D (in)]: the channel at each of their 128 columns,
@@ -107,11 +113,11 @@ def prepare(
         sums = branch.state, branch.normalizer, branch.proj_weight
         mix = project_state(*sums, x.dtype, places(x.device))
         mixed = mix, aligned_copy(branch.normalizer), aligned_copy(branch.proj_bias)
-    cos, sin = (aligned_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
+    cos, sin = aligned_pairs(cos), aligned_pairs(sin)
     groups = -(-heads // of_card(PREPARE_HEADS, capability(x.device)))
     tensors = x, norms, weight, cos, sin, out, means, integers, scales, *mixed
     operands = Operands(
-        *map(nvrtc.address, tensors), *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
+        *map(nvrtc.address, tensors), *x.stride()[:3], *angle_strides(cos), *angle_strides(sin),
         length, heads, means.shape[2], -(-heads // groups),
     )  # fmt: skip
     kernel = _kernel(x, block, quantize, branch is not None)

@@ -171,7 +171,8 @@ def block_outputs(
     if not quantize:
         return means, None, None
     integers = torch.empty(batch, heads, blocks * block, dim, dtype=torch.int8, device=x.device)
-    return means, integers, torch.empty(means.shape[:3], dtype=torch.float32, device=x.device)
+    scales = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
+    return means, integers, scales
 
 
 def prepare(

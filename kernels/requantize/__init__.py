@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import BLOCK
+from ..checks import BLOCK, Remembered
 from ..dispatch import choose, has_triton
 from . import reference
 
@@ -11,6 +11,8 @@ if has_triton():
     from . import triton as triton_kernels
 else:
     triton_kernels = None
+
+_fitting = Remembered()  # shapes of weights that have the right scales
 
 
 def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -32,6 +34,15 @@ def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Te
         TypeError: q is not int8.
         RuntimeError: Triton was asked for by name and cannot run.
     """
+    shapes = q.shape, scale.shape, q.dtype
+    if shapes not in _fitting:
+        _check(q, scale)
+        _fitting.put(shapes, True)
+    kernels = choose("requantize_rows", backend, q, reference, triton_kernels)
+    return kernels.requantize_rows(q, scale)
+
+
+def _check(q: Tensor, scale: Tensor) -> None:
     if q.dtype != torch.int8:
         raise TypeError(f"requantize_rows: q must be int8, got {q.dtype}")
     if q.ndim != 2 or scale.shape != (-(-q.shape[0] // BLOCK), -(-q.shape[1] // BLOCK)):
@@ -41,5 +52,3 @@ def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Te
         )
     if q.numel() == 0:
         raise ValueError(f"requantize_rows needs q with elements in it, got {list(q.shape)}")
-    kernels = choose("requantize_rows", backend, q, reference, triton_kernels)
-    return kernels.requantize_rows(q, scale)

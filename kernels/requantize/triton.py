@@ -23,7 +23,7 @@ def config(columns: int) -> dict[str, int]:
 
 def requantize_rows(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = q.shape
-    out = torch.empty(rows, columns, dtype=torch.int8, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     row_scale = torch.empty(rows, dtype=torch.float32, device=q.device)
     requantize_rows_kernel[(rows,)](
         q, scale.contiguous(), out, row_scale, columns, *q.stride(), **config(columns)

@@ -274,7 +274,7 @@ def default_pv(device: torch.device) -> str:
 
 def _room(like: torch.Tensor) -> torch.Tensor:
     """A new contiguous tensor of the same shape."""
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return torch.empty(*like.shape, dtype=like.dtype, device=like.device)
 
 
 def _gradient_kernels(

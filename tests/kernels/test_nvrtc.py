@@ -11,6 +11,7 @@ from ahead_of_time import HOPPER, SHARED_LIMIT
 from cuda_kernels import KERNELS, captured, zeros
 from devices import DEVICE
 from turbodiffusion_pack.kernels import ceilings, nvrtc
+from turbodiffusion_pack.kernels.checks import Remembered
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.int8_linear import int8_linear
 from turbodiffusion_pack.kernels.qk_prepare import cuda as prepare
@@ -166,7 +167,7 @@ def test_a_tensor_map_is_made_once_for_each_place_and_shape(monkeypatch):
     driver = types.SimpleNamespace(cuTensorMapEncodeTiled=encode)
     monkeypatch.setattr(nvrtc, "driver", lambda: driver)
     monkeypatch.setattr(nvrtc, "address", torch.Tensor.data_ptr)
-    nvrtc._encoded.cache_clear()
+    monkeypatch.setattr(nvrtc, "_maps", Remembered())
     x = torch.zeros(3, 256, 256, dtype=torch.int8)
     others = x[1:], x[:, :128], x[..., :128], x[:, ::2], x[0]
     maps = [nvrtc.tensor_map(x, 128)[0], *(nvrtc.tensor_map(other, 128)[0] for other in others)]
@@ -174,7 +175,6 @@ def test_a_tensor_map_is_made_once_for_each_place_and_shape(monkeypatch):
     assert nvrtc.tensor_map(x, 64)[0] == 7
     assert nvrtc.tensor_map(x.clone(), 128)[0] == 8
     assert nvrtc.tensor_map(x, 128)[0] == 1
-    nvrtc._encoded.cache_clear()
 
 
 @needs_nvrtc

@@ -4,9 +4,11 @@ Stands in for WanAttentionBlock.forward of ComfyUI's model, and steps aside for 
 in the run's log line, wherever it could not honour what is there.
 """
 
-import comfy.ldm.wan.model
+import functools
+
 import comfy.model_management
 import torch
+from comfy.ldm.wan.model import WanAttentionBlock, WanT2VCrossAttention
 
 from ...kernels.int8_linear import int8_linear
 from ...kernels.norm import rms_norm
@@ -66,7 +68,8 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     # Not as attributes: those of a module take ten times as long to find, and this is every block.
     parts = block._modules
     attn, cross_attn, ffn = parts["self_attn"], parts["cross_attn"], parts["ffn"]._modules
-    shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(block, e, x.device)
+    modulation = _modulation(block, e, x.device, transformer_options)
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation
     granularity, eps, dtype = ffn["0"].granularity, block.eps, x.dtype
     split = transformer_options.get(SPLIT)
     x = x if split is None else split.tokens_into(index, x)
@@ -101,7 +104,8 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     del y
 
     up, down = int8_weights(ffn["0"], dtype, x.device), None
-    for part in x.split(part_length(*x.shape[:2], ffn["0"].out_features), dim=1):
+    at_once = part_length(*x.shape[:2], ffn["0"].out_features)
+    for part in (x,) if at_once >= x.shape[1] else x.split(at_once, dim=1):
         n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
         h = int8_linear(*n, *up, dtype)
         del n
@@ -113,18 +117,21 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     return x
 
 
-def _modulation(block, e, device) -> tuple[torch.Tensor, ...]:
+def _modulation(block, e, device, transformer_options: dict) -> tuple[torch.Tensor, ...]:
     """Shift, scale and gate of both halves, float32 [B, 1, C] each."""
-    to = {"dtype": torch.float32, "device": device}
-    cast = comfy.model_management.cast_to
-    # Where it is in RAM each copy would wait for all that the GPU was asked for.
-    own = per_run.made((block, device), lambda: cast(block.modulation, **to))
-    return (own + e.reshape(-1, 6, e.shape[-1]).float()).chunk(6, dim=1)
+    e = once(transformer_options, "modulation", e, lambda e: e.reshape(-1, 6, e.shape[-1]).float())
+    own = block._parameters["modulation"]
+    if own.device != device or own.itemsize == 1:
+        cast = functools.partial(comfy.model_management.cast_to, own, torch.float32, device)
+        # Each copy from RAM would wait for all that the GPU was asked for.
+        own = per_run.made((block, device), cast)
+    return (own + e).chunk(6, dim=1)  # with float32 the sum is taken in it
 
 
 def _keys_values(attn, index, granularity, context, transformer_options):
     """k and v [B, T, C] of the text features `context` for block `index`."""
-    made = transformer_options.get(TEXT, KeysValues())
+    made = transformer_options.get(TEXT)
+    made = KeysValues() if made is None else made
     if index not in made:
         name = f"text in {granularity}"
         text = once(transformer_options, name, context, lambda c: quantize(c, granularity))
@@ -138,7 +145,7 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
     """What keeps a block from running fused; None where nothing does."""
     if reason := _other_kind(block):
         return reason
-    attn, cross_attn, ffn = (block._modules[name] for name in ("self_attn", "cross_attn", "ffn"))
+    attn = block._modules["self_attn"]
     if e.ndim == 4 and e.shape[1] != 1:
         return "timesteps differ between tokens"
     if transformer_options.get("patches", {}).keys() & {"attn1_patch", "attn2_patch"}:
@@ -147,7 +154,7 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
         return "a node patches its self-attention"
     if reason := _other_parts(block):
         return reason
-    if not all(map(is_stock, (cross_attn, ffn, *_parts(block)))):
+    if not all(map(is_stock, _parts(block))):
         return "a node patches a part of it"
     return None
 
@@ -158,16 +165,16 @@ def why_never_fused(block) -> str | None:
 
 
 def _other_kind(block) -> str | None:
-    if type(block) is not comfy.ldm.wan.model.WanAttentionBlock:
+    if type(block) is not WanAttentionBlock:
         return f"it is a {type(block).__name__}"
-    if type(block.cross_attn) is not comfy.ldm.wan.model.WanT2VCrossAttention:
-        return f"its cross-attention is a {type(block.cross_attn).__name__}"
+    if type(cross_attn := block._modules["cross_attn"]) is not WanT2VCrossAttention:
+        return f"its cross-attention is a {type(cross_attn).__name__}"
     return None
 
 
 def _other_parts(block) -> str | None:
-    for attn in (block.self_attn, block.cross_attn):
-        if reason := missing_parts(attn):
+    for name in ("self_attn", "cross_attn"):
+        if reason := missing_parts(block._modules[name]):
             return reason
     for linear in _linears(block):
         if not isinstance(linear, Linear) or not is_int8(linear._parameters["weight"]):
@@ -177,12 +184,16 @@ def _other_parts(block) -> str | None:
 
 # Not as attributes: those of a module take ten times as long to find, and this is every block.
 def _linears(block) -> list[torch.nn.Module]:
-    ffn = block.ffn._modules
-    attentions = (block.self_attn._modules, block.cross_attn._modules)
-    return [*(attn[name] for attn in attentions for name in "qkvo"), ffn["0"], ffn["2"]]
+    parts = block._modules
+    attn, cross_attn = parts["self_attn"]._modules, parts["cross_attn"]._modules
+    ffn = parts["ffn"]._modules
+    return [*(attn[n] for n in "qkvo"), *(cross_attn[n] for n in "qkvo"), ffn["0"], ffn["2"]]
 
 
 def _parts(block) -> list[torch.nn.Module]:
-    attentions = (block.self_attn._modules, block.cross_attn._modules)
-    norms = [attn[name] for attn in attentions for name in ("norm_q", "norm_k")]
-    return [*_linears(block), *norms, block.norm1, block.norm2, block.norm3]
+    """All of it but its self-attention, which is patched: by us, or see `why_not_fused`."""
+    parts = block._modules
+    attn, cross_attn = parts["self_attn"]._modules, parts["cross_attn"]._modules
+    norms = attn["norm_q"], attn["norm_k"], cross_attn["norm_q"], cross_attn["norm_k"]
+    others = (parts[name] for name in ("cross_attn", "ffn", "norm1", "norm2", "norm3"))
+    return [*_linears(block), *norms, *others]

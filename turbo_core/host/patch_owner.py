@@ -18,8 +18,10 @@ def is_ours(forward: object) -> bool:
 
 def is_stock(module: torch.nn.Module) -> bool:
     """Whether nobody patched or hooked the module's forward."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return not hooked and has_own(module, "forward")
+    own = vars(module)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return False
+    return "forward" not in own or has_own(module, "forward")
 
 
 def has_own(module: torch.nn.Module, method: str) -> bool:

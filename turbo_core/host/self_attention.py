@@ -100,14 +100,14 @@ def attend(
     in_16_bits = why_dense or settings.attention == "sla"
     # What lives longer comes before what it is made of, see activation_memory.py.
     room = len(x), freqs.shape[1], len(range(attn.dim)[channels])
-    rooms = [x.new_empty(room) for _ in ("kvq" if in_16_bits else "kv")]
+    rooms = [x.new_empty(*room) for _ in ("kvq" if in_16_bits else "kv")]
     n, parts = quantized(), attn._modules
 
     def projected(name: str, **squares):
         return project(parts[name], n, rooms.pop() if rooms else None, **squares)
 
     def heads(name: str) -> torch.Tensor:
-        return projected(name).unflatten(2, (-1, attn.head_dim))
+        return projected(name).view(*room[:2], -1, attn.head_dim)
 
     def with_row_norms(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Those of q or k, and what their rows are normed by, where that is known by now."""
@@ -115,7 +115,7 @@ def attend(
             y = heads(name)
             return y, some.row_norms(y)
         y, squares = projected(name, squares=True)
-        y = y.unflatten(2, (-1, attn.head_dim))
+        y = y.view(*room[:2], -1, attn.head_dim)
         return y, None if squares is None else norms_of_squares(squares, attn.dim, attn.eps)
 
     def last(y):
@@ -131,7 +131,8 @@ def attend(
         return host_attention(attn, q, k, v, transformer_options)
     _note_sla(attn, index, settings, freqs)
     norms = [float32_weights(parts[name], freqs.device)[0] for name in ("norm_q", "norm_k")]
-    weights = [norm[channels] for norm in norms], rotation, _projection(attn, freqs.device)
+    norms = norms if some is None else [norm[channels] for norm in norms]
+    weights = norms, rotation, _projection(attn, freqs.device)
     options = {"eps": attn.eps, **_sla_options(settings)}
     return sla_from_projections(
         lambda: last(with_row_norms("q")), lambda: with_row_norms("k"), lambda: heads("v"),
