@@ -98,7 +98,8 @@ def test_blocks_share_the_text_and_the_rotation(monkeypatch, attention, granular
         outputs[share] = [in_comfyui.velocity(model, x, c, 987.5) for c in (context, 2 * context)]
     assert all(map(torch.equal, *outputs.values()))
     assert not torch.equal(*outputs[counted])
-    assert sorted(made) == 2 * ["rotation"] + 2 * [f"text in {GRANULARITIES[granularity]}"]
+    names = "modulation", "rotation", f"text in {GRANULARITIES[granularity]}"
+    assert sorted(made) == sorted(2 * names)
 
 
 def test_what_is_shared_is_that_of_the_tensor_at_hand():
