@@ -101,6 +101,16 @@ def test_every_seed_works():
         assert noise.shape == latent.shape
 
 
+@pytest.mark.parametrize("mode", ["sde", "ode"])
+def test_no_step_looks_at_a_sigma(monkeypatch, mode):
+    """To look at one on a GPU is to wait until the GPU has nothing left to do."""
+    monkeypatch.setattr(sampler, "_require_flow", lambda model: None)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda x: pytest.fail("a tensor was looked at"))
+    options = {"mode": mode, "noise_sampler": lambda *_: torch.ones(2)}
+    x = sampler.sample_rcm(lambda x, _: x / 2, torch.ones(2), rcm_sigmas(3, 80.0), **options)
+    assert x.isfinite().all().item()
+
+
 def test_a_run_repeats_with_its_seed_and_changes_with_another(model):
     noise = comfy.sample.prepare_noise(_latent(), 5)
     sde = rcm_sampler("sde")

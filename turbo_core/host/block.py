@@ -65,6 +65,7 @@ def _unless_it_steps_aside(
 
 
 def _fused(block, index, x, e, freqs, context, transformer_options):
+    made = transformer_options.get(TEXT, KeysValues)()
     # Not as attributes: those of a module take ten times as long to find, and this is every block.
     parts = block._modules
     attn, cross_attn, ffn = parts["self_attn"], parts["cross_attn"], parts["ffn"]._modules
@@ -96,7 +97,7 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     project(linears["q"], n, q)
     del n
     q = rms_norm(q, float32_weights(linears["norm_q"], x.device)[0], cross_attn.eps)
-    k, v = _keys_values(cross_attn, index, granularity, context, transformer_options)
+    k, v = _keys_values(made, cross_attn, index, granularity, context, transformer_options)
     y = host_attention(cross_attn, q, k, v, transformer_options)
     del q, k, v
     y = quantize(y, granularity)
@@ -128,10 +129,8 @@ def _modulation(block, e, device, transformer_options: dict) -> tuple[torch.Tens
     return (own + e).chunk(6, dim=1)  # with float32 the sum is taken in it
 
 
-def _keys_values(attn, index, granularity, context, transformer_options):
-    """k and v [B, T, C] of the text features `context` for block `index`."""
-    made = transformer_options.get(TEXT)
-    made = KeysValues() if made is None else made
+def _keys_values(made: KeysValues, attn, index, granularity, context, transformer_options):
+    """k and v [B, T, C] of the text features `context` for block `index`, to be found in `made`."""
     if index not in made:
         name = f"text in {granularity}"
         text = once(transformer_options, name, context, lambda c: quantize(c, granularity))

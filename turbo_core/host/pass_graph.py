@@ -8,6 +8,7 @@ passes as they are, see `_refusal`.
 """
 
 import collections
+import functools
 import logging
 import time
 import types
@@ -245,7 +246,7 @@ def forward(executor, options: dict, named: dict) -> torch.Tensor:
     def alone(inputs: Inputs) -> torch.Tensor:
         """With nothing that other passes made, as the text's keys and values."""
         with per_run.forgotten():
-            return run(inputs, **{TEXT: KeysValues(), MADE_ONCE: {}})
+            return run(inputs, **{TEXT: functools.cache(KeysValues), MADE_ONCE: {}})
 
     followed = _follow(executor.class_obj, inputs, others, options)
     if followed is None:

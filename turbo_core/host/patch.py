@@ -1,6 +1,7 @@
 """Puts the fused block and SLA into ComfyUI's own Wan model, through ModelPatcher."""
 
 import dataclasses
+import functools
 import math
 import reprlib
 
@@ -173,10 +174,13 @@ def _around_forward(
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     network = executor.class_obj
     _report_forward(network.blocks)
+    text_of_pass = functools.partial(_keys_values, executor, context, x.dtype, transformer_options)
     ours = {
         THIS_PASS: _this_pass(transformer_options),
         MADE_ONCE: {},
-        TEXT: _keys_values(executor, context, x.dtype, transformer_options),
+        # Asked for by the first block: to compare texts is to wait for the GPU, which may still be
+        # at the step before while Python is here.
+        TEXT: functools.cache(text_of_pass),
     }
     options = {**transformer_options, **ours}
     options[PREFETCH] = queue_of(network, x.device, options)

@@ -22,7 +22,7 @@ def queue_of(wan: torch.nn.Module, device: torch.device, transformer_options: di
     left_out = transformer_options.get("patches_replace", {}).get("dit")
     if left_out or not all(is_ours(block.forward) for block in wan.blocks):
         return None  # it might get out of step with the blocks
-    made = transformer_options[TEXT]
+    made = transformer_options[TEXT]()
     entries = [_streamed(block, index in made) for index, block in enumerate(wan.blocks)]
     return make_prefetch_queue(entries, device, transformer_options)
 

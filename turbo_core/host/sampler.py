@@ -42,12 +42,13 @@ def sample_rcm(
     if noise_sampler is None:
         noise_sampler = step_noise_sampler(x, extra_args.get("seed"))
     ones = x.new_ones([x.shape[0]])
+    is_last = (sigmas[1:] == 0).tolist()  # at once: each look waits for the GPU
     for i in comfy.k_diffusion.sampling.trange(len(sigmas) - 1, disable=disable):
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
         denoised = model(x, sigma * ones, **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
-        if sigma_next == 0:
+        if is_last[i]:
             x = denoised
         elif mode == "sde":
             x = sde_step(denoised, noise_sampler(sigma, sigma_next), sigma_next)
