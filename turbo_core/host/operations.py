@@ -58,6 +58,8 @@ def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
 
 def _merged(op: "Linear", device: torch.device) -> "Linear":
     """`op`, or what stands in for it while it is streamed with a LoRA."""
+    if not op.weight_function and "merged" not in vars(op):
+        return op
 
     def merge():
         with waiting(device) as wait:
