@@ -59,7 +59,7 @@ def check_block_shape(block_q: int, block_k: int) -> None:
 
 def check_shape(name: str, x: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Require that `x` has `shape`."""
-    if tuple(x.shape) != shape:
+    if x.shape != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
 
 

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from turbodiffusion_pack.kernels import checks, dispatch
 from turbodiffusion_pack.kernels.block_map import block_map
+from turbodiffusion_pack.kernels.derivatives import asked_for
 from turbodiffusion_pack.kernels.linear_attention import FEATURE_MAPS
 from turbodiffusion_pack.kernels.sla import sla
 
@@ -294,3 +295,15 @@ def test_refuses_what_has_no_gradients():
     (d_q,) = torch.autograd.grad(ours()(q, *x[1:]).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         d_q.sum().backward()
+
+
+def test_in_inference_mode_nobody_differentiates():
+    """Nor does torch, so the kernels without gradients may run."""
+    x = torch.ones(3, requires_grad=True)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(3), torch.ones(3))
+        assert asked_for(x) and asked_for(dual)
+        with torch.inference_mode():
+            assert not asked_for(x, dual)
+            assert forward_ad.unpack_dual(2 * dual).tangent is None
+            assert not (2 * x).requires_grad
