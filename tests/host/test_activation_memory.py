@@ -73,8 +73,9 @@ def _peak(wan, latent, batch, attention, allocator=None, passes=1):
         for _ in range(passes):
             x = meta(batch, 16, *latent, dtype=torch.bfloat16)
             context = meta(batch, 512, 4096, dtype=torch.bfloat16)
-            made = per_run.made("text", lambda: _room_for_texts(wan, batch))
-            options = {THIS_PASS: (SLASettings(attention), -1), MADE_ONCE: {}, TEXT: lambda: made}
+            room = functools.partial(_room_for_texts, wan, batch)
+            made = functools.partial(per_run.made, "text", room)
+            options = {THIS_PASS: (SLASettings(attention), -1), MADE_ONCE: {}, TEXT: made}
             wan(x, meta(batch), context, transformer_options=options)
             del x, context, options
     return live.peak
@@ -299,9 +300,10 @@ def test_keys_and_values_of_the_text_are_made_once_a_run(model, monkeypatch, cfg
 def test_texts_are_compared_once_the_host_has_made_python_wait(model, monkeypatch):
     """Which it does for the frequencies of the timestep, that it copies from the CPU."""
     events, wan = [], comfy.ldm.wan.model
-    embed, equal = wan.sinusoidal_embedding_1d, torch.equal
-    noted = {"embedded": (wan, "sinusoidal_embedding_1d", embed), "compared": (torch, "equal", equal)}
-    for event, (module, name, function) in noted.items():
+    for event, module, name, function in (
+        ("embedded", wan, "sinusoidal_embedding_1d", wan.sinusoidal_embedding_1d),
+        ("compared", torch, "equal", torch.equal),
+    ):
         note = functools.partial(events.append, event)
         monkeypatch.setattr(module, name, lambda *a, f=function, note=note: note() or f(*a))
     _run(model)
