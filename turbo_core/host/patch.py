@@ -174,13 +174,15 @@ def _around_forward(
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     network = executor.class_obj
     _report_forward(network.blocks)
-    text_of_pass = functools.partial(_keys_values, executor, context, x.dtype, transformer_options)
+    text_of_pass = functools.cache(
+        functools.partial(_keys_values, executor, context, x.dtype, transformer_options)
+    )
+    if not text.will_be_known(network):
+        text_of_pass()  # else the first block asks, when the GPU is done with the step before
     ours = {
         THIS_PASS: _this_pass(transformer_options),
         MADE_ONCE: {},
-        # Asked for by the first block: to compare texts is to wait for the GPU, which may still be
-        # at the step before while Python is here.
-        TEXT: functools.cache(text_of_pass),
+        TEXT: text_of_pass,
     }
     options = {**transformer_options, **ours}
     options[PREFETCH] = queue_of(network, x.device, options)

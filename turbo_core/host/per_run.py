@@ -9,7 +9,7 @@ class PerRun:
     """Of one run: the texts' keys and values, see text.py, what `made` made, and what ends it."""
 
     def __init__(self):
-        self.texts = []
+        self.texts, self.knew_text = [], False
         self.made = {}
         self.ends = contextlib.ExitStack()
 

@@ -46,12 +46,22 @@ def keys_values(
     run.texts = [entry for entry in run.texts if entry[0] is network]
     for _, text, made in run.texts:
         if text.dtype == context.dtype and torch.equal(text, context):
+            run.knew_text = True
             return made
+    run.knew_text = False
     del run.texts[: -(PROMPTS - 1)]  # before there is room for another
     shape = len(network.blocks), 2, *context.shape[:2], network.dim
     made = KeysValues(context.new_empty(shape, dtype=dtype) if fused else None)
     run.texts.append((network, context, made))
     return made
+
+
+def will_be_known(network: torch.nn.Module) -> bool:
+    """Whether the last pass of this run knew its text: then one of the same `network` needs no room
+    for it, and may wait with the comparison, for which the GPU has to be done with what came before.
+    """
+    run = per_run.current()
+    return run is not None and run.knew_text and run.texts[-1][0] is network
 
 
 def may_change(executor: WrapperExecutor, transformer_options: dict) -> bool:
