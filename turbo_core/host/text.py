@@ -58,8 +58,7 @@ def keys_values(
 
 def will_be_known(network: torch.nn.Module) -> bool:
     """Whether the last pass of this run knew its text: then one of the same `network` needs no room
-    for it, and may wait with the comparison, for which the GPU has to be done with what came before.
-    """
+    for it, and may compare later, for which the GPU has to be done with what came before."""
     run = per_run.current()
     return run is not None and run.knew_text and run.texts[-1][0] is network
 
