@@ -47,9 +47,8 @@ DIM = 768  # six heads, for two ranks and for three
 LATENT = 7, 4, 46  # 322 tokens: 2 whole blocks of 128 and one of 66
 SHARES = {2: [256, 66], 3: [128, 128, 66]}
 CASES = ["sagesla fast", "sagesla exact", "sla fast", "dense exact"]
-# INT8 rounds another way where the last bit of a norm's sum decides, one step of 127; a rank that
-# norms by its own heads is further off.
-NORMS_ROUNDING = 2.5e-3
+# Of a rank that norms by its own heads, or rounds them by their own largest, far more is seen. With
+# another last bit of a norm INT8 would round otherwise here and there, 1e-3 in all.
 SAME = 1e-6
 # With dynamic VRAM this process adds a LoRA at each use, and rounds its sum with INT8 weights
 # otherwise than its workers, which add it once.
@@ -145,7 +144,7 @@ def test_ranks_compute_what_one_computes(alone, count, case):
     assert seen.tokens == SHARES[count][0]  # it was shared, and these are uneven
     assert seen.differing(seen_alone, count) == []  # maps, means, states and scales, to the bit
     assert relative(shared, by_rank) <= SAME
-    assert relative(shared, ordinary) <= NORMS_ROUNDING
+    assert relative(shared, ordinary) <= SAME
 
 
 def test_what_is_not_reduced_over_ranks_is_seen(alone):

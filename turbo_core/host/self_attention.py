@@ -120,15 +120,15 @@ def attend(
         n = None
         return y
 
+    weights = (float32_weights(parts[name], freqs.device)[0] for name in ("norm_q", "norm_k"))
+    norms = Norms(*(weight[channels] for weight in weights), attn.eps, attn.num_heads)
     if why_dense:
         run_report.note_dense(index, why_dense)
         v = heads("v").flatten(2)
-        k = _rotated(attn, "norm_k", heads("k"), rotation, some)
-        q = _rotated(attn, "norm_q", last(heads("q")), rotation, some)
+        k = _rotated(norms.k, *with_row_norms("k"), rotation, attn.eps)
+        q = _rotated(norms.q, *last(with_row_norms("q")), rotation, attn.eps)
         return host_attention(attn, q, k, v, transformer_options)
     _note_sla(attn, index, settings, freqs)
-    weights = (float32_weights(parts[name], freqs.device)[0] for name in ("norm_q", "norm_k"))
-    norms = Norms(*(weight[channels] for weight in weights), attn.eps, attn.num_heads)
     return sla_from_projections(
         lambda: last(with_row_norms("q")), lambda: with_row_norms("k"), lambda: heads("v"),
         norms, rotation, _projection(attn, freqs.device), **_sla_options(settings),
@@ -136,17 +136,10 @@ def attend(
 
 
 def _rotated(
-    attn, name: str, x: torch.Tensor, rotation: Pair, some: SomeHeads | None
+    weight: torch.Tensor, x: torch.Tensor, norms: torch.Tensor | None, rotation: Pair, eps: float
 ) -> torch.Tensor:
     """A projection x [B, L, H, D], or that of some heads, after RMSNorm and RoPE, [B, L, C]."""
-    norm = attn._modules[name]
-    if some is not None:
-        weight = float32_weights(norm, x.device)[0][some.channels]
-        norms = norms_of_squares(some.total(x, None), attn.dim, attn.eps)
-        return prepare(x, weight, *rotation, out=x, row_norms=norms).rows.flatten(2)
-    heads = x.shape[2:]
-    x = _norm(norm, x.flatten(2))  # whoever calls holds no x, so here it ends
-    return apply_rope(x.unflatten(2, heads), *rotation).flatten(2)
+    return prepare(x, weight, *rotation, eps, out=x, row_norms=norms).rows.flatten(2)
 
 
 def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:
