@@ -18,6 +18,7 @@ import tiny_models
 import torch
 import worker_jobs
 import zygote
+from comfy_api.torch_helpers.torch_compile import apply_torch_compile_factory
 from in_comfyui import comfy
 from processes import children
 from split_seen import Seen
@@ -34,7 +35,7 @@ from turbodiffusion_pack.turbo_core.host import (
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention, wan_model
 from turbodiffusion_pack.turbo_core.host.turbo_vae import accelerate_vae
-from turbodiffusion_pack.turbo_core.parallel import exchange
+from turbodiffusion_pack.turbo_core.parallel import exchange, parcels
 from turbodiffusion_pack.turbo_core.parallel import workers as workers_module
 from turbodiffusion_pack.turbo_core.parallel.exchange import Ranks
 from turbodiffusion_pack.turbo_core.parallel.workers import WorkerError
@@ -62,6 +63,7 @@ def forked():
     with (
         zygote.forking(workers_module, "comfy_worker_imports"),
         mock.patch.object(gpu_workers, "ON_CPUS", True),
+        mock.patch.object(parcels, "KNOWN", parcels.KNOWN | {"worker_jobs"}),
     ):
         yield
         gpu_workers.stop()
@@ -153,10 +155,10 @@ def test_what_is_not_reduced_over_ranks_is_seen(alone):
     workers = gpu_workers.running_workers()
     for name, alike in worker_jobs.REDUCED.items():
         own = getattr(split_block, name)
-        workers.together("worker_jobs:reduce_nothing", (name,), lambda ranks: None)
+        workers.together(worker_jobs.reduce_nothing, (name,), lambda ranks: None)
         with mock.patch.object(split_block, name, alike):
             assert relative(pass_of(share(model, 2)), by_rank) > 1e-3
-        workers.together("worker_jobs:reduce_again", (name,), lambda ranks: None)
+        workers.together(worker_jobs.reduce_again, (name,), lambda ranks: None)
         assert getattr(split_block, name) is own
     assert relative(pass_of(share(model, 2)), by_rank) <= SAME
 
@@ -199,7 +201,7 @@ def test_both_experts_are_shared(files, model, caplog):
     caplog.set_level(logging.INFO)
     run(share(model, 2))
     workers = gpu_workers.running_workers()
-    workers.together("worker_jobs:count_models", (0,), workers_module.nothing)
+    workers.together(worker_jobs.count_models, (0,), workers_module.nothing)
     high, low = (load_turbo_model(files[name]) for name in ("high", "low"))
     both, sigmas = Wan22ExpertSwitch.execute(high, low, 0.6).args[0], (1.0, 0.5, 0.0)
     expected, loading = run(one_rank(both), sigmas), []
@@ -216,11 +218,11 @@ def test_both_experts_are_shared(files, model, caplog):
     assert relative(run(share(high, 2), sigmas), expected) > 0.01
     run(share(both, 2), (0.5, 0.0))
     assert "TurboDiffusion: low-noise expert: 1 forward pass; on 2 GPUs" in caplog.messages[-1]
-    workers.together("worker_jobs:count_models", (2,), workers_module.nothing)
+    workers.together(worker_jobs.count_models, (2,), workers_module.nothing)
     del high, low, both
     gc.collect()  # as ComfyUI does between prompts
     run(share(model, 2))
-    workers.together("worker_jobs:count_models", (0,), workers_module.nothing)
+    workers.together(worker_jobs.count_models, (0,), workers_module.nothing)
 
 
 @contextlib.contextmanager
@@ -316,7 +318,7 @@ def test_new_workers_get_the_model_where_one_dies_between_two_passes(model):
 def test_a_worker_that_is_out_of_memory_says_so(model):
     run(share(model, 2))
     workers = gpu_workers.running_workers()
-    workers.together("worker_jobs:run_out_of_memory", (), lambda ranks: None)
+    workers.together(worker_jobs.run_out_of_memory, (), lambda ranks: None)
     with pytest.raises(WorkerError, match="OutOfMemoryError: in a worker"):
         run(share(model, 2))
 
@@ -371,7 +373,7 @@ def test_one_gpu_decodes_where_a_worker_cannot(vae, model, caplog, what):
     weights = unsendable if "weights" in what else vae.first_stage_model.model.state_dict()
     if "memory" in what:
         workers = gpu_workers.running_workers()
-        workers.together("worker_jobs:have_no_memory_to_decode", (), lambda ranks: None)
+        workers.together(worker_jobs.have_no_memory_to_decode, (), lambda ranks: None)
     with mock.patch.object(vae.first_stage_model.model, "state_dict", return_value=weights):
         assert vae.decode(latents).equal(expected)
     assert "TurboVAE goes on with one GPU: " in caplog.text
@@ -416,6 +418,21 @@ def from_elsewhere(model):
     model.cached_patcher_init = None
 
 
+def compiled(model):
+    """As the host's node does it, by a compiler that changes nothing."""
+    wan = wan_model(model)
+
+    class Compiled(torch.nn.Module):
+        dtype = wan.dtype
+
+        def forward(self, *arguments, **more):
+            return wan(*arguments, **more)
+
+    around = apply_torch_compile_factory({"diffusion_model": Compiled()})
+    kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+    model.add_wrapper_with_key(kind, "torch.compile", around)
+
+
 def patched(model):
     name = "diffusion_model.rope_embedder"
     model.add_object_patch(name, model.get_model_object(name))
@@ -431,6 +448,7 @@ def lora_of_another_pack(model):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (compiled, "torch.compile has the model, whose layers one GPU runs"),
         (wrapped, "a node behind Turbo Sequence Parallel wraps the model"),
         (from_elsewhere, "its loader does not tell how to load it again"),
         (patched, "a node patches its rope_embedder"),

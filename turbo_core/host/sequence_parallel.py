@@ -19,11 +19,12 @@ from .options import ATTENTION, EXPERT_BOUNDARY, SPLIT
 from .patch import wan_model
 from .patch_owner import is_ours
 from .split_pass import split_pass, why_not_split
-from .versions import loader_of
+from .versions import COMPILED, loader_of
 
 # Of the options of a forward pass, those that reach what workers run.
 TOLD = (ATTENTION, EXPERT_BOUNDARY, "sample_sigmas", "sigmas", "rope_options")
 OUTSIDE = "it is outside of a sampler run, or a LoRA is scheduled"
+BY_COMPILER = "torch.compile has the model, whose layers one GPU runs: leave it out"
 
 
 def share_among(model, gpus: int):
@@ -134,6 +135,8 @@ def _loaded_patcher(wan: torch.nn.Module):
 
 def _why_not_alike(executor, concat, options: dict, more: dict) -> str | None:
     """Why workers would not compute the same as this process in this pass; None if they would."""
+    if _is_compiled(options.get("wrappers", {})):
+        return BY_COMPILER
     if executor.idx + 1 < len(executor.wrappers):
         return "a node behind Turbo Sequence Parallel wraps the model: put that one before"
     given = [name for name, value in more.items() if value is not None]
@@ -146,12 +149,18 @@ def _why_not_alike(executor, concat, options: dict, more: dict) -> str | None:
     return None if per_run.current() else OUTSIDE
 
 
+def _is_compiled(wrappers: dict) -> bool:
+    return COMPILED in wrappers.get(WrappersMP.APPLY_MODEL, {})
+
+
 def _why_not_loaded_alike(patcher, gpus: int) -> str | None:
     """Why workers could not load what `patcher` has, or not share it; None where they can."""
     if patcher is None:
         return "ComfyUI has not loaded the model"
     if per_run.current() is None:
         return OUTSIDE
+    if _is_compiled(patcher.wrappers):
+        return BY_COMPILER
     if ATTENTION not in patcher.model_options["transformer_options"]:
         return "no SLA Attention is put on it"
     heads = patcher.model.diffusion_model.num_heads

@@ -81,17 +81,16 @@ class Workers:
         """The notes of what workers keep at this moment: nothing, where one is gone."""
         return self.notes if self.running else {}
 
-    def together(self, job: Callable | str, arguments: tuple, own: Callable[[Ranks], T]) -> T:
+    def together(self, job: Callable, arguments: tuple, own: Callable[[Ranks], T]) -> T:
         """own(ranks) here while every worker does job(ranks, *arguments).
 
         Tensors among the arguments arrive on the CPU or the worker's GPU, as they are here.
 
         Args:
-            job: a function that other processes know too, see parcels.py; "module:function" where
-                this process should not import it.
+            job: a function that other processes know too, see parcels.py.
 
         Raises:
-            UnsendableError: of the arguments, before anything is done.
+            UnsendableError: of the job or its arguments, before anything is done.
             WorkerError: a worker failed or is gone. This, and whatever `own` raises, ends them all.
         """
         parcel = wrap((job, arguments))
