@@ -315,6 +315,15 @@ def test_new_workers_get_the_model_where_one_dies_between_two_passes(model):
     assert run(share(model, 2), (1.0, 0.5, 0.0), callback=kill).equal(expected)
 
 
+def test_a_run_is_what_it_is_if_a_worker_fails_at_its_end(model):
+    expected = run(share(model, 2))
+    workers = gpu_workers.running_workers()
+    workers.together(worker_jobs.fail_at_the_end, (), workers_module.nothing)
+    assert run(share(model, 2)).equal(expected)
+    assert not workers.running
+    assert run(share(model, 2)).equal(expected)
+
+
 def test_a_worker_that_is_out_of_memory_says_so(model):
     run(share(model, 2))
     workers = gpu_workers.running_workers()
@@ -438,6 +447,10 @@ def patched(model):
     model.add_object_patch(name, model.get_model_object(name))
 
 
+def with_wrapped_weights(model):
+    model.add_weight_wrapper("diffusion_model.head.head.weight", lambda weight: 2 * weight)
+
+
 def lora_of_another_pack(model):
     key = "diffusion_model.head.head.bias"
     model.add_patches({key: ("diff", (torch.zeros(64),))})
@@ -452,6 +465,7 @@ def lora_of_another_pack(model):
         (wrapped, "a node behind Turbo Sequence Parallel wraps the model"),
         (from_elsewhere, "its loader does not tell how to load it again"),
         (patched, "a node patches its rope_embedder"),
+        (with_wrapped_weights, "a node wraps its weights"),
         (lora_of_another_pack, "workers cannot load it"),
     ],
 )

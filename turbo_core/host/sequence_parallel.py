@@ -64,7 +64,8 @@ def share_among(model, gpus: int):
         if why_no_workers(gpus, patcher.load_device) or _why_not_loaded_alike(patcher, gpus):
             return load()
         run = per_run.made(SPLIT, lambda: SharedRun(gpus, patcher.load_device))
-        return run.prepare(patcher, model_options["transformer_options"], tuple(shape), load)
+        options = (model_options or patcher.model_options)["transformer_options"]
+        return run.prepare(patcher, options, tuple(shape), load)
 
     patched = model.clone()
     for kind, wrapper in (
@@ -116,8 +117,7 @@ class SharedRun:
         return out
 
     def _end(self) -> None:
-        if self.workers.running:
-            self.workers.together(split_worker.end_run, (), nothing)
+        self.workers.check(split_worker.end_run)  # what was computed stays so, whatever ends now
 
 
 def _told(options: dict) -> dict:
@@ -170,6 +170,8 @@ def _why_not_loaded_alike(patcher, gpus: int) -> str | None:
         return "its loader does not tell how to load it again; take TurboLoader"
     if patcher.injections:
         return "a node adds modules to it"
+    if patcher.weight_wrapper_patches:
+        return "a node wraps its weights"
     for name, patch in patcher.object_patches.items():
         if name.startswith("diffusion_model.") and not is_ours(patch):
             return f"a node patches its {name.removeprefix('diffusion_model.')}"

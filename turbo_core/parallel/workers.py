@@ -38,6 +38,10 @@ class WorkerError(Exception):
     """A worker failed or is gone; the message has its traceback, if it left one."""
 
 
+def nothing(ranks: Ranks) -> None:
+    """A job that is done as soon as a worker has heard of it."""
+
+
 class Workers:
     """Processes 1 to count - 1 of a group that this process is the first of.
 
@@ -123,14 +127,14 @@ class Workers:
             raise WorkerError(watch.failure)
         return result
 
-    def check(self) -> None:
-        """Find out whether all still answer. If not, all are ended, and the next job starts new
-        ones."""
+    def check(self, job: Callable = nothing) -> None:
+        """Find out whether all still answer, by a `job` that takes no time. If not, all are ended,
+        and the next job starts new ones."""
         if not self.running:
             self.stop()
             return
         with contextlib.suppress(WorkerError):
-            self._together(*wrap((nothing, ())), nothing, min(self.seconds, ANSWER))
+            self._together(*wrap((job, ())), nothing, min(self.seconds, ANSWER))
 
     def stop(self) -> None:
         """End all workers; the next job starts new ones."""
@@ -189,10 +193,6 @@ class Workers:
             if self.ranks is not None and not self.given_up:
                 self.given_up = True
                 exchange.give_up(self.ranks)
-
-
-def nothing(ranks: Ranks) -> None:
-    """A job that is done as soon as a worker has heard of it."""
 
 
 class _Watch:
