@@ -163,8 +163,8 @@ def _other_kind(block) -> str | None:
         return f"it is a {type(block).__name__}"
     if type(block.cross_attn) is not comfy.ldm.wan.model.WanT2VCrossAttention:
         return f"its cross-attention is a {type(block.cross_attn).__name__}"
-    if block.self_attn.head_dim not in HEAD_DIMS:
-        return f"its head_dim is {block.self_attn.head_dim}, not 64 or 128"
+    if (head_dim := block.dim // block.num_heads) not in HEAD_DIMS:
+        return f"its head_dim is {head_dim}, not 64 or 128"
     return None
 
 
