@@ -86,10 +86,10 @@ def order(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def places(device: torch.device) -> torch.Tensor:
-    """Where the numbers of the linear branch's products [D (out), D (in)] lie in [D (in), D (out)]
-    once both are in `order`, int32 [D * D] on `device`."""
+    """Where in the linear branch's products [D (out), D (in)], both in `order`, the numbers of
+    [D (in), D (out)] lie, int32 [D * D] on `device`."""
     columns, summands = order(device)
-    return (summands * HEAD_DIM + columns).flatten().to(torch.int32)
+    return (summands * HEAD_DIM + columns).flatten().argsort().to(torch.int32)
 
 
 def prepare(

@@ -26,13 +26,22 @@ from ..sparse_attention import (
 )
 from .autograd import Options, SparseLinearAttention
 
-__all__ = ["sla", "sla_from_projections"]
+__all__ = ["Norms", "sla", "sla_from_projections"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 # q or k, or what gives it and its `row_norms`, see `prepare`, or None for these.
 Projection = torch.Tensor | Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
 
 BLOCK_Q, BLOCK_K = 128, 64  # rows in a query and a key block, as the models were trained
+
+
+class Norms(NamedTuple):
+    """RMSNorm of q and k over all heads of an attention, of which some may be at hand."""
+
+    q: torch.Tensor  # weight [H * D] of those that are, of any float dtype
+    k: torch.Tensor
+    eps: float = 1e-6
+    heads: int | None = None  # of the attention; None where all are at hand
 
 
 def sla(
@@ -102,10 +111,9 @@ def sla_from_projections(
     q: Projection,
     k: Projection,
     v: torch.Tensor | Callable[[], torch.Tensor],
-    norms: Pair,
+    norms: Norms | Pair,
     rotation: Pair,
     proj: Pair | None,
-    eps: float = 1e-6,
     topk: float = 0.1,
     low_bit: bool = False,
     block_map: torch.Tensor | None = None,
@@ -123,10 +131,9 @@ def sla_from_projections(
         v: [B, L, H, D] of the same dtype. All three may be functions that give them, called for k,
             v and q in turn: in low bits k and v are then freed before there is a q. Those of q and
             k give two things, the second one its `row_norms`, see `prepare`, or None.
-        norms: weights [H * D] of q's and k's RMSNorm over all heads, any float dtypes.
+        norms: see `Norms`; what comes of some heads is what it is among all, bit for bit.
         rotation: cos and sin [1 or B, L, D / 2] float32; see `apply_rope`. Pairs that lie side by
             side (stride 1) save a copy.
-        eps: of both norms.
         proj, topk, low_bit, block_map, pv, backend: see `sla`. Blocks have 128 and 64 rows, the
             feature map is "softmax".
 
@@ -138,13 +145,13 @@ def sla_from_projections(
     """
     # The kernels need pairs side by side; copied here, so that q and k share the copy.
     rotation = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in rotation)
-    q_norm, k_norm = norms
+    q_norm, k_norm, eps, heads = Norms(*norms)
     k, row_norms = k() if callable(k) else (k, None)
     v = v() if callable(v) else v
     shape = k.shape
     _check_inputs(k, k, v, proj, topk, BLOCK_Q, BLOCK_K)
     means = prepare(k, k_norm, *rotation, eps, BLOCK_K, False, k, None, row_norms, backend).means
-    keys = _keys(k, v, means, proj, "softmax", low_bit, BLOCK_K, backend)
+    keys = _keys(k, v, means, proj, "softmax", low_bit, BLOCK_K, backend, heads)
     if low_bit:
         pv = pv or default_pv(v.device)
         kernels = sage_kernels(k, v, pv=pv, backend=backend)
@@ -182,15 +189,17 @@ def _keys(
     low_bit: bool,
     block_k: int,
     backend: str,
+    of_heads: int | None = None,
 ) -> _Keys:
-    """What the queries meet, given the block means [B, H, N, D] of the rows."""
+    """What the queries meet, given the block means [B, H, N, D] of the rows; `of_heads` as in
+    key_value_state."""
     means, mean = center_means(means, rows.shape[1], block_k, backend)
     branch = v_max = None
     if proj is not None and low_bit:
-        *sums, v_max = key_value_state_and_maximum(rows, v, feature_map, backend)
+        *sums, v_max = key_value_state_and_maximum(rows, v, feature_map, backend, of_heads)
         branch = LinearBranch(*sums, *proj, feature_map)
     elif proj is not None:
-        sums = key_value_state(rows, v, feature_map, backend)
+        sums = key_value_state(rows, v, feature_map, backend, of_heads)
         branch = LinearBranch(*sums, *proj, feature_map)
     return _Keys(rows, v, means, mean, branch, v_max)
 

@@ -67,20 +67,16 @@ def test_triton_errs_at_most_twice_as_much_as_torch(
     assert goldens.relative_error(branch(*arguments, "triton"), exact) <= max(bound, 1e-6)
 
 
-@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
-def test_one_kernel_mixes_as_torch_does(dtype, ordered):
-    """The same bits, in the order in which the CUDA kernel reads them too."""
+def test_the_state_is_projected_in_the_order_of_the_products(dtype):
+    """The same bits as are there in the usual order."""
     state, weight = torch.randn(2, 3, 128, 128, device=DEVICE), random_proj(128)[0]
-    normalizer = torch.rand(2, 3, 128, device=DEVICE)
-    normalizer[0, 0, :3] = torch.tensor([0.0, 1e-35, float("nan")])
-    product = state @ weight.float().T / normalizer.clamp_min(1e-30)[..., None]
-    expected, places = product.to(dtype), None
-    if ordered:
-        columns, summands = cuda.order(torch.device(DEVICE))
-        expected, places = expected.mT[..., columns, summands], cuda.places(torch.device(DEVICE))
-    mix = triton_kernels.project_state(state, normalizer, weight, dtype, places)
-    assert torch.allclose(mix, expected, rtol=0, atol=0, equal_nan=True)
+    arguments = state, torch.rand(2, 3, 128, device=DEVICE), weight, dtype
+    columns, summands = cuda.order(torch.device(DEVICE))
+    places = cuda.places(torch.device(DEVICE))
+    ordered = triton_kernels.project_state(*arguments, places)
+    expected = triton_kernels.project_state(*arguments).mT[..., columns, summands]
+    assert torch.equal(ordered, expected)
 
 
 @pytest.mark.gpu
@@ -92,6 +88,23 @@ def test_triton_errs_at_most_twice_as_much_as_torch_at_any_length(length, featur
     exact = exact_linear(*arguments)
     bound = 2 * goldens.relative_error(linear_branch(*arguments), exact)
     assert goldens.relative_error(branch(*arguments, "triton"), exact) <= max(bound, 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_some_heads_are_what_they_are_among_all(backend, monkeypatch):
+    """To the bit, in as many parts: 2 of all, where the own alone would come in 5."""
+    monkeypatch.setattr(triton_kernels, "multiprocessors", lambda device: 3)
+    q, k, v = random_qkv(1, 300, 6, 64, torch.float16)
+    weight, bias = random_proj(64)
+    own = slice(3, 5)
+    whole = key_value_state(k, v, "softmax", backend)
+    some = key_value_state(k[:, :, own], v[:, :, own], "softmax", backend, of_heads=6)
+    assert all(torch.equal(x, y[:, own]) for x, y in zip(some, whole, strict=True))
+    mixed = linear_attention(q, *whole, weight, bias, backend=backend)
+    found = linear_attention(q[:, :, own], *some, weight, bias, backend=backend)
+    assert torch.equal(found, mixed[:, :, own])
+    others, _ = key_value_state(k[:, :, own], v[:, :, own], "softmax", backend)
+    assert backend == "reference" or not torch.equal(others, some[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
