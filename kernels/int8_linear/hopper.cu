@@ -2,7 +2,7 @@
 //
 // A persistent program takes one tile of 128 x 256 after another. One warp copies steps of 128 k
 // into a ring of stages, another prepares what belongs to the tile's columns; two warpgroups
-// multiply 64 rows each. The next tile's first stages arrive while they finish.
+// multiply 64 rows each, the second one some steps behind: one finishes while the other multiplies.
 
 // Defined is BF16, whether bias, residual and out are bfloat16, else float16.
 
@@ -12,6 +12,7 @@ constexpr int TILE_L = 128;
 constexpr int TILE_N = 256;
 constexpr int STEP = 128;  // of k: a row of a stage, as wide as a swizzle
 constexpr int STAGES = 4;
+constexpr int LAG = 2;  // steps that the second warpgroup is behind
 constexpr int GROUP = 8;  // tiles along L that share weights before N moves on
 constexpr int CONSUMER_WARPS = 8;
 constexpr int THREADS = 32 * (CONSUMER_WARPS + 4);
@@ -28,6 +29,7 @@ struct Shared {
     u64 empty[STAGES];
     u64 known[2];  // the columns
     u64 used[2];
+    u64 ahead;  // the first warpgroup, by LAG steps of a tile
 };
 
 struct alignas(64) TensorMap {
@@ -112,6 +114,18 @@ __device__ __forceinline__ void copy_stages(Shared& shared, const Operands& o) {
 
 // ---- the warp for the columns ----
 
+// Brings what the end of a tile adds into the cache: read there, all would wait for memory.
+__device__ __forceinline__ void prefetch_residual(const Tile& tile, const Operands& o) {
+    int bytes = 2 * min(TILE_N, o.n - tile.column);
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < min(TILE_L, o.length - tile.row); i += 32) {
+        const u16* row = o.residual + tile.sample * (long long)o.residual_b
+            + (tile.row + i) * (long long)o.residual_l + tile.column;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(bytes)
+                     : "memory");
+    }
+}
+
 // (sum x_scale w_scale + bias) gate is sum x_scale a + b, with a column's a and b from here.
 __device__ __forceinline__ void prepare_columns(Shared& shared, const Operands& o) {
     // Read once: fields would be read again behind every wait, and linears be 2 % slower.
@@ -119,11 +133,15 @@ __device__ __forceinline__ void prepare_columns(Shared& shared, const Operands& 
     const u16* biases = o.bias;
     int last = o.n - 2, gate_b = o.gate_b;
     int lane = threadIdx.x % 32;
+    bool residual = o.residual;
     Ring<2> ring;
-    for (int index = blockIdx.x; index < tiles(o); index += gridDim.x, ring.next()) {
+    int index = blockIdx.x;
+    for (; index < tiles(o); index += gridDim.x, ring.next()) {
         Tile tile = tile_of(index, o);
         const float* sample_gates = gates + (long long)tile.sample * gate_b;
         barrier_wait(&shared.used[ring.stage], ring.parity ^ 1);
+        // Now the tile before is begun.
+        if (residual && index > blockIdx.x) prefetch_residual(tile_of(index - gridDim.x, o), o);
 #pragma unroll
         for (int at = 2 * lane; at < TILE_N; at += 64) {
             int column = min(tile.column + at, last);
@@ -137,6 +155,9 @@ __device__ __forceinline__ void prepare_columns(Shared& shared, const Operands& 
         __syncwarp();
         if (lane == 0) barrier_arrive(&shared.known[ring.stage]);
     }
+    if (!residual) return;
+    barrier_wait(&shared.used[ring.stage], ring.parity ^ 1);
+    prefetch_residual(tile_of(index - gridDim.x, o), o);
 }
 
 // ---- the multiplying warpgroups ----
@@ -178,6 +199,7 @@ __device__ __forceinline__ void multiply(
         for (int i = 0; i < 4; i++) mma(acc, x + 2 * i, w + 2 * i, step + i);
         mma_commit();
         hold(acc);
+        if (step == LAG - 1 && threadIdx.x == 0) barrier_arrive(&shared.ahead);
         if (step) {
             mma_wait<1>();
             if (lane == 0) barrier_arrive(&shared.empty[before]);
@@ -231,15 +253,19 @@ template <bool RESIDUAL, bool SQUARES> __device__ __forceinline__ void store(
 ) {
     int pair = threadIdx.x % 4;
 #pragma unroll
-    for (int group = 0; group < 8; group++)
+    for (int group = 0; group < 8; group++) {
+        float4 of_columns[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            of_columns[j] = *reinterpret_cast<const float4*>(
+                factors + 32 * group + 8 * j + 2 * pair);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             u32 (&x)[4] = residual[group][half];
             if (RESIDUAL) transpose(x);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const float2* from = factors + 32 * group + 8 * j + 2 * pair;
-                float4 c = *reinterpret_cast<const float4*>(from);
+                float4 c = of_columns[j];
                 int i = 16 * group + 4 * j + 2 * half;
                 float2 y = {fmaf(acc[i] * rows.scale[half], c.x, c.y),
                             fmaf(acc[i + 1] * rows.scale[half], c.z, c.w)};
@@ -255,6 +281,7 @@ template <bool RESIDUAL, bool SQUARES> __device__ __forceinline__ void store(
                 *reinterpret_cast<uint4*>(rows.out[half] + 32 * group) =
                     make_uint4(x[0], x[1], x[2], x[3]);
         }
+    }
 }
 
 // Of tiles that are whole across. Each has a place of its own: the sums are the same every time.
@@ -283,6 +310,9 @@ __device__ __forceinline__ void multiply_tiles(Shared& shared, const Operands& o
         int acc[128];           // [64, TILE_N] of a warpgroup
         u32 residual[8][2][4];  // the same tile, pairs of 16 bits
         int columns = o.n - tile.column;
+        // Not where the first could be a whole tile ahead, and complete two of the phases.
+        if (threadIdx.x >= 128 && o.k > STAGES * STEP)
+            barrier_wait(&shared.ahead, factors.stage);  // also the number of tiles, modulo 2
         multiply(shared, acc, ring, o.k);
         if (RESIDUAL) load_residual(residual, rows, columns);
         mma_wait<0>();
@@ -312,6 +342,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_linear(
             barrier_init(&shared.known[i], 1);
             barrier_init(&shared.used[i], CONSUMER_WARPS);
         }
+        barrier_init(&shared.ahead, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
