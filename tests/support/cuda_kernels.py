@@ -243,7 +243,7 @@ KERNELS = {
         sizes={"HEAD_DIM": cuda_prepare.HEAD_DIM, "ROWS": cuda_prepare.ROWS},
     ),
     "linear_attention/mma.cu": Kernel(
-        every_state, BY_MMA_SYNC, 128, spills_of_card={(12, 0): 24},
+        every_state, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card={(12, 0): 24},
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
         sizes={"HEAD_DIM": state.HEAD_DIM, "STAGES": state.STAGES},
     ),
