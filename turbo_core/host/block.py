@@ -89,12 +89,10 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     weight, bias = float32_weights(parts["norm3"], x.device)
     q = torch.empty_like(x)  # before what it is made of, see activation_memory.py
     n = layer_norm_quant(x, granularity, weight=weight, bias=bias, eps=eps)
-    squares = None
-    if attends_itself(cross_attn, transformer_options):
-        _, squares = project(linears["q"], n, q, squares=True)
-    else:
-        project(linears["q"], n, q)
-    del n
+    itself = attends_itself(cross_attn, transformer_options)
+    projected = project(linears["q"], n, q, squares=itself)
+    squares = projected[1] if itself else None
+    del n, projected
     if squares is None:
         q = rms_norm(q, float32_weights(linears["norm_q"], x.device)[0], cross_attn.eps)
     y = attend_to_text(
