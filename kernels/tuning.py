@@ -180,6 +180,9 @@ ATTENTION: dict[Card, dict[str, KeyLoop]] = {
     (12, 0): {"16 bit": KeyLoop(2), "fp16": KeyLoop(3), "fp8": KeyLoop(3)},
 }
 
+# Keys of one step of attention to a text: as many as spill nothing.
+TEXT_KEYS: dict[Card, int] = {(8, 0): 32, (9, 0): 64, (12, 0): 32}
+
 # Of block selection. More warps wait for each other, fewer take longer; on Hopper so many registers
 # let 12 programs share a multiprocessor, on other cards they would spill.
 SELECT_BLOCKS: dict[Card, dict[str, int]] = {

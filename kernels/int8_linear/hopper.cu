@@ -2,7 +2,7 @@
 //
 // A persistent program takes one tile of 128 x 256 after another. One warp copies steps of 128 k
 // into a ring of stages, another prepares what belongs to the tile's columns; two warpgroups
-// multiply 64 rows each, the second one some steps behind: one finishes while the other multiplies.
+// multiply 64 rows each. The next tile's first stages arrive while they finish.
 
 // Defined is BF16, whether bias, residual and out are bfloat16, else float16.
 
@@ -12,7 +12,8 @@ constexpr int TILE_L = 128;
 constexpr int TILE_N = 256;
 constexpr int STEP = 128;  // of k: a row of a stage, as wide as a swizzle
 constexpr int STAGES = 4;
-constexpr int LAG = 2;  // steps that the second warpgroup is behind
+// Up to here the residual is fetched ahead; in longer tiles it hardly matters, and costs more.
+constexpr int FEW = 2048;  // of k
 constexpr int GROUP = 8;  // tiles along L that share weights before N moves on
 constexpr int CONSUMER_WARPS = 8;
 constexpr int THREADS = 32 * (CONSUMER_WARPS + 4);
@@ -29,7 +30,6 @@ struct Shared {
     u64 empty[STAGES];
     u64 known[2];  // the columns
     u64 used[2];
-    u64 ahead;  // the first warpgroup, by LAG steps of a tile
 };
 
 struct alignas(64) TensorMap {
@@ -133,7 +133,7 @@ __device__ __forceinline__ void prepare_columns(Shared& shared, const Operands& 
     const u16* biases = o.bias;
     int last = o.n - 2, gate_b = o.gate_b;
     int lane = threadIdx.x % 32;
-    bool residual = o.residual;
+    bool residual = o.residual && o.k <= FEW;
     Ring<2> ring;
     int index = blockIdx.x;
     for (; index < tiles(o); index += gridDim.x, ring.next()) {
@@ -199,7 +199,6 @@ __device__ __forceinline__ void multiply(
         for (int i = 0; i < 4; i++) mma(acc, x + 2 * i, w + 2 * i, step + i);
         mma_commit();
         hold(acc);
-        if (step == LAG - 1 && threadIdx.x == 0) barrier_arrive(&shared.ahead);
         if (step) {
             mma_wait<1>();
             if (lane == 0) barrier_arrive(&shared.empty[before]);
@@ -310,9 +309,6 @@ __device__ __forceinline__ void multiply_tiles(Shared& shared, const Operands& o
         int acc[128];           // [64, TILE_N] of a warpgroup
         u32 residual[8][2][4];  // the same tile, pairs of 16 bits
         int columns = o.n - tile.column;
-        // Not where the first could be a whole tile ahead, and complete two of the phases.
-        if (threadIdx.x >= 128 && o.k > STAGES * STEP)
-            barrier_wait(&shared.ahead, factors.stage);  // also the number of tiles, modulo 2
         multiply(shared, acc, ring, o.k);
         if (RESIDUAL) load_residual(residual, rows, columns);
         mma_wait<0>();
@@ -342,7 +338,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_linear(
             barrier_init(&shared.known[i], 1);
             barrier_init(&shared.used[i], CONSUMER_WARPS);
         }
-        barrier_init(&shared.ahead, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();

@@ -15,7 +15,7 @@ TILE_L, TILE_N = 128, 256
 THREADS = 384
 STAGE_BYTES = (TILE_L + TILE_N) * 128
 # Alignment and hopper.cu's Shared.
-SHARED_BYTES = 1024 + 4 * (STAGE_BYTES + 16) + 2 * (TILE_N * 8 + 16) + 8
+SHARED_BYTES = 1024 + 4 * (STAGE_BYTES + 16) + 2 * (TILE_N * 8 + 16)
 Operands = nvrtc.operands(
     maps="x_map w_map",
     pointers="x_scale w_scale bias gate residual out squares",

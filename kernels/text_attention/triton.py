@@ -6,12 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import capability
 from ..launching import launched
+from ..tuning import TEXT_KEYS, of_card
 
 LOG2_E = math.log2(math.e)
-ROWS = 128  # queries of one program
-KEYS = 32  # of one step
-LAUNCH = {"num_warps": 8, "num_stages": 2}  # the same on every card
+ROWS = 64  # queries of one program
+LAUNCH = {"num_warps": 4, "num_stages": 2}  # the same on every card
 
 
 @launched
@@ -75,6 +76,6 @@ def text_attention(
         q, k, v, weight, row_norms, out, length, heads, k.shape[1],
         math.log2(repeats), LOG2_E * dim**-0.5,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        HEAD_DIM=dim, ROWS=ROWS, KEYS=KEYS, **LAUNCH,
+        HEAD_DIM=dim, ROWS=ROWS, KEYS=of_card(TEXT_KEYS, capability(q.device)), **LAUNCH,
     )  # fmt: skip
     return out
