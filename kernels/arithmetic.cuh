@@ -1,5 +1,7 @@
 // What all CUDA kernels share: types, addresses in shared memory, arithmetic.
 
+#pragma once
+
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short u16;

@@ -60,10 +60,13 @@ template <int SIZE> struct Ring {
 // ---- tensor cores ----
 
 // Descriptor of rows of 128 or 64 bytes, swizzled over their whole width.
-__device__ __forceinline__ u64 matrix_descriptor(const void* tile, int row_bytes) {
+__device__ __forceinline__ u64 matrix_descriptor(u32 tile, int row_bytes) {
     u64 layout = row_bytes == 128 ? 1 : 2;
     u64 eight_rows = (row_bytes * 8) >> 4;
-    return (shared_address(tile) & 0x3FFFF) >> 4 | 1ull << 16 | eight_rows << 32 | layout << 62;
+    return (tile & 0x3FFFF) >> 4 | 1ull << 16 | eight_rows << 32 | layout << 62;
+}
+__device__ __forceinline__ u64 matrix_descriptor(const void* tile, int row_bytes) {
+    return matrix_descriptor(shared_address(tile), row_bytes);
 }
 
 __device__ __forceinline__ void mma_begin() {

@@ -180,6 +180,17 @@ ATTENTION: dict[Card, dict[str, KeyLoop]] = {
     (12, 0): {"16 bit": KeyLoop(2), "fp16": KeyLoop(3), "fp8": KeyLoop(3)},
 }
 
+# Keys of one step of attention to a text: as many as spill nothing.
+TEXT_KEYS: dict[Card, int] = {(8, 0): 32, (9, 0): 64, (12, 0): 32}
+
+# Of block selection. More warps wait for each other, fewer take longer; on Hopper so many registers
+# let 12 programs share a multiprocessor, on other cards they would spill.
+SELECT_BLOCKS: dict[Card, dict[str, int]] = {
+    (8, 0): {"num_warps": 2, "num_stages": 1},
+    (9, 0): {"num_warps": 2, "num_stages": 1, "maxnreg": 80},
+    (10, 0): {"num_warps": 2, "num_stages": 1},
+}
+
 # The gradients of 16-bit attention for q ("query") and for k and v ("keys"), and its tangent. On
 # Hopper 64 keys of a warp group leave room for two programs on a multiprocessor.
 GRADIENTS: dict[Card, dict[str, GradientLoop]] = {

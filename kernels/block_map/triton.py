@@ -4,7 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import capability
 from ..launching import launched
+from ..tuning import SELECT_BLOCKS, of_card
 
 RESIDENT = 2048  # scores of a row that two warps hold in their registers; 1182 at 720p
 FEW = 512  # those of a shorter row, in a quarter of the time; 512 at 480p
@@ -12,7 +14,6 @@ CHUNK = 1024  # scores that one step of the selection of longer rows looks at
 TILE = 64  # query and key blocks of one score tile; blocks that are centered at a time
 CHANNELS = 32  # that one program centers
 LAUNCH = {"num_warps": 4, "num_stages": 1}  # memory-bound or tiny, the same on every card
-ROW_LAUNCH = {"num_warps": 2, "num_stages": 1}  # more wait for each other, fewer take longer
 
 
 @launched
@@ -97,6 +98,7 @@ def ordered_keys(scores_ptr, index, n_keys):
 @triton.jit
 def select_row(scores_ptr, block_map_ptr, n_keys, count, RESIDENT: tl.constexpr):
     """Select of the n_keys scores of this program's row, at most RESIDENT."""
+    octave: tl.constexpr = 2**23  # between the integers of a score and of half of it
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, RESIDENT)
     inside = index < n_keys
@@ -104,10 +106,13 @@ def select_row(scores_ptr, block_map_ptr, n_keys, count, RESIDENT: tl.constexpr)
     key = tl.where(inside, ordered_keys(scores_ptr + row * n_keys, index, n_keys), -(2**31))
     # The largest threshold that `count` scores reach, or any that just as many do.
     low = tl.full((), -(2**31), tl.int64)
-    high = tl.full((), 2**31 - 1, tl.int64)
+    high = tl.max(key, 0).to(tl.int64)
     reached = n_keys
+    # It is looked for a factor of 2 below the best score, then of 8, and so on; then by halves.
+    step = tl.full((), octave, tl.int64)
     while (low < high) & (reached != count):
-        middle = (low + high + 1) >> 1
+        middle = tl.maximum((low + high + 1) >> 1, high - step)
+        step *= 2
         reach = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
         enough = reach >= count
         low = tl.where(enough, middle, low)
@@ -215,8 +220,9 @@ def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> t
     rows = (batch * heads * n_queries,)
     if n_keys <= RESIDENT:
         select_resident_kernel[rows](
-            scores, block_map, n_keys, count, RESIDENT=RESIDENT, FEW=FEW, **ROW_LAUNCH
-        )
+            scores, block_map, n_keys, count, RESIDENT=RESIDENT, FEW=FEW,
+            **of_card(SELECT_BLOCKS, capability(scores.device)),
+        )  # fmt: skip
     else:
         select_blocks_kernel[rows](scores, block_map, n_keys, count, CHUNK=CHUNK, **LAUNCH)
     return block_map

@@ -12,6 +12,8 @@ constexpr int TILE_L = 128;
 constexpr int TILE_N = 256;
 constexpr int STEP = 128;  // of k: a row of a stage, as wide as a swizzle
 constexpr int STAGES = 4;
+// Up to here the residual is fetched ahead; in longer tiles it hardly matters, and costs more.
+constexpr int FEW = 2048;  // of k
 constexpr int GROUP = 8;  // tiles along L that share weights before N moves on
 constexpr int CONSUMER_WARPS = 8;
 constexpr int THREADS = 32 * (CONSUMER_WARPS + 4);
@@ -112,6 +114,18 @@ __device__ __forceinline__ void copy_stages(Shared& shared, const Operands& o) {
 
 // ---- the warp for the columns ----
 
+// Brings what the end of a tile adds into the cache: read there, all would wait for memory.
+__device__ __forceinline__ void prefetch_residual(const Tile& tile, const Operands& o) {
+    int bytes = 2 * min(TILE_N, o.n - tile.column);
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < min(TILE_L, o.length - tile.row); i += 32) {
+        const u16* row = o.residual + tile.sample * (long long)o.residual_b
+            + (tile.row + i) * (long long)o.residual_l + tile.column;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(bytes)
+                     : "memory");
+    }
+}
+
 // (sum x_scale w_scale + bias) gate is sum x_scale a + b, with a column's a and b from here.
 __device__ __forceinline__ void prepare_columns(Shared& shared, const Operands& o) {
     // Read once: fields would be read again behind every wait, and linears be 2 % slower.
@@ -119,11 +133,15 @@ __device__ __forceinline__ void prepare_columns(Shared& shared, const Operands& 
     const u16* biases = o.bias;
     int last = o.n - 2, gate_b = o.gate_b;
     int lane = threadIdx.x % 32;
+    bool residual = o.residual && o.k <= FEW;
     Ring<2> ring;
-    for (int index = blockIdx.x; index < tiles(o); index += gridDim.x, ring.next()) {
+    int index = blockIdx.x;
+    for (; index < tiles(o); index += gridDim.x, ring.next()) {
         Tile tile = tile_of(index, o);
         const float* sample_gates = gates + (long long)tile.sample * gate_b;
         barrier_wait(&shared.used[ring.stage], ring.parity ^ 1);
+        // Now the tile before is begun.
+        if (residual && index > blockIdx.x) prefetch_residual(tile_of(index - gridDim.x, o), o);
 #pragma unroll
         for (int at = 2 * lane; at < TILE_N; at += 64) {
             int column = min(tile.column + at, last);
@@ -137,6 +155,9 @@ __device__ __forceinline__ void prepare_columns(Shared& shared, const Operands& 
         __syncwarp();
         if (lane == 0) barrier_arrive(&shared.known[ring.stage]);
     }
+    if (!residual) return;
+    barrier_wait(&shared.used[ring.stage], ring.parity ^ 1);
+    prefetch_residual(tile_of(index - gridDim.x, o), o);
 }
 
 // ---- the multiplying warpgroups ----
@@ -231,15 +252,19 @@ template <bool RESIDUAL, bool SQUARES> __device__ __forceinline__ void store(
 ) {
     int pair = threadIdx.x % 4;
 #pragma unroll
-    for (int group = 0; group < 8; group++)
+    for (int group = 0; group < 8; group++) {
+        float4 of_columns[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            of_columns[j] = *reinterpret_cast<const float4*>(
+                factors + 32 * group + 8 * j + 2 * pair);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             u32 (&x)[4] = residual[group][half];
             if (RESIDUAL) transpose(x);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const float2* from = factors + 32 * group + 8 * j + 2 * pair;
-                float4 c = *reinterpret_cast<const float4*>(from);
+                float4 c = of_columns[j];
                 int i = 16 * group + 4 * j + 2 * half;
                 float2 y = {fmaf(acc[i] * rows.scale[half], c.x, c.y),
                             fmaf(acc[i + 1] * rows.scale[half], c.z, c.w)};
@@ -255,6 +280,7 @@ template <bool RESIDUAL, bool SQUARES> __device__ __forceinline__ void store(
                 *reinterpret_cast<uint4*>(rows.out[half] + 32 * group) =
                     make_uint4(x[0], x[1], x[2], x[3]);
         }
+    }
 }
 
 // Of tiles that are whole across. Each has a place of its own: the sums are the same every time.

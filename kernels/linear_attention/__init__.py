@@ -94,7 +94,7 @@ def _kernels(k, v, feature_map, backend):
     check_feature_map(feature_map)
     unsupported = not_contiguous(k, v), float32_on_gpu(k)
     return choose(
-        "key_value_state", backend, k, reference, triton_kernels, mma=mma,
+        "key_value_state", backend, k, reference, triton_kernels, hopper=mma, mma=mma,
         unsupported=unsupported, operands=(k, v, feature_map),
     )  # fmt: skip
 

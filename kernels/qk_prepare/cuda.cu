@@ -7,9 +7,10 @@
 // in cuda.py.
 
 // Defined are BLOCK, rows of a block; QUANTIZE, whether to make int8 blocks; LINEAR, whether `out`
-// gets the linear branch in place of the rows; TURNS, whether cosines and sines wait in shared
-// memory; BF16, whether rows are bfloat16, else float16.
+// gets the linear branch in place of the rows; HOPPER, whether cosines and sines wait in shared
+// memory, and warpgroups multiply; BF16, whether rows are bfloat16, else float16.
 
+#include "hopper.cuh"
 #include "mma.cuh"
 
 constexpr int HEAD_DIM = 128;
@@ -21,11 +22,13 @@ constexpr int MIX_STRIDE = HEAD_DIM + 8;  // in 16 bits: keeps rows in different
 #endif
 
 struct Shared {
-#if TURNS
+#if HOPPER
     float turns[ROWS][HEAD_DIM + 4];  // cosine and sine of a pair, side by side
 #endif
 #if LINEAR
-    u16 mix[HEAD_DIM * MIX_STRIDE];  // [channel out, channel in], in the order of products
+    // [channel out, channel in], in the order of products; on Hopper two halves of the channels in,
+    // [2, channel out, 64], swizzled, from the first multiple of 1024 bytes on.
+    u16 mix[HEAD_DIM * MIX_STRIDE];
     float normalizer[HEAD_DIM];
 #endif
     float norms[ROWS];
@@ -132,7 +135,7 @@ __device__ __forceinline__ void load_turn(
     float2 (&turn)[4], const Shared& shared, const Angles& angles, int row, int m, int pair,
     int inside
 ) {
-#if TURNS
+#if HOPPER
     const float4* both = reinterpret_cast<const float4*>(&shared.turns[row][32 * m + 8 * pair]);
     turn[0] = {both[0].x, both[0].y}, turn[1] = {both[0].z, both[0].w};
     turn[2] = {both[1].x, both[1].y}, turn[3] = {both[1].z, both[1].w};
@@ -269,6 +272,59 @@ __device__ __forceinline__ float weigh(
     return 1.0f / fmaf(1e-5f * unit, row_sum(plain), row_sum(total));
 }
 
+constexpr int HALF_BYTES = HEAD_DIM * 128;  // of mix
+
+__device__ __forceinline__ u32 mix_address(const Shared& shared) {
+    u32 address = shared_address(shared.mix);
+    return HOPPER ? (address + SWIZZLE_ALIGNMENT - 1) & -SWIZZLE_ALIGNMENT : address;
+}
+
+#if HOPPER
+// sums [64 rows of a warpgroup, 64 channels] (+)= weights [64, 16] mix^T, which is in shared memory
+__device__ __forceinline__ void mma_mix(float (&sums)[32], const u32 (&a)[4], u64 mix, int add) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %37, 0;\n"
+#if BF16
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+#else
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+#endif
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n"
+        "}\n"
+        : F16(sums, 0), F16(sums, 16)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(mix), "r"(add));
+}
+#endif
+
+// What product i of 16 summands each takes of a thread's two rows.
+__device__ __forceinline__ void operand(u32 (&a)[4], const u32 (&weights)[2][16], int i) {
+    a[0] = weights[0][2 * i], a[1] = weights[1][2 * i];
+    a[2] = weights[0][2 * i + 1], a[3] = weights[1][2 * i + 1];
+}
+
+// Of 32 channels the thread's 8, which are columns of four products, of its two rows.
+__device__ __forceinline__ void store_mixed_channels(
+    u16* out, const float* sums, const float (&factor)[2], const float* bias, long long stride,
+    int row, int channel, int inside
+) {
+    const float2* add = reinterpret_cast<const float2*>(bias + channel);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        u32 mixed[4];
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            mixed[n] = pack(fmaf(sums[4 * n + 2 * half], factor[half], add[n].x),
+                            fmaf(sums[4 * n + 2 * half + 1], factor[half], add[n].y));
+        if (row + 8 * half < inside)
+            *reinterpret_cast<uint4*>(out + (row + 8 * half) * stride + channel) =
+                make_uint4(mixed[0], mixed[1], mixed[2], mixed[3]);
+    }
+}
+
 // The mixed rows of this warp: weights [16, 128] times mix [128, 128]. Of 32 channels a thread's
 // columns of four products are 8 pair + {0 .. 7}, see `order` in cuda.py: 16 bytes of a row. Their
 // four sums grow side by side, as a product waits for the last one of its sum.
@@ -276,19 +332,39 @@ __device__ __forceinline__ void store_mixed(
     const Shared& shared, u16* out, const u32 (&weights)[2][16], const float (&factor)[2],
     const float* bias, long long stride, int row, int lane, int inside
 ) {
+#if HOPPER
+    u32 from = mix_address(shared);
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        float sums[32];
+        hold(sums);
+        mma_begin();
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 16; i++) {
+            u32 a[4];
+            operand(a, weights, i);
+            u32 tile = from + i / 4 * HALF_BYTES + part * 64 * 128;
+            mma_mix(sums, a, matrix_descriptor(tile, 128) + i % 4 * 2, i);
+        }
+        mma_commit();
+        mma_wait<0>();
+        hold(sums);
+#pragma unroll
+        for (int group = 0; group < 2; group++)
+            store_mixed_channels(out, sums + 16 * group, factor, bias, stride, row,
+                                 64 * part + 32 * group + 8 * (lane % 4), inside);
+    }
+#else
 #pragma unroll
     for (int group = 0; group < 4; group++) {
-        int channel = 32 * group + 8 * (lane % 4);
         u32 from =
             shared_address(shared.mix + (32 * group + lane % 8) * MIX_STRIDE + lane / 8 * 8);
         float sums[4][4] = {};
 #pragma unroll
         for (int m = 0; m < 4; m++) {
-            const u32 low[4] = {weights[0][4 * m], weights[1][4 * m],
-                                weights[0][4 * m + 1], weights[1][4 * m + 1]};
-            const u32 high[4] = {weights[0][4 * m + 2], weights[1][4 * m + 2],
-                                 weights[0][4 * m + 3], weights[1][4 * m + 3]};
-            u32 mix[4][4];
+            u32 low[4], high[4], mix[4][4];
+            operand(low, weights, 2 * m);
+            operand(high, weights, 2 * m + 1);
 #pragma unroll
             for (int n = 0; n < 4; n++)
                 load_matrices(mix[n], from + 2 * (8 * n * MIX_STRIDE + 32 * m));
@@ -297,19 +373,10 @@ __device__ __forceinline__ void store_mixed(
 #pragma unroll
             for (int n = 0; n < 4; n++) mma(sums[n], high, mix[n][2], mix[n][3]);
         }
-        const float2* add = reinterpret_cast<const float2*>(bias + channel);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            u32 mixed[4];
-#pragma unroll
-            for (int n = 0; n < 4; n++)
-                mixed[n] = pack(fmaf(sums[n][2 * half], factor[half], add[n].x),
-                                fmaf(sums[n][2 * half + 1], factor[half], add[n].y));
-            if (row + 8 * half < inside)
-                *reinterpret_cast<uint4*>(out + (row + 8 * half) * stride + channel) =
-                    make_uint4(mixed[0], mixed[1], mixed[2], mixed[3]);
-        }
+        store_mixed_channels(out, &sums[0][0], factor, bias, stride, row,
+                             32 * group + 8 * (lane % 4), inside);
     }
+#endif
 }
 
 // Starts the copies of a head's mix.
@@ -317,8 +384,12 @@ __device__ __forceinline__ void load_mix(
     Shared& shared, const u16* mix, const float* normalizer, float unit
 ) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < HEAD_DIM * HEAD_DIM / 8; i += THREADS)
-        copy_16(shared_address(&shared.mix[i / 16 * MIX_STRIDE + i % 16 * 8]), mix + 8 * i);
+    for (int i = threadIdx.x; i < HEAD_DIM * HEAD_DIM / 8; i += THREADS) {
+        int row = i / 16, chunk = i % 16;
+        u32 at = HOPPER ? chunk / 8 * HALF_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16
+                        : 2 * (row * MIX_STRIDE + chunk * 8);
+        copy_16(mix_address(shared) + at, mix + 8 * i);
+    }
     if (threadIdx.x < HEAD_DIM) shared.normalizer[threadIdx.x] = normalizer[threadIdx.x] * unit;
 }
 #endif
@@ -327,7 +398,7 @@ __device__ __forceinline__ void load_mix(
 __device__ __forceinline__ void load_turns(
     Shared& shared, const float* norms, const Angles& angles, int inside
 ) {
-#if TURNS
+#if HOPPER
     // Half of them at a time: one by one each would wait for memory. A thread takes four pairs.
     constexpr int QUADS = HEAD_DIM / 8, EACH = ROWS * QUADS / THREADS / 2;
 #pragma unroll 1
@@ -398,6 +469,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
         add_up(shared, packed, warp, lane);
 #if LINEAR
         asm volatile("cp.async.wait_all;" ::: "memory");
+#if HOPPER
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 #endif
         __syncthreads();
 #pragma unroll

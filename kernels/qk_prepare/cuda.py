@@ -14,7 +14,7 @@ from ..tuning import PREPARE_HEADS, of_card
 from .triton import block_outputs, given_or_own_norms
 
 SOURCE = Path(__file__).with_suffix(".cu")
-TARGET = "sm_90"
+TARGET = "sm_90a"
 HEAD_DIM = 128
 ROWS = 128  # of a program
 THREADS = 256
@@ -128,7 +128,7 @@ def prepare(
 def _kernel(x: torch.Tensor, block: int, quantize: bool, linear: bool) -> nvrtc.Kernel:
     flags = {"BLOCK": block, "QUANTIZE": int(quantize), "LINEAR": int(linear)}
     card = capability(x.device)
-    flags |= {"TURNS": int(card == HOPPER), "BF16": int(x.dtype == torch.bfloat16)}
-    shared = SHARED_BYTES + linear * LINEAR_BYTES - (1 - flags["TURNS"]) * TURN_BYTES
+    flags |= {"HOPPER": int(card == HOPPER), "BF16": int(x.dtype == torch.bfloat16)}
+    shared = SHARED_BYTES + linear * LINEAR_BYTES - (1 - flags["HOPPER"]) * TURN_BYTES
     target = TARGET if card == HOPPER else nvrtc.target_of(card, x.device)
     return nvrtc.load(SOURCE, "prepare", target, shared, Operands, x.device.index, **flags)

@@ -6,6 +6,7 @@
     ... forward.py --gpus 2 --steps 4             several against one; see support/several_gpus.py
     ... forward.py --card 8.6 --json 86.json      as on an older card, for estimate.py
     ... forward.py --graph on                     each pass as one CUDA graph, wherever it can be
+    ... forward.py --prompt 120                   as in a sampler's run, of a prompt of 120 tokens
 
 Real shapes and layer counts, random INT8 weights made on the GPU, the MODEL built as TurboLoader
 builds it and driven as a sampler drives it. Prints medians, the share of the arithmetic floor, peak
@@ -14,6 +15,7 @@ op has no kernel here is told, not timed.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import sys
@@ -55,7 +57,7 @@ from turbodiffusion_pack.turbo_core.forward_time import (  # noqa: E402
     linear_operations,
     self_attention_operations,
 )
-from turbodiffusion_pack.turbo_core.host import pass_graph  # noqa: E402
+from turbodiffusion_pack.turbo_core.host import pass_graph, per_run  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.load import build_turbo_model  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler  # noqa: E402
@@ -121,14 +123,22 @@ def patched(model, settings: SLASettings):
     return model
 
 
-def make_forward(model, shape: Shape, text_length: int = TEXT_LENGTH) -> Callable:
-    """A function that runs one forward pass on a random latent and a random prompt."""
+def make_forward(
+    model, shape: Shape, text_length: int = TEXT_LENGTH, prompt: int | None = None
+) -> Callable:
+    """A function that runs one forward pass on a random latent and a random text.
+
+    Behind the first `prompt` tokens there is padding.
+    """
+    text = torch.randn(1, text_length, 4096, device="cuda") * 0.1
+    if prompt is not None:
+        text[:, prompt:] = 0
     channels = [16, shape.in_channels - 16]
     x, concat = (torch.randn(1, c, *shape.latent, device="cuda") for c in channels)
     options = {**model.model_options["transformer_options"], "wrappers": model.wrappers}
     inputs = {
         "c_concat": concat if concat.shape[1] else None,
-        "c_crossattn": torch.randn(1, text_length, 4096, device="cuda") * 0.1,
+        "c_crossattn": text,
         "transformer_options": options,
     }
     sigma = torch.tensor([0.9338], device="cuda")
@@ -152,7 +162,7 @@ def make_diffusion(model, shape: Shape, steps: int) -> Callable:
 def measure(name: str, settings: SLASettings, ceilings: Ceilings, options) -> dict:
     shape = MODELS[name]
     model = load(shape, settings)
-    run = make_forward(model, shape)
+    run = make_forward(model, shape, prompt=options.prompt)
     if why := why_not_timed(run):
         return {"model": name, "attention": settings.attention, "not timed": why}
     for _ in range(pass_graph.EAGER_PASSES + 1):
@@ -261,6 +271,7 @@ def parse_options():
     parser.add_argument("--steps", type=int, default=0, help="also a diffusion of so many steps")
     parser.add_argument("--gpus", type=int, default=1, help="that share each pass, against one")
     parser.add_argument("--compilations", action="store_true", help="count them, in two layers")
+    parser.add_argument("--prompt", type=int, help="tokens before padding; TOPS count 512")
     parser.add_argument("--graph", choices=GRAPH_FROM, default="auto", help="a pass as one")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--rows", type=int, default=20, help="kernels to list, 0 to skip them")
@@ -287,7 +298,9 @@ def main() -> None:
                     if options.compilations:
                         new = count_compilations(name, settings)
                     else:
-                        new = [measure(name, settings, ceilings, options)]
+                        # In a run the text's keys and values are made once.
+                        with contextlib.nullcontext() if options.prompt is None else per_run.keep():
+                            new = [measure(name, settings, ceilings, options)]
                     for result in new:
                         show(result, options.rows)
                     results += new

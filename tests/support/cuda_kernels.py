@@ -203,6 +203,12 @@ def attention_products(card: Card) -> set[str]:
     return {"IMMA.16832.S8.S8"} | values | fp8
 
 
+def prepare_products(card: Card) -> set[str]:
+    """Of the linear branch."""
+    product = "HGMMA.64x64x16.F32" if card == HOPPER else "HMMA.16816.F32"
+    return {product, f"{product}.BF16"}
+
+
 # Of attention on Hopper: scores, and weights with values.
 BY_WGMMA = {"IGMMA.64x64x32.S8.S8", "QGMMA.64x128x32.F32.E4M3.E4M3"}
 BY_MMA_SYNC = tuple(card for card in CARDS if card[0] in dispatch.BY_MMA_SYNC)
@@ -239,11 +245,11 @@ KERNELS = {
     ),
     "qk_prepare/cuda.cu": Kernel(
         every_prepare, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card=PREPARE_SPILLS,
-        products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
+        products=prepare_products,
         sizes={"HEAD_DIM": cuda_prepare.HEAD_DIM, "ROWS": cuda_prepare.ROWS},
     ),
     "linear_attention/mma.cu": Kernel(
-        every_state, BY_MMA_SYNC, 128, spills_of_card={(12, 0): 24},
+        every_state, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card={(12, 0): 24},
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
         sizes={"HEAD_DIM": state.HEAD_DIM, "STAGES": state.STAGES},
     ),

@@ -50,6 +50,7 @@ def run_block(
     from turbodiffusion_pack.kernels.qk_prepare import norms_of_squares
     from turbodiffusion_pack.kernels.requantize import requantize_rows
     from turbodiffusion_pack.kernels.sla import sla_from_projections
+    from turbodiffusion_pack.kernels.text_attention import text_attention
 
     quantize = quantizer(granularity)
     common = {"backend": "triton"}
@@ -80,8 +81,11 @@ def run_block(
     y = quantize(y.flatten(2), **common)
     int8_linear(*y, *square, gate=gate, residual=x, **common)
     n = layer_norm_quant(x, granularity, weight=norm, bias=norm, **common)
-    rms_norm(int8_linear(*n, *square, **common), norm, **common)
-    rms_norm(int8_linear(*quantize(text, **common), *square, **common), norm, **common)
+    q = rms_norm(int8_linear(*n, *square, **common), norm, **common)
+    k = rms_norm(int8_linear(*quantize(text, **common), *square, **common), norm, **common)
+    q, k = (y.unflatten(2, (-1, HEAD_DIM)) for y in (q, k))
+    text_attention(q, k, k, 2, out=q, **common)
+    text_attention(q, k, k, 2, norm, cos[..., 0], out=q, **common)
     int8_linear(*n, *square, residual=x, out=x, **common)
     up, down = weights(model.ffn_dim, model.dim), weights(model.dim, model.ffn_dim)
     for part in x.split(-(-length // 256) * 128, dim=1):

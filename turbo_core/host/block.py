@@ -17,6 +17,7 @@ from ...kernels.norm_quant import layer_norm_quant
 from .. import run_report
 from ..activation_memory import part_length
 from . import per_run
+from .cross_attention import attend_to_text, attends_itself
 from .epilogue import quantize
 from .gradients import GRADIENTS, records_graph
 from .int8_tensor import is_int8
@@ -25,7 +26,7 @@ from .operations import Linear, int8_product, int8_weights
 from .options import SPLIT, TEXT
 from .patch_owner import is_ours, is_stock
 from .prefetch import next_block
-from .self_attention import attend, host_attention, missing_parts
+from .self_attention import attend, missing_parts
 from .split_block import split_attend
 from .text import KeysValues
 from .versions import unrecorded
@@ -66,7 +67,7 @@ def _unless_it_steps_aside(
 
 
 def _fused(block, index, x, e, freqs, context, transformer_options):
-    made = transformer_options.get(TEXT, KeysValues)()
+    text = transformer_options.get(TEXT, KeysValues)()
     # Not as attributes: those of a module take ten times as long to find, and this is every block.
     parts = block._modules
     attn, cross_attn, ffn = parts["self_attn"], parts["cross_attn"], parts["ffn"]._modules
@@ -95,12 +96,16 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     weight, bias = float32_weights(parts["norm3"], x.device)
     q = torch.empty_like(x)  # before what it is made of, see activation_memory.py
     n = layer_norm_quant(x, granularity, weight=weight, bias=bias, eps=eps)
-    project(linears["q"], n, q)
-    del n
-    q = rms_norm(q, float32_weights(linears["norm_q"], x.device)[0], cross_attn.eps)
-    k, v = _keys_values(made, cross_attn, index, granularity, context, transformer_options)
-    y = host_attention(cross_attn, q, k, v, transformer_options)
-    del q, k, v
+    itself = attends_itself(cross_attn, text, transformer_options)
+    projected = project(linears["q"], n, q, squares=itself)
+    squares = projected[1] if itself else None
+    del n, projected
+    if squares is None:
+        q = rms_norm(q, float32_weights(linears["norm_q"], x.device)[0], cross_attn.eps)
+    y = attend_to_text(
+        cross_attn, index, q, squares, granularity, context, text, transformer_options
+    )
+    del q
     y = quantize(y, granularity)
     int8_product(linears["o"], y, dtype, residual=x, out=x)
     del y
@@ -128,17 +133,6 @@ def _modulation(block, e, device, transformer_options: dict) -> tuple[torch.Tens
         # Each copy from RAM would wait for all that the GPU was asked for.
         own = per_run.made((block, device), cast)
     return (own + e).chunk(6, dim=1)  # with float32 the sum is taken in it
-
-
-def _keys_values(made: KeysValues, attn, index, granularity, context, transformer_options):
-    """k and v [B, T, C] of the text features `context` for block `index`, to be found in `made`."""
-    if index not in made:
-        name = f"text in {granularity}"
-        text = once(transformer_options, name, context, lambda c: quantize(c, granularity))
-        parts = attn._modules
-        k, v = (int8_product(parts[name], text, context.dtype) for name in "kv")
-        made.keep(index, rms_norm(k, float32_weights(parts["norm_k"], k.device)[0], attn.eps), v)
-    return made[index]
 
 
 def why_not_fused(block, e, transformer_options: dict) -> str | None:

@@ -11,18 +11,21 @@ from .options import SPLIT, TIMESTEP
 from .patch_owner import is_stock
 
 PROMPTS = 2  # that are kept: with and without the prompt, where the host runs them apart
+# Up to so many keys, attention to one in place of a prompt's padding is faster than to all of 512.
+MOST_KEYS = 256
 
 
 class KeysValues(dict):
     """Keys and values [B, T, C] of one text, by the index of the block that made them.
 
+    The last of the T rows stands for `repeats` equal ones.
     In `room` [blocks, 2, B, T, C], where there is one, from before the first block runs: they stay,
     and would else come to lie between activations, in the way of others as large as those.
     """
 
-    def __init__(self, room: torch.Tensor | None = None):
+    def __init__(self, room: torch.Tensor | None = None, repeats: int = 1):
         super().__init__()
-        self.room = room
+        self.room, self.repeats = room, repeats
 
     def keep(self, block: int, k: torch.Tensor, v: torch.Tensor) -> None:
         if self.room is not None and self.room.shape[2:] == k.shape:
@@ -50,10 +53,22 @@ def keys_values(
             return made
     run.knew_text = False
     del run.texts[: -(PROMPTS - 1)]  # before there is room for another
-    shape = len(network.blocks), 2, *context.shape[:2], network.dim
-    made = KeysValues(context.new_empty(shape, dtype=dtype) if fused else None)
+    batch, length, _ = context.shape
+    repeats = _repeats(context) if fused else 1
+    shape = len(network.blocks), 2, batch, length - repeats + 1, network.dim
+    made = KeysValues(context.new_empty(shape, dtype=dtype) if fused else None, repeats)
     run.texts.append((network, context, made))
     return made
+
+
+def _repeats(context: torch.Tensor) -> int:
+    """How many rows at the end of a text [B, T, C] are alike in each sample, as padding is.
+
+    1 where that would leave more than MOST_KEYS.
+    """
+    alike = (context == context[:, -1:]).all(-1).all(0)  # [T]
+    repeats = int(alike.flip(0).long().cumprod(0).sum())
+    return repeats if context.shape[1] - repeats < MOST_KEYS else 1
 
 
 def will_be_known(network: torch.nn.Module) -> bool:

@@ -1,0 +1,105 @@
+"""Attention to a text: as if every repeated key were there, in float64 and in Triton."""
+
+import goldens
+import pytest
+import torch
+from devices import DEVICE, TRITON_DTYPES
+from turbodiffusion_pack.kernels.norm import rms_norm
+from turbodiffusion_pack.kernels.text_attention import text_attention
+
+
+def random_text(batch, length, keys, heads, dim, dtype):
+    """q [B, L, H, D], k and v [B, T, H, D], with scores of some size."""
+    shapes = (batch, length, heads, dim), *[(batch, keys, heads, dim)] * 2
+    return [torch.randn(shape, device=DEVICE).mul_(1.5).to(dtype) for shape in shapes]
+
+
+def padded(x, repeats):
+    """All keys, the last as often as it counts."""
+    return torch.cat([x, x[:, -1:].expand(-1, repeats - 1, -1, -1)], 1)
+
+
+def exact_attention(q, k, v, repeats):
+    heads = (x.double().transpose(1, 2) for x in (q, padded(k, repeats), padded(v, repeats)))
+    q, k, v = heads
+    return ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("backend", ("reference", "triton"))
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "length", "keys", "repeats", "heads", "dim"),
+    (
+        (1, 1, 1, 1, 1, 64),
+        (3, 130, 32, 449, 2, 64),
+        (2, 65, 65, 448, 1, 128),
+        (1, 40, 130, 1, 2, 64),
+    ),
+)
+def test_it_is_the_attention_to_all_of_them(
+    batch, length, keys, repeats, heads, dim, dtype, backend
+):
+    if backend == "triton" and DEVICE == "cuda" and dtype == torch.float32:
+        pytest.skip("float32 tiles do not fit a GPU")
+    q, k, v = random_text(batch, length, keys, heads, dim, dtype)
+    y = text_attention(q, k, v, repeats, backend=backend)
+    bound = {torch.float32: 1e-6, torch.float16: 8e-4, torch.bfloat16: 6e-3}[dtype]
+    assert y.dtype == dtype
+    assert goldens.relative_error(y, exact_attention(q, k, v, repeats)) <= bound
+
+
+def test_the_number_of_repeats_counts():
+    q, k, v = random_text(1, 40, 9, 2, 64, torch.float32)
+    y = text_attention(q, k, v, 500, backend="triton")
+    assert goldens.relative_error(y, exact_attention(q, k, v, 450)) > 1e-3
+
+
+@pytest.mark.parametrize("backend", ("reference", "triton"))
+def test_q_is_normed_as_rms_norm_does_it_and_may_make_room(backend):
+    q, k, v = random_text(2, 70, 20, 2, 64, torch.float16)
+    weight = torch.rand(128, device=DEVICE) + 0.5
+    norms = (q.float().flatten(2).square().mean(-1) + 1e-6).rsqrt()
+    normed = rms_norm(q.flatten(2), weight, backend="reference").view_as(q)
+    expected = text_attention(normed, k, v, 30, backend=backend)
+    y = text_attention(q, k, v, 30, weight, norms, out=q, backend=backend)
+    assert y is q
+    torch.testing.assert_close(y, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("backend", ("reference", "triton"))
+def test_a_nan_stays_in_its_row(backend):
+    q, k, v = random_text(1, 10, 70, 2, 64, torch.float32)
+    q[0, 3, 1, 5] = torch.nan
+    bad = text_attention(q, k, v, 4, backend=backend).isnan()
+    assert bad[0, 3, 1].all()
+    assert bad.sum() == 64
+
+
+def test_views_are_read_where_they_are():
+    q, k, v = random_text(2, 30, 40, 4, 64, torch.float32)
+    views = q[:, ::2, 1:3], k[:, ::3, :2], v.flip(1)[:, :14, 2:]
+    y = text_attention(*views, 7, backend="triton")
+    assert goldens.relative_error(y, exact_attention(*views, 7)) <= 1e-6
+
+
+@pytest.mark.gpu
+def test_triton_at_model_size():
+    q, k, v = random_text(1, 4001, 129, 40, 128, torch.bfloat16)
+    y = text_attention(q, k, v, 384, backend="triton")
+    assert goldens.relative_error(y, exact_attention(q, k, v, 384)) <= 6e-3
+
+
+def test_bad_input_is_refused():
+    q, k, v = random_text(1, 5, 6, 2, 64, torch.float32)
+    with pytest.raises(ValueError, match=r"k must be \[1, 6, 2, 64\], got \[1, 6, 1, 64\]"):
+        text_attention(q, k[:, :, :1], v[:, :, :1])
+    with pytest.raises(TypeError, match=r"must be torch\.float32 on .*, got torch\.float16"):
+        text_attention(q, k.half(), v.half())
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        text_attention(q, k, v, 0)
+    with pytest.raises(ValueError, match="weight and row_norms go together"):
+        text_attention(q, k, v, weight=torch.ones(128, device=DEVICE))
+    with pytest.raises(TypeError, match="row_norms must be float32"):
+        text_attention(q, k, v, 1, torch.ones(128, device=DEVICE), q.new_ones(1, 5).half())
+    with pytest.raises(ValueError, match=r"out must be contiguous \[1, 5, 2, 64\]"):
+        text_attention(q, k, v, out=q.transpose(0, 1))
