@@ -12,7 +12,7 @@ import torch
 from attention import misplaced
 from turbodiffusion_pack.kernels.block_map import selected_count
 from turbodiffusion_pack.turbo_core.granularity import GRANULARITIES
-from turbodiffusion_pack.turbo_core.host import cross_attention, self_attention, timesteps
+from turbodiffusion_pack.turbo_core.host import block, cross_attention, self_attention, timesteps
 from turbodiffusion_pack.turbo_core.host.once import once
 from turbodiffusion_pack.turbo_core.host.options import MADE_ONCE
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
@@ -93,8 +93,8 @@ def test_blocks_share_the_text_and_the_rotation(monkeypatch, attention, granular
 
     outputs = {}
     for share in (counted, each_for_itself):
-        monkeypatch.setattr(self_attention, "once", share)
-        monkeypatch.setattr(cross_attention, "once", share)
+        for module in (self_attention, block, cross_attention):
+            monkeypatch.setattr(module, "once", share)
         outputs[share] = [in_comfyui.velocity(model, x, c, 987.5) for c in (context, 2 * context)]
     assert all(map(torch.equal, *outputs.values()))
     assert not torch.equal(*outputs[counted])
