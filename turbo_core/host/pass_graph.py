@@ -75,7 +75,7 @@ class Followed:
         if self.graph is not None and self.state != state()[0]:
             self.drop()
         if self.graph is None and self.passes >= EAGER_PASSES and not self.failed:
-            self._capture_if_it_pays(alone, inputs, *state())
+            self._capture_if_it_pays(alone, inputs, state)
         if self.graph is not None:
             comfy.model_management.throw_exception_if_processing_interrupted()
             return self.graph.replay(inputs)
@@ -85,10 +85,11 @@ class Followed:
         self.paces.append(pace)
         return out
 
-    def _capture_if_it_pays(self, run: Run, inputs: Inputs, state: tuple, why: str | None) -> None:
+    def _capture_if_it_pays(self, run: Run, inputs: Inputs, state: Callable[[], tuple]) -> None:
         launching, whole = next((p.ms() for p in reversed(self.paces) if p.over()), (0.0, 1.0))
         if launching < BOUND * whole:
             return
+        state, why = state()  # not before: it goes through the whole model, in milliseconds
         if why is not None:
             run_report.note_no_graph(why)
             return
