@@ -8,13 +8,25 @@ from torch import Tensor
 from .. import nvrtc, tuning
 from ..checks import BLOCK
 from ..dispatch import capability, multiprocessors
-from .hopper import unfit as unfit  # the same rows, columns and epilogues
+from . import hopper
 
 SOURCE = Path(__file__).with_suffix(".cu")
 Operands = nvrtc.operands(
     pointers="x x_scale w w_scale bias gate residual out",
     integers="batch length n k x_b x_l w_n gate_b residual_b residual_l out_b out_l",
 )
+
+
+def unfit(x_q: Tensor, x_scale: Tensor, w_q: Tensor, *rest: Tensor | None) -> str | None:
+    """Why the kernel cannot compute this linear, in either granularity; None where it can."""
+    if max(map(_bytes_spanned, (x_q, w_q))) > 2**32:
+        return "x or w spans more than 4 GiB"
+    return hopper.unfit(x_q, x_scale, w_q, *rest)  # the same rows, columns and epilogues
+
+
+def _bytes_spanned(x: Tensor) -> int:
+    """From the first byte of x, int8, to its last."""
+    return 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
 
 
 def linear(
@@ -55,7 +67,8 @@ def shared_bytes(tile: tuning.WarpTile, by_blocks: bool) -> int:
 def constants(tile: tuning.WarpTile, by_blocks: bool, dtype: torch.dtype) -> dict[str, int]:
     """What mma.cu is compiled with."""
     return {
-        "WARPS_L": tile.warps_l, "WARPS_N": tile.warps_n, "WARP_N": tile.warp_n,
+        "WARPS_L": tile.warps_l, "WARPS_N": tile.warps_n,
+        "WARP_L": tile.warp_l, "WARP_N": tile.warp_n,
         "STEP": tile.step, "STAGES": tile.stages, "PROGRAMS": tile.programs,
         "BLOCKS": int(by_blocks), "BF16": int(dtype == torch.bfloat16),
     }  # fmt: skip
