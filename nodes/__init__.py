@@ -5,6 +5,7 @@ from .doctor import TurboDoctor
 from .experts import Wan22ExpertSwitch
 from .loader import TurboLoader
 from .lora import TurboLoraLoader
+from .parallel import TurboSequenceParallel
 from .quantize import W8A8Quantize
 from .resolution import WanAdaptiveResolution, WanVideoLength
 from .sampler import RCMSampler
@@ -20,6 +21,7 @@ NODES = [
     TurboSaveCheckpoint,
     RCMSampler,
     Wan22ExpertSwitch,
+    TurboSequenceParallel,
     TurboVAE,
     WanAdaptiveResolution,
     WanVideoLength,

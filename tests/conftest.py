@@ -63,11 +63,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
-def pytest_collection_finish():
-    """What is imported by now stays, so no garbage collection need look at it: tests ask for many,
-    ComfyUI for more, and each went through a million objects."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported while tests are collected stays, so no garbage collection need look at it,
+    then (2 s of 9) or later: tests ask for many, ComfyUI for more, and each went through a million
+    objects."""
+    gc.disable()
+    collected = yield
     gc.collect()
     gc.freeze()
+    gc.enable()
+    return collected
 
 
 # A worker has ComfyUI and torch in about 1 GB of memory.
@@ -78,6 +84,10 @@ SLOWEST = (
     "test_ahead_of_time.py",
     "test_server.py",
     "test_example_workflows.py",
+    "test_nvrtc.py",
+    "test_demo.py",
+    "test_training_processes.py",
+    "test_compile.py",
     "test_experts.py",
     "test_loader_memory.py",
     "test_frontend.py",

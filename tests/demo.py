@@ -41,8 +41,8 @@ BASE = ROOT / ".demo" / "server"
 # other videos: of these the right motion is twice as near as the next one in both.
 PROMPTS = {
     "t2v": (
-        "a big orange circle bounces fast on navy",
-        "a big yellow triangle grows fast on navy",
+        "a big yellow triangle in the centre grows fast on navy",
+        "a big cyan square in the east moves left fast on black",
     ),
     "i2v": ("a big red circle grows fast on white",),
 }

@@ -26,14 +26,17 @@ class Counts:
         self.fused = set()
         self.unfused = collections.defaultdict(set)  # why -> blocks
         self.int8 = collections.defaultdict(set)  # granularity -> linears
+        self.gpus = set()  # "on 2 GPUs", or on one, and why
         self.kernels = set()  # what `dispatch.choose` tells: (op, name, why)
+        self.streamed = 0  # bytes of weights that came to the GPU to be used
+        self.waits = []  # (start, end) of waiting for them, as events with elapsed_time
 
     def text(self) -> str:
         """One sentence: forward passes, SLA coverage, every step-aside, INT8, kernels."""
         if not self.forwards:
             return "runs without TurboDiffusion"
         sparse = set().union(*self.sla.values())
-        parts = [count(self.forwards, "forward pass", "forward passes")]
+        parts = [count(self.forwards, "forward pass", "forward passes"), *sorted(self.gpus)]
         parts += [f"{self.replayed} of them as a CUDA graph"] if self.replayed else []
         parts += [f"no CUDA graph: {why}" for why in sorted(self.no_graph)]
         parts += [f"SLA in {len(sparse)} of {self.num_blocks} blocks"]
@@ -42,7 +45,18 @@ class Counts:
         parts += [f"fused in {_ranges(self.fused)}"] if self.fused else []
         parts += [f"not fused in {_ranges(blocks)}: {why}" for why, blocks in self.unfused.items()]
         parts += [f"INT8 {how} in {count(len(of), 'linear')}" for how, of in self.int8.items()]
-        return "; ".join(parts + self._kernel_parts())
+        return "; ".join(parts + self._streaming() + self._kernel_parts())
+
+    def _streaming(self) -> list[str]:
+        """How many bytes of weights were streamed, and how long the GPU waited for them."""
+        if not self.streamed:
+            return []
+        told = f"{self.streamed / 1e9:.2f} GB of weights streamed"
+        with contextlib.suppress(RuntimeError):  # a GPU that has failed tells no time
+            if self.waits:
+                self.waits[-1][1].synchronize()
+                told += f", {sum(a.elapsed_time(b) for a, b in self.waits):.0f} ms waited for them"
+        return [told]
 
     def add(self, other: "Counts") -> None:
         """All that `other` knows of blocks, layers and kernels."""
@@ -190,10 +204,25 @@ def note_unfused(block: int, why: str) -> None:
         counts.unfused[why].add(block)
 
 
+def note_gpus(how: str) -> None:
+    """A forward pass was shared by GPUs, or was to be and was not, `how` and why in a few words."""
+    if counts := _counts():
+        counts.gpus.add(how)
+
+
 def note_int8(granularity: str, linear: object) -> None:
     """The INT8 layer `linear` ran in `granularity` ("blocks" or "rows")."""
     if counts := _counts():
         counts.int8[GRANULARITY[granularity]].add(id(linear))
+
+
+def note_streamed(size: int, start, end) -> None:
+    """`size` bytes of weights came to the GPU, which waited from `start` to `end`: two events, or
+    None where it has no clock."""
+    if counts := _counts():
+        counts.streamed += size
+        if start is not None:
+            counts.waits.append((start, end))
 
 
 def _ranges(blocks: set[int]) -> str:

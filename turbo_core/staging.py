@@ -1,5 +1,7 @@
 """Copies between a GPU and ordinary memory, while the GPU works on."""
 
+import collections
+
 import torch
 from torch import Tensor
 
@@ -8,10 +10,11 @@ class ToMemory:
     """Writes pieces that the GPU makes into memory, each while the GPU makes the next one.
 
     They pass through pinned memory of a piece's size, which torch keeps for the next time.
+    `at_once` pieces are made together, and wait until the GPU has the next ones to make.
     """
 
-    def __init__(self):
-        self.waiting = None
+    def __init__(self, at_once: int = 1):
+        self.at_once, self.waiting = at_once, collections.deque()
 
     def copy(self, piece: Tensor, destination: Tensor) -> None:
         """piece into destination, complete after `finish` at the latest."""
@@ -20,14 +23,16 @@ class ToMemory:
             return
         pinned = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=True)
         pinned.copy_(piece, non_blocking=True)
-        self.finish()
-        self.waiting = _now(piece.device), pinned, destination
+        self.waiting.append((_now(piece.device), pinned, destination))
+        self._write_all_but(self.at_once)
 
     def finish(self) -> None:
         """Wait for the GPU, and write what is still on the way."""
-        if self.waiting:
-            event, pinned, destination = self.waiting
-            self.waiting = None
+        self._write_all_but(0)
+
+    def _write_all_but(self, count: int) -> None:
+        while len(self.waiting) > count:
+            event, pinned, destination = self.waiting.popleft()
             event.synchronize()
             destination.copy_(pinned)
 

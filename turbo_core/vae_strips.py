@@ -9,6 +9,7 @@ import itertools
 import math
 from typing import NamedTuple
 
+LATENT = 8  # pixels in a row for one of the latents
 # More strips are taken rather than more bytes than this: two cost a twentieth of the time of one,
 # and what they leave free keeps a diffusion model's weights on the GPU.
 COMFORTABLE = 4.5e9

@@ -65,10 +65,50 @@ def int8_linear(
         return out
     bias = None if bias is None else bias.contiguous()
     operands = x_q, x_scale, w_q, w_scale.contiguous(), bias, gate, residual, out
+    return _chosen(operands, backend, layout).linear(*operands)
+
+
+def int8_linear_and_squares(
+    x_q: Tensor,
+    x_scale: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """`int8_linear`, and what the squares of its rows add up to, for a norm that follows.
+
+    Args:
+        as `int8_linear`.
+
+    Returns:
+        As `int8_linear`; and fp32 `[B, P, L]`, P parts that add up to the sum of a row's squares,
+        taken before or after rounding, or None where no kernel has them without reading again.
+
+    Raises:
+        as `int8_linear`.
+    """
+    layout = _checked(x_q, x_scale, w_q, w_scale, bias, None, None, out, out_dtype)
+    if out is None:
+        out = torch.empty(*x_q.shape[:2], w_q.shape[0], dtype=out_dtype, device=x_q.device)
+    if out.numel() == 0:
+        return out, None
+    bias = None if bias is None else bias.contiguous()
+    operands = x_q, x_scale, w_q, w_scale.contiguous(), bias, None, None, out
+    kernels = _chosen(operands, backend, layout)
+    if kernels in (reference, hopper):
+        return kernels.linear_and_squares(*operands)
+    return kernels.linear(*operands), None
+
+
+def _chosen(operands: tuple[Tensor | None, ...], backend: str, layout: object):
+    """The module that multiplies these."""
+    x_q, x_scale, *_ = operands
     on_hopper = hopper if x_scale.ndim == 2 else None  # blocks run in Triton there
     modules = reference, triton_kernels, on_hopper, mma
-    kernels = choose("int8_linear", backend, x_q, *modules, operands=operands, layout=layout)
-    return kernels.linear(*operands)
+    return choose("int8_linear", backend, x_q, *modules, operands=operands, layout=layout)
 
 
 def _checked(x_q, x_scale, w_q, w_scale, bias, gate, residual, out, out_dtype) -> object:

@@ -42,6 +42,7 @@ struct Operands {
     const float* gate;       // [B, N] or null
     const u16* residual;     // [B, L, N] or null
     u16* out;                // [B, L, N]
+    float* squares;          // [B, N / TILE_N, L] or null: sums of each row's squares, a tile each
     int batch, length, n, k;
     int gate_b, residual_b, residual_l, out_b, out_l;
 };
@@ -223,9 +224,10 @@ __device__ __forceinline__ void load_residual(
                     *reinterpret_cast<const uint4*>(rows.residual[half] + 32 * group);
 }
 
-template <bool RESIDUAL> __device__ __forceinline__ void store(
+// Also adds to `squares` those of what the thread writes of its two rows, before rounding.
+template <bool RESIDUAL, bool SQUARES> __device__ __forceinline__ void store(
     const int (&acc)[128], u32 (&residual)[8][2][4], const Rows& rows, const float2* factors,
-    int columns
+    int columns, float (&squares)[2]
 ) {
     int pair = threadIdx.x % 4;
 #pragma unroll
@@ -245,6 +247,7 @@ template <bool RESIDUAL> __device__ __forceinline__ void store(
                     float2 add = pair_of(x[j], BF16);
                     y.x += add.x, y.y += add.y;
                 }
+                if (SQUARES) squares[half] = fmaf(y.x, y.x, fmaf(y.y, y.y, squares[half]));
                 x[j] = packed_pair(y, BF16);
             }
             transpose(x);
@@ -254,7 +257,22 @@ template <bool RESIDUAL> __device__ __forceinline__ void store(
         }
 }
 
-template <bool RESIDUAL>
+// Of tiles that are whole across. Each has a place of its own: the sums are the same every time.
+__device__ __forceinline__ void store_squares(
+    const float (&squares)[2], const Tile& tile, const Operands& o
+) {
+    long long part = (long long)tile.sample * tiles_across(o) + tile.column / TILE_N;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float sum = squares[half];
+        sum += __shfl_xor_sync(0xffffffff, sum, 1);
+        sum += __shfl_xor_sync(0xffffffff, sum, 2);
+        int row = tile.row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * half;
+        if (threadIdx.x % 4 == 0 && row < o.length) o.squares[part * o.length + row] = sum;
+    }
+}
+
+template <bool RESIDUAL, bool SQUARES>
 __device__ __forceinline__ void multiply_tiles(Shared& shared, const Operands& o) {
     int lane = threadIdx.x % 32;
     Ring<STAGES> ring;
@@ -271,7 +289,10 @@ __device__ __forceinline__ void multiply_tiles(Shared& shared, const Operands& o
         hold(acc);
         if (lane == 0) barrier_arrive(&shared.empty[(ring.stage + STAGES - 1) % STAGES]);
         barrier_wait(&shared.known[factors.stage], factors.parity);
-        store<RESIDUAL>(acc, residual, rows, shared.columns[factors.stage], columns);
+        float squares[2] = {};
+        const float2* of_columns = shared.columns[factors.stage];
+        store<RESIDUAL, SQUARES>(acc, residual, rows, of_columns, columns, squares);
+        if (SQUARES) store_squares(squares, tile, o);
         __syncwarp();
         if (lane == 0) barrier_arrive(&shared.used[factors.stage]);
     }
@@ -303,8 +324,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_linear(
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         if (o.residual)
-            multiply_tiles<true>(shared, o);
+            multiply_tiles<true, false>(shared, o);
+        else if (o.squares)
+            multiply_tiles<false, true>(shared, o);
         else
-            multiply_tiles<false>(shared, o);
+            multiply_tiles<false, false>(shared, o);
     }
 }

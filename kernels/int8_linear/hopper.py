@@ -18,7 +18,7 @@ STAGE_BYTES = (TILE_L + TILE_N) * 128
 SHARED_BYTES = 1024 + 4 * (STAGE_BYTES + 16) + 2 * (TILE_N * 8 + 16)
 Operands = nvrtc.operands(
     maps="x_map w_map",
-    pointers="x_scale w_scale bias gate residual out",
+    pointers="x_scale w_scale bias gate residual out squares",
     integers="batch length n k gate_b residual_b residual_l out_b out_l",
 )
 
@@ -71,15 +71,16 @@ def linear(
     gate: Tensor | None,
     residual: Tensor | None,
     out: Tensor,
+    squares: Tensor | None = None,
 ) -> Tensor:
-    """`int8_linear` with a scale per row, of what is not `unfit`."""
+    """`int8_linear` with a scale per row, of what is not `unfit`; to `squares` as below."""
     batch, length, k = x_q.shape
     n = w_q.shape[0]
     tiles = batch * -(-length // TILE_L) * -(-n // TILE_N)
     x_scale = x_scale.contiguous()
     operands = Operands(
         nvrtc.tensor_map(x_q, TILE_L), nvrtc.tensor_map(w_q, TILE_N),
-        *map(nvrtc.address, (x_scale, w_scale, bias, gate, residual, out)),
+        *map(nvrtc.address, (x_scale, w_scale, bias, gate, residual, out, squares)),
         batch, length, n, k, 0 if gate is None else gate.stride(0),
         *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
     )  # fmt: skip
@@ -89,3 +90,16 @@ def linear(
     )  # fmt: skip
     kernel.launch(min(tiles, multiprocessors(x_q.device)), THREADS, operands)
     return out
+
+
+def linear_and_squares(*operands: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`linear` without a residual, and what its rows' squares add up to before they are rounded.
+
+    float32 [B, P, L], in P parts to add up; None where the columns are not whole tiles.
+    """
+    out = operands[-1]
+    batch, length, n = out.shape
+    if n % TILE_N:
+        return linear(*operands), None
+    squares = torch.empty(batch, n // TILE_N, length, dtype=torch.float32, device=out.device)
+    return linear(*operands, squares), squares

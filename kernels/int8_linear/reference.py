@@ -28,6 +28,12 @@ def linear(
     return out.copy_(y)
 
 
+def linear_and_squares(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`linear`, and the sums of its rows' squares, float32 [B, 1, L]."""
+    out = linear(*operands)
+    return out, out.float().square().sum(-1)[:, None]
+
+
 def _by_blocks(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
     length, n = x_q.shape[1], w_q.shape[0]
     x_scale = x_scale.repeat_interleave(BLOCK, 1)[:, :length]  # [B, L, K blocks]

@@ -67,7 +67,10 @@ def quantize_blocks(
 
 
 def quantize_rows(
-    x: Tensor, activation: str | None = None, backend: str = "auto"
+    x: Tensor,
+    activation: str | None = None,
+    amax: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Quantize every row with its own scale: per token for x, per output channel for weights.
 
@@ -76,6 +79,8 @@ def quantize_rows(
     Args:
         x: `[..., R, C]` fp32, fp16 or bf16.
         activation: applied first, as in `quantize_blocks`.
+        amax: fp32 `[..., R]`, the rows' max |x|: given where x is some of the columns only, without
+            an activation.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -87,8 +92,10 @@ def quantize_rows(
         RuntimeError: Triton was asked for by name and cannot run.
     """
     _check_input("quantize_rows", x, activation)
+    if amax is not None:
+        _check_amax(x, activation, amax)
     kernels = choose("quantize_rows", backend, x, reference, triton_kernels)
-    return kernels.quantize_rows(x, activation)
+    return kernels.quantize_rows(x, activation, amax)
 
 
 def dequantize_blocks(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,6 +140,16 @@ def _check_input(op: str, x: Tensor, activation: str | None) -> None:
         raise ValueError(f"{op} needs x [..., R, C] with elements in it, got {list(x.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op} needs activation None or 'gelu_tanh', got {activation!r}")
+
+
+def _check_amax(x: Tensor, activation: str | None, amax: Tensor) -> None:
+    if activation is not None:
+        raise ValueError(f"quantize_rows takes amax or an activation, got {activation!r} as well")
+    if amax.dtype != torch.float32 or amax.shape != x.shape[:-1]:
+        raise ValueError(
+            f"quantize_rows needs amax {list(x.shape[:-1])} in fp32, "
+            f"got {list(amax.shape)} in {amax.dtype}"
+        )
 
 
 def _check_quantized(op: str, q: Tensor) -> None:

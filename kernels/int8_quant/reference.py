@@ -17,9 +17,12 @@ def quantize_blocks(x: Tensor, activation: str | None = None) -> tuple[Tensor, T
     return q, (amax / 128).squeeze((-3, -1))
 
 
-def quantize_rows(x: Tensor, activation: str | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, activation: str | None = None, amax: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     x = _activate(x.float(), activation)
-    amax = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX)
+    amax = x.abs().amax(-1) if amax is None else amax
+    amax = amax[..., None].clamp_min(SMALLEST_AMAX)
     return _round(x, amax), (amax / 128).squeeze(-1)
 
 

@@ -30,15 +30,19 @@ def quantize_blocks(x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def quantize_rows(x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, activation: str | None, amax: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape[-2:]
     batched = x if x.ndim == 3 else x.reshape(-1, rows, columns)
     q = torch.empty(*x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(*x.shape[:-1], dtype=torch.float32, device=x.device)
     if activation is None:
+        given = x if amax is None else amax.contiguous()
         quantize_rows_kernel[(scale.numel(),)](
-            batched, q, scale, rows, columns, *batched.stride(), **row_launch(columns)
-        )
+            batched, given, q, scale, rows, columns, *batched.stride(),
+            GIVEN=amax is not None, **row_launch(columns),
+        )  # fmt: skip
     else:
         loop = of_width(GELU_ROWS, columns)
         activate_rows_kernel[loop_grid(loop, *batched.shape[:2], x.device)](
@@ -148,6 +152,7 @@ def quantize_blocks_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def quantize_rows_kernel(
     x_ptr,
+    amax_ptr,
     q_ptr,
     scale_ptr,
     rows,
@@ -155,13 +160,17 @@ def quantize_rows_kernel(
     stride_b,
     stride_r,
     stride_c,
+    GIVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
     x_ptr += (pid // rows).to(tl.int64) * stride_b + (pid % rows).to(tl.int64) * stride_r
     c = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + c.to(tl.int64) * stride_c, mask=c < columns, other=0.0)
-    q, scale = quantize_tile(x.to(tl.float32))
+    x = x.to(tl.float32)
+    amax = tl.load(amax_ptr + pid) if GIVEN else largest(tl.abs(x))
+    amax = larger(amax, 1e-8)
+    q, scale = round_to_int8(x, amax), amax * (1 / 128)
     tl.store(q_ptr + pid.to(tl.int64) * columns + c, q, mask=c < columns)
     tl.store(scale_ptr + pid, scale)
 

@@ -16,7 +16,7 @@ if has_triton():
 else:
     cuda = triton_kernels = None
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "norms_of_squares", "prepare", "square_sums"]
 
 
 class Prepared(NamedTuple):
@@ -38,6 +38,7 @@ def prepare(
     quantize: bool = False,
     out: torch.Tensor | None = None,
     branch: LinearBranch | None = None,
+    row_norms: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Prepared:
     """RMSNorm over all heads, RoPE, block means and, if asked for, int8 and the linear branch.
@@ -56,6 +57,9 @@ def prepare(
         out: where the rotated rows go, contiguous like x; may be x itself. A new tensor if None.
         branch: where given, `out` gets the linear branch of the rotated rows in their place: in
             low bits nothing else reads them.
+        row_norms: float32 [B, L], 1 / root mean square of each row, eps included: given where x is
+            some of the heads that a norm is taken over, see `square_sums`, and where they are
+            known without reading x, see `norms_of_squares`.
         backend: see `dispatch.choose`.
 
     Returns:
@@ -75,6 +79,9 @@ def prepare(
             f"out must be contiguous and {x.dtype}, "
             f"got {out.dtype} with strides {list(out.stride())}"
         )
+    if row_norms is not None:
+        check_shape("row_norms", row_norms, tuple(x.shape[:2]))
+        _check_float32("row_norms", row_norms)
     if branch is not None:
         check_branch(x, branch)
     kernels = choose(
@@ -82,9 +89,61 @@ def prepare(
         unsupported=(not_contiguous(x), None if branch is None else float32_on_gpu(x)),
         operands=(x, cos, sin, out, branch),
     )  # fmt: skip
-    means, *blocks = kernels.prepare(x, weight, cos, sin, eps, block, quantize, out, branch)
+    arguments = x, weight, cos, sin, eps, block, quantize, out, branch, row_norms
+    means, *blocks = kernels.prepare(*arguments)
     rows, linear = (out, None) if branch is None else (None, out)
     return Prepared(rows, linear, means, Int8Blocks(*blocks) if quantize else None)
+
+
+def square_sums(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+    """Sums of squares of each head's row, of which a norm over several heads is made.
+
+    Each in float32 and by itself, so that it does not depend on which heads are at hand.
+
+    Args:
+        x: [B, L, H, D], float32, float16 or bfloat16.
+        backend: see `dispatch.choose`.
+
+    Returns:
+        float32 [B, L, H].
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+    """
+    check_heads(x=x)
+    unsupported = (not_contiguous(x),)
+    kernels = choose("square_sums", backend, x, reference, triton_kernels, unsupported=unsupported)
+    return kernels.square_sums(x)
+
+
+def norms_of_squares(
+    squares: torch.Tensor, channels: int, eps: float = 1e-6, backend: str = "auto"
+) -> torch.Tensor:
+    """What `prepare` takes as `row_norms`, 1 / sqrt(mean square + eps), of sums of squares.
+
+    Args:
+        squares: float32 [B, P, L], P parts of the sum of each row's squares, as
+            `int8_linear_and_squares` gives them.
+        channels: what the squares are of in a row, of all heads.
+        eps: added to the mean square.
+        backend: see `dispatch.choose`.
+
+    Returns:
+        float32 [B, L].
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+    """
+    if squares.ndim != 3:
+        raise ValueError(f"squares must be [B, P, L], got {list(squares.shape)}")
+    _check_float32("squares", squares)
+    kernels = choose("norms_of_squares", backend, squares, reference, triton_kernels)
+    return kernels.norms_of_squares(squares, channels, eps)
+
+
+def _check_float32(name: str, x: torch.Tensor) -> None:
+    if x.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32, got {x.dtype}")
 
 
 def check_angles(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -93,5 +152,4 @@ def check_angles(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     for name, angles in (("cos", cos), ("sin", sin)):
         samples = 1 if angles.shape[:1] == (1,) else batch
         check_shape(name, angles, (samples, length, dim // 2))
-        if angles.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32, got {angles.dtype}")
+        _check_float32(name, angles)

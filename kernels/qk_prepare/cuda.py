@@ -11,7 +11,7 @@ from ..dispatch import HOPPER, capability
 from ..linear_attention import LinearBranch
 from ..linear_attention.triton import project_state
 from ..tuning import PREPARE_HEADS, of_card
-from .triton import block_outputs, row_norms
+from .triton import block_outputs, given_or_own_norms
 
 SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90"
@@ -88,10 +88,11 @@ def prepare(
     quantize: bool,
     out: torch.Tensor,
     branch: LinearBranch | None,
+    row_norms: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """`prepare` of the Triton file, of what is not `unfit`."""
     batch, length, heads, _ = x.shape
-    norms, weight = row_norms(x, eps), aligned_copy(weight)
+    norms, weight = given_or_own_norms(x, eps, row_norms), aligned_copy(weight)
     means, integers, scales = block_outputs(x, block, quantize)
     mixed = None, None, None
     if branch is not None:

@@ -10,6 +10,7 @@ from ..linear_attention.triton import linear_attention
 from ..sparse_attention.triton import round_block
 
 HEADS = 8  # of one program, which reads its cosines from memory once
+NORM_ROWS = 128  # of a program that adds up their squares
 ROW_LAUNCH = {"num_warps": 4, "num_stages": 1}  # bandwidth-bound, the same on every card
 
 
@@ -27,6 +28,38 @@ def row_norms_kernel(
     x = x.to(tl.float32)
     mean_square = tl.sum(x * x) / (heads * HEAD_DIM)
     tl.store(norms_ptr + sample * length + row, tl.rsqrt(mean_square + eps))
+
+
+@launched
+@triton.jit(do_not_specialize=["length", "heads"])
+def square_sums_kernel(
+    x_ptr, sums_ptr, length, heads, stride_xb, stride_xl, stride_xh,
+    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    row, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head = tl.arange(0, HEADS)
+    channel = tl.arange(0, HEAD_DIM)[None, :]
+    x_ptr += sample * stride_xb + row * stride_xl
+    place = head[:, None] * stride_xh + channel
+    x = tl.load(x_ptr + place, mask=head[:, None] < heads, other=0.0)  # [HEADS, D]
+    x = x.to(tl.float32)
+    to = sums_ptr + (sample * length + row) * heads + head
+    tl.store(to, tl.sum(x * x, 1), mask=head < heads)
+
+
+@launched
+@triton.jit(do_not_specialize=["length", "parts", "channels", "eps"])
+def norms_of_squares_kernel(
+    squares_ptr, norms_ptr, length, parts, channels, eps, PARTS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.arange(0, PARTS)[:, None]
+    inside = row < length
+    squares_ptr += (sample * parts + part) * length + row
+    squares = tl.load(squares_ptr, mask=(part < parts) & inside, other=0.0)  # [PARTS, ROWS]
+    norms = tl.rsqrt(tl.sum(squares, 0) / channels + eps)
+    tl.store(norms_ptr + sample * length + row, norms, mask=inside)
 
 
 @triton.jit
@@ -91,13 +124,38 @@ def contiguous_pairs(angles: torch.Tensor) -> torch.Tensor:
     return angles if angles.stride(-1) == 1 else angles.contiguous()
 
 
-def row_norms(x: torch.Tensor, eps: float) -> torch.Tensor:
+def given_or_own_norms(x: torch.Tensor, eps: float, given: torch.Tensor | None) -> torch.Tensor:
     """1 / root mean square of each row of [B, L, H, D] over all heads, float32 [B, L]."""
+    if given is not None:
+        return given.contiguous()
     batch, length, heads, dim = x.shape
     norms = torch.empty(batch, length, dtype=torch.float32, device=x.device)
     row_norms_kernel[length, batch](
         x, norms, length, heads, eps, *x.stride()[:3],
         HEAD_DIM=dim, HEADS=1 << (heads - 1).bit_length(), **ROW_LAUNCH,
+    )  # fmt: skip
+    return norms
+
+
+def square_sums(x: torch.Tensor) -> torch.Tensor:
+    """Sums of squares of x [B, L, H, D] by head, float32 [B, L, H]."""
+    batch, length, heads, dim = x.shape
+    sums = torch.empty(batch, length, heads, dtype=torch.float32, device=x.device)
+    square_sums_kernel[length, batch](
+        x, sums, length, heads, *x.stride()[:3],
+        # For fewer than 8 a row would be on more threads, which add it up in another order.
+        HEAD_DIM=dim, HEADS=max(8, 1 << (heads - 1).bit_length()), **ROW_LAUNCH,
+    )  # fmt: skip
+    return sums
+
+
+def norms_of_squares(squares: torch.Tensor, channels: int, eps: float) -> torch.Tensor:
+    """1 / root mean square of rows whose squares add up to squares [B, P, L], float32 [B, L]."""
+    batch, parts, length = squares.shape
+    norms = torch.empty(batch, length, dtype=torch.float32, device=squares.device)
+    norms_of_squares_kernel[-(-length // NORM_ROWS), batch](
+        squares.contiguous(), norms, length, parts, channels, eps,
+        PARTS=1 << (parts - 1).bit_length(), ROWS=NORM_ROWS, **ROW_LAUNCH,
     )  # fmt: skip
     return norms
 
@@ -126,10 +184,11 @@ def prepare(
     quantize: bool,
     out: torch.Tensor,
     branch: LinearBranch | None,
+    row_norms: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The rotated rows or their linear branch to `out`; their means, int8 blocks and scales."""
     batch, length, heads, dim = x.shape
-    norms = row_norms(x, eps)
+    norms = given_or_own_norms(x, eps, row_norms)
     means, integers, scales = block_outputs(x, block, quantize)
     cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
     prepare_kernel[-(-heads // HEADS), means.shape[2], batch](

@@ -1,5 +1,6 @@
 """Sparse-linear attention, whole: a composition of the ops around it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,12 +16,21 @@ from ..linear_attention import (
     linear_attention,
 )
 from ..qk_prepare import Prepared, prepare
-from ..sparse_attention import sage_attention, sparse_attention
+from ..sparse_attention import (
+    PV_DTYPES,
+    attend_quantized,
+    default_pv,
+    sage_attention,
+    sage_kernels,
+    sparse_attention,
+)
 from .autograd import Options, SparseLinearAttention
 
 __all__ = ["sla", "sla_from_projections"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+# q or k, or what gives it and its `row_norms`, see `prepare`, or None for these.
+Projection = torch.Tensor | Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
 
 BLOCK_Q, BLOCK_K = 128, 64  # rows in a query and a key block, as the models were trained
 
@@ -89,9 +99,9 @@ def _differentiable(q, k, v, proj, low_bit, block_map, options: Options) -> torc
 
 
 def sla_from_projections(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Projection,
+    k: Projection,
+    v: torch.Tensor | Callable[[], torch.Tensor],
     norms: Pair,
     rotation: Pair,
     proj: Pair | None,
@@ -105,12 +115,14 @@ def sla_from_projections(
     """`sla` of what Wan's projections give, `sla(apply_rope(rms_norm(q)), ..., v)`, for inference.
 
     Block means and the int8 of q come out of the same pass as the norm and the rotation. q and k
-    are overwritten, which saves the memory of two activations; in low bits with a linear branch
-    the result is q's memory.
+    are overwritten, which saves the memory of two activations; in low bits the result is q's
+    memory.
 
     Args:
         q, k: [B, L, H, D], the projections, contiguous; float32, float16 or bfloat16.
-        v: [B, L, H, D] of the same dtype.
+        v: [B, L, H, D] of the same dtype. All three may be functions that give them, called for k,
+            v and q in turn: in low bits k and v are then freed before there is a q. Those of q and
+            k give two things, the second one its `row_norms`, see `prepare`, or None.
         norms: weights [H * D] of q's and k's RMSNorm over all heads, any float dtypes.
         rotation: cos and sin [1 or B, L, D / 2] float32; see `apply_rope`. Pairs that lie side by
             side (stride 1) save a copy.
@@ -124,23 +136,37 @@ def sla_from_projections(
     Raises:
         ValueError, TypeError: a shape, dtype or option does not fit.
     """
-    _check_inputs(q, k, v, proj, topk, BLOCK_Q, BLOCK_K)
     # The kernels need pairs side by side; copied here, so that q and k share the copy.
-    cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in rotation)
+    rotation = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in rotation)
     q_norm, k_norm = norms
-    rotated = prepare(k, k_norm, cos, sin, eps, BLOCK_K, out=k, backend=backend)
-    keys = _keys(k, v, rotated.means, proj, "softmax", low_bit, BLOCK_K, backend)
+    k, row_norms = k() if callable(k) else (k, None)
+    v = v() if callable(v) else v
+    shape = k.shape
+    _check_inputs(k, k, v, proj, topk, BLOCK_Q, BLOCK_K)
+    means = prepare(k, k_norm, *rotation, eps, BLOCK_K, False, k, None, row_norms, backend).means
+    keys = _keys(k, v, means, proj, "softmax", low_bit, BLOCK_K, backend)
+    if low_bit:
+        pv = pv or default_pv(v.device)
+        kernels = sage_kernels(k, v, pv=pv, backend=backend)
+        keys = keys._replace(rows=None, v=None)
+        k = kernels.quantize_keys(k, BLOCK_K, keys.mean)
+        v = kernels.quantize_values(v, PV_DTYPES[pv], BLOCK_K, keys.v_max)
+    q, row_norms = q() if callable(q) else (q, None)
+    check_shape("q", q, shape)
     # In 16 bits attention reads the rotated q, which then cannot make room for its linear branch.
     branch = keys.branch if low_bit else None
-    queries = prepare(q, q_norm, cos, sin, eps, BLOCK_Q, low_bit, q, branch, backend)
-    return _attend(queries, keys, topk, low_bit, block_map, pv, BLOCK_Q, BLOCK_K, backend)
+    queries = prepare(q, q_norm, *rotation, eps, BLOCK_Q, low_bit, q, branch, row_norms, backend)
+    if not low_bit:
+        return _attend(queries, keys, topk, False, block_map, None, BLOCK_Q, BLOCK_K, backend)
+    block_map = _block_map(queries, keys, topk, block_map, backend)
+    return attend_quantized(kernels, queries.blocks, k, v, block_map, q, branch is not None)
 
 
 class _Keys(NamedTuple):
     """The keys and values, and what is known of them."""
 
-    rows: torch.Tensor  # [B, L, H, D]
-    v: torch.Tensor  # [B, L, H, D]
+    rows: torch.Tensor | None  # [B, L, H, D]; None where they were quantized
+    v: torch.Tensor | None  # [B, L, H, D], likewise
     means: torch.Tensor  # float32 [B, H, N, D], of blocks, less `mean`
     mean: torch.Tensor  # float32 [B, H, D], of all rows
     branch: LinearBranch | None  # None without a projection
@@ -181,9 +207,7 @@ def _attend(
     backend: str,
 ) -> torch.Tensor:
     """Where both ops end: select the blocks, take the linear branch, add the attention."""
-    if block_map is None:
-        count = selected_count(topk, keys.means.shape[2])
-        block_map = select_blocks(queries.means, keys.means, count, backend)
+    block_map = _block_map(queries, keys, topk, block_map, backend)
     linear = queries.linear
     if linear is None and keys.branch is not None:
         linear = linear_attention(queries.rows, *keys.branch, backend=backend)
@@ -193,6 +217,16 @@ def _attend(
     q = queries.rows if queries.blocks is None else queries.blocks
     known = {"k_mean": keys.mean, "v_max": keys.v_max}
     return sage_attention(q, keys.rows, keys.v, block_map, pv, **known, **shared)
+
+
+def _block_map(
+    queries: Prepared, keys: _Keys, topk: float, block_map: torch.Tensor | None, backend: str
+) -> torch.Tensor:
+    """The one given, or the key blocks that score best."""
+    if block_map is not None:
+        return block_map
+    count = selected_count(topk, keys.means.shape[2])
+    return select_blocks(queries.means, keys.means, count, backend)
 
 
 def _check_inputs(

@@ -8,7 +8,7 @@ from ..block_map import centered_means
 from ..checks import check_block_shape, check_heads, check_shape, float32_on_gpu, not_contiguous
 from ..dispatch import HOPPER, capability, choose, cuda_unavailable, has_fp8, has_triton
 from . import gradients_reference, reference
-from .reference import Int8Blocks
+from .reference import Int8Blocks, Quantized, score_scale
 
 if has_triton():
     from . import gradients_triton, hopper, mma
@@ -21,8 +21,10 @@ PV_DTYPES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16}
 __all__ = [
     "PV_DTYPES",
     "Int8Blocks",
+    "attend_quantized",
     "default_pv",
     "sage_attention",
+    "sage_kernels",
     "sparse_attention",
     "sparse_attention_backward",
     "sparse_attention_jvp",
@@ -221,14 +223,43 @@ def sage_attention(
     if v_max is not None:
         check_shape("v_max", v_max, per_channel)
         v_max = v_max.float().contiguous()
-    kernels = choose(
-        "sage_attention", backend, v, reference, triton_kernels, hopper, mma,
-        unsupported=(not_contiguous(*rows.values()), float32_on_gpu(v), _no_fp8(v, pv)),
-        operands=(v.shape[-1], block_q, block_k, pv),
-    )  # fmt: skip
+    kernels = sage_kernels(*rows.values(), pv=pv, block_q=block_q, block_k=block_k, backend=backend)
     operands = kernels.quantize(q, k, v, k_mean, PV_DTYPES[pv], block_q, block_k, v_max)
     out = _room(v) if linear is None else linear
     return kernels.sage_attention(operands, block_map, out, linear is not None)
+
+
+def sage_kernels(
+    *rows: torch.Tensor, pv: str, block_q: int = 128, block_k: int = 64, backend: str = "auto"
+) -> ModuleType:
+    """The module that `sage_attention` of these `rows` [B, L, H, D] runs in.
+
+    For who quantizes one operand at a time, to free it before the next is made: by its
+    quantize_keys and quantize_values. They go into `attend_quantized`.
+    """
+    x = rows[-1]
+    return choose(
+        "sage_attention", backend, x, reference, triton_kernels, hopper, mma,
+        unsupported=(not_contiguous(*rows), float32_on_gpu(x), _no_fp8(x, pv)),
+        operands=(x.shape[-1], block_q, block_k, pv),
+    )  # fmt: skip
+
+
+def attend_quantized(
+    kernels: ModuleType,
+    q: Int8Blocks,
+    k: Int8Blocks,
+    v: tuple[torch.Tensor, torch.Tensor],
+    block_map: torch.Tensor,
+    out: torch.Tensor,
+    add: bool,
+) -> torch.Tensor:
+    """`sage_attention` of what `kernels`, see `sage_kernels`, quantized: written to `out`
+    [B, L, H, D], or added to what it holds."""
+    block_q = q.integers.shape[2] // q.scale.shape[2]
+    _check_attention(out, block_map, block_q, v[0].shape[-1], None)
+    operands = Quantized(q.integers, q.scale * score_scale(out), *k, *v)
+    return kernels.sage_attention(operands, block_map, out, add)
 
 
 def default_pv(device: torch.device) -> str:

@@ -1,8 +1,9 @@
 // Sparse attention in low bits for Hopper: int8 q k^T, fp8 weights and values, fp32 all else.
 //
-// A persistent program takes one query block of 128 rows after another. One warp copies the
-// selected key blocks into a ring of stages; two warpgroups take 64 query rows each: while one
-// waits for the tensor cores, the other computes its exponentials, which bound the whole.
+// A persistent program takes one query block of 128 rows after another, a tile. One warp copies the
+// selected key blocks into a ring of stages, two more bring the next tile's queries. Two warpgroups
+// take 64 query rows each. While a block is weighed, the product of the last one's weights with its
+// values runs, and the scores of the next one; at a tile's end those of the next tile.
 //
 // Key blocks lie in memory as the tensor cores read them, see `quantize` in hopper.py.
 
@@ -16,6 +17,7 @@ constexpr int BLOCK_K = 64;
 constexpr int BLOCK_BYTES = BLOCK_K * HEAD_DIM;  // of keys and of values, a byte each
 constexpr int STAGES = 7;
 constexpr int CONSUMER_WARPS = 8;
+constexpr int QUERY_WARPS = 2;
 constexpr int THREADS = 32 * (CONSUMER_WARPS + 4);
 constexpr int LOWEST_SCORE = -(1 << 30);
 // fp8 products add up in about 14 bits; after so many blocks their sum is promoted to 24 bits.
@@ -33,12 +35,15 @@ struct Stage {
 
 struct Shared {
     Stage stages[STAGES];
-    i8 queries[2][64 * HEAD_DIM];  // [BLOCK_Q, HEAD_DIM], swizzled
+    i8 queries[2][2][64 * HEAD_DIM];  // of this tile and the next, [BLOCK_Q, HEAD_DIM], swizzled
     float4 promoted[16][32 * CONSUMER_WARPS];  // [BLOCK_Q, HEAD_DIM], a column for each thread
     u64 full[STAGES];
     u64 empty[STAGES];
+    u64 q_full[2];  // the queries
+    u64 q_empty[2];
     float scale[STAGES];  // of the keys
     int inside[STAGES];   // keys from the block's first to the end
+    float q_scale[2];
 };
 
 struct Operands {
@@ -117,6 +122,7 @@ __device__ __forceinline__ u32 pack_fp8(float a, float b, float c, float d) {
     return packed;
 }
 
+
 // The largest of what the four threads of a row hold.
 __device__ __forceinline__ int max_of_row(int x) {
     x = max(x, __shfl_xor_sync(0xffffffff, x, 1));
@@ -174,17 +180,26 @@ __device__ __forceinline__ void start_scores(int (&scores)[32], u64 queries, con
     hold(scores);
 }
 
-__device__ __forceinline__ void start_values(
-    float (&acc)[64], u32 (&weights)[8], const Stage& stage, bool add
-) {
-    u64 values = matrix_descriptor(stage.values, 64);
-    hold(acc);
-    hold(weights);
-    mma_begin();
-    mma_values(acc, weights, values, add);
-    mma_values(acc, weights + 4, values + 2, 1);
-    mma_commit();
-    hold(acc);
+// Two warps bring the next tile's queries, swizzled like the keys, while this one's are multiplied.
+__device__ __forceinline__ void produce_queries(Shared& shared, const Operands& o) {
+    int thread = threadIdx.x - 32 * (CONSUMER_WARPS + 1);
+    Ring<2> ring;
+    for (int tile = blockIdx.x; tile < o.tiles; tile += gridDim.x) {
+        while (!barrier_passed(&shared.q_empty[ring.stage], ring.parity ^ 1)) __nanosleep(100);
+        const i8* q = o.q + (long long)tile * BLOCK_Q * HEAD_DIM + thread * 16;
+        int row = thread / 8, chunk = thread % 8;
+        u32 to = shared_address(shared.queries[ring.stage]) + row * HEAD_DIM + (chunk ^ row) * 16;
+#pragma unroll 4
+        for (int i = 0; i < BLOCK_Q * HEAD_DIM; i += 32 * QUERY_WARPS * 16)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(q + i)
+                         : "memory");
+        if (thread == 0) shared.q_scale[ring.stage] = o.q_scale[tile];
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+        if (thread % 32 == 0) barrier_arrive(&shared.q_full[ring.stage]);
+        ring.next();
+    }
 }
 
 // A thread holds, of rows r = lane / 4 and r + 8 of its warp's 16, keys (or channels)
@@ -213,19 +228,24 @@ __device__ __forceinline__ float4& promoted(Shared& shared, int i) {
     return shared.promoted[i][threadIdx.x];
 }
 
+// The sums so far, with what is promoted if there is any.
+__device__ __forceinline__ float4 with_promoted(
+    Shared& shared, const float (&acc)[64], const Rows& rows, int i, bool any
+) {
+    float4 x = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
+    if (any) {
+        float4 sum = promoted(shared, i);
+        x.x = fmaf(sum.x, rows.rescale[0], x.x), x.y = fmaf(sum.y, rows.rescale[0], x.y);
+        x.z = fmaf(sum.z, rows.rescale[1], x.z), x.w = fmaf(sum.w, rows.rescale[1], x.w);
+    }
+    return x;
+}
+
 __device__ __forceinline__ void promote(
-    Shared& shared, const float (&acc)[64], Rows& rows, bool add
+    Shared& shared, const float (&acc)[64], Rows& rows, bool any
 ) {
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        float4 x = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
-        if (add) {
-            float4 sum = promoted(shared, i);
-            x.x = fmaf(sum.x, rows.rescale[0], x.x), x.y = fmaf(sum.y, rows.rescale[0], x.y);
-            x.z = fmaf(sum.z, rows.rescale[1], x.z), x.w = fmaf(sum.w, rows.rescale[1], x.w);
-        }
-        promoted(shared, i) = x;
-    }
+    for (int i = 0; i < 16; i++) promoted(shared, i) = with_promoted(shared, acc, rows, i, any);
     rows.rescale[0] = rows.rescale[1] = 1;
 }
 
@@ -300,25 +320,16 @@ __device__ __forceinline__ Block block_in(const Shared& shared, int stage) {
     return {stage, shared.scale[stage], shared.inside[stage]};
 }
 
-// One key block, whose scores are there: start the scores of the next one, add this one's values.
-// `last_weights` are those whose product with the last block's values runs meanwhile.
+// One key block, whose scores are there: weigh them, then start the product with its values and
+// the scores of the block after the next one in their place. Meanwhile the products of the last
+// step run, `last_weights` with the last block's values and the next block's scores.
 __device__ __forceinline__ void step(
     Shared& shared, int (&scores)[32], int (&next_scores)[32], u32 (&weights)[8],
     u32 (&last_weights)[8], float (&acc)[64], Rows& rows, u64 queries, Ring<STAGES>& ring,
-    Block& block, bool& arrived, int& previous, float own_scale, bool add, bool more
+    Block& block, Block& next, bool& arrived, int& previous, float own_scale, bool add, bool more
 ) {
     int lane = threadIdx.x % 32, pair = lane % 4, stage = block.stage, inside = block.inside;
     float scale = own_scale * block.scale;
-    // Past the last block it multiplies that one again: no branch around a product.
-    int next = more ? ring.stage : stage;
-    if (more && !arrived) barrier_wait(&shared.full[next], ring.parity);
-    start_scores(next_scores, queries, shared.stages[next]);
-    // Never: block maps select blocks before the end. Without a branch here ptxas would spread the
-    // four products over all that follows, and the values' product would have to wait for them.
-    if (inside <= 0) __trap();
-    block = block_in(shared, next);
-    if (more) ring.next();
-    arrived = __all_sync(0xffffffff, barrier_passed(&shared.full[ring.stage], ring.parity));
     float block_sum[2];
     weigh(weights, block_sum, scores, scale, rows);
     // No weight exceeds the total of its row. Beyond e4m3 row_max is too low.
@@ -326,58 +337,57 @@ __device__ __forceinline__ void step(
     if (__any_sync(0xffffffff, over) || inside < BLOCK_K) {
         mma_wait<0>();
         hold(acc);
-        hold(next_scores);
         raise_row_max(scores, acc, rows, scale, inside, pair);
         weigh(weights, block_sum, scores, scale, rows);
         leave_out_hidden(block_sum, scale, rows, inside, pair);
     }
-    rows.row_sum[0] += block_sum[0];
-    rows.row_sum[1] += block_sum[1];
-    start_values(acc, weights, shared.stages[stage], add);
-    // The values' product before this one is through, and so are the next scores.
-    mma_wait<1>();
+    mma_wait<0>();  // the last step's
+    hold(acc);
     hold(next_scores);
     hold(last_weights);
     if (previous >= 0 && lane == 0) barrier_arrive(&shared.empty[previous]);
     previous = stage;
+    rows.row_sum[0] += block_sum[0];
+    rows.row_sum[1] += block_sum[1];
+    block = next;
+    // Past the program's last block it multiplies that again: no branch around a product.
+    int after = more ? ring.stage : next.stage;
+    if (more && !arrived) barrier_wait(&shared.full[after], ring.parity);
+    next = block_in(shared, after);
+    u64 keys = matrix_descriptor(shared.stages[after].keys, 128);
+    u64 values = matrix_descriptor(shared.stages[stage].values, 64);
+    hold(scores);
+    hold(acc);
+    hold(weights);
+    mma_begin();
+    mma_values(acc, weights, values, add);
+    mma_values(acc, weights + 4, values + 2, 1);
+#pragma unroll
+    for (int i = 0; i < 4; i++) mma_scores(scores, queries + 2 * i, keys + 2 * i, i);
+    mma_commit();
+    hold(scores);
+    hold(acc);
+    if (more) ring.next();
+    arrived = __all_sync(0xffffffff, barrier_passed(&shared.full[ring.stage], ring.parity));
 }
 
 __device__ __forceinline__ void prefetch(const void* line) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
 }
 
-// Bring what the end of this tile and the start of the next one read into the cache.
+// Bring what the end of this tile reads into the cache.
 __device__ __forceinline__ void prefetch_tile(
-    const i8* next_q, const u32* out, int row, int pair, int inside, int row_words, bool add
+    const u32* out, int row, int pair, int inside, int row_words, bool add
 ) {
-    prefetch(next_q + (row + 8 * (pair / 2)) * HEAD_DIM);
 #pragma unroll
     for (int half = 0; half < 16; half += 8)
         if (add && pair < 2 && row + half < inside)
             prefetch(out + (long long)(row + half) * row_words + pair * 32);
 }
 
-// This warpgroup's 64 rows of q, swizzled like the keys.
-__device__ __forceinline__ void load_queries(i8* tile, const i8* q) {
-    int group = threadIdx.x / 128, thread = threadIdx.x % 128;
-    int4 loaded[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        loaded[i] = *reinterpret_cast<const int4*>(q + (thread + 128 * i) * 16);
-    // All four warps are through with the last tile.
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int row = (thread + 128 * i) / 8, chunk = thread % 8;
-        *reinterpret_cast<int4*>(tile + row * HEAD_DIM + (chunk ^ row % 8) * 16) = loaded[i];
-    }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-}
-
 __device__ __forceinline__ void store_tile(
-    Shared& shared, const Rows& rows, const float* v_scale, u32* out,
-    int row, int pair, int inside, int row_words, bool add
+    Shared& shared, const float (&acc)[64], const Rows& rows, const float* v_scale, u32* out,
+    int row, int pair, int inside, int row_words, bool add, bool any_promoted
 ) {
     const float2* scales = reinterpret_cast<const float2*>(v_scale);
     float2 channels[16];
@@ -394,7 +404,7 @@ __device__ __forceinline__ void store_tile(
     }
 #pragma unroll
     for (int j = 0; j < 16; j++) {
-        float4 x = promoted(shared, j);
+        float4 x = with_promoted(shared, acc, rows, j, any_promoted);
         float2 a = pair_of(there0[j], BF16), b = pair_of(there1[j], BF16);
         a.x = fmaf(x.x * norm0, channels[j].x, a.x), a.y = fmaf(x.y * norm0, channels[j].y, a.y);
         b.x = fmaf(x.z * norm1, channels[j].x, b.x), b.y = fmaf(x.w * norm1, channels[j].y, b.y);
@@ -407,61 +417,90 @@ __device__ __forceinline__ void store_tile(
     }
 }
 
+// Scores that are there trade places.
+__device__ __forceinline__ void swap(int (&a)[32], int (&b)[32]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        int x = a[i];
+        a[i] = b[i], b[i] = x;
+    }
+}
+
 __device__ __forceinline__ void consume(Shared& shared, const Operands& o) {
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, pair = lane % 4;
+    // The same in a warp, as only a shuffle tells the compiler.
+    int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
     // Of a warpgroup, two of each because the next block's scores come while these weigh:
     int scores[32], other_scores[32];             // [64, BLOCK_K]
     u32 weights[8] = {}, other_weights[8] = {};   // [64, BLOCK_K] e4m3
     float acc[64];                                // [64, HEAD_DIM], of CHAIN blocks at most
-    i8* q_tile = shared.queries[threadIdx.x / 128];
-    u64 queries = matrix_descriptor(q_tile, 128);
     Ring<STAGES> ring;
+    Ring<2> q_ring;
+    barrier_wait(&shared.q_full[0], 0);
+    barrier_wait(&shared.full[0], 0);
+    u64 queries = matrix_descriptor(shared.queries[0][group], 128);
+    Block block = block_in(shared, 0);
+    start_scores(scores, queries, shared.stages[0]);
+    ring.next();
+    // A lone block is taken twice: such a program has a single tile.
+    bool lone = o.count == 1;
+    if (!lone) barrier_wait(&shared.full[1], 0);
+    Block next_block = lone ? block : block_in(shared, 1);
+    start_scores(other_scores, queries, shared.stages[next_block.stage]);
+    if (!lone) ring.next();
+    mma_wait<0>();
+    hold(scores);
+    hold(other_scores);
+    bool arrived = false;
     for (int tile = blockIdx.x; tile < o.tiles; tile += gridDim.x) {
         int head = tile / o.q_blocks, first_row = tile % o.q_blocks * BLOCK_Q;
         long long place = ((long long)(head / o.heads) * o.length + first_row) * o.heads
             + head % o.heads;
         u32* out = o.out + place * (HEAD_DIM / 2);
-        int next = min(tile + gridDim.x, o.tiles - 1);
-        prefetch_tile(o.q + (long long)next * BLOCK_Q * HEAD_DIM, out, row, pair,
-                      o.length - first_row, o.heads * (HEAD_DIM / 2), o.add);
-        load_queries(q_tile, o.q + ((long long)tile * BLOCK_Q + threadIdx.x / 128 * 64) * HEAD_DIM);
-        float own_scale = o.q_scale[tile];
+        prefetch_tile(out, row, pair, o.length - first_row, o.heads * (HEAD_DIM / 2), o.add);
+        float own_scale = shared.q_scale[q_ring.stage];
+        u64* q_empty = &shared.q_empty[q_ring.stage];
+        u64 own_queries = queries;
+        q_ring.next();
+        bool last_tile = tile + gridDim.x >= o.tiles;
+        if (!last_tile) queries = matrix_descriptor(shared.queries[q_ring.stage][group], 128);
         Rows rows = {{-1e30f, -1e30f}, {0, 0}, {1, 1}};
 #pragma unroll
         for (int i = 0; i < 64; i++) acc[i] = 0;
-        barrier_wait(&shared.full[ring.stage], ring.parity);
-        Block block = block_in(shared, ring.stage);
-        start_scores(scores, queries, shared.stages[ring.stage]);
-        ring.next();
-        mma_wait<0>();
-        hold(scores);
-        int previous = -1;
-        bool arrived = false;
+        int previous = -1, first = 0;
+// Weighs the tile's block i; the scores two blocks later may be the next tile's. A macro: with a
+// lambda, and a struct of places for the end, ptxas chose other registers, up to 5 % slower.
+#define STEP(i, own, other, of_own, of_other, add)                                           \
+    {                                                                                        \
+        bool of_tile = i + 2 < o.count;                                                      \
+        if (i + 2 == o.count && !last_tile)                                                  \
+            barrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);                       \
+        step(shared, own, other, of_own, of_other, acc, rows, of_tile ? own_queries : queries, \
+             ring, block, next_block, arrived, previous, own_scale, add, of_tile || !last_tile); \
+    }
 #pragma unroll 1
-        for (int first = 0; first < o.count; first += CHAIN) {
+        for (;; first += CHAIN) {
             int end = min(o.count, first + CHAIN), i = first;
 #pragma unroll 1
             for (; i + 1 < end; i += 2) {
-                step(shared, scores, other_scores, weights, other_weights, acc, rows, queries,
-                     ring, block, arrived, previous, own_scale, i > first, true);
-                step(shared, other_scores, scores, other_weights, weights, acc, rows, queries,
-                     ring, block, arrived, previous, own_scale, true, i + 2 < o.count);
+                STEP(i, scores, other_scores, weights, other_weights, i > first)
+                STEP(i + 1, other_scores, scores, other_weights, weights, true)
             }
+            if (i < end) STEP(i, scores, other_scores, weights, other_weights, i > first)
             mma_wait<0>();
             hold(acc);
+            hold(scores);
+            hold(other_scores);
+            hold(weights);
             hold(other_weights);
-            if (i < end) {
-                step(shared, scores, other_scores, weights, other_weights, acc, rows, queries,
-                     ring, block, arrived, previous, own_scale, i > first, false);
-                mma_wait<0>();
-                hold(acc);
-                hold(weights);
-            }
+            if (end == o.count) break;
             promote(shared, acc, rows, first > 0);
         }
         if (lane == 0) barrier_arrive(&shared.empty[previous]);
-        store_tile(shared, rows, o.v_scale + (long long)head * HEAD_DIM, out, row, pair,
-                   o.length - first_row, o.heads * (HEAD_DIM / 2), o.add);
+        if (lane == 0) barrier_arrive(q_empty);
+        store_tile(shared, acc, rows, o.v_scale + (long long)head * HEAD_DIM, out, row, pair,
+                   o.length - first_row, o.heads * (HEAD_DIM / 2), o.add, first > 0);
+        if (o.count % 2) swap(scores, other_scores);
     }
 }
 
@@ -475,14 +514,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sage_attention(
             barrier_init(&shared.full[i], 1);
             barrier_init(&shared.empty[i], CONSUMER_WARPS);
         }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&shared.q_full[i], QUERY_WARPS);
+            barrier_init(&shared.q_empty[i], CONSUMER_WARPS);
+        }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
+    // All registers of the program, 384 times 168: for one more each it would wait for ever.
     if (threadIdx.x < 32 * CONSUMER_WARPS) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         consume(shared, o);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x < 32 * (CONSUMER_WARPS + 1)) produce(shared, o);
+        if (threadIdx.x < 32 * (CONSUMER_WARPS + 1))
+            produce(shared, o);
+        else if (threadIdx.x < 32 * (CONSUMER_WARPS + 1 + QUERY_WARPS))
+            produce_queries(shared, o);
     }
 }

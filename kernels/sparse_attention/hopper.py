@@ -1,5 +1,6 @@
 """Low-bit sparse attention on Hopper, in CUDA C++: see hopper.cu."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from .reference import Int8Blocks, Quantized
 SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90a"
 THREADS = 384
-SHARED_BYTES = 1024 + 7 * (2 * 64 * 128 + 24) + 128 * 128 * 5 + 8  # alignment, hopper.cu's Shared
+# Alignment and hopper.cu's Shared: stages, queries of two tiles, sums.
+SHARED_BYTES = 1024 + 7 * (2 * 64 * 128 + 24) + 128 * 128 * (2 + 4) + 2 * 20
 SHAPE = 128, 128, 64  # head dim, rows in a query and a key block
 Operands = nvrtc.operands(
     pointers="q q_scale k k_scale v v_scale block_map out",
@@ -48,6 +50,11 @@ def quantize(
     return triton_kernels.quantize(*arguments, swizzled=True)
 
 
+# The same, one operand at a time.
+quantize_keys = functools.partial(triton_kernels.quantize_keys, swizzled=True)
+quantize_values = functools.partial(triton_kernels.quantize_values, swizzled=True)
+
+
 def sage_attention(
     operands: Quantized, block_map: torch.Tensor, out: torch.Tensor, add: bool
 ) -> torch.Tensor:
@@ -65,5 +72,7 @@ def sage_attention(
             SOURCE, "sage_attention", TARGET, SHARED_BYTES, Operands, out.device.index,
             BF16=int(out.dtype == torch.bfloat16),
         )  # fmt: skip
-        kernel.launch(min(tiles, multiprocessors(out.device)), THREADS, arguments)
+        # A program that goes on to another tile takes two blocks of each at least.
+        programs = min(tiles, multiprocessors(out.device)) if count > 1 else tiles
+        kernel.launch(programs, THREADS, arguments)
     return out

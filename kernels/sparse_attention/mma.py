@@ -1,11 +1,13 @@
 """Low-bit sparse attention by mma.sync, for GeForce cards and A100, in CUDA C++: see mma.cu."""
 
+import functools
 from pathlib import Path
 
 import torch
 
 from .. import nvrtc
 from ..dispatch import capability, launching_on
+from . import hopper
 from . import triton as triton_kernels
 from .hopper import Operands
 from .reference import Int8Blocks, Quantized
@@ -46,6 +48,11 @@ def quantize(
     """`quantize` of hopper.py, for all head dims and values that fit; values go to VALUE_LIMIT."""
     arguments = q, k, v, k_mean, v_dtype, block_q, block_k, v_max
     return triton_kernels.quantize(*arguments, swizzled=True, limit=VALUE_LIMIT)
+
+
+# The same, one operand at a time.
+quantize_keys = hopper.quantize_keys
+quantize_values = functools.partial(hopper.quantize_values, limit=VALUE_LIMIT)
 
 
 def sage_attention(

@@ -135,9 +135,14 @@ def quantize(
 ) -> Quantized:
     """q and k - k_mean in int8 with a scale per block, v with a scale per channel."""
     q_int, q_scale = q if isinstance(q, Int8Blocks) else quantize_heads(q, block_q)
-    k_int, k_scale = quantize_heads(k.float() - k_mean[:, None], block_k)
-    values, v_scale = quantize_values(v, v_dtype, block_k, v_max)
-    return Quantized(q_int, q_scale * score_scale(k), k_int, k_scale, values, v_scale)
+    keys = quantize_keys(k, block_k, k_mean)
+    values = quantize_values(v, v_dtype, block_k, v_max)
+    return Quantized(q_int, q_scale * score_scale(k), *keys, *values)
+
+
+def quantize_keys(k: torch.Tensor, block: int, k_mean: torch.Tensor) -> Int8Blocks:
+    """k - k_mean in int8 with a scale per block."""
+    return quantize_heads(k.float() - k_mean[:, None], block)
 
 
 def quantize_heads(x: torch.Tensor, block: int) -> Int8Blocks:

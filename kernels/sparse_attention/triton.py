@@ -375,9 +375,16 @@ def quantize(
     `swizzled` lays k and v out as hopper.py says; v's largest number becomes `limit`.
     """
     q_int, q_scale = q if isinstance(q, Int8Blocks) else quantize_heads(q, block_q)
-    k_int, k_scale = quantize_heads(k, block_k, k_mean.float().contiguous(), swizzled)
-    values, v_scale = quantize_values(v, v_dtype, block_k, v_max, swizzled, limit)
-    return Quantized(q_int, q_scale * score_scale(k), k_int, k_scale, values, v_scale)
+    keys = quantize_keys(k, block_k, k_mean, swizzled)
+    values = quantize_values(v, v_dtype, block_k, v_max, swizzled, limit)
+    return Quantized(q_int, q_scale * score_scale(k), *keys, *values)
+
+
+def quantize_keys(
+    k: torch.Tensor, block: int, k_mean: torch.Tensor, swizzled: bool = False
+) -> Int8Blocks:
+    """k - k_mean in int8 with a scale per block."""
+    return quantize_heads(k, block, k_mean.float().contiguous(), swizzled)
 
 
 def quantize_heads(

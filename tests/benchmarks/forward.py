@@ -3,6 +3,7 @@
     COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/forward.py --models 1.3B-480P 14B-720P
     ... forward.py --models 14B-720P --steps 3    a whole diffusion beside its forward passes
     ... forward.py --compilations                 what gets compiled, and when
+    ... forward.py --gpus 2 --steps 4             several against one; see support/several_gpus.py
     ... forward.py --card 8.6 --json 86.json      as on an older card, for estimate.py
     ... forward.py --graph on                     each pass as one CUDA graph, wherever it can be
 
@@ -15,7 +16,6 @@ op has no kernel here is told, not timed.
 import argparse
 import gc
 import json
-import math
 import sys
 import tempfile
 import time
@@ -30,6 +30,7 @@ arguments, sys.argv = sys.argv, sys.argv[:1]
 
 import older_cards  # noqa: E402
 import pack  # noqa: E402, F401
+import several_gpus  # noqa: E402
 from compilations import counted  # noqa: E402
 from gpu_timing import (  # noqa: E402
     GPU,
@@ -42,9 +43,9 @@ from gpu_timing import (  # noqa: E402
     why_not_timed,
 )
 from in_comfyui import comfy  # noqa: E402
+from random_checkpoint import random_checkpoint  # noqa: E402
 from turbodiffusion_pack.kernels import dispatch  # noqa: E402
 from turbodiffusion_pack.kernels.sparse_attention import default_pv  # noqa: E402
-from turbodiffusion_pack.turbo_core.checkpoint import Checkpoint  # noqa: E402
 from turbodiffusion_pack.turbo_core.forward_time import (  # noqa: E402
     MODELS,
     TEXT_LENGTH,
@@ -67,52 +68,6 @@ GRAPH_FROM = {"auto": pass_graph.BOUND, "on": 0.0, "off": float("inf")}
 LINEARS = "int8_linear", "linear_kernel"
 SPARSE_ATTENTION = "sage_attention", "sage_attention_kernel", "sparse_attention_kernel"
 DENSE_ATTENTION = "flash", "fmha", "cudnn"
-
-
-def random_checkpoint(shape: Shape) -> Checkpoint:
-    """Weights of the right shapes and sizes on the GPU, scaled so that activations stay normal."""
-    tensors, scales, proj_l = {}, {}, []
-    dim, ffn = shape.dim, shape.ffn_dim
-
-    def normal(*size, std=1.0, dtype=torch.bfloat16):
-        return (torch.randn(*size, device="cuda") * std).to(dtype)
-
-    def linear(name, out, inner):
-        tensors[f"{name}.weight"] = normal(out, inner, std=inner**-0.5)
-        tensors[f"{name}.bias"] = normal(out, std=0.02)
-
-    def int8_linear(name, out, inner):
-        weight = torch.randn(out, inner, device="cuda") * 32
-        tensors[f"{name}.weight"] = weight.round_().clamp_(-128, 127).to(torch.int8)
-        tensors[f"{name}.bias"] = normal(out, std=0.02)
-        blocks = math.ceil(out / 128), math.ceil(inner / 128)
-        scales[name] = torch.full(blocks, inner**-0.5 / 32, device="cuda")
-
-    tensors["patch_embedding.weight"] = normal(dim, shape.in_channels, 1, 2, 2, std=0.1)
-    tensors["patch_embedding.bias"] = normal(dim, std=0.02)
-    linear("text_embedding.0", dim, 4096)
-    linear("text_embedding.2", dim, dim)
-    linear("time_embedding.0", dim, 256)
-    linear("time_embedding.2", dim, dim)
-    linear("time_projection.1", 6 * dim, dim)
-    for i in range(shape.num_layers):
-        block = f"blocks.{i}"
-        tensors[f"{block}.modulation"] = normal(1, 6, dim, std=0.1)
-        for attention in ("self_attn", "cross_attn"):
-            for name in "qkvo":
-                int8_linear(f"{block}.{attention}.{name}", dim, dim)
-            for norm in ("norm_q", "norm_k"):
-                tensors[f"{block}.{attention}.{norm}.weight"] = torch.ones(dim, device="cuda")
-        tensors[f"{block}.norm3.weight"] = torch.ones(dim, device="cuda")
-        tensors[f"{block}.norm3.bias"] = torch.zeros(dim, device="cuda")
-        int8_linear(f"{block}.ffn.0", ffn, dim)
-        int8_linear(f"{block}.ffn.2", dim, ffn)
-        weight = normal(128, 128, std=0.05, dtype=torch.float32)
-        proj_l.append((weight, torch.zeros(128, device="cuda")))
-    tensors["head.modulation"] = normal(1, 2, dim, std=0.1)
-    linear("head.head", 64, dim)
-    sizes = {"num_layers": shape.num_layers, "in_channels": shape.in_channels}
-    return Checkpoint(tensors, scales, tuple(proj_l), dim, ffn, **sizes)
 
 
 def topk_of(settings: SLASettings) -> float | None:
@@ -304,6 +259,7 @@ def parse_options():
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["sagesla"])
     parser.add_argument("--topk", nargs="+", type=float, default=[0.1])
     parser.add_argument("--steps", type=int, default=0, help="also a diffusion of so many steps")
+    parser.add_argument("--gpus", type=int, default=1, help="that share each pass, against one")
     parser.add_argument("--compilations", action="store_true", help="count them, in two layers")
     parser.add_argument("--graph", choices=GRAPH_FROM, default="auto", help="a pass as one")
     parser.add_argument("--runs", type=int, default=5)
@@ -319,6 +275,9 @@ def main() -> None:
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         if options.compilations:
             triton.knobs.cache.dir = folder
+        if options.gpus > 1:
+            several_gpus.main(options)
+            return
         ceilings = None if options.compilations else measure_ceilings()
         sys.stdout.write(ceilings.lines() if ceilings else "")
         for name in options.models:

@@ -165,7 +165,7 @@ def test_readme_shows_the_log_line_of_a_run():
 
 def test_readme_and_changelog_name_every_node():
     nodes = {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}
-    assert len(nodes) == 12
+    assert len(nodes) == 13
     for node in nodes:
         assert f"| [{node}](web/docs/{node}.md) |" in read("README.md")
         assert f"**{node}**" in read("CHANGELOG.md")

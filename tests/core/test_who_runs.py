@@ -142,6 +142,8 @@ FITTING = {
         lambda: norm_quant.layer_norm_quant(torch.zeros(1, 130, 128), "rows"),
     ),
     "prepare": (CUDA, lambda: prepare(heads())),
+    "norms_of_squares": (TRITON, lambda: qk_prepare.norms_of_squares(torch.ones(1, 2, 130), 128)),
+    "square_sums": (TRITON, lambda: qk_prepare.square_sums(heads())),
     "requantize_rows": (
         TRITON,
         lambda: requantize.requantize_rows(
@@ -233,6 +235,12 @@ REFUSALS = [
         lambda: linear_attention.linear_attention(on_gpu(heads(dtype=torch.float32)), *branch()),
     ),
     ("prepare", REFERENCE, "not contiguous", lambda: prepare(strided(heads()))),
+    (
+        "square_sums",
+        REFERENCE,
+        "not contiguous",
+        lambda: qk_prepare.square_sums(strided(heads())),
+    ),
     (
         "prepare",
         REFERENCE,

@@ -9,6 +9,7 @@ import in_comfyui
 import pytest
 import torch
 from in_comfyui import comfy
+from turbodiffusion_pack.turbo_core import activation_memory
 from turbodiffusion_pack.turbo_core.host import block, weights
 from turbodiffusion_pack.turbo_core.host.int8_tensor import requantize, unpack
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
@@ -256,8 +257,9 @@ def test_the_feed_forward_in_chunks_equals_the_whole(paths, monkeypatch, granula
         return linear(*args, **epilogue)
 
     monkeypatch.setattr(block, "int8_linear", counted)
-    for tokens in (block.FFN_TOKENS, 256):
-        monkeypatch.setattr(block, "FFN_TOKENS", tokens)
+    tokens_bytes = 256 * 3 * model.model.diffusion_model.ffn_dim
+    for limit in (activation_memory.HIDDEN_BYTES, batch * tokens_bytes):
+        monkeypatch.setattr(activation_memory, "HIDDEN_BYTES", limit)
         outputs.append(in_comfyui.velocity(model, x, context, 987.5))
     assert len(calls) == 2 * 2 + 2 * 2 * 2  # up and down in two blocks, once whole and once in two
     assert goldens.relative_error(outputs[1], outputs[0]) <= 1e-6

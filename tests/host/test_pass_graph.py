@@ -10,8 +10,9 @@ import pytest
 import torch
 from in_comfyui import comfy
 from turbodiffusion_pack.turbo_core import run_report
-from turbodiffusion_pack.turbo_core.host import pass_graph
+from turbodiffusion_pack.turbo_core.host import pass_graph, per_run
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.options import SPLIT
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
@@ -125,6 +126,17 @@ def test_passes_that_python_holds_back_become_a_graph(model, graphs, caplog):
     pass_graph._followed.clear()
     for other, out in zip(others, found, strict=True):
         assert torch.equal(out, run(model, *other))
+
+
+@needs_resident
+def test_a_graph_keeps_nothing_of_a_prompt(model, graphs):
+    """What a run keeps of its prompt, eager passes take from there."""
+    with per_run.keep():
+        passes(model)
+        found = run(model, text=context(1))
+    assert len(graphs) == 1
+    pass_graph._followed.clear()
+    assert torch.equal(found, run(model, text=context(1)))
 
 
 @needs_resident
@@ -267,6 +279,7 @@ def wrapper(kind, key):
 
 
 WRAPPERS = comfy.patcher_extension.WrappersMP
+FORWARD = WRAPPERS.DIFFUSION_MODEL
 REFUSALS = {
     "an option that nobody here knows": option("rope_options", {"scale_t": 2.0}),
     "attention of a node's own": option(
@@ -276,7 +289,7 @@ REFUSALS = {
     "blocks replaced": option(
         "patches_replace", {"dit": {("double_block", 0): lambda a, b: b["original_block"](a)}}
     ),
-    "another node around the model": wrapper(WRAPPERS.DIFFUSION_MODEL, "other"),
+    "another node around the model": wrapper(FORWARD, "other"),
     "the host's compiler": wrapper(WRAPPERS.APPLY_MODEL, "torch.compile"),
 }
 
@@ -310,6 +323,12 @@ STRANGE_INPUTS = {
 def test_no_graph_of_strange_inputs(graphs, inputs, others):
     inputs = {"x": latent(), "timestep": torch.ones(1)} | inputs
     assert pass_graph._refusal(inputs, others, {}) is not None
+
+
+@pytest.mark.parametrize("options", [{SPLIT: None}, {"wrappers": {FORWARD: {SPLIT: [None]}}}])
+def test_no_graph_of_a_pass_that_gpus_share(graphs, options):
+    inputs = {"x": latent(), "timestep": torch.ones(1)}
+    assert SPLIT in pass_graph._refusal(inputs, {}, options)
 
 
 def test_no_graph_of_weights_that_the_host_moves(loaded, graphs):

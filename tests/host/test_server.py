@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import sys
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from clock_workflows import PICTURE, Video
 from comfyui_server import ComfyServer, RejectedError, Run, combo_options, node_inputs
 from PIL import Image
+from processes import children, ended
 from safetensors.torch import load_file
 from video import play
 
@@ -75,6 +77,8 @@ def models(comfyui_dir, tmp_path_factory) -> dict[str, list[Path]]:
 def server(comfyui_dir, models, tmp_path_factory):
     with ComfyServer(comfyui_dir, tmp_path_factory.mktemp("server"), models) as running:
         yield running
+        workers = children(running.process.pid)
+    assert ended(workers), "what the server has started is still there"
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +168,23 @@ def test_a_turbo_vae_makes_the_same_video(server):
     workflow["turbo"] = {"class_type": "TurboVAE", "inputs": {"vae": decode["vae"]}}
     decode["vae"] = ["turbo", 0]
     assert np.abs(pixels(server.run(workflow)).astype(int) - stock).mean() <= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="there is one GPU")
+def test_two_processes_share_a_video(server):
+    """On CPUs, or each with a GPU. The worker ends with the server, see there."""
+    changes = {"RandomNoise": {"noise_seed": 13}, "rCMSampler": {"steps": 1}}
+    alone, workflow = pixels(server.run(t2v(changes))).astype(int), t2v(changes)
+    model, before = [node_id("SLAAttentionPatch"), 0], len(server.log_text())
+    for node in workflow.values():
+        node["inputs"] |= {k: ["gpus", 0] for k, v in node["inputs"].items() if v == model}
+    inputs = {"model": model, "gpus": 2}
+    workflow["gpus"] = {"class_type": "TurboSequenceParallel", "inputs": inputs}
+    rounding = 3 if torch.cuda.is_available() else 1  # of bf16
+    assert np.abs(pixels(server.run(workflow)) - alone).mean() <= rounding
+    assert "1 forward pass; on 2 GPUs" in server.log_text()[before:]
+    assert len(children(server.process.pid)) == 1
 
 
 def test_a_run_is_told_in_one_log_line(server):

@@ -1,10 +1,12 @@
 """All stages of the toy, one after the other by the command, on a CPU and far too short to learn.
 
 In seven commands it is `for s in vae data teacher sla rcm merge evaluate; do python
-turbo_core/train.py $s --preset toy-cpu --out RUN; done`, which takes less than three minutes.
+turbo_core/train.py $s --preset toy-cpu --out RUN; done`, which takes less than three minutes. Here
+clips are smaller than the preset's; test_training_stages.py has its own.
 """
 
 import csv
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from PIL import Image
 from turbodiffusion_pack.turbo_core import train
 from turbodiffusion_pack.turbo_core.host import stages
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
-from turbodiffusion_pack.turbo_core.training import command
+from turbodiffusion_pack.turbo_core.training import command, presets
 
 # What each leaves behind, beside checkpoints and samples.
 OUTPUTS = {
@@ -29,6 +31,7 @@ OUTPUTS = {
     "evaluate": {"stages.webp", "table.csv", "table.md"},
 }
 TRAINED = {"vae": 10, "teacher": 40, "sla": 15, "rcm": 20}  # steps
+SMALL = dataclasses.replace(presets.PRESETS["toy-cpu"], latent=(2, 8, 8))
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +53,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_every_stage_runs_and_a_second_time_is_through_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(presets.PRESETS, "toy-cpu", SMALL)
     for stage, expected in OUTPUTS.items():
         assert run(monkeypatch, stage, "--out", tmp_path) == 0, capsys.readouterr().err
         told = json.loads((tmp_path / stage / "finished.json").read_text(encoding="utf-8"))

@@ -2,14 +2,13 @@
 
 import argparse
 import csv
-import os
 import socket
-import subprocess
-import sys
 import time
+from multiprocessing import Process
 from pathlib import Path
 
 import comfyui_install
+import fresh_process
 import in_comfyui  # noqa: F401 - ComfyUI comes into the process with it
 import pytest
 import tiny_data
@@ -44,8 +43,8 @@ def arguments(root: Path, inputs: Path) -> argparse.Namespace:
     )  # fmt: skip
 
 
-def start(root: Path, inputs: Path, count: int) -> list[subprocess.Popen]:
-    """The command's `count` processes, started as torchrun does."""
+def start(root: Path, inputs: Path, count: int) -> list[Process]:
+    """The command's `count` processes, as torchrun starts them."""
     args = arguments(root, inputs)
     words = ["rcm", "--preset", args.preset, "--out", args.out, "--data", args.data]
     words += ["--base", args.base, "--comfyui", comfyui_install.find(), "--device", "cpu"]
@@ -53,23 +52,26 @@ def start(root: Path, inputs: Path, count: int) -> list[subprocess.Popen]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"TORCHELASTIC_RUN_ID": "test"}
+    command = [str(COMMAND), *map(str, words)]
     return [
-        subprocess.Popen(
-            [sys.executable, str(COMMAND), *map(str, words)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
+        fresh_process.start(
+            command, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, told_by(root, rank)
         )
         for rank in range(count)
     ]
 
 
-def finish(runs: list[subprocess.Popen]) -> None:
-    for run in runs:
-        told = run.communicate(timeout=300)[1]
-        assert run.returncode == 0, told
+def told_by(root: Path, rank: int) -> Path:
+    """What that process writes to stderr."""
+    return root.with_name(f"told-{rank}.txt")
+
+
+def finish(root: Path, runs: list[Process]) -> None:
+    for rank, run in enumerate(runs):
+        run.join(300)
+        assert run.exitcode == 0, told_by(root, rank).read_text()
 
 
 def rows(root: Path) -> list[dict[str, str]]:
@@ -82,13 +84,13 @@ def test_killed_and_started_again_two_learn_what_one_learns(inputs, tmp_path):
     checkpoints = tmp_path / "two" / "rcm" / "checkpoints"
     deadline = time.monotonic() + 300
     while not (checkpoints.exists() and step_checkpoints.steps_in(checkpoints)):
-        assert time.monotonic() < deadline and together[0].poll() is None
+        assert time.monotonic() < deadline and together[0].is_alive()
         time.sleep(0.05)
     for run in together:
         run.kill()
-        run.communicate()
+        run.join()
     assert not (tmp_path / "two" / "rcm" / "finished.json").exists()
-    finish(start(tmp_path / "two", inputs, 2))
+    finish(tmp_path / "two", start(tmp_path / "two", inputs, 2))
     with torch.inference_mode(False):
         STAGES["rcm"](arguments(tmp_path / "one", inputs), torch.device("cpu"))
 

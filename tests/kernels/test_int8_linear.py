@@ -5,7 +5,12 @@ import pytest
 import torch
 from devices import BATCHES, CARD, DEVICE, LENGTHS
 from turbodiffusion_pack.kernels import dispatch, nvrtc
-from turbodiffusion_pack.kernels.int8_linear import hopper, int8_linear, triton_kernels
+from turbodiffusion_pack.kernels.int8_linear import (
+    hopper,
+    int8_linear,
+    int8_linear_and_squares,
+    triton_kernels,
+)
 from turbodiffusion_pack.kernels.int8_quant import (
     dequantize_blocks,
     dequantize_rows,
@@ -103,6 +108,16 @@ def test_reference_follows_the_formula(length, batch, granularity):
     y = int8_linear(*operands, bias, torch.float32, backend="reference")
     assert y.shape == (batch, length, 130)
     assert goldens.relative_error(y, exact_linear(*operands, bias, granularity)) <= 1e-6
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_squares_are_those_of_the_rows(granularity):
+    operands = random_operands(2, 130, 144, 136, granularity)
+    bias = torch.randn(136, device=DEVICE)
+    y, squares = int8_linear_and_squares(*operands, bias, torch.float32, backend="reference")
+    assert torch.equal(y, int8_linear(*operands, bias, torch.float32, backend="reference"))
+    expected = y.double().square().sum(-1)
+    torch.testing.assert_close(squares.sum(1).double(), expected, atol=0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -285,6 +300,27 @@ def test_hopper_equals_the_reference(batch, length, k, n, gate, residual, dtype,
         expected = int8_linear(*operands, bias, **options, backend="reference")
         assert y.dtype == dtype
         assert goldens.relative_error(y, expected) <= 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "length", "n"), [(1, 1, 256), (2, 129, 512), (3, 4001, 1536)])
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_hopper_adds_up_the_squares_of_rows(batch, length, n, dtype, on_hopper):
+    operands = random_operands(batch, length, 1536, n, "rows")
+    bias = torch.randn(n, device=DEVICE, dtype=dtype)
+    y, squares = int8_linear_and_squares(*operands, bias, dtype)
+    assert squares.shape == (batch, n // 256, length)
+    assert torch.equal(y, int8_linear(*operands, bias, dtype))
+    expected = y.double().square().unflatten(2, (-1, 256)).sum(-1).mT
+    # Of what is not rounded yet: a square is off by eps at most.
+    torch.testing.assert_close(squares.double(), expected, atol=0, rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+def test_hopper_adds_up_no_squares_of_parts_of_tiles(on_hopper):
+    operands = random_operands(1, 300, 144, 264, "rows")
+    y, squares = int8_linear_and_squares(*operands)
+    assert squares is None and torch.equal(y, int8_linear(*operands))
 
 
 @pytest.mark.gpu

@@ -46,7 +46,7 @@ code = triton.compile(source, target=CudaDriver.get_current_target(None)).asm
 gpu = torch.device("cuda", 0)
 print(dispatch.capability(gpu), kernels.capability(gpu), sparse_attention.default_pv(gpu))
 print(".target sm_89" in code["ptx"], *sorted(set(MATRIX_INSTRUCTION.findall(code["ptx"]))))
-print(*machine_products(code["cubin"]))
+print(*machine_products("sm_90a", code["cubin"]))
 print(older_cards.playing())
 """
 

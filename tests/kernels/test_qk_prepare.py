@@ -12,7 +12,7 @@ from turbodiffusion_pack.kernels.linear_attention import (
     linear_attention,
 )
 from turbodiffusion_pack.kernels.norm import rms_norm
-from turbodiffusion_pack.kernels.qk_prepare import cuda, prepare
+from turbodiffusion_pack.kernels.qk_prepare import cuda, norms_of_squares, prepare, square_sums
 from turbodiffusion_pack.kernels.qk_prepare import triton as triton_kernels
 from turbodiffusion_pack.kernels.rope import apply_rope
 from turbodiffusion_pack.kernels.sparse_attention.reference import quantize_heads
@@ -72,6 +72,25 @@ def test_triton_equals_the_reference(length, heads, dim, block, own_angles, dtyp
     torch.testing.assert_close(found.scale, expected.scale, atol=0, rtol=max(2 * eps, 1e-6))
     assert (found.integers.int() - expected.integers.int()).abs().max() <= 1
     assert (found.integers != expected.integers).float().mean() <= 1e-2
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_takes_the_squares_of_rows_where_they_are_known(backend):
+    """In parts, and as norms in place of those of x itself."""
+    x, weight, cos, sin = random_projection(2, 300, 3, 64, torch.float32)
+    parts = x.square().sum(-1).permute(0, 2, 1)  # of each head, [B, H, L]
+
+    def rows(squares):
+        norms = norms_of_squares(squares, weight.numel(), backend=backend)
+        return prepare(x, weight, cos, sin, block=64, row_norms=norms, backend=backend).rows
+
+    found = rows(parts)
+    assert goldens.relative_error(found, exact(x, weight, cos, sin)) <= 1e-6
+    assert goldens.relative_error(2 * rows(4 * parts), found) <= 1e-5
+    with pytest.raises(ValueError, match="squares"):
+        norms_of_squares(parts[0], weight.numel(), backend=backend)
+    with pytest.raises(TypeError, match="squares"):
+        norms_of_squares(parts.double(), weight.numel(), backend=backend)
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
@@ -215,3 +234,31 @@ def test_two_programs_share_a_multiprocessor_of_100_kb(linear):
     """Without cosines and sines in shared memory; all cards of mma.sync have that much."""
     shared = cuda.SHARED_BYTES + linear * cuda.LINEAR_BYTES - cuda.TURN_BYTES
     assert 2 * (shared + 1024) <= 100 * 1024
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_some_heads_are_prepared_by_the_norm_over_all(backend, dtype):
+    """As a rank does that has some heads: the sums of all make the norms of the whole rows."""
+    x, weight, cos, sin = random_projection(2, 70, 5, 64, dtype)
+    x[:, :, :2] *= 4  # so that the norm over the others alone is another
+    whole = prepare(x, weight, cos, sin, block=64, quantize=True, backend=backend)
+    sums = torch.cat([square_sums(x[:, :, h], backend) for h in (slice(2), slice(2, 5))], -1)
+    assert torch.equal(sums, square_sums(x, backend))
+    torch.testing.assert_close(sums.double(), x.double().square().sum(-1), atol=0, rtol=1e-6)
+    norms = (sums.double().sum(-1) / weight.numel() + 1e-6).rsqrt().float()
+    heads = slice(2, 5)
+    own = x[:, :, heads], weight.view(5, 64)[heads].flatten(), cos, sin
+    found = prepare(*own, block=64, quantize=True, row_norms=norms, backend=backend)
+    eps = 2 * torch.finfo(dtype).eps
+    assert goldens.relative_error(found.rows, whole.rows[:, :, heads]) <= eps
+    assert goldens.relative_error(found.means, whole.means[:, heads]) <= max(eps, 3e-6)
+    assert (found.blocks.integers.int() - whole.blocks.integers[:, heads].int()).abs().max() <= 1
+    without = prepare(*own, block=64, backend=backend)
+    assert goldens.relative_error(without.rows, whole.rows[:, :, heads]) > 10 * eps
+
+
+def test_row_norms_must_fit():
+    arguments = random_projection(1, 10, 2, 64, torch.float32)
+    with pytest.raises(ValueError, match=r"row_norms must be \[1, 10\], got \[10\]"):
+        prepare(*arguments, row_norms=torch.ones(10, device=DEVICE))

@@ -1,5 +1,7 @@
 """Sparse-linear attention against the original's outputs, and mutants that must miss them."""
 
+import weakref
+
 import goldens
 import pytest
 import torch
@@ -15,6 +17,7 @@ from devices import BATCHES, DEVICE, LENGTHS
 from turbodiffusion_pack.kernels.block_map import block_map
 from turbodiffusion_pack.kernels.dispatch import has_fp8
 from turbodiffusion_pack.kernels.norm import rms_norm
+from turbodiffusion_pack.kernels.qk_prepare import norms_of_squares
 from turbodiffusion_pack.kernels.rope import apply_rope
 from turbodiffusion_pack.kernels.sla import sla, sla_from_projections
 
@@ -222,6 +225,17 @@ def test_from_projections_in_triton(dim, low_bit, pv):
     assert goldens.relative_error(out, expected) <= bound
 
 
+def test_from_projections_takes_what_is_known_of_rows():
+    """Squares four times as large halve q's norm, and so on."""
+    q, k, v, norms, *rest = random_projections(300, 2, 64)
+    squares = [x.flatten(2).square().sum(-1)[:, None] for x in (q, k)]
+    expected = by_its_parts(q, k, v, (norms[0] / 2, norms[1]), *rest)
+    q_norms, k_norms = (norms_of_squares(x, 128) for x in (4 * squares[0], squares[1]))
+    given = (lambda: (q, q_norms)), (lambda: (k, k_norms))
+    out = sla_from_projections(*given, v, norms, *rest, backend="reference")
+    assert goldens.relative_error(out, expected) <= 1e-5
+
+
 def test_from_projections_takes_every_option():
     q, k, *rest = random_projections(300, 2, 64)
     chosen = random_map(1, 300, 2, 128, 64)
@@ -241,6 +255,33 @@ def test_from_projections_needs_no_memory_for_q_and_k():
     q, k, *rest = random_projections(300, 2, 64)
     out = sla_from_projections(q, k, *rest, low_bit=True, pv="fp16", backend="reference")
     assert out.data_ptr() == q.data_ptr()
+
+
+def test_in_low_bits_keys_and_values_are_freed_before_there_are_queries():
+    q, k, v, *rest = random_projections(130, 2, 64)
+    expected = by_its_parts(q, k, v, *rest, low_bit=True, pv="fp16")
+    given = []
+
+    def give(x):
+        given.append(weakref.ref(y := x.clone()))
+        return y
+
+    def queries():
+        assert [x() for x in given] == [None, None]
+        return q, None
+
+    functions = queries, lambda: (give(k), None), lambda: give(v)
+    out = sla_from_projections(*functions, *rest, low_bit=True, pv="fp16", backend="reference")
+    assert torch.equal(out, expected)
+
+
+def test_from_projections_refuses_what_does_not_fit():
+    q, *rest = random_projections(130, 2, 64)
+    options = {"low_bit": True, "pv": "fp16", "backend": "reference"}
+    with pytest.raises(ValueError, match="block_map must be"):
+        sla_from_projections(q, *rest, **options, block_map=random_map(1, 130, 1, 128, 64))
+    with pytest.raises(ValueError, match="q must be"):
+        sla_from_projections(q[:, :64].contiguous(), *rest, **options)
 
 
 def test_refuses_what_does_not_fit():

@@ -222,6 +222,19 @@ def test_cuda_on_hopper_errs_like_the_reference(length, share, batch, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("share", [0.06, 0.12, 0.23, 0.4])  # of 18 blocks 1, 2, 4 and 7
+def test_cuda_on_hopper_goes_on_from_tile_to_tile(share):
+    """Of several tiles of a program each starts the scores of the next one."""
+    need_hopper()
+    q, k, v = random_qkv(1, 1100, 60, 128, torch.bfloat16)
+    block_map = random_map(1, 1100, 60, 128, 64, share)
+    exact = exact_sparse(q, k, v, block_map)
+    plain = sage_attention(q, k, v, block_map, "fp8", backend="reference")
+    error = goldens.relative_error(sage_attention(q, k, v, block_map, "fp8"), exact)
+    assert error <= 1.1 * goldens.relative_error(plain, exact)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("sharpness", [4, 12])
 def test_cuda_on_hopper_takes_sharp_attention(sharpness):
     """Scores that grow from block to block raise the rows' reference again and again."""

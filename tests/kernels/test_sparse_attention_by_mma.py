@@ -193,4 +193,4 @@ def test_played_on_hopper_fp8_is_emulated(pv, product):
     constants = mma.constants((9, 0), 128, pv, torch.bfloat16)
     sizes = mma.shared_bytes(128, pv), mma.Operands
     binary = nvrtc.compile_file(mma.SOURCE, "sm_90", *sizes, **constants)
-    assert ahead_of_time.machine_products(binary) == {"IMMA.16832.S8.S8", product}
+    assert ahead_of_time.machine_products("sm_90", binary) == {"IMMA.16832.S8.S8", product}

@@ -7,6 +7,7 @@ pretends the card.
 import contextlib
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -99,6 +100,8 @@ def runs(card: tuple[int, int]) -> Iterator[tuple[str, bool, Callable[[], None]]
     for granularity in GRANULARITIES:
         for model in (wan.SMALL, wan.LARGE):
             yield granularity, False, partial(wan.run_apart, LENGTH, granularity, model)
+    for model in (wan.SMALL, wan.LARGE):
+        yield "shared", False, partial(wan.run_shared, LENGTH, model)
     for values in ("bf16", "fp16", "fp8") if card >= ADA else ("bf16", "fp16"):
         yield "attention", False, partial(wan.run_attention, LENGTH, values, *TILE, False)
         for tile in (TILE, *TILES) if card in TILE_CARDS else (TILE,):
@@ -159,14 +162,35 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: found[key] for name, key in names.items()}
 
 
-def machine_products(cubin: bytes) -> set[str]:
-    """The tensor core instructions of a cubin, as QMMA.16832.F16.E4M3.E4M3 of an fp8 product with
-    fp16 sums; what is only emulated has others than its PTX."""
+def machine_products(target: str, *cubins: bytes) -> set[str]:
+    """The tensor core instructions of cubins for `target` (as sm_90a), as QMMA.16832.F16.E4M3.E4M3
+    of an fp8 product with fp16 sums; what is only emulated has others than its PTX."""
+    return set(MACHINE_PRODUCT.findall(machine_code(target, *cubins)))
+
+
+def machine_code(target: str, *cubins: bytes) -> str:
+    """The instructions of cubins for `target` as text.
+
+    All are read as one, as nvdisasm takes longer to start than to read one.
+    """
     import triton
 
     # Nothing here follows jumps, so it need not either.
-    text = _read_by([triton.knobs.nvidia.nvdisasm.path, "--no-dataflow"], cubin)
-    return set(MACHINE_PRODUCT.findall(text))
+    options = ["--no-dataflow", "--binary", target.replace("sm_", "SM")]
+    return _read_by([triton.knobs.nvidia.nvdisasm.path, *options], b"".join(map(_code, cubins)))
+
+
+def _code(cubin: bytes) -> bytes:
+    """The executable sections of an ELF file of 64 bits."""
+    (headers,) = struct.unpack_from("<Q", cubin, 40)
+    size, count = struct.unpack_from("<HH", cubin, 58)
+    code = b""
+    for start in range(headers, headers + size * count, size):
+        flags, _, offset, length = struct.unpack_from("<QQQQ", cubin, start + 8)
+        executable = 4
+        if flags & executable:
+            code += cubin[offset : offset + length]
+    return code
 
 
 def _read_by(command: list[str], cubin: bytes) -> str:

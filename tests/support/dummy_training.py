@@ -15,7 +15,6 @@ from collections.abc import Callable, Container
 from pathlib import Path
 
 import torch
-import torch._dynamo  # the first optimizer would import it, in each process of `started` anew
 from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -131,12 +130,8 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def started(target: Callable, *arguments: object) -> multiprocessing.Process:
-    """A process that does target(*arguments), which a test may kill; started within moments.
-
-    It is a fork of a server that has torch and, if it was the first to ask for one, this module.
-    """
-    context = fresh_process.context(__name__)
-    process = context.Process(target=target, args=arguments, daemon=True)
+    """A process that does target(*arguments), which a test may kill; started within moments."""
+    process = fresh_process.context().Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
 

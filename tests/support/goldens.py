@@ -21,7 +21,8 @@ def load(name: str) -> dict[str, torch.Tensor]:
 
 def unpack_checkpoint(name: str, folder: Path) -> Path:
     """Write the golden checkpoint `name` (such as "t2v-quant.pth") into `folder`."""
-    folder.joinpath(name).write_bytes(_checkpoint(name))
+    packed = "checkpoints_i2v.tar.xz" if name.startswith("i2v") else "checkpoints.tar.xz"
+    folder.joinpath(name).write_bytes(_checkpoints(packed)[name])
     return folder / name
 
 
@@ -37,10 +38,10 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def _checkpoint(name: str) -> bytes:
-    packed = DATA / ("checkpoints_i2v.tar.xz" if name.startswith("i2v") else "checkpoints.tar.xz")
-    with lzma.open(packed) as file, tarfile.open(fileobj=file) as archive:
-        return archive.extractfile(name).read()
+def _checkpoints(packed: str) -> dict[str, bytes]:
+    """The contents of all files of an archive, as it has to be read from its start for each."""
+    with lzma.open(DATA / packed) as file, tarfile.open(fileobj=file) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive}
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:

@@ -39,7 +39,9 @@ DYNAMIC = dynamic_vram.wanted()
 
 
 def pad_context(context: torch.Tensor) -> torch.Tensor:
-    """Golden text features [B, 40, 64] as umT5's [B, 512, 4096]."""
+    """Golden text features [B, 40, 64] as umT5's [B, 512, 4096]; those of 4096 as they are."""
+    if context.shape[2] == 4096:
+        return context
     padded = torch.zeros(len(context), 512, 4096)
     padded[:, : context.shape[1], : context.shape[2]] = context
     return padded

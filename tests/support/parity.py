@@ -131,6 +131,7 @@ def attention_changed(change: Callable) -> Iterator[None]:
         return change(run, q, k, proj, **options)
 
     def changed_from_projections(q, k, v, norms, rotation, proj, eps, **options):
+        (k, _), v, (q, _) = k(), v(), q()
         pairs = zip((q, k), norms, strict=True)
         normed = (rms_norm(x.flatten(2), weight, eps).view_as(x) for x, weight in pairs)
         rotated = (apply_rope(x, *rotation) for x in normed)

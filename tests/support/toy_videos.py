@@ -1,6 +1,7 @@
 """Videos of the toy world: what a prompt asks for, what a file shows, and pictures of both."""
 
 import io
+import textwrap
 from pathlib import Path
 
 import av
@@ -21,7 +22,7 @@ from turbodiffusion_pack.turbo_core.training.toy.world import (
 from turbodiffusion_pack.turbo_core.training.video_grid import tiled
 
 FRAMES, PIXELS = 17, 256
-CAPTION = 26  # pixels below each video
+CAPTION, LETTERS = 40, 36  # pixels below each video, and letters of a line there
 LARGEST_PICTURE = 1_000_000  # bytes
 
 
@@ -94,7 +95,8 @@ def with_caption(video: torch.Tensor, text: str) -> torch.Tensor:
     strip = Image.new("RGB", (video.shape[2], CAPTION), "white")
     middle = (video.shape[2] // 2, CAPTION // 2)
     font = ImageFont.load_default(11)
-    ImageDraw.Draw(strip).text(middle, text, fill="black", anchor="mm", font=font)
+    lines = textwrap.fill(text, LETTERS)
+    ImageDraw.Draw(strip).text(middle, lines, fill="black", anchor="mm", align="center", font=font)
     below = torch.from_numpy(np.asarray(strip).copy()).expand(len(video), -1, -1, -1)
     return torch.cat([as_bytes(video), below], dim=1)
 

@@ -44,9 +44,10 @@ def run_block(
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """The kernels of one fused block, in its order."""
-    from turbodiffusion_pack.kernels.int8_linear import int8_linear
+    from turbodiffusion_pack.kernels.int8_linear import int8_linear, int8_linear_and_squares
     from turbodiffusion_pack.kernels.norm import rms_norm
     from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
+    from turbodiffusion_pack.kernels.qk_prepare import norms_of_squares
     from turbodiffusion_pack.kernels.requantize import requantize_rows
     from turbodiffusion_pack.kernels.sla import sla_from_projections
 
@@ -66,9 +67,16 @@ def run_block(
     cos, sin = (vectors(1, length, HEAD_DIM // 2, device=device) for _ in range(2))
     proj = vectors(HEAD_DIM, HEAD_DIM, device=device), vectors(HEAD_DIM, device=device)
     n = layer_norm_quant(x, granularity, scale=scale, shift=shift, **common)
-    q, k, v = (int8_linear(*n, *square, **common).unflatten(2, (-1, HEAD_DIM)) for _ in "qkv")
+
+    def with_row_norms():
+        y, squares = int8_linear_and_squares(*n, *square, **common)
+        norms = None if squares is None else norms_of_squares(squares, model.dim, **common)
+        return y.unflatten(2, (-1, HEAD_DIM)), norms
+
+    v = int8_linear(*n, *square, **common).unflatten(2, (-1, HEAD_DIM))
     options = {"topk": topk, "low_bit": low_bit, **common}
-    y = sla_from_projections(q, k, v, (norm, norm), (cos, sin), proj, **options)
+    of_qkv = with_row_norms, with_row_norms, v
+    y = sla_from_projections(*of_qkv, (norm, norm), (cos, sin), proj, **options)
     y = quantize(y.flatten(2), **common)
     int8_linear(*y, *square, gate=gate, residual=x, **common)
     n = layer_norm_quant(x, granularity, weight=norm, bias=norm, **common)
@@ -83,10 +91,12 @@ def run_block(
 
 
 def run_apart(length: int, granularity: str, model: Model) -> None:
-    """What runs where the fused block steps aside: norms, RoPE, float weights after a LoRA."""
+    """What runs where the fused block steps aside: norms, RoPE, float weights after a LoRA. And
+    what only Hopper's block runs, after a linear that is no Triton kernel."""
     from turbodiffusion_pack.kernels.int8_linear import int8_linear
     from turbodiffusion_pack.kernels.norm import layer_norm, rms_norm
     from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
+    from turbodiffusion_pack.kernels.qk_prepare import norms_of_squares
     from turbodiffusion_pack.kernels.rope import apply_rope
 
     common = {"backend": "triton"}
@@ -106,6 +116,17 @@ def run_apart(length: int, granularity: str, model: Model) -> None:
     # A tensor map cannot address such rows.
     odd = tensor(1, length, model.dim + 8, dtype=torch.int8)[..., : model.dim]
     int8_linear(odd, scale, *weight, tensor(model.dim), **common)
+    norms_of_squares(vectors(1, -(-model.dim // 256), length), model.dim, **common)
+
+
+def run_shared(length: int, model: Model) -> None:
+    """What a GPU runs besides that has half of the heads."""
+    from turbodiffusion_pack.kernels.int8_quant import quantize_rows
+    from turbodiffusion_pack.kernels.qk_prepare import square_sums
+
+    y = tensor(1, length, model.dim // 2)
+    square_sums(y.unflatten(2, (-1, HEAD_DIM)), backend="triton")
+    quantize_rows(y, backend="triton", amax=vectors(1, length))
 
 
 def run_attention(

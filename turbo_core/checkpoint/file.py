@@ -1,5 +1,6 @@
 """Reads a checkpoint file into named tensors that stay on the disk until they are used."""
 
+import json
 import math
 from pathlib import Path
 
@@ -137,13 +138,28 @@ def _read_safetensors(path: Path) -> Tensors:
                 part = file.get_slice(name)
                 dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
                 _check_listed(name, dtype, part.get_shape())
-            return {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise damaged(error) from error
+    for name, offset in _safetensors_offsets(path).items():
+        if tensors[name].numel():
+            tensors[name].untyped_storage().file_place = path, offset
+    return tensors
+
+
+def _safetensors_offsets(path: Path) -> dict[str, int]:
+    """Where in a sound .safetensors file each tensor begins."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {name: 8 + length + listed["data_offsets"][0] for name, listed in header.items()}
 
 
 def mapped_tensors(path: Path, content: object, locate: Locate) -> Tensors:
     """The tensors that a .pth file's `content` lists, memory-mapped.
+
+    Their storages say as `file_place` where they are: the path, and the offset in bytes.
 
     Raises:
         CheckpointError: as read_tensors.
@@ -166,6 +182,7 @@ def mapped_tensors(path: Path, content: object, locate: Locate) -> Tensors:
             )
         if place not in storages:
             storages[place] = _bytes(file, place)
+            storages[place].file_place = path, place.start
         tensors[name] = _view(storages[place], tensor)
     return tensors
 

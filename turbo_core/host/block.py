@@ -9,22 +9,24 @@ import comfy.model_management
 import torch
 
 from ...kernels.int8_linear import int8_linear
-from ...kernels.int8_quant import BLOCK
 from ...kernels.norm import rms_norm
 from ...kernels.norm_quant import layer_norm_quant
 from .. import run_report
-from .epilogue import Operands, quantize
+from ..activation_memory import part_length
+from . import per_run
+from .epilogue import quantize
 from .gradients import GRADIENTS, records_graph
 from .int8_tensor import is_int8
 from .once import once
 from .operations import Linear, int8_product, int8_weights
+from .options import SPLIT, TEXT
 from .patch_owner import is_ours, is_stock
+from .prefetch import next_block
 from .self_attention import attend, host_attention, missing_parts
+from .split_block import split_attend
+from .text import KeysValues
 from .versions import unrecorded
 from .weights import float32_weights
-
-# Tokens that go through the feed-forward layers at once: bounds its memory, fills the GPU still.
-FFN_TOKENS = 32768
 
 
 # torch.compile traces the host's part only. Of ours it would freeze decisions made from options,
@@ -49,6 +51,7 @@ def _unless_it_steps_aside(
     block, index, x, e, freqs, context, transformer_options
 ) -> torch.Tensor | None:
     """The block run fused, or None where the host's forward has to; either way told the report."""
+    next_block(transformer_options, block, x.device)
     recorded = records_graph(block, x, e, context)
     reason = GRADIENTS if recorded else why_not_fused(block, e, transformer_options)
     if reason is not None:
@@ -65,77 +68,121 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     attn, cross_attn, ffn = parts["self_attn"], parts["cross_attn"], parts["ffn"]._modules
     shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(block, e, x.device)
     granularity, eps, dtype = ffn["0"].granularity, block.eps, x.dtype
+    split = transformer_options.get(SPLIT)
+    x = x if split is None else split.tokens_into(index, x)
     x = x.contiguous()  # the first block gets the patch embedding channels first; then no copy
 
-    n = layer_norm_quant(x, granularity, scale=scale1, shift=shift1, eps=eps)
-    q, k, v = (int8_product(attn._modules[name], n, dtype) for name in "qkv")  # [B, L, C]
-    del n
-    y = attend(attn, index, q, k, v, freqs, transformer_options)
-    del q, k, v
-    y = quantize(y, granularity)
+    def project(op, n, out, **squares):
+        return int8_product(op, n, dtype, out=out, **squares)  # [B, L, C]
+
+    def normed():
+        return layer_norm_quant(x, granularity, scale=scale1, shift=shift1, eps=eps)
+
+    if split is None:
+        y = attend(attn, index, x, normed, project, freqs, transformer_options)
+        y = quantize(y, granularity)
+    else:
+        y = split_attend(attn, index, x, normed, granularity, freqs, transformer_options)
     x = int8_product(attn._modules["o"], y, dtype, gate=gate1, residual=x)
+    del y
 
     linears = cross_attn._modules
     weight, bias = float32_weights(parts["norm3"], x.device)
+    q = torch.empty_like(x)  # before what it is made of, see activation_memory.py
     n = layer_norm_quant(x, granularity, weight=weight, bias=bias, eps=eps)
-    name = f"text in {granularity}"
-    text = once(transformer_options, name, context, lambda c: quantize(c, granularity))
-    y = _cross_attend(cross_attn, int8_product(linears["q"], n, dtype), text, transformer_options)
+    project(linears["q"], n, q)
     del n
-    int8_product(linears["o"], quantize(y, granularity), dtype, residual=x, out=x)
+    q = rms_norm(q, float32_weights(linears["norm_q"], x.device)[0], cross_attn.eps)
+    k, v = _keys_values(cross_attn, index, granularity, context, transformer_options)
+    y = host_attention(cross_attn, q, k, v, transformer_options)
+    del q, k, v
+    y = quantize(y, granularity)
+    int8_product(linears["o"], y, dtype, residual=x, out=x)
     del y
 
-    up, down = (int8_weights(ffn[name], dtype, x.device) for name in "02")
-    for part in x.split(_part_length(x.shape[1]), dim=1):
+    up, down = int8_weights(ffn["0"], dtype, x.device), None
+    for part in x.split(part_length(*x.shape[:2], ffn["0"].out_features), dim=1):
         n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
-        h = quantize(int8_linear(*n, *up, dtype), granularity, activation="gelu_tanh")
+        h = int8_linear(*n, *up, dtype)
+        del n
+        # Not before: where it is streamed, it comes while the GPU is at the first product.
+        down = down or int8_weights(ffn["2"], dtype, x.device)
+        h = quantize(h, granularity, activation="gelu_tanh")
         int8_linear(*h, *down, dtype, gate=gate2, residual=part, out=part)
+        del h
     return x
-
-
-def _part_length(length: int) -> int:
-    """Length of even parts of at most FFN_TOKENS, in whole blocks of scales."""
-    parts = -(-length // FFN_TOKENS)
-    return -(-length // (parts * BLOCK)) * BLOCK
 
 
 def _modulation(block, e, device) -> tuple[torch.Tensor, ...]:
     """Shift, scale and gate of both halves, float32 [B, 1, C] each."""
-    own = comfy.model_management.cast_to(block.modulation, dtype=torch.float32, device=device)
+    to = {"dtype": torch.float32, "device": device}
+    cast = comfy.model_management.cast_to
+    # Where it is in RAM each copy would wait for all that the GPU was asked for.
+    own = per_run.made((block, device), lambda: cast(block.modulation, **to))
     return (own + e.reshape(-1, 6, e.shape[-1]).float()).chunk(6, dim=1)
 
 
-def _cross_attend(attn, q, text: Operands, transformer_options) -> torch.Tensor:
-    """Attention of the queries q [B, L, C] to the quantized text, by the host's own attention."""
-    parts = attn._modules
-    k, v = (int8_product(parts[name], text, q.dtype) for name in "kv")
-    q = rms_norm(q, float32_weights(parts["norm_q"], q.device)[0], attn.eps)
-    k = rms_norm(k, float32_weights(parts["norm_k"], q.device)[0], attn.eps)
-    return host_attention(attn, q, k, v, transformer_options)
+def _keys_values(attn, index, granularity, context, transformer_options):
+    """k and v [B, T, C] of the text features `context` for block `index`."""
+    made = transformer_options.get(TEXT, KeysValues())
+    if index not in made:
+        name = f"text in {granularity}"
+        text = once(transformer_options, name, context, lambda c: quantize(c, granularity))
+        parts = attn._modules
+        k, v = (int8_product(parts[name], text, context.dtype) for name in "kv")
+        made.keep(index, rms_norm(k, float32_weights(parts["norm_k"], k.device)[0], attn.eps), v)
+    return made[index]
 
 
 def why_not_fused(block, e, transformer_options: dict) -> str | None:
     """What keeps a block from running fused; None where nothing does."""
-    if type(block) is not comfy.ldm.wan.model.WanAttentionBlock:
-        return f"it is a {type(block).__name__}"
+    if reason := _other_kind(block):
+        return reason
     attn, cross_attn, ffn = (block._modules[name] for name in ("self_attn", "cross_attn", "ffn"))
-    if type(cross_attn) is not comfy.ldm.wan.model.WanT2VCrossAttention:
-        return f"its cross-attention is a {type(cross_attn).__name__}"
     if e.ndim == 4 and e.shape[1] != 1:
         return "timesteps differ between tokens"
     if transformer_options.get("patches", {}).keys() & {"attn1_patch", "attn2_patch"}:
         return "a node patches its attention"
     if not is_ours(attn.forward):
         return "a node patches its self-attention"
-    attentions = attn, cross_attn
-    if reason := missing_parts(attn) or missing_parts(cross_attn):
+    if reason := _other_parts(block):
         return reason
-    linears = [attn._modules[name] for attn in attentions for name in "qkvo"]
-    for linear in (*linears, ffn._modules["0"], ffn._modules["2"]):
-        if not isinstance(linear, Linear) or not is_int8(linear._parameters["weight"]):
-            return "its weights are not INT8"
-    norms = [attn._modules[name] for attn in attentions for name in ("norm_q", "norm_k")]
-    norms += [block._modules[name] for name in ("norm1", "norm2", "norm3")]
-    if not all(map(is_stock, (cross_attn, ffn, *linears, *norms))):
+    if not all(map(is_stock, (cross_attn, ffn, *_parts(block)))):
         return "a node patches a part of it"
     return None
+
+
+def why_never_fused(block) -> str | None:
+    """What keeps a block from running fused whatever it is given; None where nothing does."""
+    return _other_kind(block) or _other_parts(block)
+
+
+def _other_kind(block) -> str | None:
+    if type(block) is not comfy.ldm.wan.model.WanAttentionBlock:
+        return f"it is a {type(block).__name__}"
+    if type(block.cross_attn) is not comfy.ldm.wan.model.WanT2VCrossAttention:
+        return f"its cross-attention is a {type(block.cross_attn).__name__}"
+    return None
+
+
+def _other_parts(block) -> str | None:
+    for attn in (block.self_attn, block.cross_attn):
+        if reason := missing_parts(attn):
+            return reason
+    for linear in _linears(block):
+        if not isinstance(linear, Linear) or not is_int8(linear._parameters["weight"]):
+            return "its weights are not INT8"
+    return None
+
+
+# Not as attributes: those of a module take ten times as long to find, and this is every block.
+def _linears(block) -> list[torch.nn.Module]:
+    ffn = block.ffn._modules
+    attentions = (block.self_attn._modules, block.cross_attn._modules)
+    return [*(attn[name] for attn in attentions for name in "qkvo"), ffn["0"], ffn["2"]]
+
+
+def _parts(block) -> list[torch.nn.Module]:
+    attentions = (block.self_attn._modules, block.cross_attn._modules)
+    norms = [attn[name] for attn in attentions for name in ("norm_q", "norm_k")]
+    return [*_linears(block), *norms, block.norm1, block.norm2, block.norm3]

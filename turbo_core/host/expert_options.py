@@ -9,7 +9,7 @@ from collections.abc import Callable
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
-from .options import EXPERT_BOUNDARY, EXPERT_SWITCH
+from .options import EXPERT_BOUNDARY, EXPERT_SWITCH, SPLIT
 
 # Options and wrappers of a sampler run rather than of a model: they go for both experts.
 RUN_OPTIONS = ("context_handler", "disable_cfg1_optimization")
@@ -41,6 +41,9 @@ def options_of_low(own: dict, run: dict, came_with: dict, boundary: float) -> di
     for kind in RUN_WRAPPERS:
         others = of_run["wrappers"].get(kind, {})
         inner["wrappers"][kind] = {**others, **inner["wrappers"].get(kind, {})}
+    if shared := of_run["wrappers"].get(WrappersMP.DIFFUSION_MODEL, {}).get(SPLIT):
+        others = inner["wrappers"].get(WrappersMP.DIFFUSION_MODEL, {})
+        inner["wrappers"][WrappersMP.DIFFUSION_MODEL] = {**others, SPLIT: shared}
     for key in RUN_OPTIONS:
         if key in run:
             options.setdefault(key, run[key])

@@ -16,20 +16,29 @@ A run that begins below the boundary is one of `low` from its OUTER_SAMPLE wrapp
 """
 
 import contextlib
+import logging
+import threading
 
 import comfy.ldm.wan.model
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
-from comfy.model_management import InterruptProcessingException
+from comfy.model_management import (
+    InterruptProcessingException,
+    is_device_cpu,
+    throw_exception_if_processing_interrupted,
+)
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from .. import run_report
 from .expert_options import options_of_low, with_switch
+from .in_ram import fit_together, pin
 from .options import EXPERT_SWITCH
-from .patch import require_model
-from .versions import share_latent_shapes, with_hooks
+from .patch import has_hooks, require_model
+from .versions import has_dynamic_vram, share_latent_shapes, with_hooks
+
+log = logging.getLogger(__name__)
 
 HIGH, LOW = "high-noise expert", "low-noise expert"
 
@@ -138,6 +147,8 @@ class ExpertRun:
         self.came_with = came_with  # the options of `high` when the switch was made
         self.loaded = self.high  # by the host, before the first step
         self.other_models = []
+        self.pinning = None  # a thread that pins the weights of `low` while `high` runs
+        self.ended = False
 
     def sample(self, *args, **kwargs):
         """The guider's outer_sample, inside the wrappers that `low` brings for a run."""
@@ -159,6 +170,7 @@ class ExpertRun:
 
     def _sample(self, noise, latent, sampler, sigmas, *args, **kwargs):
         self.low_options = self.guider.model_options  # with what its wrappers made of them
+        self._prepare_to_take_turns(noise.shape)
         args = (noise, latent, sampler, sigmas, *args)
         if sigmas.max() < self.boundary:
             run_report.note_expert(LOW)
@@ -175,6 +187,8 @@ class ExpertRun:
         if timestep.max() >= self.boundary:
             run_report.note_expert(HIGH)
             self._load(self.high, x.shape, model_options)
+            if self.pinning and not self.pinning.ident:
+                self.pinning.start()
             return executor(x, timestep, model_options, seed)
         run_report.note_expert(LOW)
         guider, options = self.guider, self._merged(model_options)
@@ -185,6 +199,22 @@ class ExpertRun:
             predict = WrapperExecutor.new_class_executor(guider.predict_noise, guider, wrappers)
             return predict.execute(x, timestep, options, seed)
 
+    def _prepare_to_take_turns(self, shape: torch.Size) -> None:
+        """Where one expert has to make room for the other, both come and go at full speed."""
+        experts = [self.high, self.low]
+        if has_dynamic_vram() or is_device_cpu(self.high.load_device):
+            return
+        estimate = comfy.sampler_helpers.estimate_memory(self.low, shape, self.guider.conds)
+        if not fit_together(experts, estimate[1]):
+            pin(self.high, _not_cancelled)
+            self.pinning = threading.Thread(target=self._pin_low)
+
+    def _pin_low(self) -> None:
+        try:
+            pin(self.low, lambda: not self.ended)
+        except Exception:  # in a thread, where else nobody would log it
+            log.exception("TurboDiffusion: the %s's weights could not be pinned", LOW)
+
     def _merged(self, run_options: dict) -> dict:
         return options_of_low(self.low_options, run_options, self.came_with, self.boundary)
 
@@ -192,6 +222,7 @@ class ExpertRun:
         """Let the host load `expert`, in the place of the other one where memory is short."""
         if expert is self.loaded:
             return
+        self._wait_for_pins()
         _, _, models = comfy.sampler_helpers.prepare_sampling(
             expert, shape, self.guider.conds, options
         )
@@ -200,16 +231,26 @@ class ExpertRun:
             expert.pre_run()
         self.loaded = expert
 
+    def _wait_for_pins(self) -> None:
+        if self.pinning and self.pinning.ident:
+            self.pinning.join()
+
     def _clean_up(self) -> None:
+        self.ended = True
+        self._wait_for_pins()
         if self.low.model.current_patcher is self.low:
             self.low.cleanup()
         comfy.sampler_helpers.cleanup_additional_models(self.other_models)
 
 
+def _not_cancelled() -> bool:
+    throw_exception_if_processing_interrupted()
+    return True
+
+
 def _hookable(model: ModelPatcher, conds: dict) -> ModelPatcher:
     """`model` as a patcher that takes the hooks of `conds`, if they have any."""
-    hooked = any(cond.get("hooks") for group in conds.values() for cond in group)
-    return with_hooks(model) if hooked else model
+    return with_hooks(model) if has_hooks(conds) else model
 
 
 @contextlib.contextmanager

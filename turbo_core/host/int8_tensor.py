@@ -43,7 +43,10 @@ class QuantizedTensor(HostTensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
-            return pack(*unpack(args[0]), float_dtype_of(args[0]))
+            # torch takes an inference tensor for an inference tensor's only. The host puts weights
+            # back, when it takes a LoRA out, in whatever mode it runs then.
+            with torch.inference_mode(args[0].is_inference()):
+                return pack(*unpack(args[0]), float_dtype_of(args[0]))
         if func is torch.ops.aten.copy_.default and is_int8(args[0]):
             return _write(*args, **kwargs)
         out = super().__torch_dispatch__(func, types, args, kwargs)

@@ -12,6 +12,7 @@ from ..granularity import scales_of
 from ..rcm import default_sigma_max
 from ..sla_settings import SLASettings
 from .advise import advise
+from .file_slices import read_from_files
 from .int8_tensor import granularity as weight_granularity
 from .int8_tensor import is_int8
 from .layer_settings import set_layer_settings
@@ -21,7 +22,7 @@ from .patch import patch_attention, wan_model
 from .projections import projection
 from .scheduler import carry_sigma_max
 from .timesteps import round_timesteps
-from .versions import load_diffusion_model
+from .versions import has_dynamic_vram, load_diffusion_model
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ def _build(checkpoint: Checkpoint, disable_dynamic: bool):
     state_dict = dict(checkpoint.tensors)
     for name, scale in checkpoint.scales.items():
         state_dict[f"{name}.weight_scale"] = scale
+    if has_dynamic_vram() and not disable_dynamic:
+        read_from_files(checkpoint.tensors.values())
     options = {"dtype": torch.bfloat16, "custom_operations": TurboOperations}
     return load_diffusion_model(state_dict, options, disable_dynamic)
 

@@ -3,46 +3,88 @@
 import functools
 
 import comfy.float
+import comfy.lora
 import comfy.ops
 import torch
 
-from ...kernels.int8_linear import int8_linear
+from ...kernels.int8_linear import int8_linear, int8_linear_and_squares
 from ...kernels.requantize import requantize_rows
 from .. import run_report
+from ..parallel.shares import in_blocks
+from .arrivals import waiting
 from .epilogue import Operands, activated, added, int8_linear_with, quantize
 from .gradients import records_graph
 from .int8_tensor import is_int8, pack, requantize, unpack
-from .versions import unrecorded
-from .weights import fetched, kept
+from .merged import stand_in
+from .versions import to_add_a_lora_to, unrecorded
+from .weights import fetched, kept, moved
 
 
-def int8_product(op: "Linear", x: Operands, dtype: torch.dtype, **epilogue) -> torch.Tensor:
-    """The INT8 linear layer `op` on quantized activations; `epilogue` as int8_linear takes it."""
+def int8_product(
+    op: "Linear",
+    x: Operands,
+    dtype: torch.dtype,
+    channels: slice | None = None,
+    squares: bool = False,
+    **epilogue,
+):
+    """The INT8 linear layer `op` on quantized activations; `epilogue` as int8_linear takes it.
+
+    `channels` are the output channels to compute, whole blocks of 128; None computes all. With
+    `squares` as int8_linear_and_squares gives it.
+    """
     comfy.ops.run_every_op()
-    with fetched(op, dtype, x[0].device) as (weight, bias):
-        operands = _weight_operands(weight, op.granularity)
-        y = int8_linear(*x, *operands, bias, out_dtype=dtype, **epilogue)
     run_report.note_int8(op.granularity, op)
-    return y
+    op = _merged(op, x[0].device)
+    with fetched(op, dtype, x[0].device) as (weight, bias):
+        operands = _weight_operands(weight, op.granularity, channels)
+        bias = bias if channels is None or bias is None else bias[channels]
+        multiply = int8_linear_and_squares if squares else int8_linear
+        return multiply(*x, *operands, bias, out_dtype=dtype, **epilogue)
 
 
 def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
     """What int8_linear takes of `op`, fetched once for several products: w_q, w_scale and bias."""
     comfy.ops.run_every_op()
+    run_report.note_int8(op.granularity, op)
+    op = _merged(op, device)
     with fetched(op, dtype, device) as (weight, bias):
         operands = _weight_operands(weight, op.granularity)
         if is_int8(weight) and operands[0] is unpack(weight)[0]:
             operands = tuple(map(kept, operands, unpack(op.weight)))
         kept_bias = None if bias is None else kept(bias, op.bias)
-    run_report.note_int8(op.granularity, op)
     return *operands, kept_bias
 
 
-def _weight_operands(weight: torch.Tensor, granularity: str) -> Operands:
+def _merged(op: "Linear", device: torch.device) -> "Linear":
+    """`op`, or what stands in for it while it is streamed with a LoRA."""
+
+    def merge():
+        with waiting(device) as wait:
+            weight = to_add_a_lora_to(op.weight, device)
+            wait.size = op.weight.nbytes
+        # As the host does it for what stays on the GPU; for what it streams it counts in 16 bits.
+        weight = op.convert_weight(weight)
+        for patch in op.weight_function:
+            weight = comfy.lora.calculate_weight(patch.patches[patch.key], weight, patch.key)
+        q, scale = _weight_operands(op.set_weight(weight, return_weight=True), op.granularity)
+        merged = Linear(op.in_features, op.out_features, dtype=op.compute_dtype)
+        merged.assign(q.to("cpu"), None, scale.to("cpu"))
+        merged.granularity = op.granularity
+        return merged
+
+    return stand_in(op, merge)
+
+
+def _weight_operands(
+    weight: torch.Tensor, granularity: str, channels: slice | None = None
+) -> Operands:
     """The weight in the granularity it multiplies in; it is float after a LoRA while streamed."""
     if not is_int8(weight):
-        return quantize(weight, granularity)
+        return quantize(weight if channels is None else weight[channels], granularity)
     q, scale = unpack(weight)
+    if channels is not None:
+        q, scale = q[channels], scale[in_blocks(channels) if scale.ndim == 2 else channels]
     if granularity == "rows" and scale.ndim == 2:
         return requantize_rows(q, scale)
     return q, scale
@@ -149,6 +191,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             return weight
         if inplace_update:
             self.weight.data.copy_(weight)  # keeps its memory, which the host may have pinned
+            vars(self.weight).pop("in_ram", None)  # it is another now
         else:
             self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
@@ -174,10 +217,11 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     def _apply(self, fn, recurse=True):
         # torch's own version writes through `.data`, which a wrapper tensor does not have.
-        for name, parameter in self._parameters.items():
-            moved = None if parameter is None else fn(parameter)
-            if moved is not parameter:
-                self._parameters[name] = torch.nn.Parameter(moved, parameter.requires_grad)
+        if self.weight is not None:
+            self.weight = moved(self.weight, fn)
+        bias = None if self.bias is None else fn(self.bias)
+        if bias is not self.bias:
+            self.bias = torch.nn.Parameter(bias, self.bias.requires_grad)
         return self
 
 
@@ -203,4 +247,9 @@ class TurboOperations(comfy.ops.manual_cast):
         pass
 
     class Conv3d(_Assigned, comfy.ops.manual_cast.Conv3d):
-        pass
+        def forward(self, x, *args, **kwargs):
+            # Then the channels of a token lie side by side, and the first block need not copy them.
+            # What goes in so comes out so, but not everywhere.
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+            y = super().forward(x, *args, **kwargs)
+            return y.contiguous(memory_format=torch.channels_last_3d)

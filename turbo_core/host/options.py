@@ -14,6 +14,16 @@ THIS_PASS = "turbodiffusion.pass"
 # In the transformer_options of one forward pass: what its blocks share, see once.py.
 MADE_ONCE = "turbodiffusion.made"
 
+# In the transformer_options of one forward pass: keys and values of its text, see text.py.
+TEXT = "turbodiffusion.text"
+
+# In the transformer_options of one forward pass: the host's queue of weights, see prefetch.py.
+PREFETCH = "turbodiffusion.prefetch"
+
+# In the transformer_options of one forward pass that several GPUs share: its Split, see
+# split_block.py. The DIFFUSION_MODEL wrapper that puts it there goes by the same key.
+SPLIT = "turbodiffusion.split"
+
 # In a MODEL's transformer_options: the sigma_max, a float, that the scheduler `rcm` starts from.
 SIGMA_MAX = "turbodiffusion.sigma_max"
 
@@ -26,6 +36,9 @@ EXPERT_SWITCH = "turbodiffusion.experts"
 
 # The DIFFUSION_MODEL wrapper that rounds timesteps, see timesteps.py.
 TIMESTEP = "turbodiffusion.timestep"
+
+# The ON_LOAD and ON_DETACH callbacks that keep in RAM what is pinned or merged, see in_ram.py.
+PINS = "turbodiffusion.pins"
 
 # The OUTER_SAMPLE wrapper that tells what a run does otherwise than the model was made for, see
 # advise.py.

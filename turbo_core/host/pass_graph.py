@@ -19,10 +19,21 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .. import run_report
+from . import per_run
 from .block import why_not_fused
 from .int8_tensor import is_int8, unpack
-from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, SIGMA_MAX, THIS_PASS, TIMESTEP
+from .options import (
+    ATTENTION,
+    EXPERT_BOUNDARY,
+    MADE_ONCE,
+    PREFETCH,
+    SIGMA_MAX,
+    TEXT,
+    THIS_PASS,
+    TIMESTEP,
+)
 from .patch_owner import is_ours, is_stock
+from .text import KeysValues
 from .versions import COMPILED, MANAGED
 
 log = logging.getLogger(__name__)
@@ -39,9 +50,9 @@ OUR_WRAPPERS = {ATTENTION, TIMESTEP}
 KNOWN_OPTIONS = {
     "callbacks", "cond_or_uncond", "patches", "patches_replace", "prefetch_dynamic_vbars",
     "sample_sigmas", "sigmas", "uuids", "wrappers",
-    ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, SIGMA_MAX, THIS_PASS,
+    ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, PREFETCH, SIGMA_MAX, TEXT, THIS_PASS,
 }  # fmt: skip
-EMPTY_OPTIONS = "patches", "patches_replace", "prefetch_dynamic_vbars"
+EMPTY_OPTIONS = "patches", "patches_replace", "prefetch_dynamic_vbars", PREFETCH
 PLAIN = (type(None), bool, int, float, str)
 
 Inputs = dict[str, torch.Tensor]
@@ -58,12 +69,12 @@ class Followed:
         self.paces = collections.deque(maxlen=2)  # the newest may still run on the GPU
         self.failed = False  # capturing was tried, and shall not be again
 
-    def run(self, run: Run, inputs: Inputs, state: Callable[[], tuple]) -> torch.Tensor:
-        """run(inputs), or the replay of its graph; `state` gives what `_state` does."""
+    def run(self, run: Run, alone: Run, inputs: Inputs, state: Callable[[], tuple]) -> torch.Tensor:
+        """run(inputs), or the replay of a graph of alone(inputs); `state` is `_state` of now."""
         if self.graph is not None and self.state != state()[0]:
             self.drop()
         if self.graph is None and self.passes >= EAGER_PASSES and not self.failed:
-            self._capture_if_it_pays(run, inputs, *state())
+            self._capture_if_it_pays(alone, inputs, *state())
         if self.graph is not None:
             comfy.model_management.throw_exception_if_processing_interrupted()
             return self.graph.replay(inputs)
@@ -226,14 +237,20 @@ def forward(executor, options: dict, named: dict) -> torch.Tensor:
     inputs = {name: x for name, x in named.items() if isinstance(x, torch.Tensor)}
     others = {name: x for name, x in named.items() if name not in inputs}
 
-    def run(inputs: Inputs) -> torch.Tensor:
+    def run(inputs: Inputs, **fresh: dict) -> torch.Tensor:
         given = {**others, **inputs}
-        return executor(*(given.pop(name) for name in POSITIONAL), options, **given)
+        told = {**options, **fresh}
+        return executor(*(given.pop(name) for name in POSITIONAL), told, **given)
+
+    def alone(inputs: Inputs) -> torch.Tensor:
+        """With nothing that other passes made, as the text's keys and values."""
+        with per_run.forgotten():
+            return run(inputs, **{TEXT: KeysValues(), MADE_ONCE: {}})
 
     followed = _follow(executor.class_obj, inputs, others, options)
     if followed is None:
         return run(inputs)
-    return followed.run(run, inputs, lambda: _state(executor.class_obj, inputs, options))
+    return followed.run(run, alone, inputs, lambda: _state(executor.class_obj, inputs, options))
 
 
 @torch.compiler.disable

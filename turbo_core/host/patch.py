@@ -15,12 +15,16 @@ from ...kernels.checks import float32_on_gpu
 from ...kernels.dispatch import why_reference
 from .. import run_report
 from ..sla_settings import SLASettings
-from . import pass_graph
-from .block import block_forward
-from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, THIS_PASS
+from . import pass_graph, per_run, text
+from .block import block_forward, why_never_fused
+from .in_ram import drop_merged_if_short, keep_pins, let_go
+from .memory import out_of_memory_in_words, told_to_the_host
+from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, PINS, PREFETCH, TEXT, THIS_PASS
 from .pass_graph import POSITIONAL
 from .patch_owner import is_ours, mark_as_ours, owner_of
+from .prefetch import next_block, queue_of
 from .self_attention import self_attention
+from .versions import carry_loader
 
 PLAIN_BLOCKS = (
     comfy.ldm.wan.model.WanAttentionBlock,
@@ -87,12 +91,14 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
     ):
         patched.remove_wrappers_with_key(kind, ATTENTION)
         patched.add_wrapper_with_key(kind, ATTENTION, wrapper)
-    for kind, callback in (
-        (CallbacksMP.ON_CLONE, _rebind_clone),
-        (CallbacksMP.ON_DETACH, _drop_graph),
+    for kind, key, callback in (
+        (CallbacksMP.ON_CLONE, ATTENTION, _rebind_clone),
+        (CallbacksMP.ON_DETACH, ATTENTION, _drop_graph),
+        (CallbacksMP.ON_LOAD, PINS, keep_pins),
+        (CallbacksMP.ON_DETACH, PINS, drop_merged_if_short),
     ):
-        if not patched.callbacks.get(kind, {}).get(ATTENTION):
-            patched.add_callback_with_key(kind, ATTENTION, callback)
+        if not patched.callbacks.get(kind, {}).get(key):
+            patched.add_callback_with_key(kind, key, callback)
     return patched
 
 
@@ -111,6 +117,7 @@ def _bind_blocks(model: comfy.model_patcher.ModelPatcher) -> None:
 
 
 def _rebind_clone(original, clone) -> None:
+    carry_loader(original, clone)
     # A clone for another device or for torch.compile has its own copy of the model.
     if clone.model is not original.model:
         _bind_blocks(clone)
@@ -140,8 +147,23 @@ def _is_checkpointed(module: torch.nn.Module) -> bool:
 
 
 def _around_run(executor, *args, **kwargs):
-    with run_report.run(InterruptProcessingException):
+    guider = executor.class_obj
+    # A scheduled LoRA changes the weights from step to step, as training does.
+    same_weights = not (has_hooks(guider.conds) or torch.is_grad_enabled())
+    model, shape = guider.model_patcher, args[0].shape
+    with (
+        run_report.run(InterruptProcessingException),
+        per_run.keep(same_weights),
+        told_to_the_host(model, guider.conds, guider.model_options),
+        out_of_memory_in_words(model, shape),
+        let_go(model),
+    ):
         return executor(*args, **kwargs)
+
+
+def has_hooks(conds: dict) -> bool:
+    """Whether a guider's `conds` bring hooks, which change weights or options during a run."""
+    return any(cond.get("hooks") for group in conds.values() for cond in group)
 
 
 @torch.compiler.disable(recursive=False)  # as block.block_forward
@@ -149,10 +171,19 @@ def _around_forward(
     executor, x, timestep, context, clip_fea=None, concat=None, transformer_options=None, **rest
 ):
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
-    _report_forward(executor.class_obj.blocks)
-    ours = {THIS_PASS: _this_pass(transformer_options), MADE_ONCE: {}}
+    network = executor.class_obj
+    _report_forward(network.blocks)
+    ours = {
+        THIS_PASS: _this_pass(transformer_options),
+        MADE_ONCE: {},
+        TEXT: _keys_values(executor, context, x.dtype, transformer_options),
+    }
+    options = {**transformer_options, **ours}
+    options[PREFETCH] = queue_of(network, x.device, options)
     given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
-    return pass_graph.forward(executor, {**transformer_options, **ours}, given | rest)
+    out = pass_graph.forward(executor, options, given | rest)
+    next_block(options, None, x.device)
+    return out
 
 
 @torch.compiler.disable
@@ -164,6 +195,16 @@ def _report_forward(blocks: torch.nn.ModuleList) -> None:
         if not is_ours(block.self_attn.forward):
             owner = owner_of(block.self_attn.forward)
             run_report.note_dense(index, f"its self-attention is patched by {owner}")
+
+
+@torch.compiler.disable
+def _keys_values(executor, context, dtype: torch.dtype, transformer_options: dict):
+    """What this run's blocks have made of the text, where it reaches them as we see it."""
+    if text.may_change(executor, transformer_options):
+        return text.KeysValues()
+    network = executor.class_obj
+    fused = why_never_fused(network.blocks[0]) is None
+    return text.keys_values(network, context, dtype, fused)
 
 
 @torch.compiler.disable

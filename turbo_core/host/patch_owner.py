@@ -18,10 +18,15 @@ def is_ours(forward: object) -> bool:
 
 def is_stock(module: torch.nn.Module) -> bool:
     """Whether nobody patched or hooked the module's forward."""
-    # An unpatched module keeps its own bound method as an attribute.
-    forward = vars(module).get("forward")
-    stock = forward is None or getattr(forward, "__func__", None) is type(module).forward
-    return stock and not module._forward_hooks and not module._forward_pre_hooks
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and has_own(module, "forward")
+
+
+def has_own(module: torch.nn.Module, method: str) -> bool:
+    """Whether this method of the module is its class's."""
+    # One that is unpatched again keeps its own bound method as an attribute.
+    found = vars(module).get(method)
+    return found is None or getattr(found, "__func__", None) is getattr(type(module), method)
 
 
 def owner_of(forward: object) -> str:

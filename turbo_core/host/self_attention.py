@@ -1,12 +1,15 @@
 """Wan's self-attention as SLA: from the host's module and options to kernels/."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from ...kernels.norm import rms_norm
+from ...kernels.qk_prepare import norms_of_squares, prepare
 from ...kernels.rope import apply_rope
 from ...kernels.sla import sla, sla_from_projections
 from ...kernels.sparse_attention import default_pv
@@ -22,6 +25,8 @@ from .weights import float32_weights
 
 # What an attention is made of; a host may merge q, k and v into one Linear.
 PARTS = {*"qkvo", "norm_q", "norm_k"}
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @torch.compiler.disable(recursive=False)  # as block.block_forward
@@ -65,33 +70,89 @@ def _sparse(attn, index: int, settings: SLASettings, x, freqs, transformer_optio
     return attn.o(y)
 
 
-def attend(attn, index, q, k, v, freqs, transformer_options: dict) -> torch.Tensor:
-    """Self-attention of block `index` from its projections q, k, v [B, L, C], before `o`.
+class SomeHeads(NamedTuple):
+    """Of an attention, heads that are computed without the others."""
 
-    Overwrites q and k. For the fused block: RMSNorm and RoPE happen in here, SLA or the host's
-    attention follows.
+    channels: slice  # theirs, of all
+    row_norms: Callable  # of their [B, L, H, D] of q or k those over all heads, see qk_prepare
+
+
+def attend(
+    attn,
+    index: int,
+    x,
+    quantized: Callable,
+    project: Callable,
+    freqs,
+    transformer_options: dict,
+    some: SomeHeads | None = None,
+) -> torch.Tensor:
+    """Self-attention of block `index` from its input x [B, L, C] to what goes into `o`, as large.
+
+    For the fused block: `quantized()` gives x as what the layers attn.q, k and v take, and
+    `project(op, input, out)` their output, or that of those `some` heads; that of all also with
+    its `squares`, see int8_product. Both are called here, keys and values first, so that nothing
+    outlives its use.
     """
     settings, why_dense = _choose(attn, index, transformer_options)
-    q_weight, _ = float32_weights(attn._modules["norm_q"], q.device)
-    k_weight, _ = float32_weights(attn._modules["norm_k"], q.device)
     rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
-    heads = _heads(attn)
+    channels = slice(None) if some is None else some.channels
+    in_16_bits = why_dense or settings.attention == "sla"
+    # What lives longer comes before what it is made of, see activation_memory.py.
+    room = len(x), freqs.shape[1], len(range(attn.dim)[channels])
+    rooms = [x.new_empty(room) for _ in ("kvq" if in_16_bits else "kv")]
+    n, parts = quantized(), attn._modules
+
+    def projected(name: str, **squares):
+        return project(parts[name], n, rooms.pop() if rooms else None, **squares)
+
+    def heads(name: str) -> torch.Tensor:
+        return projected(name).unflatten(2, (-1, attn.head_dim))
+
+    def with_row_norms(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Those of q or k, and what their rows are normed by, where that is known by now."""
+        if some is not None:
+            y = heads(name)
+            return y, some.row_norms(y)
+        y, squares = projected(name, squares=True)
+        y = y.unflatten(2, (-1, attn.head_dim))
+        return y, None if squares is None else norms_of_squares(squares, attn.dim, attn.eps)
+
+    def last(y):
+        nonlocal n
+        n = None
+        return y
+
     if why_dense:
         run_report.note_dense(index, why_dense)
-        q = apply_rope(rms_norm(q, q_weight, attn.eps).unflatten(2, heads), *rotation)
-        k = apply_rope(rms_norm(k, k_weight, attn.eps).unflatten(2, heads), *rotation)
-        return host_attention(attn, q.flatten(2), k.flatten(2), v, transformer_options)
-    _note_sla(attn, index, settings, q)
-    q, k, v = (x.unflatten(2, heads) for x in (q, k, v))
-    weights = (q_weight, k_weight), rotation, _projection(attn, q.device)
+        v = heads("v").flatten(2)
+        k = _rotated(parts["norm_k"], heads("k"), rotation, some)
+        q = _rotated(parts["norm_q"], last(heads("q")), rotation, some)
+        return host_attention(attn, q, k, v, transformer_options)
+    _note_sla(attn, index, settings, freqs)
+    norms = [float32_weights(parts[name], freqs.device)[0] for name in ("norm_q", "norm_k")]
+    weights = [norm[channels] for norm in norms], rotation, _projection(attn, freqs.device)
     options = {"eps": attn.eps, **_sla_options(settings)}
-    return sla_from_projections(q, k, v, *weights, **options).flatten(2)
+    return sla_from_projections(
+        lambda: last(with_row_norms("q")), lambda: with_row_norms("k"), lambda: heads("v"),
+        *weights, **options,
+    ).flatten(2)  # fmt: skip
+
+
+def _rotated(norm, x: torch.Tensor, rotation: Pair, some: SomeHeads | None) -> torch.Tensor:
+    """A projection x [B, L, H, D], or that of some heads, after RMSNorm and RoPE, [B, L, C]."""
+    if some is not None:
+        weight = float32_weights(norm, x.device)[0][some.channels]
+        return prepare(x, weight, *rotation, out=x, row_norms=some.row_norms(x)).rows.flatten(2)
+    heads = x.shape[2:]
+    x = _norm(norm, x.flatten(2))  # whoever calls holds no x, so here it ends
+    return apply_rope(x.unflatten(2, heads), *rotation).flatten(2)
 
 
 def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:
-    """ComfyUI's own attention of q, k, v [B, L, C], as `attn` would call it."""
+    """ComfyUI's own attention of q, k, v [B, L, C], as `attn` would call it; C is of any heads."""
     options = {"transformer_options": transformer_options, **preferred_attention(attn)}
-    return optimized_attention(q, k, v, heads=attn.num_heads, **options)
+    return optimized_attention(q, k, v, heads=q.shape[2] // attn.head_dim, **options)
 
 
 def missing_parts(attn) -> str | None:

@@ -12,9 +12,12 @@ from comfy.ldm.wan.vae import AttentionBlock, Resample, ResidualBlock, WanVAE
 from torch import Tensor
 
 from ...kernels.dispatch import triton_unavailable
+from ..parallel.parcels import UnsendableError
+from ..parallel.workers import WorkerError, Workers
 from ..staging import FromMemory, ToMemory
 from ..vae_strips import (
     COMFORTABLE,
+    LATENT,
     MOST_STRIPS,
     Strip,
     halos,
@@ -22,6 +25,7 @@ from ..vae_strips import (
     strips_within,
     video_bytes,
 )
+from . import split_vae
 from .causal_vae import (
     decode_features,
     decode_pieces,
@@ -30,11 +34,12 @@ from .causal_vae import (
     encode_pieces,
     encoder_levels,
 )
+from .gpu_workers import key_of, running_workers, uninterrupted
+from .split_vae import pieces_of, shared_pieces, strips_for_all
 from .versions import on_device, pixels_dtype
 
 log = logging.getLogger(__name__)
 
-LATENT = 8  # pixels in a row for one of the latents
 FRAMES = 4  # for one frame of the latents, but for the first
 
 
@@ -179,25 +184,61 @@ class TurboVAE(comfy.sd.VAE):
     @torch.no_grad()
     def _decode(self, samples: Tensor, count: int) -> Tensor:
         batch, _, frames, height, width = samples.shape
-        model = self.first_stage_model.model
+        model, workers = self.first_stage_model.model, self._workers(samples)
         channels = model.decoder.head[-1].out_channels
         shape = batch, 1 + FRAMES * (frames - 1), LATENT * height, LATENT * width, channels
         out = torch.empty(shape, dtype=pixels_dtype(self), device=self.output_device)
-        strips = strips_of(height, width, count)
-        memory, tick = ToMemory(), progress(batch * len(strips) * frames)
-        for item, pixels in zip(samples.split(1), out.split(1), strict=True):
-            features = decode_features(model, item.to(self.device, self.vae_dtype))
-            for strip in strips:
-                part = pixels.narrow(strip.axis, *_span(strip.first, strip.last))
-                pieces = decode_pieces(model, features, strip if len(strips) > 1 else None)
-                for t, piece in enumerate(pieces):
+
+        def write(decoded: Callable, strips: list[Strip], at_once: int = 1) -> None:
+            memory = ToMemory(at_once)
+            tick = progress(batch * len(strips) * frames)
+            for item, pixels in zip(samples.split(1), out.split(1), strict=True):
+                latents = item.to(self.device, self.vae_dtype)
+                for strip, t, piece in decoded(model, latents, strips):
                     last = 1 + FRAMES * t
                     first = max(0, last - FRAMES)
-                    piece = self.process_output(piece.to(out.dtype))
-                    memory.copy(piece, part[:, first:last])
+                    part = pixels.narrow(strip.axis, *_span(strip.first, strip.last))
+                    memory.copy(self.process_output(piece.to(out.dtype)), part[:, first:last])
                     tick()
-        memory.finish()
+            memory.finish()
+
+        if workers is None or not self._shared(workers, samples, count, write):
+            write(pieces_of, strips_of(height, width, count))
         return out
+
+    def _workers(self, samples: Tensor) -> Workers | None:
+        """Those that can share the decoding of `samples`; None where one GPU has to."""
+        workers = running_workers(self.device)
+        return workers if workers and max(samples.shape[3:]) >= workers.count else None
+
+    def _shared(self, workers: Workers, samples: Tensor, count: int, write: Callable) -> bool:
+        """`write` the pieces of `samples` that all ranks decode together, in `count` strips or some
+        more; False, with a warning, where a worker cannot."""
+        model, (height, width) = self.first_stage_model.model, samples.shape[3:]
+        strips = strips_of(height, width, strips_for_all(count, workers.count, max(height, width)))
+        key = key_of(model)
+        weights = None if workers.known.get("vae") == key else model.state_dict()
+
+        def own(ranks):
+            with uninterrupted():
+                write(partial(shared_pieces, ranks), strips, ranks.count)
+
+        arguments = key, weights, samples, self.vae_dtype, len(strips)
+        try:
+            workers.together(split_vae.decode, arguments, own)
+        except (WorkerError, UnsendableError) as error:
+            log.warning("TurboVAE goes on with one GPU: %s", error)
+            return False
+        workers.notes["vae"] = key
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return True
+
+    def make_room(self, shape: tuple, count: int) -> None:
+        """Have the model on the GPU, with room to decode [B, Z, T, H, W] in `count` strips."""
+        need = self._decode_bytes(shape, self.vae_dtype, count)
+        comfy.model_management.load_models_gpu(
+            [self.patcher], memory_required=need, force_full_load=self.disable_offload
+        )
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor, count: int) -> Tensor:
@@ -211,13 +252,13 @@ class TurboVAE(comfy.sd.VAE):
         for item in pixels.split(1):
             parts = []
             for strip in strips:
-                pieces = self._pieces_of(item, strip, tick)
-                parts.append(torch.cat(list(encode_pieces(model, pieces, strip)), dim=1))
+                frames = self._frames_of(item, strip, tick)
+                parts.append(torch.cat(list(encode_pieces(model, frames, strip)), dim=1))
             features = torch.cat(parts, dim=strips[0].axis) if strips[0] else parts[0]
             latents.append(encode_latents(model, features).to(self.output_device))
         return torch.cat(latents).to(pixels_dtype(self))
 
-    def _pieces_of(self, pixels: Tensor, strip: Strip | None, tick: Callable) -> Iterator[Tensor]:
+    def _frames_of(self, pixels: Tensor, strip: Strip | None, tick: Callable) -> Iterator[Tensor]:
         """The frames of one video that a strip is encoded from, on the GPU in [-1, 1]."""
         if strip:
             halo = halos(encoder_levels(self.first_stage_model.model)[:-1])[0]

@@ -117,6 +117,20 @@ except ImportError:  # older hosts record nothing
     pause_malloc_graph = contextlib.nullcontext
 
 
+try:
+    from comfy.model_prefetch import make_prefetch_queue, prefetch_queue_pop
+except ImportError:  # 0.3.75
+
+    def make_prefetch_queue(queue: list, device, transformer_options: dict) -> None:
+        """This host has no queue."""
+
+    prefetch_queue_pop = None
+
+
+# (open file, lock, offset, size): where the host finds a storage's bytes; 0.3.75 always maps.
+file_slice = getattr(getattr(comfy, "memory_management", None), "TensorFileSlice", None)
+
+
 def unrecorded() -> contextlib.AbstractContextManager:
     """A context whose allocations ComfyUI's compiler (0.35) leaves out of its plan; no nesting.
 
@@ -140,9 +154,25 @@ def load_diffusion_model(state_dict: dict, model_options: dict, disable_dynamic:
     )
 
 
+def to_add_a_lora_to(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of an INT8 `weight` on `device` as the host makes it before it adds a LoRA.
+
+    It dequantizes to the dtype of these sums; in 0.3.75 always float32.
+    """
+    management = comfy.model_management
+    known = hasattr(management, "lora_compute_dtype")
+    dtype = management.lora_compute_dtype(device) if known else torch.float32
+    return management.cast_to_device(weight, device, dtype, copy=True)
+
+
 def loader_of(model) -> tuple | None:
     """How the host loads a MODEL again, as (function, arguments, ...); 0.3.75 knows ours only."""
     return getattr(model, "cached_patcher_init", None)
+
+
+def carry_loader(original, clone) -> None:
+    """Tell a clone how its model is loaded; newer hosts do so themselves."""
+    clone.cached_patcher_init = loader_of(original)
 
 
 def clone_into(model, fresh):

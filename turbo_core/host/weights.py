@@ -1,8 +1,14 @@
 """The weights of ComfyUI's ops, fetched from wherever the host keeps them: GPU, RAM or file."""
 
+from collections.abc import Callable
+
+import comfy.model_management
 import comfy.ops
 import torch
 
+from . import per_run
+from .arrivals import bytes_of, came, is_away, signature_of, waiting
+from .gradients import records_graph
 from .int8_tensor import is_int8
 from .versions import MANAGED, REQUANTIZED
 
@@ -30,10 +36,14 @@ class fetched:  # noqa: N801 - read as a function; a generator costs more, 16 ti
         int8 = is_int8(own)
         weight_dtype = own.dtype if int8 and not self.op.weight_function else dtype
         options = REQUANTIZED if int8 else {}
-        self.given = comfy.ops.cast_bias_weight(
-            self.op, dtype=weight_dtype, device=self.device, bias_dtype=dtype, offloadable=True,
-            **options,
-        )  # fmt: skip
+        asked = {"dtype": weight_dtype, "device": self.device, "bias_dtype": dtype, **options}
+        if is_away(self.op, self.device):
+            signature = signature_of(self.op)
+            with waiting(self.device) as wait:
+                self.given = comfy.ops.cast_bias_weight(self.op, offloadable=True, **asked)
+                wait.size = bytes_of(self.op) if came(self.op, signature) else 0
+        else:
+            self.given = comfy.ops.cast_bias_weight(self.op, offloadable=True, **asked)
         try:
             weight, bias, _ = self.given
             # What dynamic VRAM has just patched is in the dtype that it keeps.
@@ -62,6 +72,48 @@ def resident(op: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> F
     return None if op.weight_function or op.bias_function or streamed else (weight, bias)
 
 
+# Bytes of RAM that are left to others by what is kept or pinned there for speed alone.
+LEFT_TO_OTHERS = 6 * 2**30
+
+
+def ram_allows(size: int) -> bool:
+    """Whether so many bytes of RAM may be held for speed alone."""
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    return free - size > LEFT_TO_OTHERS
+
+
+def in_ram(weight: torch.Tensor) -> torch.Tensor | None:
+    """The parameter that `weight` is in RAM: itself, or what it was copied from to the GPU."""
+    return weight if weight.device.type == "cpu" else getattr(weight, "in_ram", None)
+
+
+def moved(weight: torch.nn.Parameter, move: Callable) -> torch.nn.Parameter:
+    """The parameter that move(weight), as torch.nn.Module.to has it, makes.
+
+    A weight that goes back to RAM is what it was there, without a copy: nobody writes to one on the
+    GPU but an optimizer, and `Linear.set_weight`, which says so. What is in RAM is kept for that
+    while there is room; a file's takes none.
+    """
+    home = None if weight.requires_grad else in_ram(weight)
+    if home is not None:
+        empty = torch.empty(0, dtype=_dtype_of(weight), device=weight.device)
+        there = move(empty)
+        if (there.device, there.dtype) == (home.device, _dtype_of(home)):
+            return home
+    new = move(weight)
+    if new is weight:
+        return weight
+    new = torch.nn.Parameter(new, weight.requires_grad)
+    if home is not None and (home.is_pinned() or ram_allows(0)):
+        new.in_ram = home
+    return new
+
+
+def _dtype_of(weight: torch.Tensor) -> torch.dtype:
+    """What is moved: hosts differ in what they take a quantized tensor for."""
+    return torch.int8 if is_int8(weight) else weight.dtype
+
+
 def kept(given: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """What the host gave for an op's `own` tensor, safe to keep: a copy where it is not itself.
 
@@ -72,8 +124,15 @@ def kept(given: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 
 def float32_weights(op: torch.nn.Module, device: torch.device) -> Fetched:
-    """Weight and bias of a small comfy op in float32 on `device`, to keep."""
+    """Weight and bias of a small comfy op in float32 on `device`, to keep; once in a run, unless
+    they are trained in it."""
     if (own := resident(op, torch.float32, device)) is not None:
         return own
+    if records_graph(op):
+        return _float32_weights(op, device)
+    return per_run.made((op, device), lambda: _float32_weights(op, device))
+
+
+def _float32_weights(op: torch.nn.Module, device: torch.device) -> Fetched:
     with fetched(op, torch.float32, device) as (weight, bias):
         return kept(weight, op.weight), None if bias is None else kept(bias, op.bias)

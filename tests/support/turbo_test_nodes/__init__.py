@@ -59,6 +59,7 @@ class TurboTestNoiseAsText(io.ComfyNode):
 
 
 def conditioning(text: str) -> list:
+    let_cpus_share()  # here, as all packs are loaded by now
     return [[encode(text)[None], {}]]
 
 
@@ -70,6 +71,13 @@ class Words:
 
     def encode_from_tokens_scheduled(self, tokens: str) -> list:
         return conditioning(tokens)
+
+
+def let_cpus_share() -> None:
+    """From now on processes share a video where there is no GPU, see the pack's gpu_workers.py."""
+    for name, module in list(sys.modules.items()):
+        if name.endswith(".turbo_core.host.gpu_workers"):
+            module.ON_CPUS = True
 
 
 def load_words_or_clip(ckpt_paths: list[str], *args, **kwargs):

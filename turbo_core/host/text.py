@@ -1,0 +1,74 @@
+"""Keys and values of the text, which depend on the prompt alone: made once in a sampler run.
+
+Where weights are streamed, those of the layers that make them then come over once as well.
+"""
+
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+
+from . import per_run
+from .options import SPLIT, TIMESTEP
+from .patch_owner import is_stock
+
+PROMPTS = 2  # that are kept: with and without the prompt, where the host runs them apart
+
+
+class KeysValues(dict):
+    """Keys and values [B, T, C] of one text, by the index of the block that made them.
+
+    In `room` [blocks, 2, B, T, C], where there is one, from before the first block runs: they stay,
+    and would else come to lie between activations, in the way of others as large as those.
+    """
+
+    def __init__(self, room: torch.Tensor | None = None):
+        super().__init__()
+        self.room = room
+
+    def keep(self, block: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        if self.room is not None and self.room.shape[2:] == k.shape:
+            k, v = (place.copy_(x) for place, x in zip(self.room[block], (k, v), strict=True))
+        self[block] = k, v
+
+
+def keys_values(
+    network: torch.nn.Module, context: torch.Tensor, dtype: torch.dtype, fused: bool
+) -> KeysValues:
+    """What the blocks of `network` have made of the text `context` [B, T, C] in this run, to look
+    up and to add to; empty for a new text, and outside of a run. `fused` says whether they will
+    make anything, in `dtype`.
+
+    Texts are the same if all their numbers are: the host makes the tensor anew in each step. Only
+    one network's are kept, as the experts of a model take turns once.
+    """
+    run = per_run.current()
+    if run is None:
+        return KeysValues()
+    run.texts = [entry for entry in run.texts if entry[0] is network]
+    for _, text, made in run.texts:
+        if text.dtype == context.dtype and torch.equal(text, context):
+            return made
+    del run.texts[: -(PROMPTS - 1)]  # before there is room for another
+    shape = len(network.blocks), 2, *context.shape[:2], network.dim
+    made = KeysValues(context.new_empty(shape, dtype=dtype) if fused else None)
+    run.texts.append((network, context, made))
+    return made
+
+
+def may_change(executor: WrapperExecutor, transformer_options: dict) -> bool:
+    """Whether somebody else may change the text between the DIFFUSION_MODEL wrapper that `executor`
+    is given to and the blocks: in each step otherwise perhaps, so that none is to be kept."""
+    wan, behind = executor.class_obj, executor.wrappers[executor.idx + 1 :]
+    wrappers = transformer_options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
+    ours = [wrapper for key in (SPLIT, TIMESTEP) for wrapper in wrappers.get(key, ())]
+    return bool(
+        any(wrapper not in ours for wrapper in behind)
+        or transformer_options.get("patches_replace", {}).get("dit")
+        or any(_is_replaced(wan, name) for name in ("_forward", "forward_orig"))
+        or not all(map(is_stock, wan.text_embedding.modules()))
+    )
+
+
+def _is_replaced(wan: torch.nn.Module, name: str) -> bool:
+    # As in `is_stock`, the own method may be an attribute as well.
+    method = vars(wan).get(name)
+    return method is not None and getattr(method, "__func__", None) is not getattr(type(wan), name)
