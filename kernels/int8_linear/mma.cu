@@ -68,6 +68,7 @@ struct Operands {
     const float* gate;     // [B, N] or null
     const u16* residual;   // [B, L, N] or null
     u16* out;              // [B, L, N]
+    float* squares;        // [B, N / WARP_N, L] or null: sums of each row's squares, a warp's each
     int batch, length, n, k;
     int x_b, x_l, w_n, gate_b, residual_b, residual_l, out_b, out_l;
 };
@@ -468,7 +469,33 @@ __device__ __forceinline__ Factors factors_of(
     return {{scale.x * gate.x, scale.y * gate.y}, {bias.x * gate.x, bias.y * gate.y}};
 }
 
-template <bool RESIDUAL>
+// Four numbers of each thread, added over the four threads of a row: thread i gets the i-th sum.
+__device__ __forceinline__ float sum_of_four(float (&x)[4]) {
+    bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        x[i] = (upper ? x[2 + i] : x[i])
+            + __shfl_xor_sync(0xffffffff, upper ? x[i] : x[2 + i], 2);
+    return (odd ? x[1] : x[0]) + __shfl_xor_sync(0xffffffff, odd ? x[0] : x[1], 1);
+}
+
+// What the squares of the warp's rows add up to, of rows 32 i + lane / 4 + 8 (lane % 4) at i. Each
+// has a place of its own: the sums are the same every time. Columns are whole warps' ones.
+__device__ __forceinline__ void store_squares(
+    const float (&squares)[ROWS / 2], const Tile& tile, const Operands& o
+) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int part = tile.column / WARP_N + warp % WARPS_N, many = o.n / WARP_N;
+    float* to = o.squares + ((long long)tile.sample * many + part) * o.length;
+#pragma unroll
+    for (int i = 0; i < ROWS / 2; i++) {
+        int row = tile.row + warp / WARPS_N * WARP_L + 32 * i + lane / 4 + 8 * (lane % 4);
+        if (row < o.length && part < many) to[row] = squares[i];
+    }
+}
+
+// The squares are of what is not rounded yet.
+template <bool RESIDUAL, bool SQUARES>
 __device__ __forceinline__ void store(
     const Sums& sums, const Shared& shared, const Tile& tile, const Operands& o
 ) {
@@ -477,6 +504,7 @@ __device__ __forceinline__ void store(
     int first_column = warp % WARPS_N * WARP_N;
     const u16* residual = o.residual + (long long)tile.sample * o.residual_b + tile.column;
     u16* out = o.out + (long long)tile.sample * o.out_b + tile.column;
+    float squares[ROWS / 2] = {};
 #pragma unroll
     for (int group = 0; group < WARP_N / 32; group++) {
         Factors factors[4];
@@ -488,6 +516,7 @@ __device__ __forceinline__ void store(
 #pragma unroll
         for (int m = 0; m < ROWS; m += 2) {
             u32 y[4][4] = {};  // of rows 16 m + 8 half, pairs of 16 bits
+            float own_squares[4] = {};
 #pragma unroll
             for (int half = 0; RESIDUAL && half < 4; half++) {
                 int row = tile.row + first_row + 16 * m + 8 * half;
@@ -510,6 +539,8 @@ __device__ __forceinline__ void store(
                         float2 add = pair_of(y[half][j], BF16);
                         x.x += add.x, x.y += add.y;
                     }
+                    if (SQUARES)
+                        own_squares[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, own_squares[half]));
                     y[half][j] = packed_pair(x, BF16);
                 }
                 transpose(y[half]);
@@ -517,8 +548,10 @@ __device__ __forceinline__ void store(
                     *reinterpret_cast<uint4*>(out + (long long)row * o.out_l + column) =
                         make_uint4(y[half][0], y[half][1], y[half][2], y[half][3]);
             }
+            if (SQUARES) squares[m / 2] += sum_of_four(own_squares);
         }
     }
+    if (SQUARES) store_squares(squares, tile, o);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
@@ -541,9 +574,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
         Sums sums = {};
         multiply(sums, shared, slot, copies, turn, o);
         if (o.residual)
-            store<true>(sums, shared, shared.tiles[turn], o);
+            store<true, false>(sums, shared, shared.tiles[turn], o);
+        else if (o.squares)
+            store<false, true>(sums, shared, shared.tiles[turn], o);
         else
-            store<false>(sums, shared, shared.tiles[turn], o);
+            store<false, false>(sums, shared, shared.tiles[turn], o);
         turn = next;
     }
     copy_wait<0>();

@@ -12,7 +12,7 @@ from . import hopper
 
 SOURCE = Path(__file__).with_suffix(".cu")
 Operands = nvrtc.operands(
-    pointers="x x_scale w w_scale bias gate residual out",
+    pointers="x x_scale w w_scale bias gate residual out squares",
     integers="batch length n k x_b x_l w_n gate_b residual_b residual_l out_b out_l",
 )
 
@@ -38,15 +38,16 @@ def linear(
     gate: Tensor | None,
     residual: Tensor | None,
     out: Tensor,
+    squares: Tensor | None = None,
 ) -> Tensor:
-    """`int8_linear` in either granularity, of what is not `unfit`."""
+    """`int8_linear` in either granularity, of what is not `unfit`; to `squares` as below."""
     batch, length, k = x_q.shape
     n = w_q.shape[0]
     tile = tuning.linear_tile(capability(x_q.device), x_scale.ndim == 3)
     tiles = batch * -(-length // tile.rows) * -(-n // tile.columns)
     x_scale = x_scale.contiguous()
     operands = Operands(
-        *map(nvrtc.address, (x_q, x_scale, w_q, w_scale, bias, gate, residual, out)),
+        *map(nvrtc.address, (x_q, x_scale, w_q, w_scale, bias, gate, residual, out, squares)),
         batch, length, n, k, *x_q.stride()[:2], w_q.stride(0),
         0 if gate is None else gate.stride(0),
         *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
@@ -55,6 +56,20 @@ def linear(
     programs = tile.programs * multiprocessors(x_q.device)
     kernel.launch(min(tiles, programs), tile.threads, operands)
     return out
+
+
+def linear_and_squares(*operands: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`linear` without a residual, and what its rows' squares add up to before they are rounded.
+
+    float32 [B, P, L], in P parts to add up; None where the columns are not whole warps' ones.
+    """
+    x_q, x_scale, *_, out = operands
+    batch, length, n = out.shape
+    columns = tuning.linear_tile(capability(x_q.device), x_scale.ndim == 3).warp_n
+    if n % columns:
+        return linear(*operands), None
+    squares = torch.empty(batch, n // columns, length, dtype=torch.float32, device=out.device)
+    return linear(*operands, squares), squares
 
 
 def shared_bytes(tile: tuning.WarpTile, by_blocks: bool) -> int:

@@ -9,7 +9,12 @@ from ahead_of_time import CARDS, GRANULARITIES, SHARED_LIMIT
 from cuda_kernels import captured, launch_linear, zeros
 from devices import CARD, DEVICE
 from turbodiffusion_pack.kernels import dispatch, nvrtc, tuning
-from turbodiffusion_pack.kernels.int8_linear import int8_linear, mma, triton_kernels
+from turbodiffusion_pack.kernels.int8_linear import (
+    int8_linear,
+    int8_linear_and_squares,
+    mma,
+    triton_kernels,
+)
 from turbodiffusion_pack.kernels.int8_quant import quantize_blocks, quantize_rows
 
 needs_nvrtc = pytest.mark.skipif(
@@ -120,6 +125,44 @@ def test_sums_of_a_block_are_exact_at_their_largest(by_mma):
     residual = -exact.bfloat16()
     y = int8_linear(x, x_scale, w, w_scale, bias, residual=residual)
     assert torch.equal(y.double(), exact + residual.double())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "length", "n"), [(1, 1, 192), (2, 129, 576), (3, 4001, 1536)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_adds_up_the_squares_of_rows(granularity, dtype, batch, length, n, by_mma):
+    operands = random_operands(batch, length, 1536, n, granularity)
+    bias = torch.randn(n, device=DEVICE, dtype=dtype)
+    y, squares = int8_linear_and_squares(*operands, bias, dtype)
+    columns = tuning.linear_tile(CARD, granularity == "blocks").warp_n
+    assert squares.shape == (batch, n // columns, length)
+    assert torch.equal(y, int8_linear(*operands, bias, dtype))
+    expected = y.double().square().unflatten(2, (-1, columns)).sum(-1).mT
+    # Of what is not rounded yet: a square is off by eps at most.
+    torch.testing.assert_close(squares.double(), expected, atol=0, rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_adds_up_no_squares_of_parts_of_a_warps_columns(granularity, by_mma):
+    operands = random_operands(1, 300, 144, 264, granularity)
+    y, squares = int8_linear_and_squares(*operands)
+    assert squares is None and torch.equal(y, int8_linear(*operands))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_squares_have_room_for_every_warps_columns(granularity, monkeypatch):
+    launches = captured(monkeypatch, ADA)
+    x, w = zeros(2, 70, 128, dtype=torch.int8), zeros(1536, 128, dtype=torch.int8)
+    by_blocks = granularity == "blocks"
+    scales = (zeros(2, 1, 1), zeros(12, 1)) if by_blocks else (zeros(2, 70), zeros(1536))
+    _, squares = int8_linear_and_squares(x, scales[0], w, scales[1], backend="triton")
+    found = launches[-1]
+    assert found.operands.squares == squares.data_ptr()
+    assert squares.shape == (2, 1536 // dict(found.constants)["WARP_N"], 70)
+    int8_linear(x, scales[0], w, scales[1], backend="triton")
+    assert launches[-1].operands.squares is None
 
 
 @pytest.mark.gpu
