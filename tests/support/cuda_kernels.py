@@ -240,7 +240,7 @@ KERNELS = {
     "qk_prepare/cuda.cu": Kernel(
         every_prepare, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card=PREPARE_SPILLS,
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
-        sizes={"HEAD_DIM": cuda_prepare.HEAD_DIM, "ROWS": cuda_prepare.ROWS},
+        sizes={"HEAD_DIM": cuda_prepare.HEAD_DIM},
     ),
     "linear_attention/mma.cu": Kernel(
         every_state, BY_MMA_SYNC, 128, spills_of_card={(12, 0): 24},
