@@ -6,9 +6,9 @@
 // 16 channels take them four by four, so the other factor comes in the matching order, see `order`
 // in cuda.py.
 
-// Defined are ROWS, 64 or 128; BLOCK, rows of a block, at most ROWS; QUANTIZE, whether to make int8 blocks; LINEAR, whether `out`
-// gets the linear branch in place of the rows; TURNS, whether cosines and sines wait in shared
-// memory; BF16, whether rows are bfloat16, else float16.
+// Defined are ROWS, 64 or 128; BLOCK, rows of a block, at most ROWS; QUANTIZE, whether to make int8
+// blocks; LINEAR, whether `out` gets the linear branch in place of the rows; TURNS, whether cosines
+// and sines wait in shared memory; BF16, whether rows are bfloat16, else float16.
 
 #include "mma.cuh"
 
