@@ -1,8 +1,8 @@
 """How long a forward pass should take on a card where none was timed: an estimate, see `estimate`.
 
 What it rests on: passes timed on an H200, whose chip is the H100's, that plays an older card (its
-code and instructions on that silicon), and what is published of the others. tests/benchmarks/estimate.py prints it, and
-the rows of MEASURED.
+code and instructions on that silicon), and what is published of the others.
+tests/benchmarks/estimate.py prints it, and the rows of MEASURED.
 """
 
 from typing import NamedTuple
@@ -88,8 +88,8 @@ class Session(NamedTuple):
 
 
 # By the card that was played: 99 KB of shared memory from sm_86 on, 163 KB before. fp8 is emulated
-# on Hopper, so cards that have it are reckoned from the row with fp16 values. `forward.py --card 8.0
-# --models 14B-480P` and `--card 8.6` on an H200 gave both.
+# on Hopper, so cards that have it are reckoned from the row with fp16 values. Both were given by
+# `forward.py --models 14B-480P` on an H200, with --card 8.0 and 8.6.
 MEASURED: dict[tuple[int, int], Session] = {
     (8, 0): Session(
         {INT8: 1274, FP16: 637}, 4165, {"14B-480P": Parts(866.5, 187.1, 25.6, 130.4)}
