@@ -34,13 +34,14 @@ class Tile(NamedTuple):
 
 
 class WarpTile(NamedTuple):
-    """Of int8_linear/mma.cu: a warp has 64 rows and `warp_n` columns of a program's tile.
+    """Of int8_linear/mma.cu: a warp has `warp_l` rows and `warp_n` columns of a program's tile.
 
     `stages` steps of `step` bytes of k are in shared memory; `programs` share a multiprocessor.
     """
 
     warps_l: int
     warps_n: int
+    warp_l: int
     warp_n: int
     step: int
     stages: int
@@ -48,7 +49,7 @@ class WarpTile(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return 64 * self.warps_l
+        return self.warp_l * self.warps_l
 
     @property
     def columns(self) -> int:
@@ -155,12 +156,12 @@ INT8_LINEAR: dict[Card, dict[str, Tile]] = {
 # on an H100 that plays these cards, see tests/benchmarks/NOTES.md.
 MMA_LINEAR: dict[Card, dict[str, WarpTile]] = {
     (8, 0): {
-        "rows": WarpTile(4, 2, 96, step=64, stages=5),
-        "blocks": WarpTile(4, 2, 64, step=BLOCK, stages=3),
+        "rows": WarpTile(2, 4, 96, 64, step=64, stages=5),
+        "blocks": WarpTile(4, 2, 64, 64, step=BLOCK, stages=3),
     },
     (8, 6): {
-        "rows": WarpTile(4, 2, 96, step=64, stages=3),
-        "blocks": WarpTile(4, 2, 64, step=BLOCK, stages=2),
+        "rows": WarpTile(2, 4, 96, 64, step=64, stages=3),
+        "blocks": WarpTile(4, 2, 64, 64, step=BLOCK, stages=2),
     },
 }
 

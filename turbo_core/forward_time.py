@@ -1,8 +1,8 @@
 """How long a forward pass should take on a card where none was timed: an estimate, see `estimate`.
 
-What it rests on: passes timed on an H100 that plays an older card (its code and instructions on an
-H100's silicon), and what is published of the others. tests/benchmarks/estimate.py prints it, and
-the rows of MEASURED.
+What it rests on: passes timed on an H200, whose chip is the H100's, that plays an older card (its
+code and instructions on that silicon), and what is published of the others.
+tests/benchmarks/estimate.py prints it, and the rows of MEASURED.
 """
 
 from typing import NamedTuple
@@ -80,7 +80,7 @@ class Parts(NamedTuple):
 
 
 class Session(NamedTuple):
-    """Passes of one H100 that played a card, with fp16 values."""
+    """Passes of one H100 or H200 that played a card, with fp16 values."""
 
     tops: dict[str, float]  # products it reached at best, see kernels/ceilings.py
     copy_gbs: float
@@ -88,14 +88,15 @@ class Session(NamedTuple):
 
 
 # By the card that was played: 99 KB of shared memory from sm_86 on, 163 KB before. fp8 is emulated
-# on an H100, so cards that have it are reckoned from the row with fp16 values. The first row is of
-# Triton's kernels, put together from forward.py as sm_89 (linears, text, rest) and attention.py as
-# sm_80 (6.2 ms a layer); `forward.py --card 8.6` gave the second.
+# on Hopper, so cards that have it are reckoned from the row with fp16 values. Both were given by
+# `forward.py --models 14B-480P` on an H200, with --card 8.0 and 8.6.
 MEASURED: dict[tuple[int, int], Session] = {
     (8, 0): Session(
-        {INT8: 1272, FP16: 633}, 2990, {"14B-480P": Parts(1120, 248, 23, 180)}
+        {INT8: 1274, FP16: 637}, 4165, {"14B-480P": Parts(866.5, 187.1, 25.6, 130.4)}
     ),
-    (8, 6): Session({INT8: 1285, FP16: 648}, 2988, {"14B-480P": Parts(931, 214, 25, 169)}),
+    (8, 6): Session(
+        {INT8: 1274, FP16: 637}, 4170, {"14B-480P": Parts(860.4, 205.3, 25.4, 129.3)}
+    ),
 }  # fmt: skip
 
 # What our kernels multiply attention's weights and values in, see sparse_attention/mma.py.

@@ -98,7 +98,7 @@ def int8_linear_and_squares(
     bias = None if bias is None else bias.contiguous()
     operands = x_q, x_scale, w_q, w_scale.contiguous(), bias, None, None, out
     kernels = _chosen(operands, backend, layout)
-    if kernels in (reference, hopper):
+    if kernels in (reference, hopper, mma):
         return kernels.linear_and_squares(*operands)
     return kernels.linear(*operands), None
 

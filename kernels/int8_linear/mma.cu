@@ -1,21 +1,24 @@
 // INT8 linear by mma.sync: x [B, L, K] times the transpose of w [N, K], and what follows it.
 //
-// A persistent program takes one tile of TILE_L x TILE_N after another, a warp 64 x WARP_N of it.
-// Steps of STEP bytes of k are copied STAGES - 1 steps ahead, across the ends of tiles: the next
-// tile's first steps arrive while this one is finished. So the loop over steps is two, one that
-// copies this tile's and one that copies the next one's, neither with a branch. A warp keeps its x
-// of a product in registers and takes w from shared memory as it goes. What comes next is read from
-// there while products are under way, and copies are started behind it: it must not wait for them.
+// A persistent program takes one tile of TILE_L x TILE_N after another, a warp WARP_L x WARP_N of
+// it. Steps of STEP bytes of k are copied STAGES - 1 steps ahead, across the ends of tiles: the
+// next tile's first steps arrive while this one is finished. So the loop over steps is two, one
+// that copies this tile's and one that copies the next one's, neither with a branch. What comes
+// next is read from shared memory while products are under way, and copies are started behind it:
+// it must not wait for them.
 //
-// With a scale for each row of both the sums stay integers over all of k. With one for each block
-// of 128 x 128 (BLOCKS) a step is a block: the sums of eight columns at a time join float32 sums.
+// With a scale for each row of both the sums stay integers over all of k. A warp keeps its w of 32
+// bytes of k in registers and takes 16 rows of x at a time: products that share x come one after
+// another, for an operand read once costs less power. With a scale for each block of 128 x 128
+// (BLOCKS) a step is a block; a warp keeps its x, and the sums of eight columns at a time join
+// float32 sums.
 
-// Defined are WARPS_L and WARPS_N, warps along L and N; WARP_N; STEP; STAGES; PROGRAMS, how many
-// share a multiprocessor; BLOCKS; BF16, whether bias, residual and out are bfloat16, else float16.
+// Defined are WARPS_L and WARPS_N, warps along L and N; WARP_L and WARP_N, a warp's rows and
+// columns; STEP; STAGES; PROGRAMS, how many share a multiprocessor; BLOCKS; BF16, whether bias,
+// residual and out are bfloat16, else float16.
 
 #include "mma.cuh"
 
-constexpr int WARP_L = 64;
 constexpr int TILE_L = WARPS_L * WARP_L;
 constexpr int TILE_N = WARPS_N * WARP_N;
 constexpr int THREADS = 32 * WARPS_L * WARPS_N;
@@ -27,8 +30,7 @@ constexpr int COPY_ROWS = THREADS / CHUNKS;
 constexpr int X_COPIES = TILE_L / COPY_ROWS;
 constexpr int W_COPIES = TILE_N / COPY_ROWS;
 constexpr int DEPTHS = STEP / 32;                 // products along a step
-constexpr int COLUMNS = BLOCKS ? 8 : 16;          // of w that a warp takes at once
-constexpr int GROUPS = WARP_N / COLUMNS;
+constexpr int ROWS = WARP_L / 16;                 // products along a warp's rows
 constexpr int PENDING = STAGES - 2;               // steps on their way when the next one is there
 // Sums of a block add up on top of the bits of 1.5 * 2^23: as float32 they are 1.5 * 2^23 + sum.
 constexpr int SUM_ZERO = 0x4B400000;
@@ -36,7 +38,7 @@ constexpr float SUM_ZERO_VALUE = 12582912.0f;
 static_assert(128 * 128 * BLOCK < 1 << 22);
 static_assert(TILE_L % COPY_ROWS == 0 && TILE_N % COPY_ROWS == 0 && COPY_ROWS % 8 == 0);
 static_assert(WARP_N % 32 == 0);  // for `store`
-static_assert(!BLOCKS || (STEP == BLOCK && BLOCK % WARP_N == 0));
+static_assert(!BLOCKS || (STEP == BLOCK && BLOCK % WARP_L == 0 && BLOCK % WARP_N == 0));
 
 struct Stage {
     i8 x[TILE_L * STEP];  // [TILE_L, STEP], swizzled
@@ -66,6 +68,7 @@ struct Operands {
     const float* gate;     // [B, N] or null
     const u16* residual;   // [B, L, N] or null
     u16* out;              // [B, L, N]
+    float* squares;        // [B, N / WARP_N, L] or null: sums of each row's squares, a warp's each
     int batch, length, n, k;
     int x_b, x_l, w_n, gate_b, residual_b, residual_l, out_b, out_l;
 };
@@ -75,7 +78,9 @@ static_assert(OPERANDS_BYTES == sizeof(Operands));
 
 // ---- tiles ----
 
-__device__ __forceinline__ int parts(int size, int part) { return (size + part - 1) / part; }
+constexpr __device__ __forceinline__ int parts(int size, int part) {
+    return (size + part - 1) / part;
+}
 
 __device__ __forceinline__ int tiles(const Operands& o) {
     return o.batch * parts(o.n, TILE_N) * parts(o.length, TILE_L);
@@ -104,24 +109,25 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
 
 // What a thread copies of x and w: a chunk of some rows.
 struct Copies {
-    u32 to;       // its place in a stage
-    const i8* x;  // the chunk in the sample's first row
+    u32 to;  // its place in a stage
+    u32 x;   // the sample's first row, from o.x
     int row, column;
 };
 
 __device__ __forceinline__ void turn_copies(Copies& copies, const Tile& tile, const Operands& o) {
-    copies.x = o.x + (long long)tile.sample * o.x_b;
+    copies.x = u32(tile.sample) * o.x_b;
     copies.row = tile.row + threadIdx.x / CHUNKS;
     copies.column = tile.column + threadIdx.x / CHUNKS;
 }
 
-// Rows beyond the end are the last one again, k beyond the end is 0.
+// Rows beyond the end are the last one again, k beyond the end is 0. 32 bits hold the distance from
+// a tensor's first byte, see `unfit` in mma.py: those of an address would cost registers.
 __device__ __forceinline__ void copy_x(
     const Copies& copies, u32 stage, int step, int part, const Operands& o
 ) {
     int k = step * STEP + threadIdx.x % CHUNKS * 16;
     int row = min(copies.row + part * COPY_ROWS, o.length - 1);
-    copy_16(stage + copies.to + part * COPY_ROWS * STEP, copies.x + (long long)row * o.x_l + k,
+    copy_16(stage + copies.to + part * COPY_ROWS * STEP, o.x + (copies.x + u32(row) * o.x_l + k),
             max(min(o.k - k, 16), 0));
 }
 
@@ -131,7 +137,7 @@ __device__ __forceinline__ void copy_w(
     int k = step * STEP + threadIdx.x % CHUNKS * 16;
     int column = min(copies.column + part * COPY_ROWS, o.n - 1);
     copy_16(stage + copies.to + (TILE_L + part * COPY_ROWS) * STEP,
-            o.w + (long long)column * o.w_n + k, max(min(o.k - k, 16), 0));
+            o.w + (u32(column) * o.w_n + k), max(min(o.k - k, 16), 0));
 }
 
 // What `store` needs of the tile's rows and columns.
@@ -250,11 +256,14 @@ __device__ __forceinline__ void end_step() {
 // The one barrier of a step comes when all of its w is in registers: the step STAGES further on is
 // then copied to its place, COPIED_LAST parts during the last group of columns, the others during
 // the first MIDDLE groups of the next step.
-constexpr int MIDDLE = 2;
-constexpr int COPIED_LAST = (X_COPIES + W_COPIES) / 3;
+constexpr int MIDDLE = 6;
+constexpr int COPIED_LAST = (X_COPIES + W_COPIES) / 6;
 constexpr int COPIED_EACH = (X_COPIES + W_COPIES - COPIED_LAST + MIDDLE - 1) / MIDDLE;
 
-typedef float Sums[4][WARP_N / 8][4];
+constexpr int COLUMNS = 8;  // of w that a warp takes at once
+constexpr int GROUPS = WARP_N / COLUMNS;
+
+typedef float Sums[ROWS][WARP_N / 8][4];
 
 // Eight of the warp's columns, all of a step.
 __device__ __forceinline__ void load_w(u32 (&w)[2][4], u32 stage, const Places& at, int group) {
@@ -286,10 +295,10 @@ __device__ __forceinline__ void multiply_depth(
 }
 
 __device__ __forceinline__ void add_scaled(
-    Sums& sums, const int (&sum)[4][4], int group, float scale
+    Sums& sums, const int (&sum)[ROWS][4], int group, float scale
 ) {
 #pragma unroll
-    for (int m = 0; m < 4; m++)
+    for (int m = 0; m < ROWS; m++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             float& y = sums[m][group][i];
@@ -308,7 +317,7 @@ __device__ __forceinline__ void multiply(
     u32 stage = stage_address(shared, slot), following = 0;
     float scale = 0;
     int copied = STAGES - 1, copied_turn = turn;  // the step that is copied, and its tile
-    u32 x[4][DEPTHS][4], w[2][2][4];
+    u32 x[ROWS][DEPTHS][4], w[2][2][4];
     auto first_groups = [&] {
         following = stage_address(shared, after(slot));
         scale = shared.row_scale[slot * (TILE_L / BLOCK) + row_block]
@@ -318,11 +327,11 @@ __device__ __forceinline__ void multiply(
         for (int group = 0; group < MIDDLE; group++) {
             load_w(w[(group + 1) % 2], stage, at, group + 1);
             copy_parts<COPIED_EACH>(copies, to, copied, COPIED_LAST + COPIED_EACH * group, o);
-            int sum[4][4];
+            int sum[ROWS][4];
 #pragma unroll
             for (int depth = 0; depth < DEPTHS; depth++)
 #pragma unroll
-                for (int m = 0; m < 4; m++)
+                for (int m = 0; m < ROWS; m++)
                     multiply_depth(sum[m], x[m][depth], w[group % 2], depth);
             add_scaled(sums, sum, group, scale);
         }
@@ -338,11 +347,11 @@ __device__ __forceinline__ void multiply(
                 copy_scales(shared, shared.tiles[copied_turn], slot, copied, o);
                 copy_parts<COPIED_LAST>(copies, stage, copied, 0, o);
             }
-            int sum[4][4];
+            int sum[ROWS][4];
 #pragma unroll
             for (int depth = 0; depth < DEPTHS; depth++)
 #pragma unroll
-                for (int m = 0; m < 4; m++) {
+                for (int m = 0; m < ROWS; m++) {
                     multiply_depth(sum[m], x[m][depth], w[group % 2], depth);
                     if (last) load_x(x[m][depth], following, at, m, depth);
                 }
@@ -352,7 +361,7 @@ __device__ __forceinline__ void multiply(
         stage = following;
     };
 #pragma unroll
-    for (int m = 0; m < 4; m++)
+    for (int m = 0; m < ROWS; m++)
 #pragma unroll
         for (int depth = 0; depth < DEPTHS; depth++) load_x(x[m][depth], stage, at, m, depth);
     load_w(w[0], stage, at, 0);
@@ -375,13 +384,13 @@ __device__ __forceinline__ void multiply(
 
 #else
 
-typedef int Sums[4][WARP_N / 8][4];
+typedef int Sums[ROWS][WARP_N / 8][4];
 
 // Sixteen of the warp's columns at a depth.
 __device__ __forceinline__ void load_w(
-    u32 (&w)[4], u32 stage, const Places& at, int group, int depth
+    u32 (&w)[4], u32 stage, const Places& at, int pair, int depth
 ) {
-    load_matrices(w, stage + (at.w ^ 32 * depth) + group * COLUMNS * STEP);
+    load_matrices(w, stage + (at.w ^ 32 * depth) + pair * 16 * STEP);
 }
 
 __device__ __forceinline__ void start(Shared& shared, const Copies& copies, const Operands& o) {
@@ -396,15 +405,15 @@ __device__ __forceinline__ void start(Shared& shared, const Copies& copies, cons
 __device__ __forceinline__ void multiply(
     Sums& sums, Shared& shared, int& slot, Copies& copies, int turn, const Operands& o
 ) {
-    constexpr int turns = DEPTHS * GROUPS;
-    constexpr int at_once = (X_COPIES + W_COPIES + turns - 2) / (turns - 1);  // copies
+    constexpr int turns = DEPTHS * ROWS, pairs = WARP_N / 16;
+    constexpr int at_once = parts(X_COPIES + W_COPIES, DEPTHS);  // copies
     static_assert(turns % 2 == 0);
     Places at = places();
     u32 stage = stage_address(shared, slot);
-    u32 x[4][4], w[2][4];
+    u32 x[2][4], w[pairs][4];
 #pragma unroll
-    for (int m = 0; m < 4; m++) load_x(x[m], stage, at, m, 0);
-    load_w(w[0], stage, at, 0, 0);
+    for (int pair = 0; pair < pairs; pair++) load_w(w[pair], stage, at, pair, 0);
+    load_x(x[0], stage, at, 0, 0);
     int copied = STAGES - 1;  // the step that is copied
 #pragma unroll 1
     for (int part = 0; part < 2; part++) {  // copies of this tile, then of the next
@@ -418,23 +427,23 @@ __device__ __forceinline__ void multiply(
             u32 to = stage_address(shared, before(slot));
 #pragma unroll
             for (int i = 0; i < turns; i++) {
-                int depth = i / GROUPS, group = i % GROUPS;
+                int depth = i / ROWS, m = i % ROWS;
                 bool last = i + 1 == turns;
                 if (last) {
                     end_step();
                     slot = after(slot);
                     stage = stage_address(shared, slot);
                 }
-                load_w(w[(i + 1) % 2], stage, at, (i + 1) % GROUPS, (i + 1) / GROUPS % DEPTHS);
-                if (!last) copy_parts<at_once>(copies, to, copied, i * at_once, o);
+                load_x(x[(i + 1) % 2], stage, at, (i + 1) % ROWS, (i + 1) / ROWS % DEPTHS);
+                if (m == ROWS / 2) copy_parts<at_once>(copies, to, copied, depth * at_once, o);
 #pragma unroll
-                for (int m = 0; m < 4; m++) {
+                for (int pair = 0; pair < pairs; pair++) {
 #pragma unroll
                     for (int n = 0; n < 2; n++) {
-                        int(&sum)[4] = sums[m][2 * group + n];
-                        mma_int8(sum, x[m], w[i % 2][2 * n], w[i % 2][2 * n + 1], sum);
+                        int(&sum)[4] = sums[m][2 * pair + n];
+                        mma_int8(sum, x[i % 2], w[pair][2 * n], w[pair][2 * n + 1], sum);
                     }
-                    if (group + 1 == GROUPS) load_x(x[m], stage, at, m, (depth + 1) % DEPTHS);
+                    if (m + 1 == ROWS) load_w(w[pair], stage, at, pair, (depth + 1) % DEPTHS);
                 }
             }
         }
@@ -460,7 +469,33 @@ __device__ __forceinline__ Factors factors_of(
     return {{scale.x * gate.x, scale.y * gate.y}, {bias.x * gate.x, bias.y * gate.y}};
 }
 
-template <bool RESIDUAL>
+// Four numbers of each thread, added over the four threads of a row: thread i gets the i-th sum.
+__device__ __forceinline__ float sum_of_four(float (&x)[4]) {
+    bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        x[i] = (upper ? x[2 + i] : x[i])
+            + __shfl_xor_sync(0xffffffff, upper ? x[i] : x[2 + i], 2);
+    return (odd ? x[1] : x[0]) + __shfl_xor_sync(0xffffffff, odd ? x[0] : x[1], 1);
+}
+
+// What the squares of the warp's rows add up to, of rows 32 i + lane / 4 + 8 (lane % 4) at i. Each
+// has a place of its own: the sums are the same every time. Columns are whole warps' ones.
+__device__ __forceinline__ void store_squares(
+    const float (&squares)[ROWS / 2], const Tile& tile, const Operands& o
+) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int part = tile.column / WARP_N + warp % WARPS_N, many = o.n / WARP_N;
+    float* to = o.squares + ((long long)tile.sample * many + part) * o.length;
+#pragma unroll
+    for (int i = 0; i < ROWS / 2; i++) {
+        int row = tile.row + warp / WARPS_N * WARP_L + 32 * i + lane / 4 + 8 * (lane % 4);
+        if (row < o.length && part < many) to[row] = squares[i];
+    }
+}
+
+// The squares are of what is not rounded yet.
+template <bool RESIDUAL, bool SQUARES>
 __device__ __forceinline__ void store(
     const Sums& sums, const Shared& shared, const Tile& tile, const Operands& o
 ) {
@@ -469,6 +504,7 @@ __device__ __forceinline__ void store(
     int first_column = warp % WARPS_N * WARP_N;
     const u16* residual = o.residual + (long long)tile.sample * o.residual_b + tile.column;
     u16* out = o.out + (long long)tile.sample * o.out_b + tile.column;
+    float squares[ROWS / 2] = {};
 #pragma unroll
     for (int group = 0; group < WARP_N / 32; group++) {
         Factors factors[4];
@@ -478,8 +514,9 @@ __device__ __forceinline__ void store(
         int column = first_column + 32 * group + 8 * pair;
         bool column_inside = tile.column + column < o.n;
 #pragma unroll
-        for (int m = 0; m < 4; m += 2) {
+        for (int m = 0; m < ROWS; m += 2) {
             u32 y[4][4] = {};  // of rows 16 m + 8 half, pairs of 16 bits
+            float own_squares[4] = {};
 #pragma unroll
             for (int half = 0; RESIDUAL && half < 4; half++) {
                 int row = tile.row + first_row + 16 * m + 8 * half;
@@ -502,6 +539,8 @@ __device__ __forceinline__ void store(
                         float2 add = pair_of(y[half][j], BF16);
                         x.x += add.x, x.y += add.y;
                     }
+                    if (SQUARES)
+                        own_squares[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, own_squares[half]));
                     y[half][j] = packed_pair(x, BF16);
                 }
                 transpose(y[half]);
@@ -509,8 +548,10 @@ __device__ __forceinline__ void store(
                     *reinterpret_cast<uint4*>(out + (long long)row * o.out_l + column) =
                         make_uint4(y[half][0], y[half][1], y[half][2], y[half][3]);
             }
+            if (SQUARES) squares[m / 2] += sum_of_four(own_squares);
         }
     }
+    if (SQUARES) store_squares(squares, tile, o);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
@@ -533,9 +574,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
         Sums sums = {};
         multiply(sums, shared, slot, copies, turn, o);
         if (o.residual)
-            store<true>(sums, shared, shared.tiles[turn], o);
+            store<true, false>(sums, shared, shared.tiles[turn], o);
+        else if (o.squares)
+            store<false, true>(sums, shared, shared.tiles[turn], o);
         else
-            store<false>(sums, shared, shared.tiles[turn], o);
+            store<false, false>(sums, shared, shared.tiles[turn], o);
         turn = next;
     }
     copy_wait<0>();

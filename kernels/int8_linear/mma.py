@@ -8,13 +8,25 @@ from torch import Tensor
 from .. import nvrtc, tuning
 from ..checks import BLOCK
 from ..dispatch import capability, multiprocessors
-from .hopper import unfit as unfit  # the same rows, columns and epilogues
+from . import hopper
 
 SOURCE = Path(__file__).with_suffix(".cu")
 Operands = nvrtc.operands(
-    pointers="x x_scale w w_scale bias gate residual out",
+    pointers="x x_scale w w_scale bias gate residual out squares",
     integers="batch length n k x_b x_l w_n gate_b residual_b residual_l out_b out_l",
 )
+
+
+def unfit(x_q: Tensor, x_scale: Tensor, w_q: Tensor, *rest: Tensor | None) -> str | None:
+    """Why the kernel cannot compute this linear, in either granularity; None where it can."""
+    if max(map(_bytes_spanned, (x_q, w_q))) > 2**32:
+        return "x or w spans more than 4 GiB"
+    return hopper.unfit(x_q, x_scale, w_q, *rest)  # the same rows, columns and epilogues
+
+
+def _bytes_spanned(x: Tensor) -> int:
+    """From the first byte of x, int8, to its last."""
+    return 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
 
 
 def linear(
@@ -26,15 +38,16 @@ def linear(
     gate: Tensor | None,
     residual: Tensor | None,
     out: Tensor,
+    squares: Tensor | None = None,
 ) -> Tensor:
-    """`int8_linear` in either granularity, of what is not `unfit`."""
+    """`int8_linear` in either granularity, of what is not `unfit`; to `squares` as below."""
     batch, length, k = x_q.shape
     n = w_q.shape[0]
     tile = tuning.linear_tile(capability(x_q.device), x_scale.ndim == 3)
     tiles = batch * -(-length // tile.rows) * -(-n // tile.columns)
     x_scale = x_scale.contiguous()
     operands = Operands(
-        *map(nvrtc.address, (x_q, x_scale, w_q, w_scale, bias, gate, residual, out)),
+        *map(nvrtc.address, (x_q, x_scale, w_q, w_scale, bias, gate, residual, out, squares)),
         batch, length, n, k, *x_q.stride()[:2], w_q.stride(0),
         0 if gate is None else gate.stride(0),
         *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
@@ -43,6 +56,20 @@ def linear(
     programs = tile.programs * multiprocessors(x_q.device)
     kernel.launch(min(tiles, programs), tile.threads, operands)
     return out
+
+
+def linear_and_squares(*operands: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`linear` without a residual, and what its rows' squares add up to before they are rounded.
+
+    float32 [B, P, L], in P parts to add up; None where the columns are not whole warps' ones.
+    """
+    x_q, x_scale, *_, out = operands
+    batch, length, n = out.shape
+    columns = tuning.linear_tile(capability(x_q.device), x_scale.ndim == 3).warp_n
+    if n % columns:
+        return linear(*operands), None
+    squares = torch.empty(batch, n // columns, length, dtype=torch.float32, device=out.device)
+    return linear(*operands, squares), squares
 
 
 def shared_bytes(tile: tuning.WarpTile, by_blocks: bool) -> int:
@@ -55,7 +82,8 @@ def shared_bytes(tile: tuning.WarpTile, by_blocks: bool) -> int:
 def constants(tile: tuning.WarpTile, by_blocks: bool, dtype: torch.dtype) -> dict[str, int]:
     """What mma.cu is compiled with."""
     return {
-        "WARPS_L": tile.warps_l, "WARPS_N": tile.warps_n, "WARP_N": tile.warp_n,
+        "WARPS_L": tile.warps_l, "WARPS_N": tile.warps_n,
+        "WARP_L": tile.warp_l, "WARP_N": tile.warp_n,
         "STEP": tile.step, "STAGES": tile.stages, "PROGRAMS": tile.programs,
         "BLOCKS": int(by_blocks), "BF16": int(dtype == torch.bfloat16),
     }  # fmt: skip

@@ -1,22 +1,24 @@
 // RMSNorm, RoPE, block means, and for q also int8 blocks and the linear branch, in one pass.
 //
-// A program takes 128 rows of several heads: their cosines and sines wait in shared memory, or on
+// A program takes ROWS rows of several heads: their cosines and sines wait in shared memory, or on
 // cards that have too little of it in the cache. A warp takes 16 rows. Of its rows lane / 4 and
 // lane / 4 + 8 a thread holds the channels 32 m + 8 (lane % 4) + {0 .. 7}, m = 0 .. 3. Products of
 // 16 channels take them four by four, so the other factor comes in the matching order, see `order`
 // in cuda.py.
 
-// Defined are BLOCK, rows of a block; QUANTIZE, whether to make int8 blocks; LINEAR, whether `out`
-// gets the linear branch in place of the rows; HOPPER, whether cosines and sines wait in shared
-// memory, and warpgroups multiply; BF16, whether rows are bfloat16, else float16.
+// Defined are ROWS, 64 or 128; BLOCK, rows of a block, at most ROWS; QUANTIZE, whether to make int8
+// blocks; LINEAR, whether `out` gets the linear branch in place of the rows; HOPPER, whether cosines
+// and sines wait in shared memory, and warpgroups multiply; BF16, whether rows are bfloat16, else
+// float16.
 
 #include "hopper.cuh"
 #include "mma.cuh"
 
 constexpr int HEAD_DIM = 128;
-constexpr int ROWS = 128;
-constexpr int WARPS = 8;
+constexpr int WARPS = ROWS / 16;
 constexpr int THREADS = 32 * WARPS;
+// What warps tell one another of a head: twice, so that they meet once a head, not twice.
+constexpr int HEADS_TOLD = HOPPER || LINEAR ? 1 : 2;
 #if LINEAR
 constexpr int MIX_STRIDE = HEAD_DIM + 8;  // in 16 bits: keeps rows in different banks
 #endif
@@ -32,8 +34,8 @@ struct Shared {
     float normalizer[HEAD_DIM];
 #endif
     float norms[ROWS];
-    float sums[WARPS][HEAD_DIM];      // of a warp's rows
-    float amax[WARPS];                // of a warp's rows
+    float sums[HEADS_TOLD][WARPS][HEAD_DIM];  // of a warp's rows
+    float amax[HEADS_TOLD][WARPS];            // of a warp's rows
 };
 
 struct Operands {
@@ -194,7 +196,7 @@ __device__ __forceinline__ void store_rows(
 
 // This warp's part of the sums over a block's rows, and its largest |x|.
 __device__ __forceinline__ void add_up(
-    Shared& shared, const u32 (&packed)[2][16], int warp, int lane
+    Shared& shared, const u32 (&packed)[2][16], int told, int warp, int lane
 ) {
     float sums[32], amax = 0;
 #pragma unroll
@@ -207,11 +209,11 @@ __device__ __forceinline__ void add_up(
     }
     int first = add_rows(sums, lane);
     int channel = first / 8 * 32 + 8 * (lane % 4) + first % 8;
-    *reinterpret_cast<float4*>(&shared.sums[warp][channel]) =
+    *reinterpret_cast<float4*>(&shared.sums[told][warp][channel]) =
         make_float4(sums[0], sums[1], sums[2], sums[3]);
 #if QUANTIZE
     amax = warp_amax(amax);
-    if (lane == 0) shared.amax[warp] = amax;
+    if (lane == 0) shared.amax[told][warp] = amax;
 #endif
 }
 
@@ -427,7 +429,7 @@ __device__ __forceinline__ void load_turns(
         shared.norms[threadIdx.x] = threadIdx.x < inside ? norms[threadIdx.x] : 0;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
+extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
     const __grid_constant__ Operands o
 ) {
     // Read once: in the loop the compiler would read them again behind every barrier.
@@ -458,6 +460,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
     __syncthreads();
     for (; head < last; head++) {
         u32 packed[2][16];  // [ROWS, HEAD_DIM] normalized and rotated, in 16 bits
+        int told = head % HEADS_TOLD;
         long long whole_head = sample * (long long)heads + head;
 #if LINEAR
         load_mix(shared, o.mix + whole_head * HEAD_DIM * HEAD_DIM,
@@ -466,7 +469,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
         rotate(packed, raw, shared, angles, o.weight + head * HEAD_DIM, row, pair, inside);
         if (head + 1 < last)
             load_rows(raw, head_rows += x_h / 8, x_l / 8, row, pair, inside);
-        add_up(shared, packed, warp, lane);
+        add_up(shared, packed, told, warp, lane);
 #if LINEAR
         asm volatile("cp.async.wait_all;" ::: "memory");
 #if HOPPER
@@ -482,7 +485,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
                 float sum = 0;
 #pragma unroll
                 for (int i = 0; i < BLOCK / 16; i++)
-                    sum += shared.sums[part * (BLOCK / 16) + i][threadIdx.x];
+                    sum += shared.sums[told][part * (BLOCK / 16) + i][threadIdx.x];
                 o.means[(whole_head * blocks + block) * HEAD_DIM + threadIdx.x] = sum / many;
             }
         }
@@ -492,7 +495,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
             float amax = 1e-8f;
 #pragma unroll
             for (int i = 0; i < BLOCK / 16; i++)
-                amax = max_or_nan(amax, shared.amax[part * (BLOCK / 16) + i]);
+                amax = max_or_nan(amax, shared.amax[told][part * (BLOCK / 16) + i]);
             if (part * BLOCK < inside) {
                 long long at = whole_head * blocks + block;
                 store_integers(o.integers + at * BLOCK * HEAD_DIM - part * BLOCK * HEAD_DIM, packed,
@@ -510,6 +513,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prepare(
 #else
         store_rows(to, packed, (long long)heads * HEAD_DIM, row, pair, inside);
 #endif
-        __syncthreads();
+        if (HEADS_TOLD == 1) __syncthreads();
     }
 }

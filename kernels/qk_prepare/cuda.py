@@ -16,11 +16,8 @@ from .triton import block_outputs, given_or_own_norms
 SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90a"
 HEAD_DIM = 128
-ROWS = 128  # of a program
-THREADS = 256
-SHARED_BYTES = 128 * 132 * 4 + 128 * 4 + 8 * 128 * 4 + 8 * 4  # cuda.cu's Shared
-LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
-TURN_BYTES = 128 * 132 * 4  # of it cosines and sines, which on other cards stay in the cache
+ROWS = 128  # of a program, at most
+LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what the linear branch takes in shared memory
 Operands = nvrtc.operands(
     pointers="x norms weight cos sin out means integers scales mix normalizer bias",
     integers="x_b x_l x_h cos_b cos_l sin_b sin_l length heads blocks heads_each",
@@ -120,15 +117,29 @@ def prepare(
         *map(nvrtc.address, tensors), *x.stride()[:3], *angle_strides(cos), *angle_strides(sin),
         length, heads, means.shape[2], -(-heads // groups),
     )  # fmt: skip
-    kernel = _kernel(x, block, quantize, branch is not None)
-    kernel.launch(groups * -(-length // ROWS) * batch, THREADS, operands)
+    rows = rows_of_program(capability(x.device), block)
+    kernel = _kernel(x, rows, block, quantize, branch is not None)
+    kernel.launch(groups * -(-length // rows) * batch, 2 * rows, operands)
     return means, integers, scales
 
 
-def _kernel(x: torch.Tensor, block: int, quantize: bool, linear: bool) -> nvrtc.Kernel:
-    flags = {"BLOCK": block, "QUANTIZE": int(quantize), "LINEAR": int(linear)}
+def rows_of_program(card: tuple[int, int], block: int) -> int:
+    """As few as a block where cosines and sines need not be kept: fewer warps wait for another."""
+    return ROWS if card == HOPPER else block
+
+
+def shared_bytes(rows: int, hopper: bool, linear: bool) -> int:
+    """cuda.cu's Shared: norms, sums and maxima, on Hopper cosines and sines, the linear branch."""
+    told = 1 if hopper or linear else 2
+    own = rows * 4 + told * rows // 16 * (HEAD_DIM + 1) * 4
+    return own + hopper * rows * (HEAD_DIM + 4) * 4 + linear * LINEAR_BYTES
+
+
+def _kernel(x: torch.Tensor, rows: int, block: int, quantize: bool, linear: bool) -> nvrtc.Kernel:
     card = capability(x.device)
-    flags |= {"HOPPER": int(card == HOPPER), "BF16": int(x.dtype == torch.bfloat16)}
-    shared = SHARED_BYTES + linear * LINEAR_BYTES - (1 - flags["HOPPER"]) * TURN_BYTES
-    target = TARGET if card == HOPPER else nvrtc.target_of(card, x.device)
+    hopper, bf16 = card == HOPPER, x.dtype == torch.bfloat16
+    flags = {"ROWS": rows, "BLOCK": block, "QUANTIZE": quantize, "LINEAR": linear}
+    flags = {k: int(v) for k, v in (flags | {"HOPPER": hopper, "BF16": bf16}).items()}
+    shared = shared_bytes(rows, hopper, linear)
+    target = TARGET if hopper else nvrtc.target_of(card, x.device)
     return nvrtc.load(SOURCE, "prepare", target, shared, Operands, x.device.index, **flags)

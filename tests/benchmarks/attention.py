@@ -26,11 +26,13 @@ import older_cards
 import pack  # noqa: F401
 from gpu_timing import Ceilings, kernel_ms, kernel_times, measure_ceilings, why_not_timed
 from turbodiffusion_pack.kernels.block_map import selected_count
+from turbodiffusion_pack.kernels.qk_prepare import norms_of_squares
 from turbodiffusion_pack.kernels.sla import sla, sla_from_projections
 from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES
 
 SHAPES = {"14B-720P": (40, 75600), "14B-480P": (40, 32760), "1.3B-480P": (12, 32760)}
 DIM, BLOCK_K = 128, 64
+SQUARED = 64  # columns of which a linear by mma.sync gives the sums of squares; Hopper's 256
 
 
 def random_inputs(heads: int, length: int) -> tuple:
@@ -44,10 +46,28 @@ def random_inputs(heads: int, length: int) -> tuple:
     return q, k, v, (norm, norm), (angles.cos(), angles.sin()), (weight, bias)
 
 
-def ours_whole(inputs: tuple, topk: float, pv: str) -> Callable:
-    """SageSLA as a model runs it, from the projections to the output, q and k rotated in place."""
+def ours_whole(inputs: tuple, topk: float, pv: str, squares: tuple | None = None) -> Callable:
+    """SageSLA from the projections to the output, q and k rotated in place.
+
+    With the `squares` of q's and k's rows as a model runs it: their linears give them.
+    """
     options = {"topk": topk, "low_bit": True, "pv": pv}
-    return lambda: sla_from_projections(*inputs, **options)
+    if squares is None:
+        return lambda: sla_from_projections(*inputs, **options)
+    *qk, v, norms, rotation, proj = inputs
+
+    def known(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return qk[i], norms_of_squares(squares[i], qk[i][0, 0].numel())
+
+    return lambda: sla_from_projections(
+        partial(known, 0), partial(known, 1), v, norms, rotation, proj, **options
+    )
+
+
+def squares_of(x: torch.Tensor) -> torch.Tensor:
+    """Of x [B, L, H, D], as int8_linear_and_squares gives them, [B, P, L]."""
+    columns = x.flatten(2).float().unflatten(2, (-1, SQUARED))
+    return columns.square().sum(-1).mT.contiguous()
 
 
 class Contender(NamedTuple):
@@ -63,10 +83,13 @@ class Contender(NamedTuple):
 def contenders(inputs: tuple, options) -> Iterator[Contender]:
     q, k, v, *_, proj = inputs
     topk = options.topk
+    squares = squares_of(q), squares_of(k)
     for pv in options.pv:
         bits = {"scores": "int8", "values": pv}
         whole = ours_whole(inputs, topk, pv)
         yield Contender(f"sagesla {pv}, from projections", True, whole, **bits)
+        whole = ours_whole(inputs, topk, pv, squares)
+        yield Contender(f"sagesla {pv}, from projections and squares", True, whole, **bits)
         low_bit = {"topk": topk, "low_bit": True, "pv": pv}
         run = partial(sla, q, k, v, proj, **low_bit)
         yield Contender(f"sagesla {pv}", True, run, **bits)

@@ -1,11 +1,13 @@
 """Times the convolutions of Wan 2.1's VAE decoder at 720p on this GPU: cuDNN's, and ours.
 
     python tests/benchmarks/frames_conv.py
+    ... frames_conv.py --card 8.9    as on an older card, where cuDNN convolves
 
 In ms, and in TFLOP/s; of cuDNN with channels last as TurboVAE calls it, with benchmark on, and with
 channels first. First how far each is from float64 where the result is rounded to bf16.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from torch.nn import functional
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 
-from gpu_timing import median_ms
+import older_cards
+from gpu_timing import measure_ceilings, median_ms
+from turbodiffusion_pack.kernels.dispatch import cuda_unavailable
 from turbodiffusion_pack.kernels.frames_conv import frames_conv, packed
 
 GPU = torch.device("cuda", 0)
@@ -87,9 +91,13 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    report_errors()
-    totals = dict.fromkeys(("cuDNN", "benchmark", "first", "ours"), 0.0)
+    older_cards.parse(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
+    say(measure_ceilings().lines().rstrip())
+    if why := cuda_unavailable(GPU):
+        say(f"ours: not timed: {why}")
+    else:
+        report_errors()
+    totals = dict.fromkeys(("cuDNN", "benchmark", "first") + (() if why else ("ours",)), 0.0)
     for c, n, kt, k, t, h, w, times in SHAPES:
         x, weight = tensors(c, n, kt, k, t, h, w)
         taps = packed(weight)
@@ -101,7 +109,7 @@ def main() -> None:
             "first": lambda x=first, weight=weight: channels_first(x, weight),
             "ours": lambda x=x, taps=taps: frames_conv(x, taps, backend="cuda"),
         }
-        if n == 3:
+        if n == 3 or why:
             del runs["ours"]
         line = f"{c:4} to {n:3}, {kt} x {k} x {k}, {t} x {h} x {w}:"
         for name, run in runs.items():

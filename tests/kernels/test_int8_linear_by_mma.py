@@ -9,7 +9,12 @@ from ahead_of_time import CARDS, GRANULARITIES, SHARED_LIMIT
 from cuda_kernels import captured, launch_linear, zeros
 from devices import CARD, DEVICE
 from turbodiffusion_pack.kernels import dispatch, nvrtc, tuning
-from turbodiffusion_pack.kernels.int8_linear import int8_linear, mma, triton_kernels
+from turbodiffusion_pack.kernels.int8_linear import (
+    int8_linear,
+    int8_linear_and_squares,
+    mma,
+    triton_kernels,
+)
 from turbodiffusion_pack.kernels.int8_quant import quantize_blocks, quantize_rows
 
 needs_nvrtc = pytest.mark.skipif(
@@ -123,6 +128,44 @@ def test_sums_of_a_block_are_exact_at_their_largest(by_mma):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "length", "n"), [(1, 1, 192), (2, 129, 576), (3, 4001, 1536)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_adds_up_the_squares_of_rows(granularity, dtype, batch, length, n, by_mma):
+    operands = random_operands(batch, length, 1536, n, granularity)
+    bias = torch.randn(n, device=DEVICE, dtype=dtype)
+    y, squares = int8_linear_and_squares(*operands, bias, dtype)
+    columns = tuning.linear_tile(CARD, granularity == "blocks").warp_n
+    assert squares.shape == (batch, n // columns, length)
+    assert torch.equal(y, int8_linear(*operands, bias, dtype))
+    expected = y.double().square().unflatten(2, (-1, columns)).sum(-1).mT
+    # Of what is not rounded yet: a square is off by eps at most.
+    torch.testing.assert_close(squares.double(), expected, atol=0, rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_adds_up_no_squares_of_parts_of_a_warps_columns(granularity, by_mma):
+    operands = random_operands(1, 300, 144, 264, granularity)
+    y, squares = int8_linear_and_squares(*operands)
+    assert squares is None and torch.equal(y, int8_linear(*operands))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_squares_have_room_for_every_warps_columns(granularity, monkeypatch):
+    launches = captured(monkeypatch, ADA)
+    x, w = zeros(2, 70, 128, dtype=torch.int8), zeros(1536, 128, dtype=torch.int8)
+    by_blocks = granularity == "blocks"
+    scales = (zeros(2, 1, 1), zeros(12, 1)) if by_blocks else (zeros(2, 70), zeros(1536))
+    _, squares = int8_linear_and_squares(x, scales[0], w, scales[1], backend="triton")
+    found = launches[-1]
+    assert found.operands.squares == squares.data_ptr()
+    assert squares.shape == (2, 1536 // dict(found.constants)["WARP_N"], 70)
+    int8_linear(x, scales[0], w, scales[1], backend="triton")
+    assert launches[-1].operands.squares is None
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_strided_rows(granularity, by_mma):
     x_q, x_scale, w_q, w_scale = random_operands(3, 66, 144, 24, granularity)
@@ -133,6 +176,17 @@ def test_strided_rows(granularity, by_mma):
     y = int8_linear(wide_x[..., :144].transpose(0, 1), x_scale, wide_w[:, :144], w_scale)
     expected = int8_linear(x_q, x_scale, w_q, w_scale, backend="reference")
     assert goldens.relative_error(y, expected) <= 1e-3
+
+
+@pytest.mark.parametrize("samples", [3, 4])
+def test_what_32_bits_do_not_reach_is_left_to_triton(samples):
+    """The kernel reckons x's and w's bytes from their first ones."""
+    meta = {"device": "meta"}
+    x = torch.empty_strided((samples, 64, 144), (2**31 - 2**20, 144, 1), dtype=torch.int8, **meta)
+    w, out = x[0, :8], torch.empty(samples, 64, 8, dtype=torch.bfloat16, **meta)
+    scales = torch.empty(samples, 64, **meta), torch.empty(8, **meta)
+    found = mma.unfit(x, scales[0], w, scales[1], None, None, None, out)
+    assert found == (None if samples == 3 else "x or w spans more than 4 GiB")
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

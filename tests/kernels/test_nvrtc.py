@@ -138,7 +138,7 @@ def test_operands_say_what_was_given(launches):
 def test_shared_memory_fits():
     assert SHARED_LIMIT[HOPPER] >= attention.SHARED_BYTES
     assert SHARED_LIMIT[HOPPER] >= linear.SHARED_BYTES
-    assert SHARED_LIMIT[HOPPER] >= 2 * (prepare.SHARED_BYTES + prepare.LINEAR_BYTES)
+    assert SHARED_LIMIT[HOPPER] >= 2 * prepare.shared_bytes(prepare.ROWS, True, True)
 
 
 @needs_nvrtc

@@ -96,7 +96,7 @@ def run_block(
 
 def run_apart(length: int, granularity: str, model: Model) -> None:
     """What runs where the fused block steps aside: norms, RoPE, float weights after a LoRA. And
-    what only Hopper's block runs, after a linear that is no Triton kernel."""
+    what runs after a linear that is no Triton kernel."""
     from turbodiffusion_pack.kernels.int8_linear import int8_linear
     from turbodiffusion_pack.kernels.norm import layer_norm, rms_norm
     from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
@@ -120,7 +120,8 @@ def run_apart(length: int, granularity: str, model: Model) -> None:
     # A tensor map cannot address such rows.
     odd = tensor(1, length, model.dim + 8, dtype=torch.int8)[..., : model.dim]
     int8_linear(odd, scale, *weight, tensor(model.dim), **common)
-    norms_of_squares(vectors(1, -(-model.dim // 256), length), model.dim, **common)
+    for columns in (64, 256):  # by mma.sync, on Hopper
+        norms_of_squares(vectors(1, model.dim // columns, length), model.dim, **common)
 
 
 def run_shared(length: int, model: Model) -> None:
