@@ -146,7 +146,7 @@ class RCM:
         rollout: the student's samples take 1 to so many steps, in turn.
         guidance: of the teacher.
         dmd_weight: lambda, beside the consistency loss's 100. Both losses are sums, so the balance
-            depends on the latent's size: 0.01 for Wan's 2 million numbers, 0.05 for the toy's.
+            depends on the latent's size: 0.01 for Wan's 2 million numbers, 0.1 for the toy's.
         tangent: "jvp", or "difference" (central) where an operation has no forward mode.
         sigma_max: where samples start while training.
     """
@@ -246,16 +246,16 @@ TOY = Preset(
         fall=0.6,
     ),
     rcm=RCM(
-        steps=4000,
+        steps=3200,
         batch=48,
         micro_batch=48,
         lr=1e-4,
-        fake_lr=2e-5,
+        fake_lr=6e-5,
         level_mean=0.0,  # -0.8 + ln sqrt 5
         consistency_only=200,
-        every=4,
+        every=2,
         guidance=2.5,
-        dmd_weight=0.05,
+        dmd_weight=0.1,
         fall=0.5,
     ),
     compiled=True,
