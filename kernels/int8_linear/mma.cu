@@ -8,10 +8,10 @@
 // it must not wait for them.
 //
 // With a scale for each row of both the sums stay integers over all of k. A warp keeps its w of 32
-// bytes of k in registers and takes 16 rows of x at a time: products that share x come one after
-// another, for an operand read once costs less power. With a scale for each block of 128 x 128
-// (BLOCKS) a step is a block; a warp keeps its x, and the sums of eight columns at a time join
-// float32 sums.
+// bytes of k in registers and takes 16 rows of x at a time, back and forth along w, so neighbours
+// share an operand: from registers alone that takes 4 % less power. With a scale for each block of
+// 128 x 128 (BLOCKS) a step is a block; a warp keeps its x, and the sums of eight columns at a time
+// join float32 sums.
 
 // Defined are WARPS_L and WARPS_N, warps along L and N; WARP_L and WARP_N, a warp's rows and
 // columns; STEP; STAGES; PROGRAMS, how many share a multiprocessor; BLOCKS; BF16, whether bias,
@@ -22,7 +22,7 @@
 constexpr int TILE_L = WARPS_L * WARP_L;
 constexpr int TILE_N = WARPS_N * WARP_N;
 constexpr int THREADS = 32 * WARPS_L * WARPS_N;
-constexpr int TALL = 4;     // tiles along L that share weights before N moves on
+constexpr int TALL = 8;     // tiles along L that share weights before N moves on
 constexpr int BLOCK = 128;  // rows and columns that share a scale if BLOCKS
 // All threads copy 16 bytes each, this many rows.
 constexpr int CHUNKS = STEP / 16;
@@ -32,17 +32,21 @@ constexpr int W_COPIES = TILE_N / COPY_ROWS;
 constexpr int DEPTHS = STEP / 32;                 // products along a step
 constexpr int ROWS = WARP_L / 16;                 // products along a warp's rows
 constexpr int PENDING = STAGES - 2;               // steps on their way when the next one is there
+// Whether w's columns are copied in the order that `store` wants, or threads trade them there. That
+// costs a tile's end, but the assembler orders the loops over k better: by measurement, each is the
+// faster one where it is.
+constexpr bool IN_ORDER = BLOCKS && STAGES == 2;
 // Sums of a block add up on top of the bits of 1.5 * 2^23: as float32 they are 1.5 * 2^23 + sum.
 constexpr int SUM_ZERO = 0x4B400000;
 constexpr float SUM_ZERO_VALUE = 12582912.0f;
 static_assert(128 * 128 * BLOCK < 1 << 22);
-static_assert(TILE_L % COPY_ROWS == 0 && TILE_N % COPY_ROWS == 0 && COPY_ROWS % 8 == 0);
+static_assert(TILE_L % COPY_ROWS == 0 && TILE_N % COPY_ROWS == 0 && COPY_ROWS % 32 == 0);
 static_assert(WARP_N % 32 == 0);  // for `store`
 static_assert(!BLOCKS || (STEP == BLOCK && BLOCK % WARP_L == 0 && BLOCK % WARP_N == 0));
 
 struct Stage {
     i8 x[TILE_L * STEP];  // [TILE_L, STEP], swizzled
-    i8 w[TILE_N * STEP];  // [TILE_N, STEP], swizzled
+    i8 w[TILE_N * STEP];  // [TILE_N, STEP], swizzled, its rows in the order of `column_of`
 };
 
 struct Tile {
@@ -107,6 +111,12 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
     return row * STEP + (chunk ^ row / (128 / STEP) % CHUNKS) * 16;
 }
 
+// The column that row `row` of a stage's w is. A product leaves a thread two columns of eight. Of
+// four products it gets eight that follow one another if IN_ORDER, 16 bytes of a row.
+__device__ __forceinline__ int column_of(int row) {
+    return IN_ORDER ? row / 32 * 32 + row % 8 / 2 * 8 + row / 8 % 4 * 2 + row % 2 : row;
+}
+
 // What a thread copies of x and w: a chunk of some rows.
 struct Copies {
     u32 to;  // its place in a stage
@@ -117,7 +127,7 @@ struct Copies {
 __device__ __forceinline__ void turn_copies(Copies& copies, const Tile& tile, const Operands& o) {
     copies.x = u32(tile.sample) * o.x_b;
     copies.row = tile.row + threadIdx.x / CHUNKS;
-    copies.column = tile.column + threadIdx.x / CHUNKS;
+    copies.column = tile.column + column_of(threadIdx.x / CHUNKS);
 }
 
 // Rows beyond the end are the last one again, k beyond the end is 0. 32 bits hold the distance from
@@ -255,9 +265,9 @@ __device__ __forceinline__ void end_step() {
 
 // The one barrier of a step comes when all of its w is in registers: the step STAGES further on is
 // then copied to its place, COPIED_LAST parts during the last group of columns, the others during
-// the first MIDDLE groups of the next step.
-constexpr int MIDDLE = 6;
-constexpr int COPIED_LAST = (X_COPIES + W_COPIES) / 6;
+// the first MIDDLE groups of the next step. With two stages soon: a step later it has to be there.
+constexpr int MIDDLE = STAGES > 2 ? 6 : 1;
+constexpr int COPIED_LAST = (X_COPIES + W_COPIES) / 6 * (STAGES > 2 ? 1 : 4);
 constexpr int COPIED_EACH = (X_COPIES + W_COPIES - COPIED_LAST + MIDDLE - 1) / MIDDLE;
 
 constexpr int COLUMNS = 8;  // of w that a warp takes at once
@@ -437,7 +447,8 @@ __device__ __forceinline__ void multiply(
                 load_x(x[(i + 1) % 2], stage, at, (i + 1) % ROWS, (i + 1) / ROWS % DEPTHS);
                 if (m == ROWS / 2) copy_parts<at_once>(copies, to, copied, depth * at_once, o);
 #pragma unroll
-                for (int pair = 0; pair < pairs; pair++) {
+                for (int j = 0; j < pairs; j++) {
+                    int pair = m % 2 ? pairs - 1 - j : j;
 #pragma unroll
                     for (int n = 0; n < 2; n++) {
                         int(&sum)[4] = sums[m][2 * pair + n];
@@ -510,7 +521,9 @@ __device__ __forceinline__ void store(
         Factors factors[4];
 #pragma unroll
         for (int j = 0; j < 4; j++)
-            factors[j] = factors_of(shared, first_column + 32 * group + 8 * j + 2 * pair, o);
+            factors[j] = factors_of(
+                shared,
+                first_column + 32 * group + (IN_ORDER ? 8 * pair + 2 * j : 8 * j + 2 * pair), o);
         int column = first_column + 32 * group + 8 * pair;
         bool column_inside = tile.column + column < o.n;
 #pragma unroll
@@ -528,7 +541,7 @@ __device__ __forceinline__ void store(
             for (int half = 0; half < 4; half++) {
                 int in_tile = first_row + 16 * m + 8 * half, row = tile.row + in_tile;
                 float scale = BLOCKS ? 1.0f : shared.row_scale[in_tile];
-                if (RESIDUAL) transpose(y[half]);
+                if (RESIDUAL && !IN_ORDER) transpose(y[half]);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     auto& sum = sums[m + half / 2][4 * group + j];
@@ -543,7 +556,7 @@ __device__ __forceinline__ void store(
                         own_squares[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, own_squares[half]));
                     y[half][j] = packed_pair(x, BF16);
                 }
-                transpose(y[half]);
+                if (!IN_ORDER) transpose(y[half]);
                 if (row < o.length && column_inside)
                     *reinterpret_cast<uint4*>(out + (long long)row * o.out_l + column) =
                         make_uint4(y[half][0], y[half][1], y[half][2], y[half][3]);
