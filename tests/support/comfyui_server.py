@@ -46,6 +46,7 @@ class Run:
     message: str = ""
     cached: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
+    outputs: dict[str, dict] = field(default_factory=dict)  # what nodes show, by their id
     seconds: float = 0.0
 
 
@@ -179,7 +180,8 @@ class ComfyServer:
             run = Run(self.queue(workflow))
             self.follow(events, run, on_event or (lambda kind, data: None))
         run.seconds = time.monotonic() - started
-        run.files = self.output_files(run.prompt_id)
+        run.outputs = self.get(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"]
+        run.files = self.output_files(run.outputs)
         return run
 
     def open_websocket(self) -> websocket.WebSocket:
@@ -217,9 +219,8 @@ class ComfyServer:
         event = json.loads(message)
         return event["type"], event["data"]
 
-    def output_files(self, prompt_id: str) -> list[Path]:
+    def output_files(self, outputs: dict[str, dict]) -> list[Path]:
         """The files in the output folder that a finished run saved."""
-        outputs = self.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
         saved = [entry for output in outputs.values() for entry in output.get("images", [])]
         return [self.output / entry["subfolder"] / entry["filename"] for entry in saved]
 
