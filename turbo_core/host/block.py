@@ -4,6 +4,8 @@ Stands in for WanAttentionBlock.forward of ComfyUI's model, and steps aside for 
 in the run's log line, wherever it could not honour what is there.
 """
 
+from collections.abc import Iterator
+
 import comfy.ldm.wan.model
 import comfy.model_management
 import torch
@@ -11,14 +13,15 @@ import torch
 from ...kernels.int8_linear import int8_linear
 from ...kernels.norm import rms_norm
 from ...kernels.norm_quant import layer_norm_quant
+from ...kernels.room import in_whole_blocks
 from .. import run_report
-from ..activation_memory import part_length
+from ..activation_memory import HIDDEN_BYTES, TEXT_BYTES, part_length
 from . import per_run
 from .epilogue import quantize
 from .gradients import GRADIENTS, records_graph
 from .int8_tensor import is_int8
 from .once import once
-from .operations import Linear, int8_product, int8_weights
+from .operations import Linear, int8_product, int8_weights, of_channels
 from .options import SPLIT, TEXT
 from .patch_owner import is_ours, is_stock
 from .prefetch import next_block
@@ -73,6 +76,8 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     x = x.contiguous()  # the first block gets the patch embedding channels first; then no copy
 
     def project(op, n, out, **squares):
+        if out is not None and 2 * out.shape[2] == op.out_features:
+            return _in_halves(op, n, out)
         return int8_product(op, n, dtype, out=out, **squares)  # [B, L, C]
 
     def normed():
@@ -83,25 +88,29 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
         y = quantize(y, granularity)
     else:
         y = split_attend(attn, index, x, normed, granularity, freqs, transformer_options)
-    x = int8_product(attn._modules["o"], y, dtype, gate=gate1, residual=x)
-    del y
+    out = in_whole_blocks(*x.shape, dtype, x.device)
+    x = int8_product(attn._modules["o"], y, dtype, gate=gate1, residual=x, out=out)
+    del y, out
 
     linears = cross_attn._modules
-    weight, bias = float32_weights(parts["norm3"], x.device)
-    q = torch.empty_like(x)  # before what it is made of, see activation_memory.py
-    n = layer_norm_quant(x, granularity, weight=weight, bias=bias, eps=eps)
-    project(linears["q"], n, q)
-    del n
-    q = rms_norm(q, float32_weights(linears["norm_q"], x.device)[0], cross_attn.eps)
+    norm, norm_q = (float32_weights(op, x.device) for op in (parts["norm3"], linears["norm_q"]))
     k, v = _keys_values(cross_attn, index, granularity, context, transformer_options)
-    y = host_attention(cross_attn, q, k, v, transformer_options)
-    del q, k, v
-    y = quantize(y, granularity)
-    int8_product(linears["o"], y, dtype, residual=x, out=x)
-    del y
+    asking, answering = int8_weights(linears["q"], dtype, x.device), None
+    for part in x.split(part_length(*x.shape[:2], TEXT_BYTES * x.shape[2]), dim=1):
+        q = torch.empty_like(part)  # before what it is made of, see activation_memory.py
+        n = layer_norm_quant(part, granularity, weight=norm[0], bias=norm[1], eps=eps)
+        int8_linear(*n, *asking, dtype, out=q)
+        del n
+        q = rms_norm(q, norm_q[0], cross_attn.eps)
+        y = host_attention(cross_attn, q, k, v, transformer_options)
+        del q
+        answering = answering or int8_weights(linears["o"], dtype, x.device)
+        int8_linear(*quantize(y, granularity), *answering, dtype, residual=part, out=part)
+        del y
+    del k, v, asking, answering
 
     up, down = int8_weights(ffn["0"], dtype, x.device), None
-    for part in x.split(part_length(*x.shape[:2], ffn["0"].out_features), dim=1):
+    for part in x.split(part_length(*x.shape[:2], HIDDEN_BYTES * ffn["0"].out_features), dim=1):
         n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
         h = int8_linear(*n, *up, dtype)
         del n
@@ -111,6 +120,13 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
         int8_linear(*h, *down, dtype, gate=gate2, residual=part, out=part)
         del h
     return x
+
+
+def _in_halves(op, n, out: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The op's output from quantized n, half of its channels and then the others, both in `out`."""
+    weights, half = int8_weights(op, out.dtype, out.device), op.out_features // 2
+    for channels in (slice(0, half), slice(half, op.out_features)):
+        yield int8_linear(*n, *of_channels(*weights, channels), out.dtype, out=out)
 
 
 def _modulation(block, e, device) -> tuple[torch.Tensor, ...]:

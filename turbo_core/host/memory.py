@@ -110,7 +110,8 @@ def _required(model, conds: dict, model_options: dict) -> Callable[..., int]:
     """What takes the place of BaseModel.memory_required for a run of `model`."""
     wan = model.model.diffusion_model
     network = Network(wan.dim, wan.ffn_dim, wan.num_heads, wan.num_layers)
-    kinds = _attentions(_settings(model_options))
+    settings = _settings(model_options)
+    kinds = _attentions(settings)
     fp8 = default_pv(model.load_device) == "fp8"
     every = [cond for group in conds.values() for cond in group]
     texts = [cond["cross_attn"] for cond in every if "cross_attn" in cond]
@@ -123,7 +124,8 @@ def _required(model, conds: dict, model_options: dict) -> Callable[..., int]:
         tokens = frames * -(-height // 2) * -(-width // 2)
         kept = max(batch, min(len(texts), PROMPTS) * batch)
         sizes = network, batch, tokens
-        return rounded + max(fused_bytes(*sizes, k, fp8, kept, longest) for k in kinds)
+        more = fp8, kept, longest, settings.topk
+        return rounded + max(fused_bytes(*sizes, kind, *more) for kind in kinds)
 
     return memory_required
 
