@@ -24,6 +24,7 @@ from .operations import Linear
 from .options import ATTENTION, PROJECTIONS
 from .patch_owner import is_ours
 from .text import PROMPTS
+from .versions import is_out_of_memory
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -64,7 +65,9 @@ def out_of_memory_in_words(model, shape: torch.Size) -> Iterator[None]:
         yield
     except OutOfMemoryError:
         raise
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         needed = model.model.memory_required(list(shape)) / 1e9
         raise OutOfMemoryError(
             f"the GPU has no room for this video: a forward pass takes about {needed:.1f} GB "
