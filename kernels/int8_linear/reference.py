@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ..checks import BLOCK
@@ -29,9 +30,10 @@ def linear(
 
 
 def linear_and_squares(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`linear`, and the sums of its rows' squares, float32 [B, 1, L]."""
+    """`linear`, and the sums of its rows' squares by BLOCK columns, float32 [B, P, L]."""
     out = linear(*operands)
-    return out, out.float().square().sum(-1)[:, None]
+    parts = [columns.float().square().sum(-1) for columns in out.split(BLOCK, -1)]
+    return out, torch.stack(parts, 1)
 
 
 def _by_blocks(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:

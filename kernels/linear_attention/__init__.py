@@ -41,7 +41,11 @@ class LinearBranch(NamedTuple):
 
 
 def key_value_state(
-    k: torch.Tensor, v: torch.Tensor, feature_map: str = "softmax", backend: str = "auto"
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feature_map: str = "softmax",
+    backend: str = "auto",
+    of_heads: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over all keys of phi(k)^T v and of phi(k) (SLA, arXiv 2512.16093, section 1.1).
 
@@ -49,6 +53,8 @@ def key_value_state(
         k, v: [B, L, H, D], float32, float16 or bfloat16; k before any smoothing.
         feature_map: phi: "softmax" over the channels, "elu" (plus one) or "relu".
         backend: see `dispatch.choose`.
+        of_heads: how many heads the attention has that these are some of: they add up in the
+            order in which they would among the others. None where these are all.
 
     Returns:
         state float32 [B, H, D, D] (channels of k, channels of v), normalizer float32 [B, H, D].
@@ -56,16 +62,21 @@ def key_value_state(
     Raises:
         ValueError, TypeError: a shape, dtype or the feature map does not fit.
     """
-    return _kernels(k, v, feature_map, backend).key_value_state(k, v, feature_map)
+    kernels = _kernels(k, v, feature_map, backend)
+    return kernels.key_value_state(k, v, feature_map, of_heads)
 
 
 def key_value_state_and_maximum(
-    k: torch.Tensor, v: torch.Tensor, feature_map: str = "softmax", backend: str = "auto"
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feature_map: str = "softmax",
+    backend: str = "auto",
+    of_heads: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`key_value_state` and max |v| over all keys, in one pass over v.
 
     Args:
-        k, v, feature_map, backend: see `key_value_state`.
+        k, v, feature_map, backend, of_heads: see `key_value_state`.
 
     Returns:
         state float32 [B, H, D, D], normalizer float32 [B, H, D], maximum float32 [B, H, D].
@@ -73,7 +84,8 @@ def key_value_state_and_maximum(
     Raises:
         ValueError, TypeError: as `key_value_state`.
     """
-    return _kernels(k, v, feature_map, backend).key_value_state_and_maximum(k, v, feature_map)
+    kernels = _kernels(k, v, feature_map, backend)
+    return kernels.key_value_state_and_maximum(k, v, feature_map, of_heads)
 
 
 def _kernels(k, v, feature_map, backend):

@@ -35,18 +35,18 @@ def unfit(k: torch.Tensor, v: torch.Tensor, feature_map: str) -> str | None:
 
 
 def key_value_state(
-    k: torch.Tensor, v: torch.Tensor, feature_map: str
+    k: torch.Tensor, v: torch.Tensor, feature_map: str, of_heads: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`key_value_state` of the Triton file, of what is not `unfit`."""
-    return key_value_state_and_maximum(k, v, feature_map)[:2]
+    return key_value_state_and_maximum(k, v, feature_map, of_heads)[:2]
 
 
 def key_value_state_and_maximum(
-    k: torch.Tensor, v: torch.Tensor, feature_map: str
+    k: torch.Tensor, v: torch.Tensor, feature_map: str, of_heads: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`key_value_state_and_maximum` of the Triton file, of what is not `unfit`."""
     batch, length, heads, _ = k.shape
-    rows, state, normalizer = room_for_sums(k)
+    rows, state, normalizer = room_for_sums(k, of_heads)
     maximum = torch.empty_like(normalizer)
     operands = Operands(
         *map(nvrtc.address, (k, v, state, normalizer, maximum)),

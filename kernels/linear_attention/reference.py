@@ -21,7 +21,7 @@ def apply_feature_map(x: torch.Tensor, feature_map: str) -> torch.Tensor:
 
 
 def key_value_state(
-    k: torch.Tensor, v: torch.Tensor, feature_map: str
+    k: torch.Tensor, v: torch.Tensor, feature_map: str, of_heads: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over keys: state float32 [B, H, D, D] and normalizer float32 [B, H, D]."""
     batch, _, heads, dim = k.shape
@@ -35,7 +35,7 @@ def key_value_state(
 
 
 def key_value_state_and_maximum(
-    k: torch.Tensor, v: torch.Tensor, feature_map: str
+    k: torch.Tensor, v: torch.Tensor, feature_map: str, of_heads: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same, and max |v| over the keys, float32 [B, H, D]."""
     return *key_value_state(k, v, feature_map), v.abs().amax(1).float()

@@ -11,9 +11,11 @@ from ..launching import launched
 TILE = 16  # keys of one step of the state: two programs fit a multiprocessor's registers
 PROGRAMS = 4  # of the state, over all heads, for each multiprocessor: 2 waves of 2
 ROWS = 128  # queries of one program
+STATE_ROWS = 64  # of the state, that a program projects
 SMALLEST = 1e-30  # to divide by: float32 stays finite
 STATE_LAUNCH = {"num_warps": 8, "num_stages": 3}  # both the same on every card
 LAUNCH = {"num_warps": 8, "num_stages": 2}
+PROJECT_LAUNCH = {"num_warps": 8, "num_stages": 1}  # with 4 some cards spill
 
 
 @triton.jit
@@ -103,34 +105,62 @@ def apply_state_kernel(
     tl.store(out_ptr + place + channel[None, :], rows, mask=row < length)
 
 
+@launched
+@triton.jit
+def project_state_kernel(
+    state_ptr, normalizer_ptr, weight_ptr, mix_ptr,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    out = tl.arange(0, HEAD_DIM)
+    state_ptr += head * (HEAD_DIM * HEAD_DIM) + row * HEAD_DIM
+    mix = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    for first in range(0, HEAD_DIM, 32):
+        channel = first + tl.arange(0, 32)[None, :]
+        state = tl.load(state_ptr + channel)  # [ROWS, 32]
+        weight = tl.load(weight_ptr + out[:, None] * HEAD_DIM + channel)  # [D, 32]
+        mix = tl.dot(state, tl.trans(weight.to(tl.float32)), mix, input_precision="tf32x3")
+    normalizer = tl.load(normalizer_ptr + head * HEAD_DIM + row)  # [ROWS, 1]
+    mix = (mix / larger(normalizer, SMALLEST)).to(mix_ptr.dtype.element_ty)
+    tl.store(mix_ptr + head * (HEAD_DIM * HEAD_DIM) + row * HEAD_DIM + out[None, :], mix)
+
+
 def project_state(
     state: torch.Tensor, normalizer: torch.Tensor, proj_weight: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """state W^T with each row divided by its channel's normalizer, as `dtype` [B, H, D, D].
 
     Its rows are weighted means of projected values, so they fit every dtype that the values fit;
-    the sums over all keys would overflow float16.
+    the sums over all keys would overflow float16. One head as another, which cuBLAS does not
+    promise of its products for more or fewer of them.
     """
-    return (state @ proj_weight.float().T / normalizer.clamp_min(SMALLEST)[..., None]).to(dtype)
+    batch, heads, dim, _ = state.shape
+    mix = torch.empty(state.shape, dtype=dtype, device=state.device)
+    project_state_kernel[dim // STATE_ROWS, batch * heads](
+        state.contiguous(), normalizer.contiguous(), proj_weight.contiguous(), mix,
+        HEAD_DIM=dim, ROWS=STATE_ROWS, SMALLEST=SMALLEST, **PROJECT_LAUNCH,
+    )  # fmt: skip
+    return mix
 
 
 def key_value_state(
-    k: torch.Tensor, v: torch.Tensor, feature_map: str
+    k: torch.Tensor, v: torch.Tensor, feature_map: str, of_heads: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over keys: state float32 [B, H, D, D] and normalizer float32 [B, H, D]."""
-    return _sum_over_keys(k, v, feature_map, maxima=False)[:2]
+    return _sum_over_keys(k, v, feature_map, of_heads, maxima=False)[:2]
 
 
 def key_value_state_and_maximum(
-    k: torch.Tensor, v: torch.Tensor, feature_map: str
+    k: torch.Tensor, v: torch.Tensor, feature_map: str, of_heads: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same, and max |v| over the keys, float32 [B, H, D], from the same reading of v."""
-    return _sum_over_keys(k, v, feature_map, maxima=True)
+    return _sum_over_keys(k, v, feature_map, of_heads, maxima=True)
 
 
-def _sum_over_keys(k, v, feature_map, maxima: bool):
+def _sum_over_keys(k, v, feature_map, of_heads, maxima: bool):
     batch, length, heads, dim = k.shape
-    rows, state, normalizer = room_for_sums(k)
+    rows, state, normalizer = room_for_sums(k, of_heads)
     maximum = torch.empty_like(normalizer) if maxima else normalizer
     key_value_state_kernel[len(state), batch * heads](
         k, v, state, normalizer, maximum, length, heads, rows,
@@ -141,12 +171,14 @@ def _sum_over_keys(k, v, feature_map, maxima: bool):
     return state.sum(0), normalizer.sum(0), maximum.amax(0) if maxima else None
 
 
-def room_for_sums(x: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
+def room_for_sums(
+    x: torch.Tensor, of_heads: int | None = None
+) -> tuple[int, torch.Tensor, torch.Tensor]:
     """The rows of x [B, L, H, D] that a program sums up, and room for the sums of all programs:
-    float32 [splits, B, H, D, D] and [splits, B, H, D]."""
+    float32 [splits, B, H, D, D] and [splits, B, H, D]. As many rows as if x had `of_heads`."""
     batch, length, heads, dim = x.shape
     # By shape and card alone, so that sums never change order.
-    splits = max(1, PROGRAMS * multiprocessors(x.device) // (batch * heads))
+    splits = max(1, PROGRAMS * multiprocessors(x.device) // (batch * (of_heads or heads)))
     rows = TILE * -(-length // (TILE * splits))
     options = {"dtype": torch.float32, "device": x.device}
     parts = -(-length // rows), batch, heads, dim

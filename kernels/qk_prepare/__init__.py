@@ -121,8 +121,11 @@ def norms_of_squares(
 ) -> torch.Tensor:
     """What `prepare` takes as `row_norms`, 1 / sqrt(mean square + eps), of sums of squares.
 
+    Parts add up in float64, where the sum of some float32 is exact: the same bits whatever the
+    parts are put together to before.
+
     Args:
-        squares: float32 [B, P, L], P parts of the sum of each row's squares, as
+        squares: float32 or float64 [B, P, L], P parts of the sum of each row's squares, as
             `int8_linear_and_squares` gives them.
         channels: what the squares are of in a row, of all heads.
         eps: added to the mean square.
@@ -136,7 +139,8 @@ def norms_of_squares(
     """
     if squares.ndim != 3:
         raise ValueError(f"squares must be [B, P, L], got {list(squares.shape)}")
-    _check_float32("squares", squares)
+    if squares.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"squares must be float32 or float64, got {squares.dtype}")
     kernels = choose("norms_of_squares", backend, squares, reference, triton_kernels)
     return kernels.norms_of_squares(squares, channels, eps)
 

@@ -37,7 +37,8 @@ def square_sums(x: torch.Tensor) -> torch.Tensor:
 
 def norms_of_squares(squares: torch.Tensor, channels: int, eps: float) -> torch.Tensor:
     """1 / root mean square of rows whose squares add up to squares [B, P, L], float32 [B, L]."""
-    return torch.rsqrt(squares.sum(1) / channels + eps)
+    total = squares.double().sum(1).float()  # exact before it is rounded, in any order
+    return torch.rsqrt(total / channels + eps)
 
 
 def _normalized(

@@ -14,6 +14,16 @@ NORM_ROWS = 128  # of a program that adds up their squares
 ROW_LAUNCH = {"num_warps": 4, "num_stages": 1}  # bandwidth-bound, the same on every card
 
 
+@triton.jit
+def norms_of_parts(squares, channels, eps):
+    """1 / root mean square of the rows whose squares add up to squares float [P] or [P, R].
+
+    Sums of float32 are exact in float64: the same in whichever order and parts they come.
+    """
+    total = tl.sum(squares.to(tl.float64), 0).to(tl.float32)
+    return tl.rsqrt(total / channels + eps)
+
+
 @launched
 @triton.jit(do_not_specialize=["length", "heads", "eps"])
 def row_norms_kernel(
@@ -26,8 +36,8 @@ def row_norms_kernel(
     x_ptr += sample * stride_xb + row * stride_xl
     x = tl.load(x_ptr + head * stride_xh + channel, mask=head < heads, other=0.0)  # [HEADS, D]
     x = x.to(tl.float32)
-    mean_square = tl.sum(x * x) / (heads * HEAD_DIM)
-    tl.store(norms_ptr + sample * length + row, tl.rsqrt(mean_square + eps))
+    norm = norms_of_parts(tl.sum(x * x, 1), heads * HEAD_DIM, eps)  # of heads, as below
+    tl.store(norms_ptr + sample * length + row, norm)
 
 
 @launched
@@ -58,7 +68,7 @@ def norms_of_squares_kernel(
     inside = row < length
     squares_ptr += (sample * parts + part) * length + row
     squares = tl.load(squares_ptr, mask=(part < parts) & inside, other=0.0)  # [PARTS, ROWS]
-    norms = tl.rsqrt(tl.sum(squares, 0) / channels + eps)
+    norms = norms_of_parts(squares, channels, eps)
     tl.store(norms_ptr + sample * length + row, norms, mask=inside)
 
 
@@ -132,9 +142,15 @@ def given_or_own_norms(x: torch.Tensor, eps: float, given: torch.Tensor | None) 
     norms = torch.empty(batch, length, dtype=torch.float32, device=x.device)
     row_norms_kernel[length, batch](
         x, norms, length, heads, eps, *x.stride()[:3],
-        HEAD_DIM=dim, HEADS=1 << (heads - 1).bit_length(), **ROW_LAUNCH,
+        HEAD_DIM=dim, HEADS=heads_of_tile(heads), **ROW_LAUNCH,
     )  # fmt: skip
     return norms
+
+
+def heads_of_tile(heads: int) -> int:
+    """How many a program has a place for. For fewer than 8 a row would be on more threads, which
+    add it up in another order."""
+    return max(8, 1 << (heads - 1).bit_length())
 
 
 def square_sums(x: torch.Tensor) -> torch.Tensor:
@@ -143,8 +159,7 @@ def square_sums(x: torch.Tensor) -> torch.Tensor:
     sums = torch.empty(batch, length, heads, dtype=torch.float32, device=x.device)
     square_sums_kernel[length, batch](
         x, sums, length, heads, *x.stride()[:3],
-        # For fewer than 8 a row would be on more threads, which add it up in another order.
-        HEAD_DIM=dim, HEADS=max(8, 1 << (heads - 1).bit_length()), **ROW_LAUNCH,
+        HEAD_DIM=dim, HEADS=heads_of_tile(heads), **ROW_LAUNCH,
     )  # fmt: skip
     return sums
 

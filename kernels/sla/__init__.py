@@ -29,13 +29,22 @@ from ..sparse_attention import (
 )
 from .autograd import Options, SparseLinearAttention
 
-__all__ = ["sla", "sla_from_projections"]
+__all__ = ["Norms", "sla", "sla_from_projections"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 # q or k, or what gives it and its `row_norms`, see `prepare`, or None for these.
 Projection = torch.Tensor | Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
 
 BLOCK_Q, BLOCK_K = 128, 64  # rows in a query and a key block, as the models were trained
+
+
+class Norms(NamedTuple):
+    """RMSNorm of q and k over all heads of an attention, of which some may be at hand."""
+
+    q: torch.Tensor  # weight [H * D] of those that are, of any float dtype
+    k: torch.Tensor
+    eps: float = 1e-6
+    heads: int | None = None  # of the attention; None where all are at hand
 
 
 def sla(
@@ -105,10 +114,9 @@ def sla_from_projections(
     q: Projection,
     k: Projection,
     v: torch.Tensor | Callable[[], torch.Tensor | Iterator[torch.Tensor]],
-    norms: Pair,
+    norms: Norms | Pair,
     rotation: Pair,
     proj: Pair | None,
-    eps: float = 1e-6,
     topk: float = 0.1,
     low_bit: bool = False,
     block_map: torch.Tensor | None = None,
@@ -128,10 +136,9 @@ def sla_from_projections(
             k give two things, the second one its `row_norms`, see `prepare`, or None. That of v may
             in low bits give an iterator: of one sample, some heads after the others, each of which
             is quantized before the next is asked for.
-        norms: weights [H * D] of q's and k's RMSNorm over all heads, any float dtypes.
+        norms: see `Norms`; what comes of some heads is what it is among all, bit for bit.
         rotation: cos and sin [1 or B, L, D / 2] float32; see `apply_rope`. Pairs that lie side by
             side (stride 1) save a copy.
-        eps: of both norms.
         proj, topk, low_bit, block_map, pv, backend: see `sla`. Blocks have 128 and 64 rows, the
             feature map is "softmax".
 
@@ -143,7 +150,7 @@ def sla_from_projections(
     """
     # The kernels need pairs side by side; copied here, so that q and k share the copy.
     rotation = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in rotation)
-    q_norm, k_norm = norms
+    q_norm, k_norm, eps, heads = Norms(*norms)
     k, row_norms = k() if callable(k) else (k, None)
     v = v() if callable(v) else v
     shape = k.shape
@@ -152,9 +159,9 @@ def sla_from_projections(
     if low_bit:
         v = iter([v]) if isinstance(v, torch.Tensor) else v
         pv = pv or default_pv(k.device)
-        kernels, keys, k, v = _in_low_bits(k, v, means, proj, pv, backend)
+        kernels, keys, k, v = _in_low_bits(k, v, means, proj, pv, backend, heads or shape[2])
     else:
-        keys = _keys(k, v, means, proj, "softmax", False, BLOCK_K, backend)
+        keys = _keys(k, v, means, proj, "softmax", False, BLOCK_K, backend, heads)
     q, row_norms = q() if callable(q) else (q, None)
     check_shape("q", q, shape)
     # In 16 bits attention reads the rotated q, which then cannot make room for its linear branch.
@@ -186,10 +193,13 @@ def _keys(
     low_bit: bool,
     block_k: int,
     backend: str,
+    of_heads: int | None = None,
 ) -> _Keys:
-    """What the queries meet, given the block means [B, H, N, D] of the rows."""
+    """What the queries meet, given the block means [B, H, N, D] of the rows; `of_heads` as in
+    key_value_state."""
     means, mean = center_means(means, rows.shape[1], block_k, backend)
-    return _Keys(rows, v, means, mean, *_branch(rows, v, proj, feature_map, low_bit, backend))
+    branch = _branch(rows, v, proj, feature_map, low_bit, backend, of_heads)
+    return _Keys(rows, v, means, mean, *branch)
 
 
 def _branch(
@@ -199,14 +209,15 @@ def _branch(
     feature_map: str,
     low_bit: bool,
     backend: str,
+    of_heads: int | None,
 ) -> tuple[LinearBranch | None, torch.Tensor | None]:
     """What the linear branch sums up, if there is one, and in low bits the largest values then."""
     if proj is None:
         return None, None
     if not low_bit:
-        sums = key_value_state(rows, v, feature_map, backend)
+        sums = key_value_state(rows, v, feature_map, backend, of_heads)
         return LinearBranch(*sums, *proj, feature_map), None
-    *sums, v_max = key_value_state_and_maximum(rows, v, feature_map, backend)
+    *sums, v_max = key_value_state_and_maximum(rows, v, feature_map, backend, of_heads)
     return LinearBranch(*sums, *proj, feature_map), v_max
 
 
@@ -217,6 +228,7 @@ def _in_low_bits(
     proj: Pair | None,
     pv: str,
     backend: str,
+    of_heads: int,
 ) -> tuple[ModuleType, _Keys, Int8Blocks, Pair]:
     """The kernels that attend to the keys k [B, L, H, D] and to the values, whose `parts` are some
     heads after the others; what is known of the keys; and both in low bits.
@@ -230,7 +242,7 @@ def _in_low_bits(
         rows = k[:, :, heads]
         check_heads(k=rows, v=v)
         kernels = sage_kernels(rows, v, pv=pv, backend=backend)
-        branch, v_max = _branch(rows, v, proj, "softmax", True, backend)
+        branch, v_max = _branch(rows, v, proj, "softmax", True, backend, of_heads)
         out = room[:, heads]
         _, scale = kernels.quantize_values(v, PV_DTYPES[pv], BLOCK_K, v_max, out=out)
         branches.append(branch)

@@ -18,14 +18,19 @@ import torch.distributed as dist
 import worker_jobs
 import zygote
 from processes import ended, listening, running
-from turbodiffusion_pack.turbo_core.parallel import exchange
+from turbodiffusion_pack.turbo_core.parallel import exchange, parcels
 from turbodiffusion_pack.turbo_core.parallel import workers as module
 from turbodiffusion_pack.turbo_core.parallel.parcels import UnsendableError, unwrap, wrap
 from turbodiffusion_pack.turbo_core.parallel.workers import WorkerError, Workers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
-JOB = "worker_jobs:"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known():
+    with mock.patch.object(parcels, "KNOWN", parcels.KNOWN | {"worker_jobs"}):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,7 @@ def total(workers, value: int) -> int:
     def add(ranks):
         dist.all_reduce(own, group=ranks.group)
 
-    workers.together(JOB + "add_up", (value,), add)
+    workers.together(worker_jobs.add_up, (value,), add)
     return int(own)
 
 
@@ -70,8 +75,7 @@ def test_torch_alone_is_told_that_ranks_are_here(tmp_path, monkeypatch, name, va
     monkeypatch.delenv(name, raising=False)
     if value:
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(exchange, "ranks_of", lambda: None)
-    dist = types.SimpleNamespace(FileStore=lambda *_: None)
+    dist = types.SimpleNamespace(FileStore=lambda *_: None, group=mock.Mock())
     dist.init_process_group = lambda *_, **__: seen.append(os.environ[name])
     monkeypatch.setattr(exchange, "dist", dist)
     exchange.join("gloo", str(tmp_path / "store"), 0, 1, 1)
@@ -87,7 +91,7 @@ def test_nobody_else_reaches_a_rank(workers, monkeypatch):
 
 def test_ranks_can_meet_again_after_the_start(workers):
     """As NCCL does, at its first exchange."""
-    workers.together(JOB + "meet_in_another_group", (), worker_jobs.meet_in_another_group)
+    workers.together(worker_jobs.meet_in_another_group, (), worker_jobs.meet_in_another_group)
     folder = Path(workers.folder.name)
     assert folder.exists()
     workers.stop()
@@ -101,7 +105,7 @@ def test_a_failure_ends_all_and_the_next_job_works(workers, job, message):
     assert total(workers, 1) == 3
     processes = list(workers.processes)
     with pytest.raises(WorkerError, match=message):
-        workers.together(JOB + job, (), meet)
+        workers.together(getattr(worker_jobs, job), (), meet)
     assert all(process.poll() is not None for process in processes)
     assert total(workers, 2) == 6
 
@@ -120,7 +124,7 @@ def test_nothing_starts_once_exchanges_are_given_up(workers):
         mock.patch.object(dist, "batch_isend_irecv") as started,
         pytest.raises(WorkerError, match="is gone"),
     ):
-        workers.together(JOB + "wait", (), carry_on)
+        workers.together(worker_jobs.wait, (), carry_on)
     assert not started.called
 
 
@@ -150,7 +154,7 @@ def test_an_error_here_ends_workers_that_wait(workers):
     total(workers, 1)
     processes, start = list(workers.processes), time.monotonic()
     with pytest.raises(torch.cuda.OutOfMemoryError, match="here"):
-        workers.together(JOB + "wait", (), out_of_memory)
+        workers.together(worker_jobs.wait, (), out_of_memory)
     assert time.monotonic() - start < 10
     assert all(process.poll() is not None for process in processes)
 
@@ -171,17 +175,17 @@ def test_tensors_arrive(workers):
         "list": [torch.tensor(True), torch.empty(0, 4), torch.tensor(2.5, dtype=torch.float64)],
         "a slice": slice(1, 2),
     }
-    assert workers.together(JOB + "add_up_all", (given,), worker_jobs.total_of(given)) is None
+    assert workers.together(worker_jobs.add_up_all, (given,), worker_jobs.total_of(given)) is None
 
 
 def test_what_others_do_not_know_is_not_sent(workers):
     assert unwrap(*wrap((torch.nn.Linear, Workers, len))) == (torch.nn.Linear, Workers, len)
     quantized = torch.zeros(1).as_subclass(type("QuantizedTensor", (torch.Tensor,), {}))
-    for unknown in (worker_jobs.fail, lambda: None, quantized):
+    for unknown in (total, lambda: None, quantized):
         with pytest.raises(UnsendableError):
             wrap({"job": unknown})
-    with pytest.raises(UnsendableError, match="of worker_jobs is unknown elsewhere"):
-        workers.together(JOB + "add_up", (worker_jobs.fail,), meet)
+    with pytest.raises(UnsendableError, match=f"of {__name__} is unknown elsewhere"):
+        workers.together(worker_jobs.add_up, (total,), meet)
 
 
 def test_a_worker_that_cannot_start_says_so(workers, tmp_path):
@@ -189,17 +193,17 @@ def test_a_worker_that_cannot_start_says_so(workers, tmp_path):
     first = ".turbo_core.parallel.shares:token_shares", [(1, 2)]
     broken = Workers(2, first=first, seconds=60)
     with pytest.raises(WorkerError, match="too few for 2 ranks"):
-        broken.together(JOB + "add_up", (1,), meet)
+        broken.together(worker_jobs.add_up, (1,), meet)
     assert broken.processes == []
 
 
 def test_a_rank_that_has_no_memory_to_meet_others_keeps_nobody_waiting(workers):
     workers.stop()
-    first = JOB + "have_no_memory_to_meet", [()]
+    first = "worker_jobs:have_no_memory_to_meet", [()]
     poor = Workers(2, paths=[str(SUPPORT)], first=first, seconds=60)
     start = time.monotonic()
     with pytest.raises(WorkerError, match="MemoryError: for NCCL"):
-        poor.together(JOB + "add_up", (1,), meet)
+        poor.together(worker_jobs.add_up, (1,), meet)
     assert poor.processes == [] and time.monotonic() - start < 20
 
 
@@ -207,10 +211,10 @@ def test_a_rank_that_has_no_memory_to_meet_others_keeps_nobody_waiting(workers):
 def test_a_worker_that_does_not_answer_is_given_up(workers, own):
     workers.stop()
     slow = Workers(2, paths=[str(SUPPORT)], seconds=60)
-    slow.together(JOB + "add_up", (1,), worker_jobs.add_up_one)
+    slow.together(worker_jobs.add_up, (1,), worker_jobs.add_up_one)
     slow.seconds = 0.3
     with pytest.raises(WorkerError, match=r"a worker has not answered for 0.3 s"):
-        slow.together(JOB + "wait", (), own)
+        slow.together(worker_jobs.wait, (), own)
     assert slow.processes == []
 
 
@@ -218,7 +222,7 @@ def test_a_stopped_worker_is_ended_before_a_run_asks_for_it(workers, monkeypatch
     workers.stop()
     monkeypatch.setattr(module, "ANSWER", 0.3)
     still = Workers(2, paths=[str(SUPPORT)], seconds=60)
-    still.together(JOB + "add_up", (1,), worker_jobs.add_up_one)
+    still.together(worker_jobs.add_up, (1,), worker_jobs.add_up_one)
     os.kill(still.processes[0].pid, signal.SIGSTOP)
     start = time.monotonic()
     still.check()

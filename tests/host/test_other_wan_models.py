@@ -21,6 +21,7 @@ def _animate(**options):
 # name: (model, options, further inputs by their shapes, why its blocks are not fused)
 MODELS = {
     "t2v": (wan.WanModel, {"model_type": "t2v"}, {}, FLOAT),
+    "narrow": (wan.WanModel, {"model_type": "t2v", "num_heads": 8}, {}, "its head_dim is 32"),
     "i2v": (
         wan.WanModel,
         {"model_type": "i2v"},

@@ -78,6 +78,23 @@ def test_triton_errs_at_most_twice_as_much_as_torch_at_any_length(length, featur
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_some_heads_are_what_they_are_among_all(backend, monkeypatch):
+    """To the bit, in as many parts: 2 of all, where the own alone would come in 5."""
+    monkeypatch.setattr(triton_kernels, "multiprocessors", lambda device: 3)
+    q, k, v = random_qkv(1, 300, 6, 64, torch.float16)
+    weight, bias = random_proj(64)
+    own = slice(3, 5)
+    whole = key_value_state(k, v, "softmax", backend)
+    some = key_value_state(k[:, :, own], v[:, :, own], "softmax", backend, of_heads=6)
+    assert all(torch.equal(x, y[:, own]) for x, y in zip(some, whole, strict=True))
+    mixed = linear_attention(q, *whole, weight, bias, backend=backend)
+    found = linear_attention(q[:, :, own], *some, weight, bias, backend=backend)
+    assert torch.equal(found, mixed[:, :, own])
+    others, _ = key_value_state(k[:, :, own], v[:, :, own], "softmax", backend)
+    assert backend == "reference" or not torch.equal(others, some[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("length", "dim"), [(1, 64), (65, 128), (300, 64)])
 def test_finds_the_largest_value_on_the_way(length, dim, backend, sums_of_many_programs):
     _, k, v = random_qkv(2, length, 2, dim, torch.float16)

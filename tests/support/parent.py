@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch.distributed as dist
+import worker_jobs
 import zygote
 
 module = importlib.import_module("turbodiffusion_wan.turbo_core.parallel.workers")
@@ -41,4 +42,5 @@ def meet(ranks):
     dist.barrier(ranks.group)
 
 
-workers.together("worker_jobs:wait", (), meet)
+importlib.import_module("turbodiffusion_wan.turbo_core.parallel.parcels").KNOWN |= {"worker_jobs"}
+workers.together(worker_jobs.wait, (), meet)

@@ -130,12 +130,12 @@ def attention_changed(change: Callable) -> Iterator[None]:
         run = functools.partial(whole, q, k, v)
         return change(run, q, k, proj, **options)
 
-    def changed_from_projections(q, k, v, norms, rotation, proj, eps, **options):
+    def changed_from_projections(q, k, v, norms, rotation, proj, **options):
         (k, _), v, (q, _) = k(), v(), q()
-        pairs = zip((q, k), norms, strict=True)
-        normed = (rms_norm(x.flatten(2), weight, eps).view_as(x) for x, weight in pairs)
+        pairs = zip((q, k), norms[:2], strict=True)
+        normed = (rms_norm(x.flatten(2), weight, norms.eps).view_as(x) for x, weight in pairs)
         rotated = (apply_rope(x, *rotation) for x in normed)
-        run = functools.partial(from_projections, q, k, v, norms, rotation, eps=eps)
+        run = functools.partial(from_projections, q, k, v, norms, rotation)
         return change(run, *rotated, proj, **options)
 
     with (

@@ -2,10 +2,9 @@
 
 For tests/benchmarks/forward.py --gpus. This process has the first GPU and the pack's own workers
 the others; they make the same random models from the same seeds in place of loading a file. A model
-of two experts runs whole diffusions only, with the switch. `from_one_rank` is how far a shared pass
-is from one that one GPU computes in the same way, `from_ordinary` how far this is from the pack's
-ordinary pass: a float32 norm summed in another order, and what that rounds otherwise. To judge it
-there is `of_rounding`: how far two ordinary passes are whose inputs differ by a 4096th.
+of two experts runs whole diffusions only, with the switch. `apart` is how far a shared pass is from
+one GPU's, 0 where all bits are equal. To judge another number there is `of_rounding`: how far two
+passes of one GPU are whose inputs differ by a 4096th. `levels` are of frames in 8 bits.
 """
 
 import gc
@@ -34,10 +33,8 @@ from turbodiffusion_pack.turbo_core.host.experts import switch_experts  # noqa: 
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.sequence_parallel import share_among  # noqa: E402
-from turbodiffusion_pack.turbo_core.host.split_pass import split_over  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.turbo_vae import accelerate_vae  # noqa: E402
 from turbodiffusion_pack.turbo_core.parallel import parcels  # noqa: E402
-from turbodiffusion_pack.turbo_core.parallel.exchange import Ranks  # noqa: E402
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas  # noqa: E402
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings  # noqa: E402
 
@@ -116,14 +113,12 @@ def measure_forwards(model, shape: Shape, gpus: int, runs: int) -> dict:
     with per_run.keep():
         ordinary, _, one = seconds(forward_of(model, shape), runs)
         beside = forward_of(model, shape, 1 + 2**-12)()
-        by_rank = forward_of(split_over(model, Ranks(None)), shape)()
         shared, first, many = seconds(forward_of(share_among(model, gpus), shape), runs)
     return {
         "forward_ms": {1: round(1000 * one, 1), gpus: round(1000 * many, 1)},
         "speed_up": round(one / many, 3),
         "start_s": round(first, 1),
-        "from_one_rank": relative(shared, by_rank),
-        "from_ordinary": relative(by_rank, ordinary),
+        "apart": relative(shared, ordinary),
         "of_rounding": relative(beside, ordinary),
     }
 
@@ -131,13 +126,13 @@ def measure_forwards(model, shape: Shape, gpus: int, runs: int) -> dict:
 def measure_diffusions(model, shape: Shape, options, warm: bool) -> dict:
     """Whole diffusions, and from the sampler's start to pixels in memory."""
     vae = accelerate_vae(comfy.sd.VAE(sd=random_vae(VAE_DIM)))
-    times, latents, decoded = {}, {}, {}
+    times, latents, decoded, frames = {}, {}, {}, {}
     for gpus in (1, options.gpus):
         diffuse = diffusion_of(share_among(model, gpus), shape, options.steps)
         latents[gpus], _, times[gpus] = seconds(diffuse, options.runs, warm)
         found = gpu_workers.running_workers() if gpus > 1 else None
         with mock.patch.object(turbo_vae, "running_workers", return_value=found):
-            _, _, decoded[gpus] = seconds(partial(vae.decode, latents[gpus]), 1)
+            frames[gpus], _, decoded[gpus] = seconds(partial(vae.decode, latents[gpus]), 1)
     whole = {gpus: times[gpus] + decoded[gpus] for gpus in times}
     return {
         "steps": options.steps,
@@ -146,7 +141,19 @@ def measure_diffusions(model, shape: Shape, options, warm: bool) -> dict:
         "to_pixels_s": {gpus: round(t, 2) for gpus, t in whole.items()},
         "to_pixels_speed_up": round(whole[1] / whole[options.gpus], 3),
         "latents_apart": relative(latents[options.gpus], latents[1]),
+        **levels(frames[options.gpus], frames[1]),
     }
+
+
+def levels(found: torch.Tensor, expected: torch.Tensor) -> dict:
+    """How far the frames [B, T, H, W, 3] of a video are, in levels of 8 bits."""
+    mean = largest = 0
+    for pair in zip(found.flatten(0, 1), expected.flatten(0, 1), strict=True):
+        one, other = (x.to(DEVICE).mul(255).round() for x in pair)
+        apart = (one - other).abs()
+        mean += float(apart.mean()) / found.shape[0] / found.shape[1]
+        largest = max(largest, int(apart.max()))
+    return {"levels_mean": mean, "levels_largest": largest}
 
 
 def measure(name: str, settings: SLASettings, options, shape: Shape | None = None) -> Iterator:

@@ -122,10 +122,11 @@ def run_apart(length: int, granularity: str, model: Model) -> None:
 def run_shared(length: int, model: Model) -> None:
     """What a GPU runs besides that has half of the heads."""
     from turbodiffusion_pack.kernels.int8_quant import quantize_rows
-    from turbodiffusion_pack.kernels.qk_prepare import square_sums
+    from turbodiffusion_pack.kernels.qk_prepare import norms_of_squares, square_sums
 
     y = tensor(1, length, model.dim // 2)
     square_sums(y.unflatten(2, (-1, HEAD_DIM)), backend="triton")
+    norms_of_squares(tensor(1, 1, length, dtype=torch.float64), model.dim, backend="triton")
     quantize_rows(y, backend="triton", amax=vectors(1, length))
 
 

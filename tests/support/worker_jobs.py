@@ -113,6 +113,15 @@ def run_out_of_memory(ranks) -> None:
     split_block.attend = attended
 
 
+def fail_at_the_end(ranks) -> None:
+    """Of the next run."""
+
+    def end_run(ranks):
+        raise MemoryError("at the end")
+
+    _host("split_worker").end_run = end_run
+
+
 def have_no_memory_to_decode(ranks) -> None:
     """From now on."""
 

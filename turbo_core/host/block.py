@@ -10,6 +10,7 @@ import comfy.ldm.wan.model
 import comfy.model_management
 import torch
 
+from ...kernels.checks import HEAD_DIMS
 from ...kernels.int8_linear import int8_linear
 from ...kernels.norm import rms_norm
 from ...kernels.norm_quant import layer_norm_quant
@@ -178,6 +179,8 @@ def _other_kind(block) -> str | None:
         return f"it is a {type(block).__name__}"
     if type(block.cross_attn) is not comfy.ldm.wan.model.WanT2VCrossAttention:
         return f"its cross-attention is a {type(block.cross_attn).__name__}"
+    if (head_dim := block.dim // block.num_heads) not in HEAD_DIMS:
+        return f"its head_dim is {head_dim}, not 64 or 128"
     return None
 
 

@@ -12,7 +12,7 @@ from ...kernels.norm import rms_norm
 from ...kernels.qk_prepare import norms_of_squares, prepare
 from ...kernels.room import in_whole_blocks
 from ...kernels.rope import apply_rope
-from ...kernels.sla import sla, sla_from_projections
+from ...kernels.sla import Norms, sla, sla_from_projections
 from ...kernels.sparse_attention import default_pv
 from .. import run_report
 from ..activation_memory import values_in_halves
@@ -76,7 +76,7 @@ class SomeHeads(NamedTuple):
     """Of an attention, heads that are computed without the others."""
 
     channels: slice  # theirs, of all
-    row_norms: Callable  # of their [B, L, H, D] of q or k those over all heads, see qk_prepare
+    total: Callable  # of the `squares` of their q or k, see int8_product, those of all heads
 
 
 def attend(
@@ -92,10 +92,9 @@ def attend(
     """Self-attention of block `index` from its input x [B, L, C] to what goes into `o`, as large.
 
     For the fused block: `quantized()` gives x as what the layers attn.q, k and v take, and
-    `project(op, input, out)` their output, or that of those `some` heads; that of all also with
-    its `squares`, see int8_product. Both are called here, keys and values first, so that nothing
-    outlives its use. Into an `out` for half of the output, `project` gives one half and then the
-    other.
+    `project(op, input, out)` their output, or that of those `some` heads, also with its `squares`,
+    see int8_product. Both are called here, keys and values first, so that nothing outlives its use.
+    Into an `out` for half of the output, `project` gives one half and then the other.
     """
     settings, why_dense = _choose(attn, index, transformer_options)
     rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
@@ -118,11 +117,9 @@ def attend(
 
     def with_row_norms(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Those of q or k, and what their rows are normed by, where that is known by now."""
-        if some is not None:
-            y = heads(name)
-            return y, some.row_norms(y)
         y, squares = projected(name, squares=True)
         y = _in_heads(attn, y)
+        squares = squares if some is None else some.total(y, squares)
         return y, None if squares is None else norms_of_squares(squares, attn.dim, attn.eps)
 
     def last(y):
@@ -130,19 +127,18 @@ def attend(
         n = None
         return y
 
+    weights = (float32_weights(parts[name], freqs.device)[0] for name in ("norm_q", "norm_k"))
+    norms = Norms(*(weight[channels] for weight in weights), attn.eps, attn.num_heads)
     if why_dense:
         run_report.note_dense(index, why_dense)
         v = heads("v").flatten(2)
-        k = _rotated(parts["norm_k"], heads("k"), rotation, some)
-        q = _rotated(parts["norm_q"], last(heads("q")), rotation, some)
+        k = _rotated(norms.k, *with_row_norms("k"), rotation, attn.eps)
+        q = _rotated(norms.q, *last(with_row_norms("q")), rotation, attn.eps)
         return host_attention(attn, q, k, v, transformer_options)
     _note_sla(attn, index, settings, freqs)
-    norms = [float32_weights(parts[name], freqs.device)[0] for name in ("norm_q", "norm_k")]
-    weights = [norm[channels] for norm in norms], rotation, _projection(attn, freqs.device)
-    options = {"eps": attn.eps, **_sla_options(settings)}
     return sla_from_projections(
         lambda: last(with_row_norms("q")), lambda: with_row_norms("k"), lambda: heads("v"),
-        *weights, **options,
+        norms, rotation, _projection(attn, freqs.device), **_sla_options(settings),
     ).flatten(2)  # fmt: skip
 
 
@@ -154,14 +150,11 @@ def _all_in_heads(attn, parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]
     return (_in_heads(attn, part) for part in parts)
 
 
-def _rotated(norm, x: torch.Tensor, rotation: Pair, some: SomeHeads | None) -> torch.Tensor:
+def _rotated(
+    weight: torch.Tensor, x: torch.Tensor, norms: torch.Tensor | None, rotation: Pair, eps: float
+) -> torch.Tensor:
     """A projection x [B, L, H, D], or that of some heads, after RMSNorm and RoPE, [B, L, C]."""
-    if some is not None:
-        weight = float32_weights(norm, x.device)[0][some.channels]
-        return prepare(x, weight, *rotation, out=x, row_norms=some.row_norms(x)).rows.flatten(2)
-    heads = x.shape[2:]
-    x = _norm(norm, x.flatten(2))  # whoever calls holds no x, so here it ends
-    return apply_rope(x.unflatten(2, heads), *rotation).flatten(2)
+    return prepare(x, weight, *rotation, eps, out=x, row_norms=norms).rows.flatten(2)
 
 
 def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:

@@ -19,11 +19,12 @@ from .options import ATTENTION, EXPERT_BOUNDARY, SPLIT
 from .patch import wan_model
 from .patch_owner import is_ours
 from .split_pass import split_pass, why_not_split
-from .versions import loader_of
+from .versions import COMPILED, loader_of
 
 # Of the options of a forward pass, those that reach what workers run.
 TOLD = (ATTENTION, EXPERT_BOUNDARY, "sample_sigmas", "sigmas", "rope_options")
 OUTSIDE = "it is outside of a sampler run, or a LoRA is scheduled"
+BY_COMPILER = "torch.compile has the model, whose layers one GPU runs: leave it out"
 
 
 def share_among(model, gpus: int):
@@ -63,7 +64,8 @@ def share_among(model, gpus: int):
         if why_no_workers(gpus, patcher.load_device) or _why_not_loaded_alike(patcher, gpus):
             return load()
         run = per_run.made(SPLIT, lambda: SharedRun(gpus, patcher.load_device))
-        return run.prepare(patcher, model_options["transformer_options"], tuple(shape), load)
+        options = (model_options or patcher.model_options)["transformer_options"]
+        return run.prepare(patcher, options, tuple(shape), load)
 
     patched = model.clone()
     for kind, wrapper in (
@@ -115,8 +117,7 @@ class SharedRun:
         return out
 
     def _end(self) -> None:
-        if self.workers.running:
-            self.workers.together(split_worker.end_run, (), nothing)
+        self.workers.check(split_worker.end_run)  # what was computed stays so, whatever ends now
 
 
 def _told(options: dict) -> dict:
@@ -134,6 +135,8 @@ def _loaded_patcher(wan: torch.nn.Module):
 
 def _why_not_alike(executor, concat, options: dict, more: dict) -> str | None:
     """Why workers would not compute the same as this process in this pass; None if they would."""
+    if _is_compiled(options.get("wrappers", {})):
+        return BY_COMPILER
     if executor.idx + 1 < len(executor.wrappers):
         return "a node behind Turbo Sequence Parallel wraps the model: put that one before"
     given = [name for name, value in more.items() if value is not None]
@@ -146,12 +149,18 @@ def _why_not_alike(executor, concat, options: dict, more: dict) -> str | None:
     return None if per_run.current() else OUTSIDE
 
 
+def _is_compiled(wrappers: dict) -> bool:
+    return COMPILED in wrappers.get(WrappersMP.APPLY_MODEL, {})
+
+
 def _why_not_loaded_alike(patcher, gpus: int) -> str | None:
     """Why workers could not load what `patcher` has, or not share it; None where they can."""
     if patcher is None:
         return "ComfyUI has not loaded the model"
     if per_run.current() is None:
         return OUTSIDE
+    if _is_compiled(patcher.wrappers):
+        return BY_COMPILER
     if ATTENTION not in patcher.model_options["transformer_options"]:
         return "no SLA Attention is put on it"
     heads = patcher.model.diffusion_model.num_heads
@@ -161,6 +170,8 @@ def _why_not_loaded_alike(patcher, gpus: int) -> str | None:
         return "its loader does not tell how to load it again; take TurboLoader"
     if patcher.injections:
         return "a node adds modules to it"
+    if patcher.weight_wrapper_patches:
+        return "a node wraps its weights"
     for name, patch in patcher.object_patches.items():
         if name.startswith("diffusion_model.") and not is_ours(patch):
             return f"a node patches its {name.removeprefix('diffusion_model.')}"

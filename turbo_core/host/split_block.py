@@ -50,10 +50,10 @@ def split_attend(
     def gathered():
         return gather(ranks, list(normed()), shares)
 
-    def project(op, n, out):
-        return int8_product(op, n, x.dtype, channels, out=out)  # [B, L, c]
+    def project(op, n, out, **squares):
+        return int8_product(op, n, x.dtype, channels, out=out, **squares)  # [B, L, c]
 
-    some = SomeHeads(channels, functools.partial(_row_norms, attn, ranks))
+    some = SomeHeads(channels, functools.partial(_total, ranks))
     y = attend(attn, index, x, gathered, project, freqs, transformer_options, some)
     if granularity == "blocks":
         return tuple(columns_to_rows(ranks, list(quantize_blocks(y)), shares))
@@ -74,10 +74,11 @@ def channels_of(attn, ranks: Ranks) -> slice:
     return slice(heads.start * attn.head_dim, heads.stop * attn.head_dim)
 
 
-def _row_norms(attn, ranks: Ranks, x: torch.Tensor) -> torch.Tensor:
-    """1 / root mean square over all heads of each row of this rank's [B, L, h, D], float32 [B, L].
+def _total(ranks: Ranks, x: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+    """The sums of squares over all heads, float64 [B, 1, L], of this rank's [B, L, h, D] and its
+    `squares` [B, P, L], where they are known.
 
-    Heads add up in float64: whichever rank has them, float32 gets the same sum.
+    Exact in float64: one rank that has all the heads gets the same.
     """
-    total = summed(ranks, square_sums(x).double().sum(-1))
-    return (total / (attn.num_heads * attn.head_dim) + attn.eps).rsqrt().float()
+    squares = square_sums(x).mT if squares is None else squares
+    return summed(ranks, squares.double().sum(1, keepdim=True))

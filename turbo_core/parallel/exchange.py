@@ -66,12 +66,6 @@ class Ranks(NamedTuple):
     way: Way | None = None
 
 
-def ranks_of(group: dist.ProcessGroup | None = None) -> Ranks:
-    """The ranks of a process group that this process is in; of all processes if None."""
-    group = dist.group.WORLD if group is None else group
-    return Ranks(group, dist.get_rank(group), dist.get_world_size(group), Way())
-
-
 def join(backend: str, store: str, rank: int, count: int, seconds: float) -> Ranks:
     """Join the others of a group, who meet in the file `store`; as torch's default group.
 
@@ -84,7 +78,7 @@ def join(backend: str, store: str, rank: int, count: int, seconds: float) -> Ran
             backend, store=dist.FileStore(store, count), rank=rank, world_size=count,
             timeout=timedelta(seconds=seconds),
         )  # fmt: skip
-    return ranks_of()
+    return Ranks(dist.group.WORLD, rank, count, Way())
 
 
 def meet(ranks: Ranks) -> None:

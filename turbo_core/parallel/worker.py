@@ -37,7 +37,6 @@ def main() -> None:
         try:
             tensors = exchange.take(ranks, [exchange.Blank(*blank) for blank in blanks])
             job, arguments = parcels.unwrap(parcel, tensors)
-            job = _function(job) if isinstance(job, str) else job
             answer = True, job(ranks, *arguments)
         except BaseException:
             answer = False, traceback.format_exc()

@@ -38,6 +38,10 @@ class WorkerError(Exception):
     """A worker failed or is gone; the message has its traceback, if it left one."""
 
 
+def nothing(ranks: Ranks) -> None:
+    """A job that is done as soon as a worker has heard of it."""
+
+
 class Workers:
     """Processes 1 to count - 1 of a group that this process is the first of.
 
@@ -81,17 +85,16 @@ class Workers:
         """The notes of what workers keep at this moment: nothing, where one is gone."""
         return self.notes if self.running else {}
 
-    def together(self, job: Callable | str, arguments: tuple, own: Callable[[Ranks], T]) -> T:
+    def together(self, job: Callable, arguments: tuple, own: Callable[[Ranks], T]) -> T:
         """own(ranks) here while every worker does job(ranks, *arguments).
 
         Tensors among the arguments arrive on the CPU or the worker's GPU, as they are here.
 
         Args:
-            job: a function that other processes know too, see parcels.py; "module:function" where
-                this process should not import it.
+            job: a function that other processes know too, see parcels.py.
 
         Raises:
-            UnsendableError: of the arguments, before anything is done.
+            UnsendableError: of the job or its arguments, before anything is done.
             WorkerError: a worker failed or is gone. This, and whatever `own` raises, ends them all.
         """
         parcel = wrap((job, arguments))
@@ -124,14 +127,14 @@ class Workers:
             raise WorkerError(watch.failure)
         return result
 
-    def check(self) -> None:
-        """Find out whether all still answer. If not, all are ended, and the next job starts new
-        ones."""
+    def check(self, job: Callable = nothing) -> None:
+        """Find out whether all still answer, by a `job` that takes no time. If not, all are ended,
+        and the next job starts new ones."""
         if not self.running:
             self.stop()
             return
         with contextlib.suppress(WorkerError):
-            self._together(*wrap((nothing, ())), nothing, min(self.seconds, ANSWER))
+            self._together(*wrap((job, ())), nothing, min(self.seconds, ANSWER))
 
     def stop(self) -> None:
         """End all workers; the next job starts new ones."""
@@ -190,10 +193,6 @@ class Workers:
             if self.ranks is not None and not self.given_up:
                 self.given_up = True
                 exchange.give_up(self.ranks)
-
-
-def nothing(ranks: Ranks) -> None:
-    """A job that is done as soon as a worker has heard of it."""
 
 
 class _Watch:
