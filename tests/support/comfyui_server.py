@@ -147,8 +147,13 @@ class ComfyServer:
         return "\n".join(self.log_text().splitlines()[-lines:])
 
     def get(self, path: str) -> dict:
-        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=60) as response:
-            return json.load(response)
+        try:
+            with urllib.request.urlopen(f"http://{self.address}{path}", timeout=60) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                raise
+            raise ServerError(f"GET {path}: HTTP {error.code}\n{self.log_tail(80)}") from None
 
     def post(self, path: str, body: dict) -> dict:
         request = urllib.request.Request(

@@ -4,7 +4,7 @@ Stands in for WanAttentionBlock.forward of ComfyUI's model, and steps aside for 
 in the run's log line, wherever it could not honour what is there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import comfy.ldm.wan.model
 import comfy.model_management
@@ -97,7 +97,7 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     norm, norm_q = (float32_weights(op, x.device) for op in (parts["norm3"], linears["norm_q"]))
     k, v = _keys_values(cross_attn, index, granularity, context, transformer_options)
     asking, answering = int8_weights(linears["q"], dtype, x.device), None
-    for part in x.split(part_length(*x.shape[:2], TEXT_BYTES * x.shape[2]), dim=1):
+    for part in _parts_of(x, TEXT_BYTES * x.shape[2]):
         q = torch.empty_like(part)  # before what it is made of, see activation_memory.py
         n = layer_norm_quant(part, granularity, weight=norm[0], bias=norm[1], eps=eps)
         int8_linear(*n, *asking, dtype, out=q)
@@ -111,7 +111,7 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     del k, v, asking, answering
 
     up, down = int8_weights(ffn["0"], dtype, x.device), None
-    for part in x.split(part_length(*x.shape[:2], HIDDEN_BYTES * ffn["0"].out_features), dim=1):
+    for part in _parts_of(x, HIDDEN_BYTES * ffn["0"].out_features):
         n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
         h = int8_linear(*n, *up, dtype)
         del n
@@ -121,6 +121,12 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
         int8_linear(*h, *down, dtype, gate=gate2, residual=part, out=part)
         del h
     return x
+
+
+def _parts_of(x: torch.Tensor, each: int) -> Sequence[torch.Tensor]:
+    """x [B, L, C] in parts of its tokens, as many as take `each` bytes a token at once."""
+    at_once = part_length(*x.shape[:2], each)
+    return (x,) if at_once >= x.shape[1] else x.split(at_once, dim=1)
 
 
 def _in_halves(op, n, out: torch.Tensor) -> Iterator[torch.Tensor]:
