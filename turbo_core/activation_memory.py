@@ -9,7 +9,7 @@ Counted in activations of one bf16 [B, L, C]; an int8 one is half of it. The fus
     q            input 1, k and v in low bits 1 (fp16 values 3/2), q 1 (the result takes its memory)
                  and its int8 1/2, some heads' scores and the block map
     16 bits      input 1, q, k, v 3, the linear branch 1, and the scores
-    dense        input 1, that in int8 1/2, q, k, v 3, one more while k is normed
+    dense        input 1, q, k, v 3, then the result 1
     text         input 1 (the caller holds it), the new residual 1, and of a part of the tokens q
                  twice, or q and the result
     feed-forward input 1, residual 1, and of a part of the tokens what is hidden, 16 bits and int8
@@ -96,7 +96,7 @@ def fused_bytes(
     halves = fp8_values and attention == "sagesla" and values_in_halves(batch, tokens, network.dim)
     k_and_v, q_phase = 3.5 if halves else 4, 3.5 if fp8_values else 4
     low_bits = max(k_and_v * one, q_phase * one + scores) + _means_bytes(network, batch, tokens)
-    attending = {"sagesla": low_bits, "sla": 5 * one + scores, "dense": 5.5 * one}[attention]
+    attending = {"sagesla": low_bits, "sla": 5 * one + scores, "dense": 5 * one}[attention]
     attending += max(LOST_IN_HALVES * one, PART_BYTES / 2) if halves else LOST * one
     part = min(part_length(batch, tokens, HIDDEN_BYTES * network.ffn_dim), tokens)
     hidden = batch * part * HIDDEN_BYTES * network.ffn_dim
