@@ -18,9 +18,11 @@ TARGET = "sm_90a"
 HEAD_DIM = 128
 ROWS = 128  # of a program
 THREADS = 256
-SHARED_BYTES = 128 * 132 * 4 + 128 * 4 + 8 * 128 * 4 + 8 * 4  # cuda.cu's Shared
+MOST_HEADS = 8  # of a program, on Hopper
+# Of cuda.cu's Shared: cosines and sines, weights and bias, which on other cards stay in the cache.
+HOPPER_BYTES = 128 * 132 * 4 + (MOST_HEADS + 1) * 128 * 4
+SHARED_BYTES = HOPPER_BYTES + 128 * 4 + 8 * 128 * 4 + 8 * 4
 LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
-TURN_BYTES = 128 * 132 * 4  # of it cosines and sines, which on other cards stay in the cache
 Operands = nvrtc.operands(
     pointers="x norms weight cos sin out means integers scales mix normalizer bias",
     integers="x_b x_l x_h cos_b cos_l sin_b sin_l length heads blocks heads_each",
@@ -129,6 +131,6 @@ def _kernel(x: torch.Tensor, block: int, quantize: bool, linear: bool) -> nvrtc.
     flags = {"BLOCK": block, "QUANTIZE": int(quantize), "LINEAR": int(linear)}
     card = capability(x.device)
     flags |= {"HOPPER": int(card == HOPPER), "BF16": int(x.dtype == torch.bfloat16)}
-    shared = SHARED_BYTES + linear * LINEAR_BYTES - (1 - flags["HOPPER"]) * TURN_BYTES
+    shared = SHARED_BYTES + linear * LINEAR_BYTES - (1 - flags["HOPPER"]) * HOPPER_BYTES
     target = TARGET if card == HOPPER else nvrtc.target_of(card, x.device)
     return nvrtc.load(SOURCE, "prepare", target, shared, Operands, x.device.index, **flags)

@@ -244,7 +244,7 @@ def test_long_videos_do_not_overflow_float16():
 @pytest.mark.parametrize("linear", [False, True], ids=["rows", "linear"])
 def test_two_programs_share_a_multiprocessor_of_100_kb(linear):
     """Without cosines and sines in shared memory; all cards of mma.sync have that much."""
-    shared = cuda.SHARED_BYTES + linear * cuda.LINEAR_BYTES - cuda.TURN_BYTES
+    shared = cuda.SHARED_BYTES + linear * cuda.LINEAR_BYTES - cuda.HOPPER_BYTES
     assert 2 * (shared + 1024) <= 100 * 1024
 
 
