@@ -27,10 +27,11 @@ from collections.abc import Iterable
 
 from ..kernels.checks import BLOCK
 
-# What is made of some tokens at a time may take so much: those fill the GPU still.
-PART_BYTES = 2**29
+# What is made of some tokens at a time may take so much: those fill the GPU still. On 132
+# multiprocessors 14B's linears at 720p then end with all of them at work, see NOTES.
+PART_BYTES = 2**30 // 3
 HIDDEN_BYTES = 3  # of a number hidden in the feed-forward layers: bf16, then beside it int8
-TEXT_BYTES = 12  # of a channel in attention to the text: q twice, the result, and them in int8
+TEXT_BYTES = 8  # of a channel in attention to the text: q, its norm and the result, two in int8
 # Values of as many bytes, 16 bits, come in halves: each fills the GPU still.
 HALVED_BYTES = 2**28
 SCORE_BYTES = 2**25  # at once, see kernels/block_map
