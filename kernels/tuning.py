@@ -181,8 +181,10 @@ ATTENTION: dict[Card, dict[str, KeyLoop]] = {
     (12, 0): {"16 bit": KeyLoop(2), "fp16": KeyLoop(3), "fp8": KeyLoop(3)},
 }
 
-# Keys of one step of attention to a text: as many as spill nothing.
+# Attention to a text: keys of one step, and warps of a program that keeps a short text's keys. On
+# Hopper measured, on other cards what spills nothing.
 TEXT_KEYS: dict[Card, int] = {(8, 0): 32, (9, 0): 64, (12, 0): 32}
+SHORT_TEXT_WARPS: dict[Card, int] = {(8, 0): 8, (9, 0): 4, (10, 0): 8}
 
 # Of block selection. More warps wait for each other, fewer take longer; on Hopper so many registers
 # let 12 programs share a multiprocessor, on other cards they would spill.

@@ -4,20 +4,22 @@ what torch's allocator loses in between.
 Counted in activations of one bf16 [B, L, C]; an int8 one is half of it. The fused block
 (host/block.py) is written so that nothing outlives its use; here is what then is alive at once:
 
-    k and v      its input 1, that in int8 1/2, k 1, v 1, and the int8 of k 1/2
+    k and v      its input 1, that in int8 1/2, k 1, v 1, and v in low bits 1/2 (fp16 values 1);
+                 where v comes in halves, see `values_in_halves`, half of it
     q            input 1, k and v in low bits 1 (fp16 values 3/2), q 1 (the result takes its memory)
-                 and its int8 1/2, and the scores of the block map
+                 and its int8 1/2, some heads' scores and the block map
     16 bits      input 1, q, k, v 3, the linear branch 1, and the scores
-    dense        input 1, that in int8 1/2, q, k, v 3, one more while k is normed
-    text         input 1 (the caller holds it), the new residual 1, q 1, then the result 1
+    dense        input 1, q, k, v 3, then the result 1
+    text         input 1 (the caller holds it), the new residual 1, and of a part of the tokens q
+                 twice, or q and the result
     feed-forward input 1, residual 1, and of a part of the tokens what is hidden, 16 bits and int8
 
 The allocator gives back to the GPU only what it got in one piece and is free as a whole, and takes
 from the smallest free piece that is large enough. What would stay in the way there is made first:
-the text's keys and values before all blocks, q, k and v before the int8 that they are made of. What
-it loses still hangs on sizes, on the convolution before the blocks and on what others keep in
-between: up to nine tenths of an activation on an H200, of 14B at 720p.
-tests/host/test_activation_memory.py plays it through.
+the text's keys and values before all blocks, q, k and v before the int8 that they are made of. And
+what is of one size is so to the byte, see kernels/room.py: a piece that is a row too small helps
+nobody. What it loses still hangs on sizes, on the convolution before the blocks and on what others
+keep in between. tests/host/test_activation_memory.py plays it through.
 """
 
 import dataclasses
@@ -25,17 +27,22 @@ from collections.abc import Iterable
 
 from ..kernels.checks import BLOCK
 
-# What the hidden activations of the feed-forward layers, 16 bits and int8, may take: so many tokens
-# at once fill the GPU still.
-HIDDEN_BYTES = 2**30
-HIDDEN_ITEM = 3  # bytes of one hidden number: bf16, then beside it int8
+# What is made of some tokens at a time may take so much: those fill the GPU still. On 132
+# multiprocessors 14B's linears at 720p then end with all of them at work, see NOTES.
+PART_BYTES = 2**30 // 3
+HIDDEN_BYTES = 3  # of a number hidden in the feed-forward layers: bf16, then beside it int8
+TEXT_BYTES = 8  # of a channel in attention to the text: q, its norm and the result, two in int8
+# Values of as many bytes, 16 bits, come in halves: each fills the GPU still.
+HALVED_BYTES = 2**28
+SCORE_BYTES = 2**25  # at once, see kernels/block_map
 # Sums over keys in parts, tables, block means of small models: what does not grow with the video.
 CONSTANT = 64 * 2**20
 # Around the blocks, bytes a token: latents of the sampler and the model's, float32 and bf16.
 AROUND = 2048
 ROTATION = 12  # bytes a token and head channel: the host's matrices and our cosines and sines
-SLACK = 1.05  # what is small
-LOST = 1  # activations that the allocator cannot use
+SLACK = 1.02  # what is small
+# Activations that the allocator cannot use: fewer where v comes in halves, but half of a part.
+LOST, LOST_IN_HALVES = 1.25, 0.4
 # Bytes: of the GPU the allocator takes whole PIECEs for what is larger than ALONE.
 PIECE, ALONE = 2 * 2**20, 10 * 2**20
 
@@ -50,11 +57,17 @@ class Network:
     num_layers: int
 
 
-def part_length(batch: int, length: int, ffn_dim: int) -> int:
-    """Tokens that go through the feed-forward layers at once: even parts, in whole blocks of
-    scales, with at most HIDDEN_BYTES of hidden activations."""
-    parts = -(-batch * length * ffn_dim * HIDDEN_ITEM // HIDDEN_BYTES)
+def part_length(batch: int, length: int, each: int) -> int:
+    """Tokens that go through layers at once: even parts, in whole blocks of scales, that take at
+    most PART_BYTES with `each` bytes a token."""
+    parts = -(-batch * length * each // PART_BYTES)
     return -(-length // (max(parts, 1) * BLOCK)) * BLOCK
+
+
+def values_in_halves(batch: int, length: int, dim: int) -> bool:
+    """Whether half of the heads' values are made and quantized before the others: where that is
+    much memory, and each half whole blocks of scales."""
+    return batch == 1 and dim % (2 * BLOCK) == 0 and 2 * length * dim >= HALVED_BYTES
 
 
 def fused_bytes(
@@ -65,6 +78,7 @@ def fused_bytes(
     fp8_values: bool = True,
     texts: int = 1,
     text_tokens: int = 512,
+    topk: float = 1.0,
 ) -> int:
     """Upper bound of the memory of one forward pass beside the weights, in bytes.
 
@@ -76,18 +90,17 @@ def fused_bytes(
         fp8_values: whether SageSLA has its values in fp8 rather than float16.
         texts, text_tokens: prompts whose keys and values are kept for all blocks, and the tokens
             of each.
+        topk: share of the key blocks that are attended to.
     """
     one = 2 * batch * tokens * network.dim
-    scores = _score_bytes(network, batch, tokens)
-    q_phase = (3.5 if fp8_values else 4) * one + scores
-    attending = {
-        "sagesla": max(4 * one + _means_bytes(network, batch, tokens), q_phase),
-        "sla": 5 * one + scores,
-        "dense": 5.5 * one,
-    }[attention]
-    attending += LOST * one
-    part = min(part_length(batch, tokens, network.ffn_dim), tokens)
-    hidden = batch * part * HIDDEN_ITEM * network.ffn_dim
+    scores = _score_bytes(network, batch, tokens, topk)
+    halves = fp8_values and attention == "sagesla" and values_in_halves(batch, tokens, network.dim)
+    k_and_v, q_phase = 3.5 if halves else 4, 3.5 if fp8_values else 4
+    low_bits = max(k_and_v * one, q_phase * one + scores) + _means_bytes(network, batch, tokens)
+    attending = {"sagesla": low_bits, "sla": 5 * one + scores, "dense": 5 * one}[attention]
+    attending += max(LOST_IN_HALVES * one, PART_BYTES / 2) if halves else LOST * one
+    part = min(part_length(batch, tokens, HIDDEN_BYTES * network.ffn_dim), tokens)
+    hidden = batch * part * HIDDEN_BYTES * network.ffn_dim
     weights = 2 * network.dim * network.ffn_dim  # up and down, requantized or kept
     fits = 2 * batch * part * network.ffn_dim <= one  # into what attention had
     feeding = (2 * one if fits else attending) + hidden + weights
@@ -102,9 +115,13 @@ def rounding(sizes: Iterable[int]) -> int:
     return sum(-size % PIECE for size in sizes if size >= ALONE)
 
 
-def _score_bytes(network: Network, batch: int, tokens: int) -> int:
-    """Float32 scores of query blocks of 128 and key blocks of 64, and the block map of all."""
-    return 2 * 4 * batch * network.num_heads * -(-tokens // 128) * -(-tokens // 64)
+def _score_bytes(network: Network, batch: int, tokens: int, topk: float) -> int:
+    """Float32 scores of query blocks of 128 and key blocks of 64, of some heads, and the map."""
+    keys = -(-tokens // 64)
+    each = 4 * -(-tokens // 128) * batch * network.num_heads
+    return min(each * keys, max(SCORE_BYTES, each * keys // network.num_heads)) + each * max(
+        int(topk * keys), 1
+    )
 
 
 def _means_bytes(network: Network, batch: int, tokens: int) -> int:

@@ -12,6 +12,7 @@ RESIDENT = 2048  # scores of a row that two warps hold in their registers; 1182 
 FEW = 512  # those of a shorter row, in a quarter of the time; 512 at 480p
 CHUNK = 1024  # scores that one step of the selection of longer rows looks at
 TILE = 64  # query and key blocks of one score tile; blocks that are centered at a time
+SCORES = 2**23  # of some heads, that are there at once; 12 heads of 40 at 720p
 CHANNELS = 32  # that one program centers
 LAUNCH = {"num_warps": 4, "num_stages": 1}  # memory-bound or tiny, the same on every card
 
@@ -206,23 +207,21 @@ def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> t
     """Indices of the `count` best scores per row, int32 ascending; ties go to the lower index."""
     batch, heads, n_queries, dim = q_means.shape
     n_keys = k_means.shape[2]
-    scores = torch.empty(
-        batch, heads, n_queries, n_keys, dtype=torch.float32, device=q_means.device
-    )
-    block_map = torch.empty(
-        batch, heads, n_queries, count, dtype=torch.int32, device=q_means.device
-    )
-    tiles = -(-n_queries // TILE), -(-n_keys // TILE), batch * heads
-    scores_kernel[tiles](
-        q_means.contiguous(), k_means.contiguous(), scores, n_queries, n_keys,
-        HEAD_DIM=dim, TILE=TILE, **LAUNCH,
-    )  # fmt: skip
-    rows = (batch * heads * n_queries,)
-    if n_keys <= RESIDENT:
-        select_resident_kernel[rows](
-            scores, block_map, n_keys, count, RESIDENT=RESIDENT, FEW=FEW,
-            **of_card(SELECT_BLOCKS, capability(scores.device)),
-        )  # fmt: skip
-    else:
-        select_blocks_kernel[rows](scores, block_map, n_keys, count, CHUNK=CHUNK, **LAUNCH)
-    return block_map
+    options = {"device": q_means.device}
+    block_map = torch.empty(batch * heads, n_queries, count, dtype=torch.int32, **options)
+    at_once = min(max(SCORES // (n_queries * n_keys), 1), batch * heads)
+    scores = torch.empty(at_once, n_queries, n_keys, dtype=torch.float32, **options)
+    given = q_means.contiguous().flatten(0, 1), k_means.contiguous().flatten(0, 1), block_map
+    parts = [[x] if at_once == len(x) else x.split(at_once) for x in given]
+    for q, k, selected in zip(*parts, strict=True):
+        tiles = -(-n_queries // TILE), -(-n_keys // TILE), len(q)
+        scores_kernel[tiles](q, k, scores, n_queries, n_keys, HEAD_DIM=dim, TILE=TILE, **LAUNCH)
+        rows = (len(q) * n_queries,)
+        if n_keys <= RESIDENT:
+            select_resident_kernel[rows](
+                scores, selected, n_keys, count, RESIDENT=RESIDENT, FEW=FEW,
+                **of_card(SELECT_BLOCKS, capability(scores.device)),
+            )  # fmt: skip
+        else:
+            select_blocks_kernel[rows](scores, selected, n_keys, count, CHUNK=CHUNK, **LAUNCH)
+    return block_map.view(batch, heads, n_queries, count)

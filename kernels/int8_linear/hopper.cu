@@ -1,6 +1,7 @@
 // INT8 linear for Hopper: x [B, L, K] times the transpose of w [N, K], a scale for each row of both.
 //
-// A persistent program takes one tile of 128 x 256 after another. One warp copies steps of 128 k
+// A persistent program takes one tile of 128 x 256 after another. Two of a cluster take tiles of the
+// same columns, and each copies half of their weights for both. One warp copies steps of 128 k
 // into a ring of stages, another prepares what belongs to the tile's columns; two warpgroups
 // multiply 64 rows each. The next tile's first stages arrive while they finish.
 
@@ -14,7 +15,7 @@ constexpr int STEP = 128;  // of k: a row of a stage, as wide as a swizzle
 constexpr int STAGES = 4;
 // Up to here the residual is fetched ahead; in longer tiles it hardly matters, and costs more.
 constexpr int FEW = 2048;  // of k
-constexpr int GROUP = 8;  // tiles along L that share weights before N moves on
+constexpr int GROUP = 8;  // pairs of tiles along L that share weights before N moves on
 constexpr int CONSUMER_WARPS = 8;
 constexpr int THREADS = 32 * (CONSUMER_WARPS + 4);
 
@@ -37,7 +38,7 @@ struct alignas(64) TensorMap {
 };
 
 struct Operands {
-    TensorMap x_map, w_map;  // of x [B, L, K] and w [N, K], int8
+    TensorMap x_map, w_map;  // of x [B, L, K] and w [N, K], int8; half a tile's columns
     const float* x_scale;    // [B, L]
     const float* w_scale;    // [N]
     const u16* bias;         // [N] or null
@@ -61,18 +62,23 @@ struct Tile {
 __device__ __forceinline__ int tiles_across(const Operands& o) {
     return (o.n + TILE_N - 1) / TILE_N;
 }
-__device__ __forceinline__ int tiles_down(const Operands& o) {
-    return (o.length + TILE_L - 1) / TILE_L;
+// The two programs of a cluster take pairs of tiles, one below the other.
+__device__ __forceinline__ int pairs_down(const Operands& o) {
+    return (o.length + 2 * TILE_L - 1) / (2 * TILE_L);
 }
-__device__ __forceinline__ int tiles(const Operands& o) {
-    return o.batch * tiles_across(o) * tiles_down(o);
+__device__ __forceinline__ int rank_in_pair() { return blockIdx.x % 2; }
+__device__ __forceinline__ int first_pair() { return blockIdx.x / 2; }
+__device__ __forceinline__ int pairs_at_once() { return gridDim.x / 2; }
+__device__ __forceinline__ int pairs(const Operands& o) {
+    return o.batch * tiles_across(o) * pairs_down(o);
 }
 
 __device__ __forceinline__ Tile tile_of(int index, const Operands& o) {
-    int across = tiles_across(o), down = tiles_down(o), each = across * down;
+    int across = tiles_across(o), down = pairs_down(o), each = across * down;
     int of_group = GROUP * across, in_sample = index % each, in_group = in_sample % of_group;
     int first = in_sample / of_group * GROUP, many = min(GROUP, down - first);
-    return {index / each, (first + in_group % many) * TILE_L, in_group / many * TILE_N};
+    return {index / each, (2 * (first + in_group % many) + rank_in_pair()) * TILE_L,
+            in_group / many * TILE_N};
 }
 
 // ---- the copying warp ----
@@ -87,19 +93,20 @@ __device__ __forceinline__ void copy_x(
         "r"(shared_address(barrier)) : "memory");
 }
 
+// To both programs, and tells both.
 __device__ __forceinline__ void copy_w(
     void* to, const TensorMap& map, int k, int row, u64* barrier
 ) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3}], [%4];"
-        ::"r"(shared_address(to)), "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier))
-        : "memory");
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+        ::"r"(shared_address(to)), "l"(&map), "r"(k), "r"(row), "r"(shared_address(barrier)),
+          "h"((u16)3) : "memory");
 }
 
 __device__ __forceinline__ void copy_stages(Shared& shared, const Operands& o) {
     Ring<STAGES> ring;
-    for (int index = blockIdx.x; index < tiles(o); index += gridDim.x) {
+    for (int index = first_pair(); index < pairs(o); index += pairs_at_once()) {
         Tile tile = tile_of(index, o);
 #pragma unroll 1
         for (int k = 0; k < o.k; k += STEP, ring.next()) {
@@ -107,7 +114,8 @@ __device__ __forceinline__ void copy_stages(Shared& shared, const Operands& o) {
             u64* full = &shared.full[ring.stage];
             barrier_expect(full, sizeof(Stage));
             copy_x(shared.stages[ring.stage].x, o.x_map, k, tile.row, tile.sample, full);
-            copy_w(shared.stages[ring.stage].w, o.w_map, k, tile.column, full);
+            int half = rank_in_pair() * (TILE_N / 2);
+            copy_w(shared.stages[ring.stage].w + half * STEP, o.w_map, k, tile.column + half, full);
         }
     }
 }
@@ -135,13 +143,14 @@ __device__ __forceinline__ void prepare_columns(Shared& shared, const Operands& 
     int lane = threadIdx.x % 32;
     bool residual = o.residual && o.k <= FEW;
     Ring<2> ring;
-    int index = blockIdx.x;
-    for (; index < tiles(o); index += gridDim.x, ring.next()) {
+    int index = first_pair();
+    for (; index < pairs(o); index += pairs_at_once(), ring.next()) {
         Tile tile = tile_of(index, o);
         const float* sample_gates = gates + (long long)tile.sample * gate_b;
         barrier_wait(&shared.used[ring.stage], ring.parity ^ 1);
         // Now the tile before is begun.
-        if (residual && index > blockIdx.x) prefetch_residual(tile_of(index - gridDim.x, o), o);
+        if (residual && index > first_pair())
+            prefetch_residual(tile_of(index - pairs_at_once(), o), o);
 #pragma unroll
         for (int at = 2 * lane; at < TILE_N; at += 64) {
             int column = min(tile.column + at, last);
@@ -157,7 +166,7 @@ __device__ __forceinline__ void prepare_columns(Shared& shared, const Operands& 
     }
     if (!residual) return;
     barrier_wait(&shared.used[ring.stage], ring.parity ^ 1);
-    prefetch_residual(tile_of(index - gridDim.x, o), o);
+    prefetch_residual(tile_of(index - pairs_at_once(), o), o);
 }
 
 // ---- the multiplying warpgroups ----
@@ -183,6 +192,19 @@ __device__ __forceinline__ void mma(int (&acc)[128], u64 x, u64 w, int add) {
         : "l"(x), "l"(w), "r"(add));
 }
 
+// This program's warp is done with a stage, which both programs' copies go into.
+__device__ __forceinline__ void release(u64* empty) {
+    barrier_arrive(empty);
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
+                 ::"r"(shared_address(empty)), "r"(rank_in_pair() ^ 1) : "memory");
+}
+
+// Of the cluster's programs.
+__device__ __forceinline__ void meet() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 // All of a tile's products but the last ones are done on return, those are under way.
 __device__ __forceinline__ void multiply(
     Shared& shared, int (&acc)[128], Ring<STAGES>& ring, int k
@@ -201,7 +223,7 @@ __device__ __forceinline__ void multiply(
         hold(acc);
         if (step) {
             mma_wait<1>();
-            if (lane == 0) barrier_arrive(&shared.empty[before]);
+            if (lane == 0) release(&shared.empty[before]);
         }
         before = ring.stage;
     }
@@ -303,7 +325,7 @@ __device__ __forceinline__ void multiply_tiles(Shared& shared, const Operands& o
     int lane = threadIdx.x % 32;
     Ring<STAGES> ring;
     Ring<2> factors;
-    for (int index = blockIdx.x; index < tiles(o); index += gridDim.x, factors.next()) {
+    for (int index = first_pair(); index < pairs(o); index += pairs_at_once(), factors.next()) {
         Tile tile = tile_of(index, o);
         Rows rows = rows_of(tile, o);
         int acc[128];           // [64, TILE_N] of a warpgroup
@@ -313,7 +335,7 @@ __device__ __forceinline__ void multiply_tiles(Shared& shared, const Operands& o
         if (RESIDUAL) load_residual(residual, rows, columns);
         mma_wait<0>();
         hold(acc);
-        if (lane == 0) barrier_arrive(&shared.empty[(ring.stage + STAGES - 1) % STAGES]);
+        if (lane == 0) release(&shared.empty[(ring.stage + STAGES - 1) % STAGES]);
         barrier_wait(&shared.known[factors.stage], factors.parity);
         float squares[2] = {};
         const float2* of_columns = shared.columns[factors.stage];
@@ -324,7 +346,7 @@ __device__ __forceinline__ void multiply_tiles(Shared& shared, const Operands& o
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_linear(
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) int8_linear(
     const __grid_constant__ Operands o
 ) {
     extern __shared__ char memory[];
@@ -332,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_linear(
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&shared.full[i], 1);
-            barrier_init(&shared.empty[i], CONSUMER_WARPS);
+            barrier_init(&shared.empty[i], 2 * CONSUMER_WARPS);
         }
         for (int i = 0; i < 2; i++) {
             barrier_init(&shared.known[i], 1);
@@ -340,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_linear(
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    __syncthreads();
+    meet();
     int warp = threadIdx.x / 32;
     // All registers of the program: 256 threads with 232 and 128 with 40.
     if (warp >= CONSUMER_WARPS) {
@@ -356,4 +378,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_linear(
         else
             multiply_tiles<false, false>(shared, o);
     }
+    __syncwarp();
+    meet();  // a program's memory is there as long as the other one writes to it
 }

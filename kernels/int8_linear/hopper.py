@@ -76,10 +76,10 @@ def linear(
     """`int8_linear` with a scale per row, of what is not `unfit`; to `squares` as below."""
     batch, length, k = x_q.shape
     n = w_q.shape[0]
-    tiles = batch * -(-length // TILE_L) * -(-n // TILE_N)
+    pairs = batch * -(-length // (2 * TILE_L)) * -(-n // TILE_N)  # of tiles, of a cluster
     x_scale = x_scale.contiguous()
     operands = Operands(
-        nvrtc.tensor_map(x_q, TILE_L), nvrtc.tensor_map(w_q, TILE_N),
+        nvrtc.tensor_map(x_q, TILE_L), nvrtc.tensor_map(w_q, TILE_N // 2),
         *map(nvrtc.address, (x_scale, w_scale, bias, gate, residual, out, squares)),
         batch, length, n, k, 0 if gate is None else gate.stride(0),
         *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
@@ -88,7 +88,8 @@ def linear(
         SOURCE, "int8_linear", TARGET, SHARED_BYTES, Operands, x_q.get_device(),
         BF16=int(out.dtype == torch.bfloat16),
     )  # fmt: skip
-    kernel.launch(min(tiles, multiprocessors(x_q.device)), THREADS, operands)
+    clusters = min(pairs, multiprocessors(x_q.device) // 2)
+    kernel.launch(2 * clusters, THREADS, operands)
     return out
 
 

@@ -11,6 +11,7 @@ from ..checks import BLOCK
 from ..dispatch import multiprocessors
 from ..launching import launched
 from ..norm.triton import load_row, row_launch, row_pieces, store_row
+from ..room import in_whole_blocks
 from ..tuning import GELU_ROWS, QUANTIZE_BLOCKS, RowLoop, of_width
 
 BLOCKS_LAUNCH = {"BLOCK": BLOCK, **QUANTIZE_BLOCKS}
@@ -35,7 +36,8 @@ def quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape[-2:]
     batched = x if x.ndim == 3 else x.reshape(-1, rows, columns)
-    q = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    q = in_whole_blocks(*batched.shape, torch.int8, x.device)
+    q = q if x.ndim == 3 else q.view(x.shape)
     scale = torch.empty(*x.shape[:-1], dtype=torch.float32, device=x.device)
     if activation is None:
         given = x if amax is None else amax.contiguous()

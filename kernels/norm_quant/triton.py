@@ -18,6 +18,7 @@ from ..norm.triton import (
     normalize_row,
     row_pieces,
 )
+from ..room import in_whole_blocks
 from ..tuning import LAYER_NORM_BLOCKS, LAYER_NORM_ROWS, RowLoop, of_width
 
 BLOCKS_LAUNCH = {"BLOCK": BLOCK, **LAYER_NORM_BLOCKS}
@@ -35,7 +36,7 @@ def layer_norm_quant(
     batch, length, channels = x.shape
     operands, strides = layer_norm_operands(x, weight, bias, scale, shift)
     per_token = any(m is not None and m.shape[1] > 1 for m in (scale, shift))
-    q = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    q = in_whole_blocks(batch, length, channels, torch.int8, x.device)
     if granularity == "rows":
         loop = of_width(LAYER_NORM_ROWS, channels)
         kernel, grid = layer_norm_rows_kernel, loop_grid(loop, batch, length, x.device)

@@ -19,6 +19,7 @@ constexpr int WARPS = ROWS / 16;
 constexpr int THREADS = 32 * WARPS;
 // What warps tell one another of a head: twice, so that they meet once a head, not twice.
 constexpr int HEADS_TOLD = HOPPER || LINEAR ? 1 : 2;
+constexpr int MOST_HEADS = 8;  // of a program, on Hopper
 #if LINEAR
 constexpr int MIX_STRIDE = HEAD_DIM + 8;  // in 16 bits: keeps rows in different banks
 #endif
@@ -26,6 +27,8 @@ constexpr int MIX_STRIDE = HEAD_DIM + 8;  // in 16 bits: keeps rows in different
 struct Shared {
 #if HOPPER
     float turns[ROWS][HEAD_DIM + 4];  // cosine and sine of a pair, side by side
+    float weight[MOST_HEADS][HEAD_DIM];  // of the program's heads
+    float bias[HEAD_DIM];
 #endif
 #if LINEAR
     // [channel out, channel in], in the order of products; on Hopper two halves of the channels in,
@@ -383,7 +386,7 @@ __device__ __forceinline__ void store_mixed(
 
 // Starts the copies of a head's mix.
 __device__ __forceinline__ void load_mix(
-    Shared& shared, const u16* mix, const float* normalizer, float unit
+    Shared& shared, const u16* mix, float normalizer, float unit
 ) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < HEAD_DIM * HEAD_DIM / 8; i += THREADS) {
@@ -392,7 +395,7 @@ __device__ __forceinline__ void load_mix(
                         : 2 * (row * MIX_STRIDE + chunk * 8);
         copy_16(mix_address(shared) + at, mix + 8 * i);
     }
-    if (threadIdx.x < HEAD_DIM) shared.normalizer[threadIdx.x] = normalizer[threadIdx.x] * unit;
+    if (threadIdx.x < HEAD_DIM) shared.normalizer[threadIdx.x] = normalizer * unit;
 }
 #endif
 
@@ -429,6 +432,23 @@ __device__ __forceinline__ void load_turns(
         shared.norms[threadIdx.x] = threadIdx.x < inside ? norms[threadIdx.x] : 0;
 }
 
+// On Hopper the weights of the program's heads and the bias wait in shared memory, as the rows leave
+// the cache no room for them.
+__device__ __forceinline__ void load_weights(
+    Shared& shared, const Operands& o, int first_head, int many
+) {
+#if HOPPER
+    if (threadIdx.x < many * HEAD_DIM / 4)
+        copy_16(shared_address(shared.weight) + 16 * threadIdx.x,
+                o.weight + first_head * HEAD_DIM + 4 * threadIdx.x);
+#if LINEAR
+    if (threadIdx.x < HEAD_DIM / 4)
+        copy_16(shared_address(shared.bias) + 16 * threadIdx.x, o.bias + 4 * threadIdx.x);
+#endif
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
     const __grid_constant__ Operands o
 ) {
@@ -449,13 +469,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
     u16* out_rows = o.out + (sample * (long long)length + first) * heads * HEAD_DIM;
     int last = min(heads, (group + 1) * o.heads_each);
     uint4 raw[2][4];  // [ROWS, HEAD_DIM] as read, in 16 bits
-    int head = group * o.heads_each;
+    int first_head = group * o.heads_each, head = first_head;
     const uint4* head_rows = reinterpret_cast<const uint4*>(rows + (long long)head * x_h);
     load_rows(raw, head_rows, x_l / 8, row, pair, inside);
+    load_weights(shared, o, head, last - head);
     load_turns(shared, o.norms + sample * (long long)length + first, angles, inside);
 #if LINEAR
     // Keeps the normalizers, sums over all keys, in the range of float16.
     float unit = 32768.0f / max(32768, length);
+    float normalizer = 0;  // of the next head
+    if (threadIdx.x < HEAD_DIM)
+        normalizer = o.normalizer[(sample * (long long)heads + head) * HEAD_DIM + threadIdx.x];
 #endif
     __syncthreads();
     for (; head < last; head++) {
@@ -463,10 +487,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
         int told = head % HEADS_TOLD;
         long long whole_head = sample * (long long)heads + head;
 #if LINEAR
-        load_mix(shared, o.mix + whole_head * HEAD_DIM * HEAD_DIM,
-                 o.normalizer + whole_head * HEAD_DIM, unit);
+        load_mix(shared, o.mix + whole_head * HEAD_DIM * HEAD_DIM, normalizer, unit);
+        if (head + 1 < last && threadIdx.x < HEAD_DIM)
+            normalizer = o.normalizer[(whole_head + 1) * HEAD_DIM + threadIdx.x];
 #endif
-        rotate(packed, raw, shared, angles, o.weight + head * HEAD_DIM, row, pair, inside);
+#if HOPPER
+        const float* weight = shared.weight[head - first_head];
+#else
+        const float* weight = o.weight + head * HEAD_DIM;
+#endif
+        rotate(packed, raw, shared, angles, weight, row, pair, inside);
         if (head + 1 < last)
             load_rows(raw, head_rows += x_h / 8, x_l / 8, row, pair, inside);
         add_up(shared, packed, told, warp, lane);
@@ -506,9 +536,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
 #endif
         u16* to = out_rows + head * HEAD_DIM;
 #if LINEAR
+#if HOPPER
+        const float* bias = shared.bias;
+#else
+        const float* bias = o.bias;
+#endif
         float factor[2] = {weigh(packed[0], shared.normalizer, unit, pair),
                            weigh(packed[1], shared.normalizer, unit, pair)};
-        store_mixed(shared, to, packed, factor, o.bias, (long long)heads * HEAD_DIM, row, lane,
+        store_mixed(shared, to, packed, factor, bias, (long long)heads * HEAD_DIM, row, lane,
                     inside);
 #else
         store_rows(to, packed, (long long)heads * HEAD_DIM, row, pair, inside);

@@ -17,7 +17,10 @@ SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90a"
 HEAD_DIM = 128
 ROWS = 128  # of a program, at most
-LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what the linear branch takes in shared memory
+MOST_HEADS = 8  # of a program, on Hopper
+# Of cuda.cu's Shared: cosines and sines, weights and bias, which on other cards stay in the cache.
+HOPPER_BYTES = 128 * 132 * 4 + (MOST_HEADS + 1) * 128 * 4
+LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
 Operands = nvrtc.operands(
     pointers="x norms weight cos sin out means integers scales mix normalizer bias",
     integers="x_b x_l x_h cos_b cos_l sin_b sin_l length heads blocks heads_each",
@@ -129,10 +132,10 @@ def rows_of_program(card: tuple[int, int], block: int) -> int:
 
 
 def shared_bytes(rows: int, hopper: bool, linear: bool) -> int:
-    """cuda.cu's Shared: norms, sums and maxima, on Hopper cosines and sines, the linear branch."""
+    """cuda.cu's Shared: norms, sums and maxima, what waits there on Hopper, the linear branch."""
     told = 1 if hopper or linear else 2
     own = rows * 4 + told * rows // 16 * (HEAD_DIM + 1) * 4
-    return own + hopper * rows * (HEAD_DIM + 4) * 4 + linear * LINEAR_BYTES
+    return own + hopper * HOPPER_BYTES + linear * LINEAR_BYTES
 
 
 def _kernel(x: torch.Tensor, rows: int, block: int, quantize: bool, linear: bool) -> nvrtc.Kernel:

@@ -1,6 +1,7 @@
 """Sparse-linear attention, whole: a composition of the ops around it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,10 @@ from ..linear_attention import (
 from ..qk_prepare import Prepared, prepare
 from ..sparse_attention import (
     PV_DTYPES,
+    Int8Blocks,
     attend_quantized,
     default_pv,
+    room_for_values,
     sage_attention,
     sage_kernels,
     sparse_attention,
@@ -110,7 +113,7 @@ def _differentiable(q, k, v, proj, low_bit, block_map, options: Options) -> torc
 def sla_from_projections(
     q: Projection,
     k: Projection,
-    v: torch.Tensor | Callable[[], torch.Tensor],
+    v: torch.Tensor | Callable[[], torch.Tensor | Iterator[torch.Tensor]],
     norms: Norms | Pair,
     rotation: Pair,
     proj: Pair | None,
@@ -130,7 +133,9 @@ def sla_from_projections(
         q, k: [B, L, H, D], the projections, contiguous; float32, float16 or bfloat16.
         v: [B, L, H, D] of the same dtype. All three may be functions that give them, called for k,
             v and q in turn: in low bits k and v are then freed before there is a q. Those of q and
-            k give two things, the second one its `row_norms`, see `prepare`, or None.
+            k give two things, the second one its `row_norms`, see `prepare`, or None. That of v may
+            in low bits give an iterator: of one sample, some heads after the others, each of which
+            is quantized before the next is asked for.
         norms: see `Norms`; what comes of some heads is what it is among all, bit for bit.
         rotation: cos and sin [1 or B, L, D / 2] float32; see `apply_rope`. Pairs that lie side by
             side (stride 1) save a copy.
@@ -149,15 +154,14 @@ def sla_from_projections(
     k, row_norms = k() if callable(k) else (k, None)
     v = v() if callable(v) else v
     shape = k.shape
-    _check_inputs(k, k, v, proj, topk, BLOCK_Q, BLOCK_K)
+    _check_inputs(k, k, v if isinstance(v, torch.Tensor) else k, proj, topk, BLOCK_Q, BLOCK_K)
     means = prepare(k, k_norm, *rotation, eps, BLOCK_K, False, k, None, row_norms, backend).means
-    keys = _keys(k, v, means, proj, "softmax", low_bit, BLOCK_K, backend, heads)
     if low_bit:
-        pv = pv or default_pv(v.device)
-        kernels = sage_kernels(k, v, pv=pv, backend=backend)
-        keys = keys._replace(rows=None, v=None)
-        k = kernels.quantize_keys(k, BLOCK_K, keys.mean)
-        v = kernels.quantize_values(v, PV_DTYPES[pv], BLOCK_K, keys.v_max)
+        v = iter([v]) if isinstance(v, torch.Tensor) else v
+        pv = pv or default_pv(k.device)
+        kernels, keys, k, v = _in_low_bits(k, v, means, proj, pv, backend, heads or shape[2])
+    else:
+        keys = _keys(k, v, means, proj, "softmax", False, BLOCK_K, backend, heads)
     q, row_norms = q() if callable(q) else (q, None)
     check_shape("q", q, shape)
     # In 16 bits attention reads the rotated q, which then cannot make room for its linear branch.
@@ -194,14 +198,70 @@ def _keys(
     """What the queries meet, given the block means [B, H, N, D] of the rows; `of_heads` as in
     key_value_state."""
     means, mean = center_means(means, rows.shape[1], block_k, backend)
-    branch = v_max = None
-    if proj is not None and low_bit:
-        *sums, v_max = key_value_state_and_maximum(rows, v, feature_map, backend, of_heads)
-        branch = LinearBranch(*sums, *proj, feature_map)
-    elif proj is not None:
+    branch = _branch(rows, v, proj, feature_map, low_bit, backend, of_heads)
+    return _Keys(rows, v, means, mean, *branch)
+
+
+def _branch(
+    rows: torch.Tensor,
+    v: torch.Tensor,
+    proj: Pair | None,
+    feature_map: str,
+    low_bit: bool,
+    backend: str,
+    of_heads: int | None,
+) -> tuple[LinearBranch | None, torch.Tensor | None]:
+    """What the linear branch sums up, if there is one, and in low bits the largest values then."""
+    if proj is None:
+        return None, None
+    if not low_bit:
         sums = key_value_state(rows, v, feature_map, backend, of_heads)
-        branch = LinearBranch(*sums, *proj, feature_map)
-    return _Keys(rows, v, means, mean, branch, v_max)
+        return LinearBranch(*sums, *proj, feature_map), None
+    *sums, v_max = key_value_state_and_maximum(rows, v, feature_map, backend, of_heads)
+    return LinearBranch(*sums, *proj, feature_map), v_max
+
+
+def _in_low_bits(
+    k: torch.Tensor,
+    parts: Iterator[torch.Tensor],
+    means: torch.Tensor,
+    proj: Pair | None,
+    pv: str,
+    backend: str,
+    of_heads: int,
+) -> tuple[ModuleType, _Keys, Int8Blocks, Pair]:
+    """The kernels that attend to the keys k [B, L, H, D] and to the values, whose `parts` are some
+    heads after the others; what is known of the keys; and both in low bits.
+
+    Whoever calls holds k, which the last heads of v have to be summed up with.
+    """
+    means, mean = center_means(means, k.shape[1], BLOCK_K, backend)
+    room, branches, scales, heads = room_for_values(k, pv), [], [], slice(0, 0)
+    for v in parts:
+        heads = slice(heads.stop, heads.stop + v.shape[2])
+        rows = k[:, :, heads]
+        check_heads(k=rows, v=v)
+        kernels = sage_kernels(rows, v, pv=pv, backend=backend)
+        branch, v_max = _branch(rows, v, proj, "softmax", True, backend, of_heads)
+        out = room[:, heads]
+        _, scale = kernels.quantize_values(v, PV_DTYPES[pv], BLOCK_K, v_max, out=out)
+        branches.append(branch)
+        scales.append(scale)
+    if heads.stop != k.shape[2]:
+        raise ValueError(f"v must have the {k.shape[2]} heads of k, got {heads.stop}")
+    del v
+    keys = _Keys(None, None, means, mean, _of_all_heads(branches), None)
+    blocks = kernels.quantize_keys(k, BLOCK_K, mean)
+    scales = scales[0] if len(scales) == 1 else torch.cat(scales, 1)
+    return kernels, keys, blocks, (room, scales)
+
+
+def _of_all_heads(branches: list[LinearBranch | None]) -> LinearBranch | None:
+    """One branch of those of some heads after the others."""
+    if branches[0] is None or len(branches) == 1:
+        return branches[0]
+    state, normalizer = (torch.cat(sums, 1) for sums in list(zip(*branches, strict=True))[:2])
+    return branches[0]._replace(state=state, normalizer=normalizer)
 
 
 def _attend(

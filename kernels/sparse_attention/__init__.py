@@ -23,6 +23,7 @@ __all__ = [
     "Int8Blocks",
     "attend_quantized",
     "default_pv",
+    "room_for_values",
     "sage_attention",
     "sage_kernels",
     "sparse_attention",
@@ -235,7 +236,8 @@ def sage_kernels(
     """The module that `sage_attention` of these `rows` [B, L, H, D] runs in.
 
     For who quantizes one operand at a time, to free it before the next is made: by its
-    quantize_keys and quantize_values. They go into `attend_quantized`.
+    quantize_keys and quantize_values, the latter into parts of `room_for_values` where only some
+    heads are there. They go into `attend_quantized`.
     """
     x = rows[-1]
     return choose(
@@ -243,6 +245,13 @@ def sage_kernels(
         unsupported=(not_contiguous(*rows), float32_on_gpu(x), _no_fp8(x, pv)),
         operands=(x.shape[-1], block_q, block_k, pv),
     )  # fmt: skip
+
+
+def room_for_values(k: torch.Tensor, pv: str, block_k: int = 64) -> torch.Tensor:
+    """What takes the values that belong to keys k [B, L, H, D]: [B, H, N, D, block_k]."""
+    batch, length, heads, dim = k.shape
+    shape = batch, heads, -(-length // block_k), dim, block_k
+    return torch.empty(shape, dtype=PV_DTYPES[pv], device=k.device)
 
 
 def attend_quantized(

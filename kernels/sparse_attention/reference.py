@@ -158,12 +158,18 @@ def quantize_heads(x: torch.Tensor, block: int) -> Int8Blocks:
 
 
 def quantize_values(
-    v: torch.Tensor, dtype: torch.dtype, block: int, v_max: torch.Tensor | None = None
+    v: torch.Tensor,
+    dtype: torch.dtype,
+    block: int,
+    v_max: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, L, H, D] to `dtype` [B, H, N, D, block] and float32 [B, H, D], a scale per channel."""
+    """[B, L, H, D] to `dtype` [B, H, N, D, block], to `out` if there is one, and float32 [B, H, D],
+    a scale per channel."""
     amax = v.float().abs().amax(1) if v_max is None else v_max  # [B, H, D]
     amax = amax.clamp_min(1e-8)
     scaled = (v.float() * (VALUE_LIMIT / amax)[:, None]).clamp(-VALUE_LIMIT, VALUE_LIMIT)
     padded = torch.nn.functional.pad(scaled, (0, 0, 0, 0, 0, -v.shape[1] % block))
     columns = rearrange(padded, "b (n row) h d -> b h n d row", row=block)
-    return columns.contiguous().to(dtype), amax / VALUE_LIMIT
+    values = columns.contiguous().to(dtype)
+    return values if out is None else out.copy_(values), amax / VALUE_LIMIT

@@ -415,11 +415,14 @@ def quantize_values(
     v_max: torch.Tensor | None = None,
     swizzled: bool = False,
     limit: float = VALUE_LIMIT,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """v to `dtype` [B, H, N, D, block] and float32 [B, H, D], one scale per channel."""
+    """v to `dtype` [B, H, N, D, block], to a contiguous `out` if there is one, and float32
+    [B, H, D], one scale per channel."""
     batch, length, heads, dim = v.shape
     blocks = -(-length // block)
-    values = torch.empty(batch, heads, blocks, dim, block, dtype=dtype, device=v.device)
+    shape = batch, heads, blocks, dim, block
+    values = torch.empty(*shape, dtype=dtype, device=v.device) if out is None else out
     scales = torch.empty(batch, heads, dim, dtype=torch.float32, device=v.device)
     amax = channel_max(v, block) if v_max is None else v_max.contiguous()  # [B, H, D]
     with launching_on(v):

@@ -4,6 +4,7 @@
     ... vae.py --sizes 832x480x81 --strips 1 2 3    TurboVAE in so many strips as well
     ... vae.py --sizes 1280x720x81 --kernels        where TurboVAE's time goes
     ... vae.py --cudnn                              TurboVAE by torch's convolutions and attention
+    ... vae.py --fastvae                            beside the package fastvae, through diffusers
 
 Full width, random weights in bf16. Prints for decode and encode: a first run of 9 frames, the
 median of runs as a node sees them (memory to memory), TurboVAE's model alone, the highest memory
@@ -12,6 +13,7 @@ frames of both are from the host's in fp32.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -93,6 +95,19 @@ def psnr(x: torch.Tensor, exact: torch.Tensor) -> float:
     return float(10 * (scale / (x - exact).float().square().mean()).log10())
 
 
+def measure_fastvae(latents: torch.Tensor, runs: int) -> None:
+    """The decoder of the package fastvae, of diffusers' Wan 2.1 VAE, from and to RAM."""
+    from diffusers import AutoencoderKLWan
+    from fastvae import FastVAEDecoder
+
+    with torch.device("cuda"):
+        decoder = FastVAEDecoder.from_vae(AutoencoderKLWan().bfloat16().eval())
+    run = functools.partial(decoder.decode, latents, output_device="cpu")
+    first = timed(run, 1)[1]
+    _, median, peak = timed(run, runs)
+    say(f"  decode fastvae   {median:6.2f} s (at first {first:.2f}), peak {peak:.2f} GB")
+
+
 def in_strips(turbo: TurboVAE, direction: str, x: torch.Tensor, count: int) -> Callable:
     run = getattr(turbo, f"_{direction}")
     x = x if direction == "decode" else x.unsqueeze(0)
@@ -158,6 +173,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--cudnn", action="store_true")
+    parser.add_argument("--fastvae", action="store_true")
     parser.add_argument("--card", help="as on an older card, see tests/support/older_cards.py")
     options = parser.parse_args(arguments[1:])
     if options.card:
@@ -177,6 +193,8 @@ def main() -> None:
             for direction in options.directions:
                 x = given[direction]
                 done.append((size, direction, x, measure(host, turbo, direction, x, options)))
+            if options.fastvae:
+                measure_fastvae(given["decode"], options.runs)
         exact = float32_of(host)
         for part in done:
             compare_to_float32(exact, *part)

@@ -1,14 +1,16 @@
 """From the prompt to the video's file, in a real ComfyUI server: where time and memory go.
 
     COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/whole_clock.py --models 1.3B-480P 14B-480P
-    ... whole_clock.py --models A14B-I2V-720P --ways ours --free 12    on a card of 12 GB
+    ... whole_clock.py --models A14B-I2V-720P --ways ours --free 0 12 6    as on smaller cards
     ... whole_clock.py --models 14B-480P --ways ours --vae both --text umt5 --from-disk
 
 Random models of real size are written as files, and each way has a server of its own: our loader,
 a stock model with our nodes, and ComfyUI alone, with as many steps and no CFG. The first run brings
 the models up and compiles what is not in the caches of kernels; the others, of other seeds, find
-them there, and their medians count. Between models the server gives up what it holds. Written just
-before, the files are in the page cache, but for --from-disk. Linux only.
+them there, and their medians count. Between models the server gives up what it holds, and between
+sizes of the card what it holds on the GPU. The same seeds run at each size, and their latents' bits
+are told by a hash. Written just before, the files are in the page cache, but for --from-disk. Linux
+only.
 
 Everything is read in the server itself, where ComfyUI tells its client how far it is, see
 tests/support/turbo_test_nodes/clock.py. Steps end when the GPU has done them.
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
@@ -45,31 +47,47 @@ TINY = "tiny"
 MODELS = {TINY: forward_time.Shape(256, 512, 2, 16, 64, 64, 5), **forward_time.MODELS}
 VAES = "turbo", "stock", "both"
 GB = 1e9
-# Holds what is to be no part of the card, until its input ends.
+# Holds what is to be no part of the card: all but as many GB as a line says, 0 for nothing.
 HOLD = """
-import sys, torch
-free = torch.cuda.mem_get_info()[0]
-held = torch.empty(int(free - float(sys.argv[1]) * 1e9), dtype=torch.uint8, device="cuda")
-print(flush=True)
-sys.stdin.read()
+import sys, threading, torch
+def keep_busy():
+    here = torch.empty(1 << 26, dtype=torch.uint8).pin_memory()
+    there = torch.empty_like(here, device="cuda")
+    while True:
+        for _ in range(2):
+            there.copy_(here, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+if sys.argv[1:] == ["busy"]:
+    threading.Thread(target=keep_busy, daemon=True).start()
+free, held = torch.cuda.mem_get_info()[0], None
+for line in sys.stdin:
+    held = None
+    torch.cuda.empty_cache()
+    if left := float(line):
+        held = torch.empty(int(free - left * 1e9), dtype=torch.uint8, device="cuda")
+    print("done", flush=True)
 """
 
 
 def measure(server: ComfyServer, video: Video, way: str, turbo_vae: bool, options) -> dict:
     """One way of making one video: the first run and the medians of the others, by part."""
-    start, runs = len(server.log_text()), []
+    start, runs, bits = len(server.log_text()), [], []
     for seed in range(1 + options.runs):
         prompt = video.prompt(way, seed, turbo_vae)
         run = server.run(prompt)
         if run.outcome != "execution_success":
             return {"failed": run.message or run.outcome}
+        if "sampler" in run.cached:
+            raise SystemExit("ComfyUI has kept these latents: add --server=--cache-classic")
+        bits += run.outputs["bits"]["bits"]
         runs.append(server_clock.parts(server_clock.readings(server), prompt))
         if seed == 0:
             check(run.files, video)
         if runs[0]["whole"].seconds > options.longest or time.monotonic() > options.deadline:
             break
     lines = re.findall(r"TurboDiffusion: .*passes?;.*", server.log_text()[start:])
-    return {"first": runs[0], "warm": warm(runs[1:]), "runs": len(runs) - 1, "log": lines[-1:]}
+    found = {"first": runs[0], "warm": warm(runs[1:]), "runs": len(runs) - 1}
+    return found | {"bits": bits, "log": lines[-1:]}
 
 
 def check(files: list[Path], video: Video) -> None:
@@ -105,39 +123,53 @@ def show(title: str, result: dict) -> None:
         told = [f"{value / GB:6.2f}" for value in (later.get(name) or first[name])[1:]]
         memory = f" | {'  '.join(told[:3])} | {'  '.join(told[3:])}" if any(told) else ""
         say(f"  {name:16} {' '.join(times)}{memory}")
+    say(f"  bits of the latents: {' '.join(result['bits'])}")
     for line in result["log"]:
         say(f"  {line}")
 
 
 def summary(results: list[dict]) -> None:
     """A line for each way of each video."""
-    say(f"{'':40} start to pixels  whole, warm  first | GB of tensors   card | host")
+    say(f"{'':48} to latents  to pixels  whole, warm  first | GB of tensors  card  host | bits")
     for result in results:
         if "failed" in result:
-            say(f"{result['title']:40} failed")
+            say(f"{result['title']:48} failed")
             continue
         first, told = result["first"], result["warm"] or result["first"]
-        times = told["start to pixels"], told["whole"], first["whole"]
-        seconds = "  ".join(f"{part.seconds:12.2f}" for part in times)
+        times = told["start to latents"], told["start to pixels"], told["whole"], first["whole"]
+        seconds = " ".join(f"{part.seconds:10.2f}" for part in times)
         most = Part(*(max(values) for values in zip(*told.values(), strict=True)))
-        memory = f"{most.peak / GB:13.2f} {most.card / GB:6.1f} | {most.resident / GB:4.1f}"
+        memory = f"{most.peak / GB:13.2f} {most.card / GB:5.1f} {most.resident / GB:5.1f}"
         how = "" if result["warm"] else " (all of the first run)"
-        say(f"{result['title']:40} {seconds} | {memory}{how}")
+        say(f"{result['title']:48} {seconds} | {memory} | {' '.join(result['bits'])}{how}")
 
 
 @contextlib.contextmanager
-def small_card(free: float | None) -> Iterator[None]:
-    """Meanwhile another process holds the GPU's memory but for `free` GB; None leaves it all."""
-    if free is None:
-        yield
-        return
-    command = [sys.executable, "-c", HOLD, str(free)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
+def small_card(busy: bool) -> Iterator[Callable[[float], None]]:
+    """A function that leaves so many GB of the GPU to others than a process that holds the rest.
+
+    0 leaves all. It counts what others hold already as theirs. busy: that process copies to the GPU
+    all the time, too.
+    """
+    command = [sys.executable, "-c", HOLD, *(["busy"] if busy else [])]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as holder:
+
+        def leave(gigabytes: float) -> None:
+            holder.stdin.write(f"{gigabytes}\n")
+            holder.stdin.flush()
+            if not holder.stdout.readline():
+                raise SystemExit(f"the GPU has no memory to hold so that {gigabytes} GB are left")
+
         try:
-            yield
+            leave(0)  # it is up, and knows the whole card
+            yield leave
         finally:
             holder.stdin.close()
+
+
+def nobody_holds(gigabytes: float) -> None:
+    """In the place of what `small_card` gives, where the whole card is free."""
 
 
 def drop_from_page_cache(folder: Path) -> None:
@@ -157,8 +189,8 @@ def vaes(server: ComfyServer, way: str, wanted: str) -> list[bool]:
     return [True, False] if wanted == "both" else [True]
 
 
-def run_way(comfyui: Path, base: Path, models: Path, way: str, options) -> list[dict]:
-    """All videos in one server."""
+def run_way(comfyui: Path, base: Path, models: Path, way: str, options, leave) -> list[dict]:
+    """All videos in one server, at each size of the card."""
     folders = {name: [models / name] for name in ("diffusion_models", "vae", "text_encoders")}
     results, start = [], time.monotonic()
     tiny_models.write_picture(base / "input" / PICTURE)
@@ -168,13 +200,17 @@ def run_way(comfyui: Path, base: Path, models: Path, way: str, options) -> list[
         for model in options.models:
             video = Video(MODELS[model], options.steps, options.text)
             for turbo_vae in vaes(server, way, options.vae):
-                if time.monotonic() > options.deadline:
-                    say(f"{model}, {way}: no time left")
-                    continue
-                title = f"{model}, {way}, {'TurboVAE' if turbo_vae else 'its own VAE'}"
-                result = measure(server, video, way, turbo_vae, options)
-                show(title, result)
-                results.append({"title": title, **result})
+                for free in options.free:
+                    title = f"{model}, {way}, {'TurboVAE' if turbo_vae else 'its own VAE'}"
+                    title += f", {free:g} GB" * bool(free)
+                    if time.monotonic() > options.deadline:
+                        say(f"{title}: no time left")
+                        continue
+                    leave(free)
+                    result = measure(server, video, way, turbo_vae, options)
+                    show(title, result)
+                    results.append({"title": title, **result})
+                    server_clock.emptied(server, forget=False)
                 server_clock.emptied(server)
     return results
 
@@ -203,7 +239,14 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, help="warm ones")
     parser.add_argument("--vae", choices=VAES, default="turbo", help="of the ways that are ours")
     parser.add_argument("--text", choices=TEXTS, default="noise", help="umt5: as large as umT5-XXL")
-    parser.add_argument("--free", type=float, help="GB of the GPU that are left to the server")
+    parser.add_argument(
+        "--free",
+        nargs="+",
+        type=float,
+        default=[0.0],
+        help="GB of the GPU that are left to the server, one size after the other; 0: all",
+    )
+    parser.add_argument("--busy-link", action="store_true", help="others copy to the GPU, too")
     parser.add_argument("--from-disk", action="store_true", help="files out of the page cache")
     parser.add_argument("--server", default="", help="further options of ComfyUI's main.py")
     parser.add_argument("--folder", type=Path, help="for the models, which are kept there")
@@ -224,10 +267,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models = options.folder or Path(folder, "models")
         write_models(comfyui, models, options)
-        with small_card(options.free):
+        with contextlib.ExitStack() as stack:
+            leave = nobody_holds
+            if any(options.free) or options.busy_link:
+                leave = stack.enter_context(small_card(options.busy_link))
             for way in options.ways:
                 base = Path(folder, way.replace(" ", ""))
-                results += run_way(comfyui, base, models, way, options)
+                results += run_way(comfyui, base, models, way, options, leave)
     summary(results)
     if options.json:
         told = [

@@ -23,6 +23,7 @@ from turbodiffusion_pack.kernels import (
     requantize,
     rope,
     sparse_attention,
+    text_attention,
 )
 from turbodiffusion_pack.turbo_core import run_report
 
@@ -121,7 +122,11 @@ FITTING = {
     "quantize_blocks": (TRITON, lambda: int8_quant.quantize_blocks(torch.zeros(1, 130, 128))),
     "quantize_rows": (TRITON, lambda: int8_quant.quantize_rows(torch.zeros(1, 130, 128))),
     "int8_linear": (CUDA, linear),
-    "key_value_state": (TRITON, lambda: linear_attention.key_value_state(heads(), heads())),
+    "key_value_state": (CUDA, lambda: linear_attention.key_value_state(heads(), heads())),
+    "text_attention": (
+        TRITON,
+        lambda: text_attention.text_attention(heads(), *[heads(length=3)] * 2, 510),
+    ),
     "linear_attention": (TRITON, lambda: linear_attention.linear_attention(heads(), *branch())),
     "linear_attention_backward": (
         TRITON,

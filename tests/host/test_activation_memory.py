@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 import types
 
 import goldens
@@ -17,6 +18,7 @@ from turbodiffusion_pack.turbo_core.host import (
     block,
     cross_attention,
     memory,
+    operations,
     patch,
     per_run,
     self_attention,
@@ -138,7 +140,7 @@ def test_the_formula_is_above_what_is_taken(alive, network, attention, copied, m
                           ((13, 76, 134), 1)):  # fmt: skip
         tokens = latent[0] * latent[1] * latent[2] // 4
         sizes = Network(*NETWORKS[network], num_layers=layers), batch, tokens, attention
-        asked = fused_bytes(*sizes, texts=batch)
+        asked = fused_bytes(*sizes, texts=batch, topk=0.1)
         # Two passes in that, with a GPU that has no more.
         peak = _peak(wan, latent, batch, attention, live_memory.Allocator(asked), passes=2)
         found[latent, batch] = asked / peak
@@ -153,16 +155,23 @@ def test_a_weight_that_the_allocator_asks_for_alone_takes_whole_pieces():
 
 
 def test_a_720p_forward_of_14b_takes_little(alive):
-    """Four activations of 774 MB, where the host reserves 14.6 GB."""
-    assert _peak(_wan(*NETWORKS["14B"]), LATENTS["720p"], 1, "sagesla") < 3.4e9
+    """Three and a half activations of 774 MB, where the host reserves 14.6 GB; and of all 40
+    layers no more than 4 GB are asked for."""
+    assert _peak(_wan(*NETWORKS["14B"]), LATENTS["720p"], 1, "sagesla") < 3.05e9
+    tokens = math.prod(LATENTS["720p"]) // 4
+    network = Network(*NETWORKS["14B"], num_layers=40)
+    assert fused_bytes(network, 1, tokens, "sagesla", topk=0.1) <= 4.0e9
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_patch_embedding_gives_tokens_side_by_side(batch):
+def test_the_patch_embedding_gives_tokens_side_by_side(batch, monkeypatch):
     conv = TurboOperations.Conv3d(16, 256, (1, 2, 2), stride=(1, 2, 2), dtype=torch.float32)
     conv.weight.data.normal_(), conv.bias.data.normal_()
     x = torch.randn(batch, 16, 3, 8, 10)
     y = conv(x)
+    monkeypatch.setattr(operations, "CONV_BYTES", 2 * y[:, :, :1].nbytes + 1)  # of three frames two
+    torch.testing.assert_close(conv(x), y)
+    assert conv(x).stride() == y.stride()
     torch.testing.assert_close(y, torch.nn.functional.conv3d(x, conv.weight, conv.bias, (1, 2, 2)))
     assert y.to(torch.bfloat16).flatten(2).transpose(1, 2).is_contiguous()
 
@@ -221,7 +230,8 @@ def test_a_run_asks_for_what_its_blocks_take(model, on_a_gpu, monkeypatch):
     network = Network(wan.dim, wan.ffn_dim, wan.num_heads, wan.num_layers)
     tokens = shape[2] * shape[3] * shape[4] // 4
     fp8 = sparse_attention.default_pv(model.load_device) == "fp8"
-    both = [fused_bytes(network, b, tokens, "sagesla", fp8, 2 * b) for b in (2, 1)]
+    topk = model.model_options["transformer_options"][ATTENTION]["topk"]
+    both = [fused_bytes(network, b, tokens, "sagesla", fp8, 2 * b, topk=topk) for b in (2, 1)]
     assert _reserved(model, monkeypatch) == tuple(both)
     dense = patch_attention(model, SLASettings("sagesla", dense_steps=1))
     assert _reserved(dense, monkeypatch)[0] >= both[0]
@@ -311,6 +321,7 @@ def test_keys_and_values_of_the_text_are_made_once_a_run(model, monkeypatch, cfg
     assert {sum(op is other for other in ran) for op in _of_the_text(model)} == {1}
 
 
+@pytest.mark.skipif(in_comfyui.DYNAMIC, reason="the queue of weights asks for the text at once")
 def test_texts_are_compared_once_the_host_has_made_python_wait(model, monkeypatch):
     """Which it does for the frequencies of the timestep, that it copies from the CPU. But not
     before one pass knew its text: room for another would come to lie between activations."""

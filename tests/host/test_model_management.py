@@ -244,8 +244,23 @@ def test_a_streamed_weight_outlives_no_buffer(int8_model, monkeypatch):
 
 
 @pytest.mark.parametrize("granularity", ["fast", "exact"])
+def test_values_in_halves_equal_the_whole(paths, monkeypatch, granularity):
+    model = load_turbo_model(paths["t2v-quant.pth"], granularity)
+    x = torch.randn(1, 16, 3, 16, 30, generator=torch.Generator().manual_seed(5))
+    context, halves, made = goldens.load("forward")[f"{KEY}.context"], block._in_halves, []
+    monkeypatch.setattr(block, "_in_halves", lambda op, *args: made.append(op) or halves(op, *args))
+    outputs = []
+    for limit in (activation_memory.HALVED_BYTES, 0):
+        monkeypatch.setattr(activation_memory, "HALVED_BYTES", limit)
+        outputs.append(in_comfyui.velocity(model, x, context, 987.5))
+    assert made == [wan_block.self_attn.v for wan_block in model.model.diffusion_model.blocks]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("granularity", ["fast", "exact"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_feed_forward_in_chunks_equals_the_whole(paths, monkeypatch, granularity, batch):
+def test_tokens_in_chunks_equal_the_whole(paths, monkeypatch, granularity, batch):
+    """In attention to the text and in the feed-forward layers."""
     model = load_turbo_model(paths["t2v-quant.pth"], granularity)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(batch, 16, 3, 16, 30, generator=generator)  # 360 tokens: 256 and 104
@@ -253,13 +268,15 @@ def test_the_feed_forward_in_chunks_equals_the_whole(paths, monkeypatch, granula
     outputs, calls, linear = [], [], block.int8_linear
 
     def counted(*args, **epilogue):
-        calls.append(args)
+        calls.append(args[0].shape[1])
         return linear(*args, **epilogue)
 
     monkeypatch.setattr(block, "int8_linear", counted)
-    tokens_bytes = 256 * 3 * model.model.diffusion_model.ffn_dim
-    for limit in (activation_memory.HIDDEN_BYTES, batch * tokens_bytes):
-        monkeypatch.setattr(activation_memory, "HIDDEN_BYTES", limit)
+    wan = model.model.diffusion_model
+    sizes = activation_memory.HIDDEN_BYTES * wan.ffn_dim, activation_memory.TEXT_BYTES * wan.dim
+    for limit in (activation_memory.PART_BYTES, batch * 256 * min(sizes)):
+        monkeypatch.setattr(activation_memory, "PART_BYTES", limit)
         outputs.append(in_comfyui.velocity(model, x, context, 987.5))
-    assert len(calls) == 2 * 2 + 2 * 2 * 2  # up and down in two blocks, once whole and once in two
+    # To the text and up, and back, in two blocks.
+    assert calls[:8] == 8 * [360] and 104 in calls[8:] and {*calls[8:]} <= {256, 128, 104}, calls
     assert goldens.relative_error(outputs[1], outputs[0]) <= 1e-6

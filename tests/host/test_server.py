@@ -47,7 +47,7 @@ def benchmark(name: str):
 
 CLOCK, SOAK = benchmark("whole_clock"), benchmark("soak")
 VIDEO, EXPERTS = (Video(shape, 4) for shape in (SOAK.TINY, SOAK.TINY._replace(in_channels=36)))
-SUMS = "start to pixels", "whole"
+SUMS = "start to latents", "start to pixels", "whole"
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +333,7 @@ def test_the_clock_takes_a_video_apart(server):
         summed = sum(part.seconds for name, part in parts.items() if name not in SUMS)
         assert summed == pytest.approx(parts["whole"].seconds)
         assert 0 < parts["start to pixels"].seconds < parts["whole"].seconds
+        assert len(result["bits"]) == 1
         assert ("picture" in parts) == (video is EXPERTS)
         assert parts["step 1"].resident > parts["step 1"].mapped > 0
 

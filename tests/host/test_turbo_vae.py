@@ -264,20 +264,42 @@ def test_the_bar_moves_to_its_end(turbo):
         comfy.utils.set_progress_bar_global_hook(None)
 
 
-def test_where_memory_runs_out_there_are_more_strips(turbo, monkeypatch, caplog):
+def _out_of_memory():
+    """As torch tells it, and where the host knows that also as the driver does."""
+    management = comfy.model_management
+    yield management.OOM_EXCEPTION("out of memory")
+    if hasattr(management, "is_oom"):
+        yield management.ACCELERATOR_ERROR("CUDA error: out of memory")
+
+
+@pytest.mark.parametrize("error", _out_of_memory(), ids=lambda error: type(error).__name__)
+def test_where_memory_runs_out_there_are_more_strips(turbo, monkeypatch, caplog, error):
     z, tried = latents(5, 2, 16), []
     expected, decode = turbo.decode(z), TurboVAE._decode
 
     def short(self, samples, count):
         tried.append(count)
         if count < 4:
-            raise comfy.model_management.OOM_EXCEPTION("out of memory")
+            raise error
         return decode(self, samples, count)
 
     monkeypatch.setattr(TurboVAE, "_decode", short)
     torch.testing.assert_close(turbo.decode(z), expected, rtol=0, atol=ATOL)
     assert tried == [1, 2, 4]
     assert "tries again in 4 strips" in caplog.text
+
+
+def test_another_error_is_not_tried_again(turbo, monkeypatch):
+    tried = []
+
+    def fails(self, samples, count):
+        tried.append(count)
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(TurboVAE, "_decode", fails)
+    with pytest.raises(RuntimeError, match="something else"):
+        turbo.decode(latents())
+    assert len(tried) == 1
 
 
 def test_latents_of_something_else_are_refused(turbo):

@@ -602,7 +602,7 @@ def test_the_next_run_works_after_one_that_ended_in_a_step(model, monkeypatch, e
 
     def fails(*args, **options):
         products.append(args)
-        if len(products) == 30:
+        if len(products) == 15:
             raise error()
         return product(*args, **options)
 

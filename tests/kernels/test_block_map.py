@@ -11,6 +11,7 @@ from turbodiffusion_pack.kernels.block_map import (
     centered_means,
     select_blocks,
 )
+from turbodiffusion_pack.kernels.block_map import triton as triton_kernels
 from turbodiffusion_pack.kernels.block_map.triton import CHUNK, FEW, RESIDENT
 
 BACKENDS = ("reference", "triton")
@@ -126,6 +127,14 @@ def test_triton_selects_from_registers_and_across_chunks(n_keys, count):
     k_means[:, :, 1::2] = k_means[:, :, ::2]  # every score twice, and next to each other
     expected = select_blocks(q_means, k_means, count, "reference")
     assert torch.equal(select_blocks(q_means, k_means, count, "triton"), expected)
+
+
+def test_blocks_are_selected_for_some_heads_after_the_others(monkeypatch):
+    means = torch.randn(2, 3, 5, 64, device=DEVICE)
+    whole = select_blocks(means, means, 2, "triton")
+    monkeypatch.setattr(triton_kernels, "SCORES", 4 * 5 * 5)  # four of six heads, then two
+    assert torch.equal(select_blocks(means, means, 2, "triton"), whole)
+    assert torch.equal(select_blocks(means, means, 2, "reference"), whole)
 
 
 def test_refuses_what_does_not_fit():

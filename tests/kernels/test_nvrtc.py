@@ -127,7 +127,7 @@ def test_operands_say_what_was_given(launches):
     (launch,) = launches
     found = launch.operands
     assert list(found.x_map[:2]) == [x.data_ptr(), linear.TILE_L]
-    assert list(found.w_map[:2]) == [w.data_ptr(), linear.TILE_N]
+    assert list(found.w_map[:2]) == [w.data_ptr(), linear.TILE_N // 2]
     assert found.bias is None
     pointers = found.gate, found.residual, found.out
     assert pointers == tuple(t.data_ptr() for t in (gate, residual, out))

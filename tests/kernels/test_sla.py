@@ -300,6 +300,28 @@ def test_in_low_bits_keys_and_values_are_freed_before_there_are_queries():
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_in_low_bits_values_come_some_heads_after_the_others(backend):
+    """Each is quantized by then, as the next one takes its memory."""
+    dtype = torch.float16 if backend == "triton" else torch.float32
+    q, k, v, *rest = random_projections(130, 4, 64, dtype)
+    options = {"low_bit": True, "pv": "fp16", "backend": backend, "topk": 0.5}
+    for proj in (rest[2], None):
+        weights = *rest[:2], proj
+        expected = sla_from_projections(q.clone(), k.clone(), v, *weights, **options)
+
+        def values():
+            room = torch.empty_like(v[:, :, :2])
+            for heads in v.split(2, dim=2):
+                yield room.copy_(heads)
+                room.fill_(float("nan"))
+
+        out = sla_from_projections(q.clone(), k.clone(), values, *weights, **options)
+        assert torch.equal(out, expected)
+    with pytest.raises(ValueError, match="v must have the 4 heads of k, got 2"):
+        sla_from_projections(q, k, lambda: iter([v[:, :, :2].clone()]), *rest, **options)
+
+
 def test_from_projections_refuses_what_does_not_fit():
     q, *rest = random_projections(130, 2, 64)
     options = {"low_bit": True, "pv": "fp16", "backend": "reference"}

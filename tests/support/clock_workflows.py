@@ -86,6 +86,7 @@ class Video:
             "images": images,
             "video": node("CreateVideo", images=["images", 0], fps=16.0),
             "file": node("SaveVideo", video=["video", 0], **file),
+            "bits": node("TurboTestLatentBits", samples=["sampler", 0], images=["images", 0]),
         }
 
     def _text(self) -> dict:

@@ -46,6 +46,7 @@ class Run:
     message: str = ""
     cached: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
+    outputs: dict[str, dict] = field(default_factory=dict)  # what nodes show, by their id
     seconds: float = 0.0
 
 
@@ -146,8 +147,13 @@ class ComfyServer:
         return "\n".join(self.log_text().splitlines()[-lines:])
 
     def get(self, path: str) -> dict:
-        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=60) as response:
-            return json.load(response)
+        try:
+            with urllib.request.urlopen(f"http://{self.address}{path}", timeout=60) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                raise
+            raise ServerError(f"GET {path}: HTTP {error.code}\n{self.log_tail(80)}") from None
 
     def post(self, path: str, body: dict) -> dict:
         request = urllib.request.Request(
@@ -179,7 +185,8 @@ class ComfyServer:
             run = Run(self.queue(workflow))
             self.follow(events, run, on_event or (lambda kind, data: None))
         run.seconds = time.monotonic() - started
-        run.files = self.output_files(run.prompt_id)
+        run.outputs = self.get(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"]
+        run.files = self.output_files(run.outputs)
         return run
 
     def open_websocket(self) -> websocket.WebSocket:
@@ -217,9 +224,8 @@ class ComfyServer:
         event = json.loads(message)
         return event["type"], event["data"]
 
-    def output_files(self, prompt_id: str) -> list[Path]:
+    def output_files(self, outputs: dict[str, dict]) -> list[Path]:
         """The files in the output folder that a finished run saved."""
-        outputs = self.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
         saved = [entry for output in outputs.values() for entry in output.get("images", [])]
         return [self.output / entry["subfolder"] / entry["filename"] for entry in saved]
 

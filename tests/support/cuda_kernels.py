@@ -213,7 +213,7 @@ def prepare_products(card: Card) -> set[str]:
 BY_WGMMA = {"IGMMA.64x64x32.S8.S8", "QGMMA.64x128x32.F32.E4M3.E4M3"}
 BY_MMA_SYNC = tuple(card for card in CARDS if card[0] in dispatch.BY_MMA_SYNC)
 # Bytes, of q without a linear branch, which no model of ours runs; with one at most 64.
-PREPARE_SPILLS = {(8, 0): 136, (8, 6): 64, (8, 9): 64, HOPPER: 32, (12, 0): 232}
+PREPARE_SPILLS = {(8, 0): 136, (8, 6): 64, (8, 9): 64, HOPPER: 40, (12, 0): 232}
 # Where a tile ends, not in the loop over k: a thread has 192 sums.
 LINEAR_SPILLS = 160
 
@@ -246,7 +246,7 @@ KERNELS = {
     "qk_prepare/cuda.cu": Kernel(
         every_prepare, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card=PREPARE_SPILLS,
         products=prepare_products,
-        sizes={"HEAD_DIM": cuda_prepare.HEAD_DIM},
+        sizes={name: getattr(cuda_prepare, name) for name in ("HEAD_DIM", "MOST_HEADS")},
     ),
     "linear_attention/mma.cu": Kernel(
         every_state, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card={(12, 0): 24},

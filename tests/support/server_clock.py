@@ -48,9 +48,9 @@ def run_short(server: ComfyServer, node: str, value: int, operations: int, room:
     server.post(CLOCK, where)
 
 
-def emptied(server: ComfyServer) -> dict[str, int]:
-    """What is taken once the server has given up its models and its cache."""
-    server.post("/free", {"unload_models": True, "free_memory": True})
+def emptied(server: ComfyServer, forget: bool = True) -> dict[str, int]:
+    """What is taken once the server has given up its models and, to `forget`, its cache."""
+    server.post("/free", {"unload_models": True, "free_memory": forget})
     deadline, before, after = time.monotonic() + FREED_SECONDS, None, now(server)
     while time.monotonic() < deadline and not _same(before, after):
         time.sleep(0.3)
@@ -68,7 +68,7 @@ def parts(told: list[dict], prompt: dict) -> dict[str, Part]:
     """A video's parts, in the order in which they began.
 
     "to the GPU" is when the host brought models there; of the second expert it is "switch". Steps
-    are those of the GPU's own clock. "start to pixels" and "whole" sum up.
+    are those of the GPU's own clock. "start to latents", "start to pixels" and "whole" sum up.
     """
     found, steps = {}, 0
     for start, end in itertools.pairwise(told):
@@ -79,9 +79,12 @@ def parts(told: list[dict], prompt: dict) -> dict[str, Part]:
         if loading:
             moved = "switch" if steps > 1 and name == f"step {steps}" else "to the GPU"
             _join(found, moved, loading, memory)
-    pixels = max(r["seconds"] for r in _ends(told, prompt, "decode"))
     start = min(r["seconds"] for r in told if _class_part(r, prompt) == "sampler")
+    latents, pixels = (
+        max(r["seconds"] for r in _ends(told, prompt, part)) for part in ("sampler", "decode")
+    )
     return found | {
+        "start to latents": Part(latents - start),
         "start to pixels": Part(pixels - start),
         "whole": Part(told[-1]["seconds"]),
     }

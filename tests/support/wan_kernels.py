@@ -84,8 +84,9 @@ def run_block(
     q = rms_norm(int8_linear(*n, *square, **common), norm, **common)
     k = rms_norm(int8_linear(*quantize(text, **common), *square, **common), norm, **common)
     q, k = (y.unflatten(2, (-1, HEAD_DIM)) for y in (q, k))
-    text_attention(q, k, k, 2, out=q, **common)
-    text_attention(q, k, k, 2, norm, cos[..., 0], out=q, **common)
+    for keys in (k, k[:, :100]):
+        text_attention(q, keys, keys, 2, out=q, **common)
+        text_attention(q, keys, keys, 2, norm, cos[..., 0], out=q, **common)
     int8_linear(*n, *square, residual=x, out=x, **common)
     up, down = weights(model.ffn_dim, model.dim), weights(model.dim, model.ffn_dim)
     for part in x.split(-(-length // 256) * 128, dim=1):

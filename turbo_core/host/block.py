@@ -5,24 +5,26 @@ in the run's log line, wherever it could not honour what is there.
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 
 import comfy.model_management
 import torch
 from comfy.ldm.wan.model import WanAttentionBlock, WanT2VCrossAttention
 
 from ...kernels.checks import HEAD_DIMS
-from ...kernels.int8_linear import int8_linear
+from ...kernels.int8_linear import int8_linear, int8_linear_and_squares
 from ...kernels.norm import rms_norm
 from ...kernels.norm_quant import layer_norm_quant
+from ...kernels.room import in_whole_blocks
 from .. import run_report
-from ..activation_memory import part_length
+from ..activation_memory import HIDDEN_BYTES, TEXT_BYTES, part_length
 from . import per_run
 from .cross_attention import attend_to_text, attends_itself
 from .epilogue import quantize
 from .gradients import GRADIENTS, records_graph
 from .int8_tensor import is_int8
 from .once import once
-from .operations import Linear, int8_product, int8_weights
+from .operations import Linear, int8_product, int8_weights, of_channels
 from .options import SPLIT, TEXT
 from .patch_owner import is_ours, is_stock
 from .prefetch import next_block
@@ -79,6 +81,8 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     x = x.contiguous()  # the first block gets the patch embedding channels first; then no copy
 
     def project(op, n, out, **squares):
+        if out is not None and 2 * out.shape[2] == op.out_features:
+            return _in_halves(op, n, out)
         return int8_product(op, n, dtype, out=out, **squares)  # [B, L, C]
 
     def normed():
@@ -89,30 +93,34 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
         y = quantize(y, granularity)
     else:
         y = split_attend(attn, index, x, normed, granularity, freqs, transformer_options)
-    x = int8_product(attn._modules["o"], y, dtype, gate=gate1, residual=x)
-    del y
+    out = in_whole_blocks(*x.shape, dtype, x.device)
+    x = int8_product(attn._modules["o"], y, dtype, gate=gate1, residual=x, out=out)
+    del y, out
 
     linears = cross_attn._modules
-    weight, bias = float32_weights(parts["norm3"], x.device)
-    q = torch.empty_like(x)  # before what it is made of, see activation_memory.py
-    n = layer_norm_quant(x, granularity, weight=weight, bias=bias, eps=eps)
+    norm, norm_q = (float32_weights(op, x.device) for op in (parts["norm3"], linears["norm_q"]))
     itself = attends_itself(cross_attn, text, transformer_options)
-    projected = project(linears["q"], n, q, squares=itself)
-    squares = projected[1] if itself else None
-    del n, projected
-    if squares is None:
-        q = rms_norm(q, float32_weights(linears["norm_q"], x.device)[0], cross_attn.eps)
-    y = attend_to_text(
-        cross_attn, index, q, squares, granularity, context, text, transformer_options
-    )
-    del q
-    y = quantize(y, granularity)
-    int8_product(linears["o"], y, dtype, residual=x, out=x)
-    del y
+    asking, answering = int8_weights(linears["q"], dtype, x.device), None
+    for part in _parts_of(x, TEXT_BYTES * x.shape[2]):
+        q = torch.empty_like(part)  # before what it is made of, see activation_memory.py
+        n = layer_norm_quant(part, granularity, weight=norm[0], bias=norm[1], eps=eps)
+        multiply = int8_linear_and_squares if itself else int8_linear
+        product = multiply(*n, *asking, dtype, out=q)
+        squares = product[1] if itself else None
+        del n, product
+        if squares is None:
+            q = rms_norm(q, norm_q[0], cross_attn.eps)
+        y = attend_to_text(
+            cross_attn, index, q, squares, granularity, context, text, transformer_options
+        )
+        del q
+        answering = answering or int8_weights(linears["o"], dtype, x.device)
+        int8_linear(*quantize(y, granularity), *answering, dtype, residual=part, out=part)
+        del y
+    del asking, answering
 
     up, down = int8_weights(ffn["0"], dtype, x.device), None
-    at_once = part_length(*x.shape[:2], ffn["0"].out_features)
-    for part in (x,) if at_once >= x.shape[1] else x.split(at_once, dim=1):
+    for part in _parts_of(x, HIDDEN_BYTES * ffn["0"].out_features):
         n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
         h = int8_linear(*n, *up, dtype)
         del n
@@ -122,6 +130,19 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
         int8_linear(*h, *down, dtype, gate=gate2, residual=part, out=part)
         del h
     return x
+
+
+def _parts_of(x: torch.Tensor, each: int) -> Sequence[torch.Tensor]:
+    """x [B, L, C] in parts of its tokens, as many as take `each` bytes a token at once."""
+    at_once = part_length(*x.shape[:2], each)
+    return (x,) if at_once >= x.shape[1] else x.split(at_once, dim=1)
+
+
+def _in_halves(op, n, out: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The op's output from quantized n, half of its channels and then the others, both in `out`."""
+    weights, half = int8_weights(op, out.dtype, out.device), op.out_features // 2
+    for channels in (slice(0, half), slice(half, op.out_features)):
+        yield int8_linear(*n, *of_channels(*weights, channels), out.dtype, out=out)
 
 
 def _modulation(block, e, device, transformer_options: dict) -> tuple[torch.Tensor, ...]:

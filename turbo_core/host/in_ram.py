@@ -13,6 +13,7 @@ import comfy.model_management
 import torch
 
 from .operations import Linear
+from .versions import is_out_of_memory
 from .weights import in_ram, ram_allows
 
 _pinned = weakref.WeakKeyDictionary()  # model -> its weights that are pinned for good
@@ -65,10 +66,11 @@ def let_go(*models) -> Iterator[None]:
     merged in RAM: the host gives up all that it can then, and so does this."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        for model in models:
-            _drop_merged(model)
-            _unpin(_pinned.get(model.model, []))
+    except Exception as error:
+        if is_out_of_memory(error):
+            for model in models:
+                _drop_merged(model)
+                _unpin(_pinned.get(model.model, []))
         raise
 
 

@@ -24,6 +24,7 @@ from .operations import Linear
 from .options import ATTENTION, PROJECTIONS
 from .patch_owner import is_ours
 from .text import PROMPTS
+from .versions import is_out_of_memory
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -64,7 +65,9 @@ def out_of_memory_in_words(model, shape: torch.Size) -> Iterator[None]:
         yield
     except OutOfMemoryError:
         raise
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         needed = model.model.memory_required(list(shape)) / 1e9
         raise OutOfMemoryError(
             f"the GPU has no room for this video: a forward pass takes about {needed:.1f} GB "
@@ -110,7 +113,8 @@ def _required(model, conds: dict, model_options: dict) -> Callable[..., int]:
     """What takes the place of BaseModel.memory_required for a run of `model`."""
     wan = model.model.diffusion_model
     network = Network(wan.dim, wan.ffn_dim, wan.num_heads, wan.num_layers)
-    kinds = _attentions(_settings(model_options))
+    settings = _settings(model_options)
+    kinds = _attentions(settings)
     fp8 = default_pv(model.load_device) == "fp8"
     every = [cond for group in conds.values() for cond in group]
     texts = [cond["cross_attn"] for cond in every if "cross_attn" in cond]
@@ -123,7 +127,8 @@ def _required(model, conds: dict, model_options: dict) -> Callable[..., int]:
         tokens = frames * -(-height // 2) * -(-width // 2)
         kept = max(batch, min(len(texts), PROMPTS) * batch)
         sizes = network, batch, tokens
-        return rounded + max(fused_bytes(*sizes, k, fp8, kept, longest) for k in kinds)
+        more = fp8, kept, longest, settings.topk
+        return rounded + max(fused_bytes(*sizes, kind, *more) for kind in kinds)
 
     return memory_required
 

@@ -1,6 +1,7 @@
 """ComfyUI operations for TurboDiffusion models: a Linear that keeps INT8 weights INT8."""
 
 import functools
+import math
 
 import comfy.float
 import comfy.lora
@@ -18,6 +19,9 @@ from .int8_tensor import is_int8, pack, requantize, unpack
 from .merged import stand_in
 from .versions import to_add_a_lora_to, unrecorded
 from .weights import fetched, kept, moved
+
+# What the patch embedding makes at once, before it lies as its tokens do.
+CONV_BYTES = 2**27
 
 
 def int8_product(
@@ -54,6 +58,12 @@ def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
             operands = tuple(map(kept, operands, unpack(op.weight)))
         kept_bias = None if bias is None else kept(bias, op.bias)
     return *operands, kept_bias
+
+
+def of_channels(w_q, w_scale, bias, channels: slice):
+    """Of what `int8_weights` gives, that of some output channels, whole blocks of 128."""
+    scale = w_scale[in_blocks(channels) if w_scale.ndim == 2 else channels]
+    return w_q[channels], scale, None if bias is None else bias[channels]
 
 
 def _merged(op: "Linear", device: torch.device) -> "Linear":
@@ -251,7 +261,24 @@ class TurboOperations(comfy.ops.manual_cast):
     class Conv3d(_Assigned, comfy.ops.manual_cast.Conv3d):
         def forward(self, x, *args, **kwargs):
             # Then the channels of a token lie side by side, and the first block need not copy them.
-            # What goes in so comes out so, but not everywhere.
-            x = x.contiguous(memory_format=torch.channels_last_3d)
-            y = super().forward(x, *args, **kwargs)
-            return y.contiguous(memory_format=torch.channels_last_3d)
+            # What goes in so comes out so, but not everywhere: some frames after the others, as
+            # both at once are more than anything else takes.
+            parts, out, first = x.split(self._frames_at_once(x), dim=2), None, 0
+            for part in parts:
+                part = part.contiguous(memory_format=torch.channels_last_3d)
+                y = super().forward(part, *args, **kwargs)
+                if len(parts) == 1:
+                    return y.contiguous(memory_format=torch.channels_last_3d)
+                if out is None:
+                    shape = *y.shape[:2], x.shape[2], *y.shape[3:]
+                    layout = {"memory_format": torch.channels_last_3d}
+                    out = torch.empty(shape, dtype=y.dtype, device=y.device, **layout)
+                out[:, :, first : first + y.shape[2]] = y
+                first += y.shape[2]
+            return out
+
+        def _frames_at_once(self, x):
+            frame = x.shape[-2] * x.shape[-1] // math.prod(self.stride[1:]) * x.element_size()
+            frames = CONV_BYTES // (len(x) * self.out_channels * frame + 1)
+            alone = self.kernel_size[0] == self.stride[0] == 1 and not any(self.padding)
+            return max(frames, 1) if alone else x.shape[2]

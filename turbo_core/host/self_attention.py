@@ -1,7 +1,7 @@
 """Wan's self-attention as SLA: from the host's module and options to kernels/."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import comfy.ops
@@ -10,10 +10,12 @@ from comfy.ldm.modules.attention import optimized_attention
 
 from ...kernels.norm import rms_norm
 from ...kernels.qk_prepare import norms_of_squares, prepare
+from ...kernels.room import in_whole_blocks
 from ...kernels.rope import apply_rope
 from ...kernels.sla import Norms, sla, sla_from_projections
 from ...kernels.sparse_attention import default_pv
 from .. import run_report
+from ..activation_memory import values_in_halves
 from ..sla_settings import SLASettings
 from .gradients import records_graph
 from .layer_settings import preferred_attention
@@ -92,26 +94,31 @@ def attend(
     For the fused block: `quantized()` gives x as what the layers attn.q, k and v take, and
     `project(op, input, out)` their output, or that of those `some` heads, also with its `squares`,
     see int8_product. Both are called here, keys and values first, so that nothing outlives its use.
+    Into an `out` for half of the output, `project` gives one half and then the other.
     """
     settings, why_dense = _choose(attn, index, transformer_options)
     rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
     channels = slice(None) if some is None else some.channels
     in_16_bits = why_dense or settings.attention == "sla"
     # What lives longer comes before what it is made of, see activation_memory.py.
-    room = len(x), freqs.shape[1], len(range(attn.dim)[channels])
-    rooms = [x.new_empty(*room) for _ in ("kvq" if in_16_bits else "kv")]
+    shape = len(x), freqs.shape[1], len(range(attn.dim)[channels])
+    halved = some is None and not in_16_bits and values_in_halves(*shape)
+    widths = {"v": shape[2] // (1 + halved), "k": shape[2]}
+    widths |= {"q": shape[2]} if in_16_bits else {}
+    rooms = {y: in_whole_blocks(*shape[:2], w, x.dtype, x.device) for y, w in widths.items()}
     n, parts = quantized(), attn._modules
 
     def projected(name: str, **squares):
-        return project(parts[name], n, rooms.pop() if rooms else None, **squares)
+        return project(parts[name], n, rooms.pop(name, None), **squares)
 
-    def heads(name: str) -> torch.Tensor:
-        return projected(name).view(*room[:2], -1, attn.head_dim)
+    def heads(name: str) -> torch.Tensor | Iterator[torch.Tensor]:
+        y = projected(name)
+        return _in_heads(attn, y) if isinstance(y, torch.Tensor) else _all_in_heads(attn, y)
 
     def with_row_norms(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Those of q or k, and what their rows are normed by, where that is known by now."""
         y, squares = projected(name, squares=True)
-        y = y.view(*room[:2], -1, attn.head_dim)
+        y = _in_heads(attn, y)
         squares = squares if some is None else some.total(y, squares)
         return y, None if squares is None else norms_of_squares(squares, attn.dim, attn.eps)
 
@@ -134,6 +141,14 @@ def attend(
         lambda: last(with_row_norms("q")), lambda: with_row_norms("k"), lambda: heads("v"),
         norms, rotation, _projection(attn, freqs.device), **_sla_options(settings),
     ).flatten(2)  # fmt: skip
+
+
+def _in_heads(attn, y: torch.Tensor) -> torch.Tensor:
+    return y.view(*y.shape[:2], -1, attn.head_dim)
+
+
+def _all_in_heads(attn, parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    return (_in_heads(attn, part) for part in parts)
 
 
 def _rotated(

@@ -4,7 +4,9 @@ What travels is INT8 that the block makes anyway: the normed activations to ever
 which multiplies the rows of q, k and v that make its heads, and attention's output to the ranks
 whose tokens it is of. In attention nothing is reduced over ranks, as its block map, its linear
 branch and its scales are each one head's. Three numbers of a token are of all heads: the sums of
-squares that q and k are normed by, and, with a scale per token, the largest output.
+squares that q and k are normed by, and, with a scale per token, the largest output. So all is what
+one GPU makes of it, bit for bit; but on Hopper, where a rank's heads are no whole tiles of its
+linear (8 GPUs), q and k are squared after rounding, not before.
 """
 
 import functools

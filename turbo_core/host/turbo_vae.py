@@ -36,7 +36,7 @@ from .causal_vae import (
 )
 from .gpu_workers import key_of, running_workers, uninterrupted
 from .split_vae import pieces_of, shared_pieces, strips_for_all
-from .versions import on_device, pixels_dtype
+from .versions import is_out_of_memory, on_device, pixels_dtype
 
 log = logging.getLogger(__name__)
 
@@ -161,8 +161,8 @@ class TurboVAE(comfy.sd.VAE):
             while True:
                 try:
                     return run(x, count)
-                except comfy.model_management.OOM_EXCEPTION:
-                    if count == MOST_STRIPS:
+                except Exception as error:
+                    if count == MOST_STRIPS or not is_out_of_memory(error):
                         raise
                 # Here and not above: the exception would keep what it interrupted.
                 count = min(2 * count, MOST_STRIPS)

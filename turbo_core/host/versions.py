@@ -103,6 +103,15 @@ MANAGED = "_v"
 INPUT_ACTIVATIONS: dict[str, Callable] = getattr(comfy.ops, "INPUT_ACT_EAGER", {})
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the host takes `error` for the GPU's memory having run out: torch's own, and in newer
+    hosts also what the driver says of it, which may come later. 0.3.75 knows the first only."""
+    management = comfy.model_management
+    if hasattr(management, "is_oom"):
+        return management.is_oom(error)
+    return isinstance(error, management.OOM_EXCEPTION)
+
+
 def has_scaled_weight(op: torch.nn.Module) -> bool:
     """Whether the weight of a comfy op is fp8 with a scale beside it: only in 0.3.75.
 

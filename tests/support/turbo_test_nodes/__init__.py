@@ -2,9 +2,10 @@
 
 It is a node, and also what ComfyUI's own loader makes of a file that holds nothing but WORDS, so
 that a workflow made for umT5 runs in a test as it is. Another node gives as many tokens as umT5,
-of noise. With these comes a clock, see clock.py.
+of noise; a third tells latents by their bits. With these comes a clock, see clock.py.
 """
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -58,6 +59,25 @@ class TurboTestNoiseAsText(io.ComfyNode):
         return io.NodeOutput([[0.1 * torch.randn(1, 512, 4096, generator=generator), {}]])
 
 
+class TurboTestLatentBits(io.ComfyNode):
+    """A hash of latents, told in the history once the images made of them are there."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TurboTestLatentBits",
+            display_name="Test Latent Bits",
+            category="testing",
+            inputs=[io.Latent.Input("samples"), io.Image.Input("images")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, samples: dict, images: torch.Tensor) -> io.NodeOutput:
+        bits = samples["samples"].contiguous().cpu().flatten().view(torch.uint8).numpy()
+        return io.NodeOutput(ui={"bits": [hashlib.sha256(bits).hexdigest()[:12]]})
+
+
 def conditioning(text: str) -> list:
     let_cpus_share()  # here, as all packs are loaded by now
     return [[encode(text)[None], {}]]
@@ -99,7 +119,7 @@ clock.install()
 
 class TestNodes(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TurboTestTextEncode, TurboTestNoiseAsText]
+        return [TurboTestTextEncode, TurboTestNoiseAsText, TurboTestLatentBits]
 
 
 async def comfy_entrypoint() -> TestNodes:

@@ -1,0 +1,24 @@
+"""Memory that serves again."""
+
+import math
+
+import torch
+
+from .checks import BLOCK
+
+LARGE = 2**27  # bytes; of less it does not matter, and a view costs the CPU time
+
+
+def in_whole_blocks(
+    batch: int, length: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """An empty contiguous [B, L, C], where it is large in as much memory as whole blocks of rows.
+
+    int8 of heads is padded to such blocks: so whichever comes next fits where the other one was.
+    """
+    shape = batch, length, channels
+    if length % BLOCK == 0 or math.prod(shape) * dtype.itemsize < LARGE:
+        return torch.empty(*shape, dtype=dtype, device=device)
+    rows = -(-length // BLOCK) * BLOCK
+    room = torch.empty(batch * rows * channels, dtype=dtype, device=device)
+    return room[: math.prod(shape)].view(shape)
