@@ -3,8 +3,8 @@
 So it is with small models on a slow processor: the GPU waits. A graph is captured once a few such
 passes were seen, and replayed from then on. It repeats the launches of the pass that it was made
 from, so it lives only as long as all is the same that those depended on: the shapes and options of
-`_kind`, the weights' places, the prompt's padding and everybody's patches in `_state`. What it could
-not honour keeps passes as they are, see `_refusal`.
+`_kind`, the weights' places, the prompt's padding and everybody's patches in `_state`. What it
+could not honour keeps passes as they are, see `_refusal`.
 """
 
 import collections

@@ -6,7 +6,7 @@ whose tokens it is of. In attention nothing is reduced over ranks, as its block 
 branch and its scales are each one head's. Three numbers of a token are of all heads: the sums of
 squares that q and k are normed by, and, with a scale per token, the largest output. So all is what
 one GPU makes of it, bit for bit; but on Hopper, where a rank's heads are no whole tiles of its
-linear (8 GPUs), q and k are squared after rounding, not before.
+linear (14B on 8 GPUs, 1.3B on 4), q and k are squared after rounding, not before.
 """
 
 import functools
