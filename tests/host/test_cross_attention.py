@@ -95,5 +95,20 @@ def test_how_many_rows_are_alike(lengths, repeats):
     assert text._repeats(context) == repeats
 
 
-def test_no_text_is_alike_where_it_is_not_finite():
-    assert text._repeats(torch.full((1, 300, 8), torch.nan)) == 1
+@pytest.mark.parametrize("length", [77, 300])
+def test_no_text_is_alike_where_it_is_not_finite(length):
+    assert text._repeats(torch.full((1, length, 8), torch.nan)) == 1
+
+
+def test_a_node_may_run_a_block_on_several_texts(model):
+    """As for regional prompts: each call attends to its own."""
+    seen = []
+
+    def on_two_texts(args, more):
+        for context in args["txt"], -args["txt"]:
+            seen.append(more["original_block"](args | {"txt": context})["img"])
+        return {"img": seen[-1]}
+
+    with per_run.keep():
+        velocity(model, patches_replace={"dit": {("double_block", 0): on_two_texts}})
+    assert not torch.equal(*seen)

@@ -136,7 +136,23 @@ def test_a_graph_keeps_nothing_of_a_prompt(model, graphs):
         found = run(model, text=context(1))
     assert len(graphs) == 1
     pass_graph._followed.clear()
-    assert torch.equal(found, run(model, text=context(1)))
+    with per_run.keep():
+        assert torch.equal(found, run(model, text=context(1)))
+
+
+def padded(tokens):
+    return torch.cat([context()[:, :tokens], torch.zeros(1, 512 - tokens, 64)], 1)
+
+
+@needs_resident
+def test_a_graph_attends_to_padding_as_eager_passes_do(model, graphs):
+    with per_run.keep():
+        eager = {tokens: run(model, text=padded(tokens)) for tokens in (40, 20)}
+        pass_graph._followed.clear()
+        for tokens in 40, 20:
+            for _ in range(FIRST + 2):
+                assert torch.equal(run(model, text=padded(tokens)), eager[tokens])
+    assert [(graph.replays, graph.dropped) for graph in graphs] == [(2, True), (2, False)]
 
 
 @needs_resident

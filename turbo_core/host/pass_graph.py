@@ -3,8 +3,8 @@
 So it is with small models on a slow processor: the GPU waits. A graph is captured once a few such
 passes were seen, and replayed from then on. It repeats the launches of the pass that it was made
 from, so it lives only as long as all is the same that those depended on: the shapes and options of
-`_kind`, the weights' places and everybody's patches in `_state`. What it could not honour keeps
-passes as they are, see `_refusal`.
+`_kind`, the weights' places, the prompt's padding and everybody's patches in `_state`. What it could
+not honour keeps passes as they are, see `_refusal`.
 """
 
 import collections
@@ -246,8 +246,9 @@ def forward(executor, options: dict, named: dict) -> torch.Tensor:
 
     def alone(inputs: Inputs) -> torch.Tensor:
         """With nothing that other passes made, as the text's keys and values."""
+        text = functools.partial(KeysValues, repeats=options[TEXT]().repeats)
         with per_run.forgotten():
-            return run(inputs, **{TEXT: functools.cache(KeysValues), MADE_ONCE: {}})
+            return run(inputs, **{TEXT: functools.cache(text), MADE_ONCE: {}})
 
     followed = _follow(executor.class_obj, inputs, others, options)
     if followed is None:
@@ -318,11 +319,12 @@ def _device_problem(device: torch.device) -> str | None:
 
 
 def _state(wan, inputs: Inputs, options: dict) -> tuple[tuple | None, str | None]:
-    """Where all weights of the model lie; or None, and why a graph may not stand for it now."""
+    """Where all weights of the model lie, and how much of the text is padding; or None, and why a
+    graph may not stand for it now."""
     for block in wan.blocks:
         if why := why_not_fused(block, inputs["timestep"], options):
             return None, why
-    device, modules, found = inputs["x"].device, [wan], []
+    device, modules, found = inputs["x"].device, [wan], [options[TEXT]().repeats]
     while modules:
         module = modules.pop()
         if why := _why_not_as_it_is(module):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import reprlib
+from collections.abc import Callable
 
 import comfy.ldm.wan.model
 import comfy.model_patcher
@@ -174,9 +175,7 @@ def _around_forward(
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     network = executor.class_obj
     _report_forward(network.blocks)
-    text_of_pass = functools.cache(
-        functools.partial(_keys_values, executor, context, x.dtype, transformer_options)
-    )
+    text_of_pass = _text_of_pass(executor, context, x.dtype, transformer_options)
     if not text.will_be_known(network):
         text_of_pass()  # else the first block asks, when the GPU is done with the step before
     ours = {
@@ -204,11 +203,16 @@ def _report_forward(blocks: torch.nn.ModuleList) -> None:
 
 
 @torch.compiler.disable
-def _keys_values(executor, context, dtype: torch.dtype, transformer_options: dict):
-    """What this run's blocks have made of the text, where it reaches them as we see it."""
+def _text_of_pass(executor, context, dtype: torch.dtype, transformer_options: dict) -> Callable:
+    """What gives a block what this run's blocks have made of the text, where it reaches them as we
+    see it; else nothing, anew at each call, as a node may run a block on several texts."""
     if text.may_change(executor, transformer_options):
-        return text.KeysValues()
-    network = executor.class_obj
+        return text.KeysValues
+    return functools.cache(functools.partial(_keys_values, executor.class_obj, context, dtype))
+
+
+@torch.compiler.disable
+def _keys_values(network: torch.nn.Module, context, dtype: torch.dtype) -> text.KeysValues:
     fused = why_never_fused(network.blocks[0]) is None
     return text.keys_values(network, context, dtype, fused)
 

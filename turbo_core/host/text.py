@@ -67,7 +67,7 @@ def _repeats(context: torch.Tensor) -> int:
     1 where that would leave more than MOST_KEYS.
     """
     alike = (context == context[:, -1:]).all(-1).all(0)  # [T]
-    repeats = int(alike.flip(0).long().cumprod(0).sum())
+    repeats = max(1, int(alike.flip(0).long().cumprod(0).sum()))  # NaN does not equal itself
     return repeats if context.shape[1] - repeats < MOST_KEYS else 1
 
 
