@@ -16,6 +16,7 @@ from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.int8_linear import int8_linear
 from turbodiffusion_pack.kernels.qk_prepare import cuda as prepare
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
+from turbodiffusion_pack.kernels.tuning import PREPARE_HEADS, of_card
 
 REALLOCATION = re.compile(r"USETMAXREG\S*\.CTAPOOL +(?:UP\d, *)?(0x[0-9a-f]+)")
 needs_nvrtc = pytest.mark.skipif(
@@ -139,6 +140,7 @@ def test_shared_memory_fits():
     assert SHARED_LIMIT[HOPPER] >= attention.SHARED_BYTES
     assert SHARED_LIMIT[HOPPER] >= linear.SHARED_BYTES
     assert SHARED_LIMIT[HOPPER] >= 2 * prepare.shared_bytes(prepare.ROWS, True, True)
+    assert of_card(PREPARE_HEADS, HOPPER) <= prepare.MOST_HEADS
 
 
 @needs_nvrtc
