@@ -272,7 +272,7 @@ def _out_of_memory():
         yield management.ACCELERATOR_ERROR("CUDA error: out of memory")
 
 
-@pytest.mark.parametrize("error", _out_of_memory(), ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", [*_out_of_memory()], ids=lambda error: type(error).__name__)
 def test_where_memory_runs_out_there_are_more_strips(turbo, monkeypatch, caplog, error):
     z, tried = latents(5, 2, 16), []
     expected, decode = turbo.decode(z), TurboVAE._decode
