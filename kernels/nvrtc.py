@@ -47,7 +47,8 @@ def tensor_map(x: torch.Tensor, box: int | tuple[int, ...]) -> ctypes.Array:
         RuntimeError: the driver refuses.
     """
     key = address(x), x.itemsize, x.shape, x.stride(), box
-    return _maps[key] if key in _maps else _maps.put(key, _encoded(*key))
+    known = _maps.get(key)  # another thread may empty it in between
+    return _maps.put(key, _encoded(*key)) if known is None else known
 
 
 # Torch's allocator hands out the same addresses in every block and forward pass.

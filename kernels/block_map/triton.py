@@ -109,7 +109,8 @@ def select_row(scores_ptr, block_map_ptr, n_keys, count, RESIDENT: tl.constexpr)
     low = tl.full((), -(2**31), tl.int64)
     high = tl.max(key, 0).to(tl.int64)
     reached = n_keys
-    # It is looked for a factor of 2 below the best score, then of 8, and so on; then by halves.
+    # It is looked for a factor of 2 below the best score, then of 8, and so on; then by halves: in
+    # at most 39 turns, so `step` never overflows.
     step = tl.full((), octave, tl.int64)
     while (low < high) & (reached != count):
         middle = tl.maximum((low + high + 1) >> 1, high - step)
