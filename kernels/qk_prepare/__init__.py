@@ -121,8 +121,8 @@ def norms_of_squares(
 ) -> torch.Tensor:
     """What `prepare` takes as `row_norms`, 1 / sqrt(mean square + eps), of sums of squares.
 
-    Parts add up in float64, where the sum of some float32 is exact: the same bits whatever the
-    parts are put together to before.
+    Parts add up in float64, where the sum of some float32 is as good as exact: the same bits
+    whatever the parts are put together to before.
 
     Args:
         squares: float32 or float64 [B, P, L], P parts of the sum of each row's squares, as

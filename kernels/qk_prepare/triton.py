@@ -18,7 +18,7 @@ ROW_LAUNCH = {"num_warps": 4, "num_stages": 1}  # bandwidth-bound, the same on e
 def norms_of_parts(squares, channels, eps):
     """1 / root mean square of the rows whose squares add up to squares float [P] or [P, R].
 
-    Sums of float32 are exact in float64: the same in whichever order and parts they come.
+    Sums of float32 are as good as exact in float64: the same in whichever order they come.
     """
     total = tl.sum(squares.to(tl.float64), 0).to(tl.float32)
     return tl.rsqrt(total / channels + eps)
