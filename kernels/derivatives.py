@@ -6,7 +6,8 @@ from torch.autograd import forward_ad
 
 def asked_for(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd records what is made of `tensors`, or one has a tangent (forward mode)."""
-    if torch.is_inference_mode_enabled():  # as ComfyUI samples: neither is recorded
+    # As ComfyUI samples: neither is recorded. torch.compile traces no such question.
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return False
     given = [x for x in tensors if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
