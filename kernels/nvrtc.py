@@ -172,21 +172,12 @@ def load(
     """
     key = str(source), name, target, shared_bytes, operands, device, *constants.items()
     if (kernel := _loaded.get(key)) is None:
-        arguments = source, name, target, shared_bytes, operands, device
-        kernel = _loaded[key] = _compiled(*arguments, **constants)
+        binary = compile_file(source, target, shared_bytes, operands, **constants)
+        kernel = _loaded[key] = _on_device(binary, name, shared_bytes, device)
     return kernel
 
 
-def _compiled(
-    source: Path,
-    name: str,
-    target: str,
-    shared_bytes: int,
-    operands: type[ctypes.Structure],
-    device: int,
-    **constants: int,
-) -> Kernel:
-    binary = compile_file(source, target, shared_bytes, operands, **constants)
+def _on_device(binary: bytes, name: str, shared_bytes: int, device: int) -> Kernel:
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # torch makes its context here at the latest

@@ -103,7 +103,7 @@ def alive(monkeypatch):
     """Nothing is computed, on a card with fp8."""
     if in_comfyui.DYNAMIC:
         pytest.skip("the same without dynamic VRAM, whose stand-ins know no meta tensors")
-    for module in (cross_attention, self_attention):
+    for module in (block, self_attention):
         monkeypatch.setattr(module, "host_attention", lambda attn, q, *_: torch.empty_like(q))
     for module in (sla, self_attention):
         monkeypatch.setattr(module, "default_pv", lambda device: "fp8")

@@ -19,7 +19,7 @@ from ...kernels.room import in_whole_blocks
 from .. import run_report
 from ..activation_memory import HIDDEN_BYTES, TEXT_BYTES, part_length
 from . import per_run
-from .cross_attention import attend_to_text, attends_itself
+from .cross_attention import attend_to_text, attends_itself, keys_values_of
 from .epilogue import quantize
 from .gradients import GRADIENTS, records_graph
 from .int8_tensor import is_int8
@@ -28,7 +28,7 @@ from .operations import Linear, int8_product, int8_weights, of_channels
 from .options import SPLIT, TEXT
 from .patch_owner import is_ours, is_stock
 from .prefetch import next_block
-from .self_attention import attend, missing_parts
+from .self_attention import attend, host_attention, missing_parts
 from .split_block import split_attend
 from .text import KeysValues
 from .versions import unrecorded
@@ -72,7 +72,7 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     text = transformer_options.get(TEXT, KeysValues)()
     # Not as attributes: those of a module take ten times as long to find, and this is every block.
     parts = block._modules
-    attn, cross_attn, ffn = parts["self_attn"], parts["cross_attn"], parts["ffn"]._modules
+    attn, ffn = parts["self_attn"], parts["ffn"]._modules
     modulation = _modulation(block, e, x.device, transformer_options)
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation
     granularity, eps, dtype = ffn["0"].granularity, block.eps, x.dtype
@@ -97,27 +97,7 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     x = int8_product(attn._modules["o"], y, dtype, gate=gate1, residual=x, out=out)
     del y, out
 
-    linears = cross_attn._modules
-    norm, norm_q = (float32_weights(op, x.device) for op in (parts["norm3"], linears["norm_q"]))
-    itself = attends_itself(cross_attn, text, transformer_options)
-    asking, answering = int8_weights(linears["q"], dtype, x.device), None
-    for part in _parts_of(x, TEXT_BYTES * x.shape[2]):
-        q = torch.empty_like(part)  # before what it is made of, see activation_memory.py
-        n = layer_norm_quant(part, granularity, weight=norm[0], bias=norm[1], eps=eps)
-        multiply = int8_linear_and_squares if itself else int8_linear
-        product = multiply(*n, *asking, dtype, out=q)
-        squares = product[1] if itself else None
-        del n, product
-        if squares is None:
-            q = rms_norm(q, norm_q[0], cross_attn.eps)
-        y = attend_to_text(
-            cross_attn, index, q, squares, granularity, context, text, transformer_options
-        )
-        del q
-        answering = answering or int8_weights(linears["o"], dtype, x.device)
-        int8_linear(*quantize(y, granularity), *answering, dtype, residual=part, out=part)
-        del y
-    del asking, answering
+    _add_text(parts, index, x, eps, granularity, text, context, transformer_options)
 
     up, down = int8_weights(ffn["0"], dtype, x.device), None
     for part in _parts_of(x, HIDDEN_BYTES * ffn["0"].out_features):
@@ -130,6 +110,35 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
         int8_linear(*h, *down, dtype, gate=gate2, residual=part, out=part)
         del h
     return x
+
+
+def _add_text(parts, index, x, eps, granularity, text: KeysValues, context, transformer_options):
+    """Add to x [B, L, C], in place, what its tokens find in the text features `context`."""
+    cross_attn, dtype = parts["cross_attn"], x.dtype
+    linears = cross_attn._modules
+    norm, norm_q = (float32_weights(op, x.device) for op in (parts["norm3"], linears["norm_q"]))
+    itself = attends_itself(cross_attn, text, transformer_options)
+    asking, answering = int8_weights(linears["q"], dtype, x.device), None
+    k, v = keys_values_of(
+        cross_attn, index, granularity, context, text, itself, transformer_options
+    )
+    for part in _parts_of(x, TEXT_BYTES * x.shape[2]):
+        q = torch.empty_like(part)  # before what it is made of, see activation_memory.py
+        n = layer_norm_quant(part, granularity, weight=norm[0], bias=norm[1], eps=eps)
+        multiply = int8_linear_and_squares if itself else int8_linear
+        product = multiply(*n, *asking, dtype, out=q)
+        squares = product[1] if itself else None
+        del n, product
+        if squares is None:
+            q = rms_norm(q, norm_q[0], cross_attn.eps)
+        if itself:
+            y = attend_to_text(cross_attn, q, squares, k, v, text.repeats)
+        else:
+            y = host_attention(cross_attn, q, k, v, transformer_options)
+        del q
+        answering = answering or int8_weights(linears["o"], dtype, x.device)
+        int8_linear(*quantize(y, granularity), *answering, dtype, residual=part, out=part)
+        del y
 
 
 def _parts_of(x: torch.Tensor, each: int) -> Sequence[torch.Tensor]:

@@ -80,7 +80,7 @@ def _total(ranks: Ranks, x: torch.Tensor, squares: torch.Tensor | None) -> torch
     """The sums of squares over all heads, float64 [B, 1, L], of this rank's [B, L, h, D] and its
     `squares` [B, P, L], where they are known.
 
-    Exact in float64: one rank that has all the heads gets the same.
+    As good as exact in float64: one rank that has all the heads gets the same.
     """
     squares = square_sums(x).mT if squares is None else squares
     return summed(ranks, squares.double().sum(1, keepdim=True))
