@@ -16,14 +16,15 @@ implementation: `int8_quant`, `norm_quant`, `requantize`, `qk_prepare` and `sage
 import torch
 from torch import Tensor
 
-from ..checks import BLOCK, check_dtype
+from ..checks import BLOCK, check_dtype, layouts
 from ..dispatch import choose, has_triton
 from . import reference
 
 if has_triton():
+    from . import hopper
     from . import triton as triton_kernels
 else:
-    triton_kernels = None
+    hopper = triton_kernels = None
 
 ACTIVATIONS = (None, "gelu_tanh")
 
@@ -94,7 +95,11 @@ def quantize_rows(
     _check_input("quantize_rows", x, activation)
     if amax is not None:
         _check_amax(x, activation, amax)
-    kernels = choose("quantize_rows", backend, x, reference, triton_kernels)
+    on_hopper = hopper if amax is None and x.ndim == 3 else None  # weights run in Triton there
+    kernels = choose(
+        "quantize_rows", backend, x, reference, triton_kernels, on_hopper,
+        operands=(x,), layout=layouts(x),
+    )  # fmt: skip
     return kernels.quantize_rows(x, activation, amax)
 
 

@@ -10,10 +10,10 @@ from ..dispatch import choose, has_triton
 from . import gradients_reference, reference
 
 if has_triton():
-    from . import gradients_triton, mma
+    from . import gradients_triton, hopper, mma
     from . import triton as triton_kernels
 else:
-    gradients_triton = triton_kernels = mma = None
+    gradients_triton = triton_kernels = hopper = mma = None
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 
@@ -94,7 +94,7 @@ def _kernels(k, v, feature_map, backend):
     check_feature_map(feature_map)
     unsupported = not_contiguous(k, v), float32_on_gpu(k)
     return choose(
-        "key_value_state", backend, k, reference, triton_kernels, hopper=mma, mma=mma,
+        "key_value_state", backend, k, reference, triton_kernels, hopper, mma,
         unsupported=unsupported, operands=(k, v, feature_map),
     )  # fmt: skip
 

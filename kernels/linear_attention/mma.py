@@ -1,4 +1,4 @@
-"""The linear branch's sums over keys by mma.sync, for GeForce cards, A100 and Hopper: mma.cu."""
+"""The linear branch's sums over keys by mma.sync, for GeForce cards and A100: mma.cu."""
 
 from pathlib import Path
 

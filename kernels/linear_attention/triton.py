@@ -180,14 +180,15 @@ def _sum_over_keys(k, v, feature_map, of_heads, maxima: bool):
 
 
 def room_for_sums(
-    x: torch.Tensor, of_heads: int | None = None
+    x: torch.Tensor, of_heads: int | None = None, tile: int = TILE
 ) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """The rows of x [B, L, H, D] that a program sums up, and room for the sums of all programs:
-    float32 [splits, B, H, D, D] and [splits, B, H, D]. As many rows as if x had `of_heads`."""
+    """The rows of x [B, L, H, D] that a program sums up, whole tiles, and room for the sums of all
+    programs: float32 [splits, B, H, D, D] and [splits, B, H, D]. As many rows as if x had
+    `of_heads`."""
     batch, length, heads, dim = x.shape
     # By shape and card alone, so that sums never change order.
     splits = max(1, PROGRAMS * multiprocessors(x.device) // (batch * (of_heads or heads)))
-    rows = TILE * -(-length // (TILE * splits))
+    rows = tile * -(-length // (tile * splits))
     options = {"dtype": torch.float32, "device": x.device}
     parts = -(-length // rows), batch, heads, dim
     return rows, torch.empty(*parts, dim, **options), torch.empty(*parts, **options)

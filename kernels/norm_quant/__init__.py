@@ -2,14 +2,16 @@
 
 from torch import Tensor
 
+from ..checks import layouts
 from ..dispatch import choose, has_triton
 from ..norm import check_layer_norm
 from . import reference
 
 if has_triton():
+    from . import hopper
     from . import triton as triton_kernels
 else:
-    triton_kernels = None
+    hopper = triton_kernels = None
 
 SCALES = ("rows", "blocks")
 
@@ -54,5 +56,10 @@ def layer_norm_quant(
     check_layer_norm("layer_norm_quant", x, weight, bias, scale, shift)
     if x.numel() == 0:
         raise ValueError(f"layer_norm_quant needs x with elements in it, got {list(x.shape)}")
-    kernels = choose("layer_norm_quant", backend, x, reference, triton_kernels)
-    return kernels.layer_norm_quant(x, granularity, weight, bias, scale, shift, eps)
+    vectors = weight, bias, scale, shift
+    on_hopper = hopper if granularity == "rows" else None  # blocks run in Triton there
+    kernels = choose(
+        "layer_norm_quant", backend, x, reference, triton_kernels, on_hopper,
+        operands=(x, *vectors), layout=layouts(x, *vectors),
+    )  # fmt: skip
+    return kernels.layer_norm_quant(x, granularity, *vectors, eps)

@@ -17,10 +17,14 @@ from turbodiffusion_pack.turbo_core import diagnosis
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 GPU = torch.device("cuda:0")
-ON_HOPPER = {"int8_linear", "key_value_state", "prepare", "sage_attention"}  # what has CUDA kernels
+# What has CUDA kernels.
+ON_HOPPER = {
+    "int8_linear", "key_value_state", "layer_norm_quant", "prepare", "quantize_rows",
+    "sage_attention",
+}  # fmt: skip
 OPS = ON_HOPPER | {
-    "apply_rope", "block_means", "center_means", "layer_norm_quant",
-    "linear_attention", "quantize_blocks", "quantize_rows", "requantize_rows", "rms_norm",
+    "apply_rope", "block_means", "center_means", "linear_attention", "quantize_blocks",
+    "requantize_rows", "rms_norm",
     "select_blocks", "sparse_attention",
 }  # fmt: skip
 

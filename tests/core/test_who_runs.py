@@ -1,6 +1,7 @@
 """Under every refusal that an op declares, the run's report names the implementation that runs."""
 
 import ast
+import functools
 import inspect
 import re
 import sys
@@ -41,6 +42,11 @@ class OnGpu(torch.Tensor):
 def heads(dim=128, dtype=HALF, length=130, spare=0):
     """[1, L, 2, D] with `spare` more channels in memory."""
     return torch.zeros(1, length, 2, dim + spare, dtype=dtype)[..., :dim]
+
+
+def rows(channels=256, dtype=HALF, spare=0):
+    """[1, 130, C] with `spare` more channels in memory."""
+    return torch.zeros(1, 130, channels + spare, dtype=dtype)[..., :channels]
 
 
 def on_gpu(x):
@@ -120,7 +126,7 @@ FITTING = {
         lambda: block_map.select_blocks(torch.zeros(1, 2, 2, 128), torch.zeros(1, 2, 3, 128), 1),
     ),
     "quantize_blocks": (TRITON, lambda: int8_quant.quantize_blocks(torch.zeros(1, 130, 128))),
-    "quantize_rows": (TRITON, lambda: int8_quant.quantize_rows(torch.zeros(1, 130, 128))),
+    "quantize_rows": (CUDA, lambda: int8_quant.quantize_rows(rows())),
     "int8_linear": (CUDA, linear),
     "key_value_state": (CUDA, lambda: linear_attention.key_value_state(heads(), heads())),
     "text_attention": (
@@ -143,8 +149,8 @@ FITTING = {
     "rms_norm": (TRITON, lambda: norm.rms_norm(torch.zeros(1, 130, 128), torch.zeros(128))),
     "layer_norm": (TRITON, lambda: norm.layer_norm(torch.zeros(1, 130, 128))),
     "layer_norm_quant": (
-        TRITON,
-        lambda: norm_quant.layer_norm_quant(torch.zeros(1, 130, 128), "rows"),
+        CUDA,
+        lambda: norm_quant.layer_norm_quant(rows(), "rows"),
     ),
     "prepare": (CUDA, lambda: prepare(heads())),
     "norms_of_squares": (TRITON, lambda: qk_prepare.norms_of_squares(torch.ones(1, 2, 130), 128)),
@@ -226,6 +232,12 @@ REFUSALS = [
         REFERENCE,
         "float32 tiles",
         lambda: linear_attention.key_value_state(*[on_gpu(heads(dtype=torch.float32))] * 2),
+    ),
+    (
+        "key_value_state",
+        TRITON,
+        "heads do not lie side by side",
+        lambda: linear_attention.key_value_state(*[heads(spare=8)] * 2),
     ),
     (
         "linear_attention",
@@ -319,6 +331,31 @@ REFUSALS = [
         lambda: sparse_attention.sparse_attention(
             *[on_gpu(heads(dtype=torch.float32))] * 3, a_map()
         ),
+    ),
+    *(
+        (op, TRITON, reason, functools.partial(run, refused))
+        for op, run in (
+            ("quantize_rows", int8_quant.quantize_rows),
+            ("layer_norm_quant", lambda x: norm_quant.layer_norm_quant(x, "rows")),
+        )
+        for reason, refused in (
+            ("the rows are float32", rows(dtype=torch.float32)),
+            ("rows of 320 channels do not divide into warps", rows(320)),
+            ("multiples of 16 bytes", rows(spare=4)),
+            ("strides exceed int32", rows().as_strided((1, 130, 256), (2**31, 256, 1))),
+        )
+    ),
+    (
+        "layer_norm_quant",
+        TRITON,
+        "are not float32",
+        lambda: norm_quant.layer_norm_quant(rows(), "rows", torch.zeros(256, dtype=HALF)),
+    ),
+    (
+        "layer_norm_quant",
+        TRITON,
+        "every token has its own scale or shift",
+        lambda: norm_quant.layer_norm_quant(rows(), "rows", shift=torch.zeros(1, 130, 256)),
     ),
     ("sage_attention", REFERENCE, "not contiguous", lambda: sage(strided(heads()))),
     (
@@ -467,8 +504,9 @@ def test_a_card_of_mma_declines_other_blocks(hopper, monkeypatch):
         ({"spare": 4}, "softmax", "rows do not begin at multiples of 16 bytes"),
     ],
 )
-def test_a_card_of_mma_declines_other_keys(shaped, feature_map, reason, hopper, monkeypatch):
-    _pretend(monkeypatch, (8, 9))
+@pytest.mark.parametrize("card", [(8, 9), (9, 0)], ids="sm_{0[0]}{0[1]}".format)
+def test_other_keys_are_declined(card, shaped, feature_map, reason, hopper, monkeypatch):
+    _pretend(monkeypatch, card)
     keys = heads(**shaped)
     launched, line = told(lambda: linear_attention.key_value_state(keys, keys, feature_map))
     assert launched == TRITON

@@ -180,6 +180,16 @@ def test_gelu_equals_the_reference_at_model_size(quantize):
     assert_gelu_equal_but_for_ties(quantize, x)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", (1, 3, 1500))
+@pytest.mark.parametrize("channels", (256, 1536, 5120, 8960, 13824))
+def test_gelu_of_16_bits_at_every_width(channels, length):
+    """As a CUDA kernel divides rows; some of them apart in memory."""
+    x = random_input(2, length, channels + 8, dtype=torch.float16)[..., :channels]
+    x[..., 0] = 4
+    assert_gelu_equal_but_for_ties(quantize_rows, x)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("quantize", QUANTIZERS)
 @pytest.mark.parametrize("value", (0.0, -0.0, 3.0, -200.0, -1e20, 1e4, 1e30))

@@ -198,6 +198,28 @@ def test_triton_equals_the_reference_at_model_size(channels, tokens, granularity
     assert_equal_but_for_ties(x, granularity, **random_operands(x, tokens))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", (1, 5, 2000))
+@pytest.mark.parametrize("channels", (256, 1536, 2304, 3072, 5120))
+def test_rows_of_16_bits_at_every_width(channels, length):
+    """As a CUDA kernel divides them: one warp a row or two, more teams than rows and fewer."""
+    x = random_input(2, length, channels, dtype=torch.float16)
+    operands = random_operands(x, 1)
+    assert_equal_but_for_ties(x, "rows", **operands)
+    for name, given in operands.items():
+        assert_equal_but_for_ties(x, "rows", **{name: given})
+    assert_equal_but_for_ties(x, "rows", scale=operands["scale"][:1], shift=operands["shift"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", (256, 5120))
+def test_rows_of_16_bits_far_from_zero(channels):
+    x = (random_input(2, 50, channels) + 3000).half()
+    _, scale = layer_norm_quant(x, "rows", backend="triton")
+    _, amax = exact_scaled(exact_layer_norm(x), "rows")
+    torch.testing.assert_close(scale.double(), amax / 128, rtol=1e-3, atol=0)
+
+
 def test_bad_input_is_refused():
     x = torch.zeros(2, 3, 8)
     with pytest.raises(ValueError, match=r"granularity 'rows' or 'blocks', got 'tokens'"):

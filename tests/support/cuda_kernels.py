@@ -21,8 +21,13 @@ from turbodiffusion_pack.kernels.frames_conv import hopper as conv
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.int8_linear import int8_linear
 from turbodiffusion_pack.kernels.int8_linear import mma as mma_linear
+from turbodiffusion_pack.kernels.int8_quant import hopper as rows
+from turbodiffusion_pack.kernels.int8_quant import quantize_rows
 from turbodiffusion_pack.kernels.linear_attention import LinearBranch, key_value_state
+from turbodiffusion_pack.kernels.linear_attention import hopper as hopper_state
 from turbodiffusion_pack.kernels.linear_attention import mma as state
+from turbodiffusion_pack.kernels.norm_quant import hopper as layer_norm
+from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
 from turbodiffusion_pack.kernels.qk_prepare import cuda as cuda_prepare
 from turbodiffusion_pack.kernels.qk_prepare import prepare
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
@@ -167,6 +172,19 @@ def every_convolution(card):
         frames_conv(zeros(1, 3, 4, 4, 96, dtype=dtype), zeros(3, 3, 3, columns, 96, dtype=dtype))
 
 
+def every_quantizer(card):
+    for dtype, channels in zip(DTYPES, (8960, 13824), strict=True):
+        for activation in (None, "gelu_tanh"):
+            x = zeros(1, 3, channels, dtype=dtype)
+            quantize_rows(x, activation, backend="triton")
+
+
+def every_layer_norm(card):
+    # One with an odd number of spans, whose rows have a warp each.
+    for dtype, channels in zip((*DTYPES, DTYPES[0]), (1536, 5120, 256), strict=True):
+        layer_norm_quant(zeros(1, 3, channels, dtype=dtype), "rows", backend="triton")
+
+
 def every_product(card):
     for name in ceilings.products_of(card):
         kernel = ceilings._kernel(name, torch.device("cuda", 0))
@@ -238,6 +256,13 @@ KERNELS = {
         every_linear, (HOPPER,), 168, products=lambda card: {"IGMMA.64x256x32.S8.S8"},
         sizes={"TILE_L": linear.TILE_L, "TILE_N": linear.TILE_N},
     ),
+    "int8_quant/hopper.cu": Kernel(
+        every_quantizer, (HOPPER,), 128, products=lambda card: set(), sizes={"SPAN": rows.SPAN}
+    ),
+    "norm_quant/hopper.cu": Kernel(
+        every_layer_norm, (HOPPER,), 168, spills=40, products=lambda card: set(),
+        sizes={"SPAN": layer_norm.SPAN},
+    ),
     "frames_conv/hopper.cu": Kernel(
         every_convolution, (HOPPER,), 168,
         products=lambda card: {"HGMMA.64x96x16.F32.BF16", "HGMMA.64x192x16.F32"},
@@ -248,8 +273,13 @@ KERNELS = {
         products=prepare_products,
         sizes={name: getattr(cuda_prepare, name) for name in ("HEAD_DIM", "MOST_HEADS")},
     ),
+    "linear_attention/hopper.cu": Kernel(
+        every_state, (HOPPER,), 128,
+        products=lambda card: {"HGMMA.64x128x16.F32", "HGMMA.64x128x16.F32.BF16"},
+        sizes={name: getattr(hopper_state, name) for name in ("HEAD_DIM", "TILE", "STAGES")},
+    ),
     "linear_attention/mma.cu": Kernel(
-        every_state, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card={(12, 0): 24},
+        every_state, BY_MMA_SYNC, 128, spills_of_card={(12, 0): 24},
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
         sizes={"HEAD_DIM": state.HEAD_DIM, "STAGES": state.STAGES},
     ),
