@@ -31,7 +31,7 @@ def operands(pointers: str, integers: str, maps: str = "") -> type[ctypes.Struct
     return type("Operands", (ctypes.Structure,), {"_fields_": fields})
 
 
-def tensor_map(x: torch.Tensor, box: int | tuple[int, ...]) -> ctypes.Array:
+def tensor_map(x: torch.Tensor, box: int | tuple[int, ...], fetched: int = 128) -> ctypes.Array:
     """What the copy engine (TMA) knows of a tensor; a kernel's operands hold it by value.
 
     It copies a box at a time, 0 before the beginning and beyond the end, with chunks of 16 bytes
@@ -42,12 +42,13 @@ def tensor_map(x: torch.Tensor, box: int | tuple[int, ...]) -> ctypes.Array:
             address multiples of 16 bytes.
         box: its size in each dimension, at most 256, the last one of 64 or 128 bytes; a number
             stands for so many rows of 128 columns.
+        fetched: bytes of a row that come into L2 at a time, 128 or 256.
 
     Raises:
         ValueError: x is not on a GPU.
         RuntimeError: the driver refuses.
     """
-    key = address(x), x.itemsize, x.shape, x.stride(), box
+    key = address(x), x.itemsize, x.shape, x.stride(), box, fetched
     known = _maps.get(key)  # another thread may empty it in between
     return _maps.put(key, _encoded(*key)) if known is None else known
 
@@ -62,6 +63,7 @@ def _encoded(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     box: int | tuple[int, ...],
+    fetched: int,
 ) -> ctypes.Array:
     """The tensor map of what these numbers say, and nothing else: the driver looks at no memory."""
     if isinstance(box, int):
@@ -72,12 +74,12 @@ def _encoded(
     aligned = TENSOR_MAP.from_buffer(memory, -ctypes.addressof(memory) % 64)
     integers = {1: 0, 2: 1}[itemsize]  # zeros are the same in all of 16 bits
     swizzle = {64: 2, 128: 3}[itemsize * boxes[0]]
-    plain, promote_128, zeros = 0, 2, 0
+    plain, promotion, zeros = 0, {128: 2, 256: 3}[fetched], 0
     code = driver().cuTensorMapEncodeTiled(
         aligned, integers, rank, ctypes.c_void_p(pointer),
         (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * rank)(*steps),
         (ctypes.c_uint32 * rank)(*boxes), (ctypes.c_uint32 * rank)(*[1] * rank),
-        plain, swizzle, promote_128, zeros,
+        plain, swizzle, promotion, zeros,
     )  # fmt: skip
     check(code)
     return aligned

@@ -14,6 +14,7 @@ TARGET = "sm_90a"
 TILE_L, TILE_N = 128, 256
 THREADS = 384
 STAGE_BYTES = (TILE_L + TILE_N) * 128
+FETCHED = 256  # bytes of a row: the next step's come along, in half as many requests to memory
 # Alignment and hopper.cu's Shared.
 SHARED_BYTES = 1024 + 4 * (STAGE_BYTES + 16) + 2 * (TILE_N * 8 + 16)
 Operands = nvrtc.operands(
@@ -79,7 +80,7 @@ def linear(
     pairs = batch * -(-length // (2 * TILE_L)) * -(-n // TILE_N)  # of tiles, of a cluster
     x_scale = x_scale.contiguous()
     operands = Operands(
-        nvrtc.tensor_map(x_q, TILE_L), nvrtc.tensor_map(w_q, TILE_N // 2),
+        nvrtc.tensor_map(x_q, TILE_L, FETCHED), nvrtc.tensor_map(w_q, TILE_N // 2, FETCHED),
         *map(nvrtc.address, (x_scale, w_scale, bias, gate, residual, out, squares)),
         batch, length, n, k, 0 if gate is None else gate.stride(0),
         *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],

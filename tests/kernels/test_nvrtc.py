@@ -129,6 +129,7 @@ def test_operands_say_what_was_given(launches):
     found = launch.operands
     assert list(found.x_map[:2]) == [x.data_ptr(), linear.TILE_L]
     assert list(found.w_map[:2]) == [w.data_ptr(), linear.TILE_N // 2]
+    assert found.x_map[-1] == found.w_map[-1] == 256
     assert found.bias is None
     pointers = found.gate, found.residual, found.out
     assert pointers == tuple(t.data_ptr() for t in (gate, residual, out))
@@ -176,6 +177,7 @@ def test_a_tensor_map_is_made_once_for_each_place_and_shape(monkeypatch):
     assert maps == [1, 2, 3, 4, 5, 6]
     assert nvrtc.tensor_map(x, 64)[0] == 7
     assert nvrtc.tensor_map(x.clone(), 128)[0] == 8
+    assert nvrtc.tensor_map(x, 128, 256)[0] == 9
     assert nvrtc.tensor_map(x, 128)[0] == 1
 
 

@@ -87,9 +87,11 @@ def captured(monkeypatch, card: Card) -> list[Launch]:
     return found
 
 
-def noted_map(x: torch.Tensor, box: int | tuple[int, ...]) -> ctypes.Array:
-    """In place of a tensor map, what it is made of."""
-    return nvrtc.TENSOR_MAP(x.data_ptr(), *(box if isinstance(box, tuple) else (box,)))
+def noted_map(x: torch.Tensor, box: int | tuple[int, ...], fetched: int = 128) -> ctypes.Array:
+    """In place of a tensor map, what it is made of: address, box, and last what is fetched."""
+    noted = nvrtc.TENSOR_MAP(x.data_ptr(), *(box if isinstance(box, tuple) else (box,)))
+    noted[-1] = fetched
+    return noted
 
 
 @functools.cache
