@@ -95,7 +95,8 @@ def quantize_rows(
     _check_input("quantize_rows", x, activation)
     if amax is not None:
         _check_amax(x, activation, amax)
-    on_hopper = hopper if amax is None and x.ndim == 3 else None  # weights run in Triton there
+    # Weights, once a load, and some columns of rows run in Triton there.
+    on_hopper = hopper if amax is None and x.ndim == 3 else None
     kernels = choose(
         "quantize_rows", backend, x, reference, triton_kernels, on_hopper,
         operands=(x,), layout=layouts(x),

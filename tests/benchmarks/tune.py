@@ -102,13 +102,13 @@ def prepare_linear(shape: tuple[int, int, int], granularity: str) -> Callable:
 def prepare_layer_norm(shape: tuple[int, int]) -> Callable:
     x = random_rows(shape)
     scale, shift = (torch.randn(1, 1, shape[1], device="cuda") for _ in range(2))
-    options = {"scale": scale, "shift": shift, "backend": "triton"}
-    return lambda: norm_quant.layer_norm_quant(x, "rows", **options)
+    operands = x, "rows", None, None, scale, shift, 1e-6  # as above
+    return lambda: norm_quant.triton_kernels.layer_norm_quant(*operands)
 
 
 def prepare_quantize(shape: tuple[int, int], activation: str | None) -> Callable:
     x = random_rows(shape)
-    return lambda: int8_quant.quantize_rows(x, activation, backend="triton")
+    return lambda: int8_quant.triton_kernels.quantize_rows(x, activation)  # as above
 
 
 def prepare_rms_norm(shape: tuple[int, int]) -> Callable:
