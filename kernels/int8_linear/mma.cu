@@ -36,8 +36,10 @@ constexpr int PENDING = STAGES - 2;               // steps on their way when the
 // costs a tile's end, but the assembler orders the loops over k better: by measurement, each is the
 // faster one where it is.
 constexpr bool IN_ORDER = BLOCKS && STAGES == 2;
-// Sums of a block add up on top of the bits of 1.5 * 2^23: as float32 they are 1.5 * 2^23 + sum.
-constexpr int SUM_ZERO = 0x4B400000;
+// sm_80 converts integers slowly, where it takes exponentials. There the sums of a block add up on
+// top of the bits of 1.5 * 2^23: as float32 they are 1.5 * 2^23 + sum.
+constexpr bool CONVERTS = __CUDA_ARCH__ >= 860;
+constexpr int SUM_ZERO = CONVERTS ? 0 : 0x4B400000;
 constexpr float SUM_ZERO_VALUE = 12582912.0f;
 static_assert(128 * 128 * BLOCK < 1 << 22);
 static_assert(TILE_L % COPY_ROWS == 0 && TILE_N % COPY_ROWS == 0 && COPY_ROWS % 32 == 0);
@@ -266,8 +268,8 @@ __device__ __forceinline__ void end_step() {
 // The one barrier of a step comes when all of its w is in registers: the step STAGES further on is
 // then copied to its place, COPIED_LAST parts during the last group of columns, the others during
 // the first MIDDLE groups of the next step. With two stages soon: a step later it has to be there.
-constexpr int MIDDLE = STAGES > 2 ? 6 : 1;
-constexpr int COPIED_LAST = (X_COPIES + W_COPIES) / 6 * (STAGES > 2 ? 1 : 4);
+constexpr int MIDDLE = STAGES > 2 ? 6 : 2;
+constexpr int COPIED_LAST = (X_COPIES + W_COPIES) / 6 * (STAGES > 2 ? 1 : 3);
 constexpr int COPIED_EACH = (X_COPIES + W_COPIES - COPIED_LAST + MIDDLE - 1) / MIDDLE;
 
 constexpr int COLUMNS = 8;  // of w that a warp takes at once
@@ -304,16 +306,18 @@ __device__ __forceinline__ void multiply_depth(
         mma_int8(sum, x, low, high, zero);
 }
 
+__device__ __forceinline__ float value_of(int sum) {
+    return CONVERTS ? float(sum) : __int_as_float(sum) - SUM_ZERO_VALUE;
+}
+
 __device__ __forceinline__ void add_scaled(
     Sums& sums, const int (&sum)[ROWS][4], int group, float scale
 ) {
 #pragma unroll
     for (int m = 0; m < ROWS; m++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float& y = sums[m][group][i];
-            y = fmaf(__int_as_float(sum[m][i]) - SUM_ZERO_VALUE, scale, y);
-        }
+        for (int i = 0; i < 4; i++)
+            sums[m][group][i] = fmaf(value_of(sum[m][i]), scale, sums[m][group][i]);
 }
 
 // All of a tile's products. The loop begins in the middle of a step: there nothing is on its way
@@ -417,7 +421,7 @@ __device__ __forceinline__ void multiply(
 ) {
     constexpr int turns = DEPTHS * ROWS, pairs = WARP_N / 16;
     constexpr int at_once = parts(X_COPIES + W_COPIES, DEPTHS);  // copies
-    static_assert(turns % 2 == 0);
+    static_assert(turns % 2 == 0 && ROWS / 2 < ROWS - 2);  // copies before the step's end
     Places at = places();
     u32 stage = stage_address(shared, slot);
     u32 x[2][4], w[pairs][4];
@@ -438,13 +442,12 @@ __device__ __forceinline__ void multiply(
 #pragma unroll
             for (int i = 0; i < turns; i++) {
                 int depth = i / ROWS, m = i % ROWS;
-                bool last = i + 1 == turns;
-                if (last) {
+                load_x(x[(i + 1) % 2], stage, at, (i + 1) % ROWS, (i + 1) / ROWS % DEPTHS);
+                if (i + 2 == turns) {  // all of the step is in registers
                     end_step();
                     slot = after(slot);
                     stage = stage_address(shared, slot);
                 }
-                load_x(x[(i + 1) % 2], stage, at, (i + 1) % ROWS, (i + 1) / ROWS % DEPTHS);
                 if (m == ROWS / 2) copy_parts<at_once>(copies, to, copied, depth * at_once, o);
 #pragma unroll
                 for (int j = 0; j < pairs; j++) {

@@ -1,9 +1,12 @@
 // Sparse attention in low bits by mma.sync: int8 q k^T, fp8 or float16 weights and values.
 //
 // A program takes one query block of 128 rows, a warp 32 of them; two programs share a
-// multiprocessor, and the products of one run beside the exponentials of the other. The next key
-// blocks are on their way meanwhile. Of a block's scores a warp holds those of 32 keys at a time,
-// then only their weights, in the order in which the next product takes them.
+// multiprocessor, and the products of one run beside the exponentials of the other. Of a block's
+// scores a warp holds those of 32 keys at a time, then only their weights, in the order in which
+// the next product takes them. The block's values and the next keys are on their way meanwhile.
+//
+// The queries wait in shared memory and are read again for each block: while weights are multiplied
+// with values, their 32 registers hold what comes next from there.
 //
 // fp8 products, and float16 ones if SHORT_SUMS, add up in float16: consumer cards then multiply at
 // twice the rate. A block's sums stay below the largest float16, see WEIGHT_LIMIT, and join float32
@@ -12,8 +15,7 @@
 // Key blocks lie in memory as ldmatrix reads them, see `quantize` in mma.py.
 
 // Defined are HEAD_DIM, 64 or 128; FP8, whether values are e4m3, else float16; SHORT_SUMS;
-// VALUE_LIMIT, the largest value; STAGES, key blocks in shared memory; BF16, whether rows are
-// bfloat16, else float16.
+// VALUE_LIMIT, the largest value; BF16, whether rows are bfloat16, else float16.
 
 #include "mma.cuh"
 
@@ -39,16 +41,12 @@ constexpr float SCORE_ZERO_VALUE = 12582912.0f;
 static_assert(127 * 127 * HEAD_DIM < 1 << 22);
 constexpr int LOWEST_SCORE = 0x4B000000;
 
-struct Stage {
-    i8 keys[KEY_BYTES];      // [BLOCK_K, HEAD_DIM], swizzled
-    i8 values[VALUE_BYTES];  // [HEAD_DIM, BLOCK_K], swizzled
-};
-
 struct Shared {
-    Stage stages[STAGES];
-    float scale[STAGES];  // of the keys
-    int inside[STAGES];   // keys from the block's first to the end
-    int later[STAGES];    // number of the block selected STAGES - 1 later: not waited for
+    i8 queries[BLOCK_Q * HEAD_DIM];  // [BLOCK_Q, HEAD_DIM], swizzled; then the output
+    i8 keys[2][KEY_BYTES];           // [BLOCK_K, HEAD_DIM] of this block and the next, swizzled
+    i8 values[VALUE_BYTES];          // [HEAD_DIM, BLOCK_K], swizzled
+    float scale[2];                  // of the keys
+    int next[2];                     // number of the block after them: not waited for
 };
 
 struct Operands {
@@ -67,8 +65,8 @@ struct Operands {
 
 static_assert(SHARED_BYTES == sizeof(Shared));
 static_assert(OPERANDS_BYTES == sizeof(Operands));
-// The output goes through the stages, 16 rows of each warp at a time.
-static_assert(WARPS * 16 * HEAD_DIM * 2 <= sizeof(Shared::stages));
+// The output goes through their memory, 16 rows of each warp at a time.
+static_assert(WARPS * 16 * HEAD_DIM * 2 <= sizeof(Shared::queries));
 
 // What a thread holds of its warp's 32 rows, 16 at a time, as products take and leave it.
 typedef u32 Queries[2][HEAD_DIM / 32][4];   // [32, HEAD_DIM] int8
@@ -96,36 +94,39 @@ __device__ __forceinline__ void copy_bytes(u32 to, const i8* from, int bytes) {
     for (int i = 0; i < bytes / WARPS; i += 512) copy_16(to + i, from + i);
 }
 
-// Starts the copies of the i-th selected key block, number `own` of the head whose first one is
-// `first_block`. Past the last one it is copied again, as a branch would cost more.
-__device__ __forceinline__ void start_block(
-    Shared& shared, int stage, const Operands& o, const int* selected, int i, int first_block,
-    int own
+// Starts the copies of the keys of the i-th selected block, number `block` of all heads. Past the
+// last one it is copied again, as a branch would cost more.
+__device__ __forceinline__ void start_keys(
+    Shared& shared, const Operands& o, const int* selected, int i, long long block
 ) {
-    long long block = first_block + own;
-    copy_bytes(shared_address(shared.stages[stage].keys), o.k + block * KEY_BYTES, KEY_BYTES);
-    copy_bytes(shared_address(shared.stages[stage].values), o.v + block * VALUE_BYTES, VALUE_BYTES);
+    copy_bytes(shared_address(shared.keys[i % 2]), o.k + block * KEY_BYTES, KEY_BYTES);
     if (threadIdx.x == 0) {
-        copy_4(shared_address(&shared.scale[stage]), o.k_scale + block);
-        copy_4(shared_address(&shared.later[stage]), selected + min(i + STAGES - 1, o.count - 1));
-        shared.inside[stage] = o.length - own * BLOCK_K;
+        copy_4(shared_address(&shared.scale[i % 2]), o.k_scale + block);
+        copy_4(shared_address(&shared.next[i % 2]), selected + min(i + 1, o.count - 1));
     }
 }
 
-// This warp's 32 rows of q.
-__device__ __forceinline__ void load_queries(
-    Queries& queries, const i8* q, int lane
-) {
+// Where 16 bytes of a row of q lie: eight rows of the same chunk meet all banks.
+__device__ __forceinline__ u32 query_place(int row, int chunk) {
+    return row * HEAD_DIM + (chunk ^ row / (128 / HEAD_DIM) % (HEAD_DIM / 16)) * 16;
+}
+
+__device__ __forceinline__ void start_queries(Shared& shared, const i8* q) {
+    constexpr int chunks = HEAD_DIM / 16;
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int first = 0; first < BLOCK_Q * chunks; first += THREADS) {
+        int i = first + threadIdx.x;
+        copy_16(shared_address(shared.queries) + query_place(i / chunks, i % chunks), q + 16 * i);
+    }
+}
+
+// This warp's 32 rows of q; `from` is where the lane reads the first 32 bytes of them.
+__device__ __forceinline__ void load_queries(Queries& queries, u32 from) {
 #pragma unroll
-        for (int i = 0; i < HEAD_DIM / 32; i++)
+    for (int i = 0; i < HEAD_DIM / 32; i++)
 #pragma unroll
-            for (int part = 0; part < 4; part++) {
-                int row = 16 * m + lane / 4 + part % 2 * 8;
-                int byte = 32 * i + 4 * (lane % 4) + part / 2 * 16;
-                queries[m][i][part] = *reinterpret_cast<const u32*>(q + row * HEAD_DIM + byte);
-            }
+        for (int m = 0; m < 2; m++)
+            load_matrices(queries[m][i], (from ^ 32 * i) + m * 16 * HEAD_DIM);
 }
 
 // ---- scores and weights ----
@@ -413,38 +414,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sage_attention(
     int tile = blockIdx.x, head = tile / o.q_blocks;
     int first_block = head * o.k_blocks;
     const int* selected = o.block_map + (long long)tile * o.count;
-#pragma unroll
-    for (int i = 0; i + 1 < STAGES; i++) {
-        int own = selected[min(i, o.count - 1)];
-        start_block(shared, i, o, selected, i, first_block, own);
-        copy_commit();
-    }
-    Queries queries;
-    load_queries(queries, o.q + ((long long)tile * BLOCK_Q + 32 * warp) * HEAD_DIM, lane);
+    int own = selected[0];  // number of the block
+    start_queries(shared, o.q + (long long)tile * BLOCK_Q * HEAD_DIM);
+    start_keys(shared, o, selected, 0, first_block + own);
+    copy_commit();
     float own_scale = o.q_scale[tile];
     Sums acc = {};
     Weights weights;
     Rows rows = {{-1e30f, -1e30f, -1e30f, -1e30f}, {0, 0, 0, 0}};
-    u32 keys = shared_address(shared.stages[0].keys) + swizzled<HEAD_DIM>(lane);
-    u32 values = shared_address(shared.stages[0].values) + swizzled<VALUE_BYTES / HEAD_DIM>(lane);
-    int stage = 0;
+    u32 q = shared_address(shared.queries) + query_place(32 * warp + lane % 16, lane / 16);
+    u32 keys = shared_address(shared.keys[0]) + swizzled<HEAD_DIM>(lane);
+    u32 values = shared_address(shared.values) + swizzled<VALUE_BYTES / HEAD_DIM>(lane);
 #pragma unroll 1
     for (int i = 0; i < o.count; i++) {
-        copy_wait<STAGES - 2>();
-        __syncthreads();  // this block is there, and all are through with the last one
-        start_block(shared, stage ? stage - 1 : STAGES - 1, o, selected, i + STAGES - 1,
-                    first_block, shared.later[stage]);
-        copy_commit();
-        u32 at = stage * sizeof(Stage);
-        float scale = own_scale * shared.scale[stage];
-        int inside = shared.inside[stage];
+        copy_wait<0>();
+        __syncthreads();  // these keys are there, and all are through with the last block
+        u32 at = keys + i % 2 * KEY_BYTES;
+        float scale = own_scale * shared.scale[i % 2];
+        Queries queries;
+        load_queries(queries, q);
         Scores scores;
-        multiply_keys(scores, queries, keys + at);
+        multiply_keys(scores, queries, at);
+        // Behind what the first products read: that would wait for copies before it.
+        const i8* v = o.v + (long long)(first_block + own) * VALUE_BYTES;
+        copy_bytes(shared_address(shared.values), v, VALUE_BYTES);
+        copy_commit();
+        int inside = o.length - own * BLOCK_K;  // keys from the block's first to the end
+        own = shared.next[i % 2];
+        start_keys(shared, o, selected, i + 1, first_block + own);
+        copy_commit();
         weigh_part<0>(weights, rows, acc, scores, scale, inside, lane);
-        multiply_keys(scores, queries, keys + at + PART * HEAD_DIM);
+        multiply_keys(scores, queries, at + PART * HEAD_DIM);
         weigh_part<1>(weights, rows, acc, scores, scale, inside, lane);
-        multiply_values(acc, weights, values + at);
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        copy_wait<1>();
+        __syncthreads();  // these values are there
+        multiply_values(acc, weights, values);
     }
     copy_wait<0>();
     __syncthreads();
@@ -452,7 +456,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sage_attention(
     long long stride = (long long)o.heads * HEAD_DIM;
     long long first_row = (long long)(head / o.heads) * o.length + row;
     store_rows(acc, rows, o.v_scale + (long long)head * HEAD_DIM,
-               reinterpret_cast<i8*>(&shared.stages) + warp * 16 * HEAD_DIM * 2,
+               shared.queries + warp * 16 * HEAD_DIM * 2,
                o.out + first_row * stride + head % o.heads * HEAD_DIM, o.length - row, stride,
                o.add, lane);
 }

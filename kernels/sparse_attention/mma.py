@@ -16,8 +16,6 @@ SOURCE = Path(__file__).with_suffix(".cu")
 THREADS = 128
 HEAD_DIMS = 64, 128
 SHAPE = 128, 64  # rows in a query and a key block
-# In shared memory, by what values are in. Two programs share a multiprocessor, which has 100 KB.
-STAGES = {"fp8": 3, "fp16": 2}
 VALUE_LIMIT = 7.0  # 448 / 64: numbers round as if they went up to 448, but their sums fit float16
 FP8_NVRTC = 12, 8  # the oldest that multiplies fp8 with sums in float16
 # The cards of data centers multiply as fast with float32 sums; GeForce cards at half the rate.
@@ -79,13 +77,15 @@ def constants(card: tuple[int, int], head_dim: int, pv: str, dtype: torch.dtype)
     """What mma.cu is compiled with for values in `pv` and an output in `dtype`."""
     return {
         "HEAD_DIM": head_dim, "FP8": int(pv == "fp8"), "SHORT_SUMS": int(card not in LONG_SUMS),
-        "VALUE_LIMIT": int(VALUE_LIMIT), "STAGES": STAGES[pv], "BF16": int(dtype == torch.bfloat16),
+        "VALUE_LIMIT": int(VALUE_LIMIT), "BF16": int(dtype == torch.bfloat16),
     }  # fmt: skip
 
 
 def shared_bytes(head_dim: int, pv: str) -> int:
-    """mma.cu's Shared: keys and values of as many blocks, and what is known of them."""
-    return STAGES[pv] * (SHAPE[1] * head_dim * (2 if pv == "fp8" else 3) + 12)
+    """mma.cu's Shared, of which two fit a multiprocessor of 100 KB: queries, keys of two blocks and
+    values of one, scales and numbers."""
+    block_q, block_k = SHAPE
+    return head_dim * (block_q + block_k * (3 if pv == "fp8" else 4)) + 16
 
 
 def _kernel(out: torch.Tensor, pv: str) -> nvrtc.Kernel:

@@ -69,7 +69,7 @@ GRAPH_FROM = {"auto": pass_graph.BOUND, "on": 0.0, "off": float("inf")}
 # Names of kernels, and what is in the names of torch's.
 LINEARS = "int8_linear", "linear_kernel"
 SPARSE_ATTENTION = "sage_attention", "sage_attention_kernel", "sparse_attention_kernel"
-DENSE_ATTENTION = "flash", "fmha", "cudnn"
+DENSE_ATTENTION = "flash", "fmha", "cudnn", "text_attention"
 
 
 def topk_of(settings: SLASettings) -> float | None:

@@ -2,6 +2,7 @@
 
     COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/soak.py
     ... soak.py --model tiny --runs 30      without a GPU, where running out is pretended
+    ... soak.py --card 8.9                  as on an older card
 
 - `runs` videos in a row of random models (text to video, an expert pair, a stock model made INT8),
   LoRAs, sizes and lengths, some cancelled at a random time. One of each has come before, so that
@@ -29,6 +30,7 @@ from typing import NamedTuple
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 
 import comfyui_install
+import older_cards
 import pack  # noqa: F401
 import random_models
 import server_clock
@@ -227,7 +229,7 @@ def main() -> None:
     parser.add_argument("--vae", choices=("turbo", "stock"), default="turbo")
     parser.add_argument("--server", default="", help="further options of ComfyUI's main.py")
     parser.add_argument("--folder", type=Path, help="for the models, which are kept there")
-    options = parser.parse_args()
+    options = older_cards.parse_for_a_server(parser)
     comfyui = comfyui_install.find()
     if comfyui is None:
         raise SystemExit("no ComfyUI found: set COMFYUI_DIR to a ComfyUI folder")
@@ -237,9 +239,8 @@ def main() -> None:
         random_models.write_missing(comfyui, models, videos.jobs())
         tiny_models.write_picture(base / "input" / PICTURE)
         folders = {name: [models / name] for name in ("diffusion_models", "vae", "loras")}
-        with ComfyServer(
-            comfyui, base, folders, options=tuple(shlex.split(options.server))
-        ) as server:
+        further = tuple(shlex.split(options.server))
+        with ComfyServer(comfyui, base, folders, options=further, card=options.card) as server:
             vae = options.vae == "turbo" and "TurboVAE" in server.object_info()
             say(f"decoded by {'TurboVAE' if vae else 'the host'}")
             well = [

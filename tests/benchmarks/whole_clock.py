@@ -3,6 +3,7 @@
     COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/whole_clock.py --models 1.3B-480P 14B-480P
     ... whole_clock.py --models A14B-I2V-720P --ways ours --free 0 12 6    as on smaller cards
     ... whole_clock.py --models 14B-480P --ways ours --vae both --text umt5 --from-disk
+    ... whole_clock.py --models 14B-480P --ways ours --card 8.9    as on an older card
 
 Random models of real size are written as files, and each way has a server of its own: our loader,
 a stock model with our nodes, and ComfyUI alone, with as many steps and no CFG. The first run brings
@@ -33,6 +34,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 
 import comfyui_install
+import older_cards
 import pack  # noqa: F401
 import random_models
 import server_clock
@@ -195,8 +197,9 @@ def run_way(comfyui: Path, base: Path, models: Path, way: str, options, leave) -
     results, start = [], time.monotonic()
     tiny_models.write_picture(base / "input" / PICTURE)
     extra = tuple(shlex.split(options.server))
-    with ComfyServer(comfyui, base, folders, options=extra) as server:
-        say(f"server up in {time.monotonic() - start:.1f} s")
+    with ComfyServer(comfyui, base, folders, options=extra, card=options.card) as server:
+        played = f", our kernels as on a card of {options.card}" if options.card else ""
+        say(f"server up in {time.monotonic() - start:.1f} s{played}")
         for model in options.models:
             video = Video(MODELS[model], options.steps, options.text)
             for turbo_vae in vaes(server, way, options.vae):
@@ -253,7 +256,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--longest", type=float, default=60, help="no warm runs above, seconds")
     parser.add_argument("--seconds", type=float, default=1e6, help="begin nothing after these")
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    options = parser.parse_args(arguments)
+    options = older_cards.parse_for_a_server(parser, arguments)
     options.deadline = time.monotonic() + options.seconds
     return options
 

@@ -23,10 +23,14 @@ HOPPER = older_cards.HOPPER
 
 # In a process of its own: Triton's interpreter is on in this one, and what is played stays.
 PLAY_ADA = """
-import torch
+import importlib, sys, types, torch
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
-import older_cards
+import older_cards, pack
+served = types.ModuleType("served_pack")  # as ComfyUI has it
+served.__path__ = [str(pack.ROOT)]
+sys.modules[served.__name__] = served
+attention = importlib.import_module("served_pack.kernels.sparse_attention")
 older_cards.play("8.9")
 import tempfile, triton, triton.language as tl
 from triton.backends.nvidia.driver import CudaDriver
@@ -48,6 +52,8 @@ print(dispatch.capability(gpu), kernels.capability(gpu), sparse_attention.defaul
 print(".target sm_89" in code["ptx"], *sorted(set(MATRIX_INSTRUCTION.findall(code["ptx"]))))
 print(*machine_products("sm_90a", code["cubin"]))
 print(older_cards.playing())
+import served_pack.kernels.nvrtc
+print(attention.default_pv(gpu), served_pack.kernels.nvrtc.load.func.__name__)
 """
 
 
@@ -109,12 +115,13 @@ def test_triton_makes_the_older_cards_code_and_it_is_assembled_for_this_one(tmp_
         [sys.executable, str(file)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    decided, ptx, machine, told = done.stdout.splitlines()
+    decided, ptx, machine, told, served = done.stdout.splitlines()
     assert decided == "(8, 9) (8, 9) fp8"
     assert ptx == "True mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
     assert machine.startswith("IMMA.16832.S8.S8")
     assert told.startswith("as sm_89; ")
     assert "products of fp8, fp8 in fp16 sums are emulated here by those of fp16" in told
+    assert served == "fp8 fitting"
 
 
 def test_cuda_that_takes_more_shared_memory_than_the_card_has_is_refused(monkeypatch):

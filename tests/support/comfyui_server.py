@@ -21,6 +21,7 @@ from comfyui_install import ROOT
 TEST_NODES = Path(__file__).resolve().parent / "turbo_test_nodes"
 START_SECONDS = 180
 RUN_SECONDS = 1800
+PLAYED_CARD = "TURBO_TEST_CARD"  # what the test nodes play, an environment variable
 OUTCOMES = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -57,6 +58,7 @@ class ComfyServer:
     model_folders: further folders to search, by ComfyUI's folder name.
     output: where results go, a folder in `base` if None.
     options: further ones for ComfyUI's command line.
+    card: an older card that our kernels run as, see older_cards.py.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class ComfyServer:
         model_folders: dict[str, list[Path]] | None = None,
         output: Path | None = None,
         options: tuple[str, ...] = (),
+        card: str | None = None,
     ):
         self.comfyui = comfyui
         self.base = base
         self.model_folders = model_folders or {}
         self.output = output or base / "output"
         self.options = options
+        self.card = card
         self.log_file = base / "server.log"
         self.client_id = uuid.uuid4().hex
 
@@ -83,7 +87,7 @@ class ComfyServer:
         self.process = subprocess.Popen(
             self.command(port),
             cwd=self.comfyui,
-            env=server_environment(),
+            env=server_environment() | ({PLAYED_CARD: self.card} if self.card else {}),
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,

@@ -9,6 +9,7 @@ other packages stay this GPU's own.
 
 import argparse
 import functools
+import importlib
 import re
 import sys
 
@@ -16,7 +17,6 @@ import pack  # noqa: F401
 import torch
 from turbodiffusion_pack.kernels import ceilings, dispatch, nvrtc
 
-PACK = "turbodiffusion_pack.kernels"
 # Ampere has neither TMA nor fp8, Ada no TMA, and Hopper's own kernels need NVRTC.
 AMPERE, ADA, HOPPER = (8, 6), (8, 9), (9, 0)
 # What can be played, with the shared memory that a block may use there, in bytes.
@@ -43,10 +43,20 @@ def parse(
     parser: argparse.ArgumentParser, arguments: list[str] | None = None
 ) -> argparse.Namespace:
     """`parser.parse_args(arguments)` with an option --card; the card is played from here on."""
+    options = parse_for_a_server(parser, arguments)
+    if options.card:
+        play(options.card)
+    return options
+
+
+def parse_for_a_server(
+    parser: argparse.ArgumentParser, arguments: list[str] | None = None
+) -> argparse.Namespace:
+    """The same, for a ComfyServer to play: here it is only checked that it can be."""
     parser.add_argument("--card", help="run our kernels as on an older card: 8.0, 8.6 or 8.9")
     options = parser.parse_args(arguments)
     if options.card:
-        play(options.card)
+        _check_playable(options.card)
     return options
 
 
@@ -58,13 +68,17 @@ def play(name: str) -> None:
     Raises:
         SystemExit: this GPU cannot play that card; one sentence says why.
     """
-    if problem := unplayable(name):
-        sys.exit(f"--card {name}: {problem}")
+    _check_playable(name)
     card, real = _card(name), torch.cuda.get_device_capability()
     _decide_as(setattr, card)
     _fit_cuda(PLAYED[card])
     if card != real:
         _let_triton_compile_for(card, real)
+
+
+def _check_playable(name: str) -> None:
+    if problem := unplayable(name):
+        sys.exit(f"--card {name}: {problem}")
 
 
 def unplayable(name: str) -> str | None:
@@ -102,21 +116,29 @@ def _card(name: str) -> Card | None:
 
 def _decide_as(set_attribute, card: Card) -> None:
     """Every module of the kernels takes any device for `card`."""
-    real, played = dispatch.capability, functools.cache(lambda device: card)
-    for name, module in list(sys.modules.items()):
-        if name.startswith(PACK) and getattr(module, "capability", None) is real:
-            set_attribute(module, "capability", played)
+    played = functools.cache(lambda device: card)
+    for kernels in _loaded_kernels():
+        real = sys.modules[kernels + ".dispatch"].capability
+        for name, module in list(sys.modules.items()):
+            if name.startswith(kernels) and getattr(module, "capability", None) is real:
+                set_attribute(module, "capability", played)
+
+
+def _loaded_kernels() -> list[str]:
+    """What the pack's kernels are called: ComfyUI has the pack under a name of its own."""
+    return [n.removesuffix(".dispatch") for n in sys.modules if n.endswith(".kernels.dispatch")]
 
 
 def _fit_cuda(limit: int) -> None:
     """Refuse kernels of CUDA C++ that have more shared memory than the card."""
-    load = nvrtc.load
 
-    def fitting(source, name, target, shared_bytes, *rest, **constants):
+    def fitting(load, source, name, target, shared_bytes, *rest, **constants):
         assert shared_bytes <= limit, f"{name} takes {shared_bytes} bytes of {limit}"
         return load(source, name, target, shared_bytes, *rest, **constants)
 
-    nvrtc.load = fitting
+    for kernels in _loaded_kernels():
+        nvrtc = importlib.import_module(f"{kernels}.nvrtc")
+        nvrtc.load = functools.partial(fitting, nvrtc.load)
 
 
 def _let_triton_compile_for(card: Card, real: Card) -> None:

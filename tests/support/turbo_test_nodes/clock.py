@@ -1,10 +1,12 @@
 """Time and memory inside the server, wherever ComfyUI says how far it is; and memory that runs out.
 
 GET /turbo_clock tells of the last prompt and of now, see `readings` and `now`. POST /turbo_clock
-lets memory run out in the next prompt, see `Shortage`.
+lets memory run out in the next prompt, see `Shortage`. The first prompt begins as on the older card
+that TURBO_TEST_CARD names, if it does.
 """
 
 import gc
+import os
 import re
 import time
 from pathlib import Path
@@ -174,6 +176,7 @@ def readings() -> list[dict]:
 def hear(event: str, told: dict) -> None:
     """ComfyUI tells its client something, in the thread that runs the prompt."""
     if event == "execution_start":
+        play_card()
         Clock.readings, Clock.loads = [], []
     Clock.readings.append(Reading(event, told))
     shortage = Clock.shortage
@@ -182,6 +185,14 @@ def hear(event: str, told: dict) -> None:
     if shortage and event in OUTCOMES:
         Clock.shortage = None
         shortage.end()
+
+
+def play_card() -> None:
+    """In the first prompt, as all packs are loaded by then."""
+    if card := os.environ.pop("TURBO_TEST_CARD", None):
+        import older_cards
+
+        older_cards.play(card)
 
 
 def told_and_heard(send):
