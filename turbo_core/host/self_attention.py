@@ -101,7 +101,7 @@ def attend(
     channels = slice(None) if some is None else some.channels
     in_16_bits = why_dense or settings.attention == "sla"
     # What lives longer comes before what it is made of, see activation_memory.py.
-    shape = len(x), freqs.shape[1], len(range(attn.dim)[channels])
+    shape = x.shape[0], freqs.shape[1], len(range(attn.dim)[channels])
     halved = some is None and not in_16_bits and values_in_halves(*shape)
     widths = {"v": shape[2] // (1 + halved), "k": shape[2]}
     widths |= {"q": shape[2]} if in_16_bits else {}
