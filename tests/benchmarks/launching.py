@@ -32,7 +32,7 @@ from in_comfyui import comfy  # noqa: E402
 from turbodiffusion_pack.kernels import driver, nvrtc  # noqa: E402
 from turbodiffusion_pack.turbo_core.host import self_attention  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model  # noqa: E402
-from turbodiffusion_pack.turbo_core.host.options import MADE_ONCE, THIS_PASS  # noqa: E402
+from turbodiffusion_pack.turbo_core.host.options import BLOCKS, MADE_ONCE, THIS_PASS  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention  # noqa: E402
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings  # noqa: E402
 
@@ -59,7 +59,7 @@ def make_pass(model):
     e, freqs = torch.zeros(1, 1, 6, DIM), wan.rope_encode(3, 16, 16, dtype=x.dtype)
 
     def run():
-        options = {THIS_PASS: (SETTINGS, -1), MADE_ONCE: {}}
+        options = {THIS_PASS: (SETTINGS, -1), MADE_ONCE: {}, BLOCKS: wan.blocks}
         for block in wan.blocks:
             block(x, e=e, freqs=freqs, context=context, transformer_options=options)
 
