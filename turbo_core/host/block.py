@@ -73,7 +73,7 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     # Not as attributes: those of a module take ten times as long to find, and this is every block.
     parts = block._modules
     attn, ffn = parts["self_attn"], parts["ffn"]._modules
-    modulation = _modulation(block, index, e, x.device, transformer_options)
+    modulation = _modulation(block, e, x.device, transformer_options)
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation
     granularity, eps, dtype = ffn["0"].granularity, block.eps, x.dtype
     split = transformer_options.get(SPLIT)
@@ -163,12 +163,12 @@ def _in_halves(op, n, out: torch.Tensor) -> Iterator[torch.Tensor]:
         yield int8_linear(*n, *of_channels(*weights, channels), out.dtype, out=out)
 
 
-def _modulation(block, index, e, device, transformer_options: dict) -> tuple[torch.Tensor, ...]:
+def _modulation(block, e, device, transformer_options: dict) -> tuple[torch.Tensor, ...]:
     """Shift, scale and gate of both halves, float32 [B, 1, C] each."""
     blocks = transformer_options.get(BLOCKS, ())
     e, of_all = once(transformer_options, "modulation", e, lambda e: _modulations(blocks, e))
-    if of_all is not None:
-        return of_all[index]
+    if block in of_all:
+        return of_all[block]
     own = block._parameters["modulation"]
     if own.device != device or own.itemsize == 1:
         cast = functools.partial(comfy.model_management.cast_to, own, torch.float32, device)
@@ -177,14 +177,16 @@ def _modulation(block, index, e, device, transformer_options: dict) -> tuple[tor
     return (own + e).chunk(6, dim=1)  # with float32 the sum is taken in it
 
 
-def _modulations(blocks, e: torch.Tensor) -> tuple[torch.Tensor, list | None]:
-    """e float32 [B, 6, C], and `_modulation` of all blocks where their own lie beside it."""
+def _modulations(blocks, e: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """e float32 [B, 6, C], and the `_modulation` of each block whose own lies beside it."""
     e = e.reshape(-1, 6, e.shape[-1]).float()
-    own = [block._parameters["modulation"] for block in blocks]
-    if not own or any(x.device != e.device or x.itemsize == 1 for x in own):
-        return e, None
-    sums = torch.cat(own)[:, None, :, None] + e[:, :, None]  # [blocks, B, 6, 1, C]
-    return e, list(zip(*(part.unbind() for part in sums.unbind(2)), strict=True))
+    own = {block: block._parameters.get("modulation") for block in blocks}
+    own = {b: x for b, x in own.items() if x is not None and x.device == e.device}
+    if not own or any(x.itemsize == 1 for x in own.values()):
+        return e, {}
+    sums = torch.cat([*own.values()])[:, None, :, None] + e[:, :, None]  # [blocks, B, 6, 1, C]
+    parts = (part.unbind() for part in sums.unbind(2))
+    return e, dict(zip(own, zip(*parts, strict=True), strict=True))
 
 
 def why_not_fused(block, e, transformer_options: dict) -> str | None:

@@ -215,9 +215,8 @@ def _report_forward(blocks: torch.nn.ModuleList) -> None:
     for index, block in enumerate(blocks):
         if not is_ours(block.forward):
             run_report.note_unfused(index, f"it is patched by {owner_of(block.forward)}")
-        attn = block._modules["self_attn"]
-        if not is_ours(attn.forward):
-            owner = owner_of(attn.forward)
+        if not is_ours(block.self_attn.forward):
+            owner = owner_of(block.self_attn.forward)
             run_report.note_dense(index, f"its self-attention is patched by {owner}")
 
 
