@@ -48,26 +48,24 @@ def requantize_rows_of(
     """`requantize_rows` of some small weights of one shape, in one launch.
 
     Args:
-        weights: 1 to MOST pairs of int8 `[N, K]`, all with the same strides, and fp32
-            `[ceil(N/128), ceil(K/128)]`.
+        weights: 1 to MOST pairs of int8 `[N, K]` and fp32 `[ceil(N/128), ceil(K/128)]`.
         backend: "auto", "triton" or "reference".
 
     Returns:
         int8 `[N, K]` and fp32 `[N]` of each, which share their memory.
 
     Raises:
-        as `requantize_rows`, and ValueError for too many weights or weights of several layouts.
+        as `requantize_rows`, and ValueError for too many weights or such of several shapes.
     """
     if not 1 <= len(weights) <= MOST:
         raise ValueError(f"requantize_rows_of takes 1 to {MOST} weights, got {len(weights)}")
     first, _ = weights[0]
     for q, scale in weights:
         _check_once(q, scale)
-        if q.shape != first.shape or q.stride() != first.stride() or q.device != first.device:
+        if q.shape != first.shape:
             raise ValueError(
-                f"requantize_rows_of: weights must lie alike, got {list(first.shape)} with strides "
-                f"{first.stride()} on {first.device} and {list(q.shape)} with strides "
-                f"{q.stride()} on {q.device}"
+                "requantize_rows_of takes weights of one shape, "
+                f"got {list(first.shape)} and {list(q.shape)}"
             )
     kernels = choose("requantize_rows", backend, first, reference, triton_kernels)
     return kernels.requantize_rows_of(weights)

@@ -40,8 +40,8 @@ def requantize_rows_of(weights: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[T
     row_scale = torch.empty(count, rows, dtype=torch.float32, device=first.device)
     given = [*weights, *weights[:1] * (MOST - count)]  # what is too much is not read
     requantize_rows_of_kernel[rows, count](
-        *(q for q, _ in given), *(scale.contiguous() for _, scale in given), out, row_scale,
-        columns, *first.stride(), **config(columns),
+        *(q.contiguous() for q, _ in given), *(scale.contiguous() for _, scale in given),
+        out, row_scale, columns, **config(columns),
     )  # fmt: skip
     return list(zip(out.unbind(), row_scale.unbind(), strict=True))
 
@@ -82,8 +82,7 @@ def requantize_rows_kernel(
 def requantize_rows_of_kernel(
     q0_ptr, q1_ptr, q2_ptr, q3_ptr, q4_ptr, q5_ptr,
     scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr, scale4_ptr, scale5_ptr,
-    out_ptr, row_scale_ptr, columns, stride_r, stride_c,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr = BLOCK,
+    out_ptr, row_scale_ptr, columns, BLOCKS: tl.constexpr, BLOCK: tl.constexpr = BLOCK,
 ):  # fmt: skip
     row, weight = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q_ptr, scale_ptr = q0_ptr, scale0_ptr
@@ -100,5 +99,5 @@ def requantize_rows_of_kernel(
     out = weight * tl.num_programs(0) + row
     requantize_row(
         q_ptr, scale_ptr, out_ptr + out * columns, row_scale_ptr + out, row, columns,
-        stride_r, stride_c, BLOCKS, BLOCK,
+        columns, 1, BLOCKS, BLOCK,
     )  # fmt: skip

@@ -69,21 +69,23 @@ def small_int8_weights(ops: Sequence["Linear"], dtype: torch.dtype, device: torc
     Empty where they are not small, or not on the GPU as they multiply: then one comes after the
     other, which takes less memory.
     """
-    size = sum(op.in_features * op.out_features for op in ops)
-    if size > SMALL_BYTES or any(op.granularity != "rows" or "merged" in vars(op) for op in ops):
+    if len(ops) * ops[0].in_features * ops[0].out_features > SMALL_BYTES:
         return {}
-    own = [resident(op, dtype, device) for op in ops]
-    if not all(found and is_int8(found[0]) for found in own):
-        return {}
-    weights = [unpack(weight) for weight, _ in own]
-    lying = {(q.shape, q.stride(), scale.ndim) for q, scale in weights}
-    if len(lying) > 1 or weights[0][1].ndim != 2:
-        return {}
+    weights, biases = [], []
+    for op in ops:
+        own = resident(op, dtype, device)
+        if own is None or not is_int8(own[0]) or op.granularity != "rows" or "merged" in vars(op):
+            return {}
+        q, scale = unpack(own[0])
+        if scale.ndim != 2:
+            return {}
+        weights.append((q, scale))
+        biases.append(own[1])
     comfy.ops.run_every_op()
     for op in ops:
         run_report.note_int8(op.granularity, op)
     made = requantize_rows_of(weights)
-    return {op: (*w, bias) for op, w, (_, bias) in zip(ops, made, own, strict=True)}
+    return {op: (*w, bias) for op, w, bias in zip(ops, made, biases, strict=True)}
 
 
 def of_channels(w_q, w_scale, bias, channels: slice):

@@ -166,8 +166,10 @@ def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:
 
 def missing_parts(attn) -> str | None:
     """Why this pack cannot compute `attn` part by part; None where it can."""
-    missing = PARTS - attn._modules.keys()
-    return f"its attention has no {', '.join(sorted(missing))} of its own" if missing else None
+    if PARTS <= attn._modules.keys():
+        return None
+    missing = ", ".join(sorted(PARTS - attn._modules.keys()))
+    return f"its attention has no {missing} of its own"
 
 
 def _choose(attn, index: int, transformer_options: dict) -> tuple[SLASettings, str | None]:
