@@ -58,7 +58,7 @@ def test_a_run_makes_the_rotation_once(model, rotations):
 
 def test_another_rotation_is_made_anew(model, rotations):
     rope = {"scale_t": 2.0}
-    kinds = {"width": 10}, {"rope_options": rope}, {"rope_options": {"shift_y": 3.0}}, {}
+    kinds = {"width": 10}, {}, {"rope_options": rope}, {"rope_options": {"shift_y": 3.0}}
     expected = [in_a_run_of_its_own(model, **kind) for kind in kinds]
     assert not any(map(torch.equal, expected[1:], expected[2:]))
     rotations.clear()
@@ -161,8 +161,8 @@ def test_modulations_are_of_this_pass_and_of_blocks_that_have_theirs_here(model)
     blocks = model.model.diffusion_model.blocks
     device, wan_dim = blocks[0].modulation.device, model.model.diffusion_model.dim
     e = torch.randn(2, 1, 6, wan_dim, device=device)
+    options = {BLOCKS: (blocks[0], torch.nn.Identity()), MADE_ONCE: {}}
     for changed in (e, 2 * e):
-        options = {BLOCKS: (blocks[0], torch.nn.Identity()), MADE_ONCE: {}}
         for b in blocks:
             expected = (b.modulation + changed[:, 0]).chunk(6, 1)
             found = block._modulation(b, changed, device, options)
