@@ -1,5 +1,8 @@
 """What a run makes once, and a pass for all of its blocks, changes no bit, and follows changes."""
 
+import functools
+from unittest import mock
+
 import goldens
 import in_comfyui
 import parity
@@ -82,12 +85,26 @@ def test_another_nodes_rotation_is_made_in_each_pass(model, rotations):
     theirs.add_object_patch("diffusion_model.rope_embedder.forward", embed)
     with per_run.keep():
         assert not torch.equal(velocity(theirs), velocity(theirs))
-    theirs = model.clone()
-    theirs.object_patches.pop("diffusion_model.rope_encode")
-    theirs.add_object_patch("diffusion_model.rope_encode", lambda *_, **__: "theirs")
-    again = patch_attention(theirs, SLASettings("dense"))
-    assert again.object_patches["diffusion_model.rope_encode"]() == "theirs"
+    rotations.clear()
+    theirs, wan = model.clone(), model.model.diffusion_model
+    twice = functools.partial(type(wan).rope_encode, wan)
+    theirs.add_object_patch("diffusion_model.rope_encode", twice)
+    with per_run.keep():
+        velocity(theirs)
+        velocity(theirs)
+    assert len(rotations) == 2
     velocity(model)  # the clones' patches are out again
+
+
+def test_the_model_is_let_go_of_without_garbage_collection(model):
+    wan = model.model.diffusion_model
+    with per_run.keep():
+        velocity(model)
+        assert "rope_encode" not in vars(wan)
+        failing = mock.patch.object(type(wan), "unpatchify", side_effect=RuntimeError)
+        with failing, pytest.raises(RuntimeError):
+            velocity(model)
+        assert "rope_encode" not in vars(wan)
 
 
 resident_weights = pytest.mark.skipif(

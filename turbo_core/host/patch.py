@@ -34,7 +34,7 @@ from .options import (
 from .pass_graph import POSITIONAL
 from .patch_owner import is_ours, mark_as_ours, owner_of
 from .prefetch import next_block, queue_of
-from .rope import rope_encode
+from .rope import kept_rotation
 from .self_attention import self_attention
 from .versions import carry_loader
 
@@ -96,7 +96,7 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
         why_reference("SLA", settings.backend, sample, float32_on_gpu(sample))
     patched = model.clone()
     patched.model_options["transformer_options"][ATTENTION] = dataclasses.asdict(settings)
-    _bind(patched)
+    _bind_blocks(patched)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, _around_run),
         (WrappersMP.DIFFUSION_MODEL, _around_forward),
@@ -114,43 +114,36 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
     return patched
 
 
-def _bind(model: comfy.model_patcher.ModelPatcher) -> None:
-    """Put our functions on every block, its self-attention and the rotation, unless somebody else
-    patched it."""
-    wan = wan_model(model)
-    _bind_method(model, "diffusion_model", "rope_encode", rope_encode)
-    for index in range(len(wan.blocks)):
+def _bind_blocks(model: comfy.model_patcher.ModelPatcher) -> None:
+    """Put our forward on every block and its self-attention, unless somebody else patched it."""
+    patches = model.object_patches
+    for index in range(len(wan_model(model).blocks)):
         block = f"diffusion_model.blocks.{index}"
-        _bind_method(model, block, "forward", block_forward, index)
-        _bind_method(model, f"{block}.self_attn", "forward", self_attention, index)
-
-
-def _bind_method(model, name: str, method: str, function: Callable, *index: int) -> None:
-    patches, path = model.object_patches, f"{name}.{method}"
-    if is_ours(patches.get(path)):
-        del patches[path]
-    if name not in patches and path not in patches:
-        # Not from `blocks`: those may be another clone's, which is loaded now.
-        module = model.get_model_object(name)
-        model.add_object_patch(path, _bound(function, module, *index))
+        for name, function in ((block, block_forward), (f"{block}.self_attn", self_attention)):
+            if is_ours(patches.get(f"{name}.forward")):
+                del patches[f"{name}.forward"]
+            if name not in patches and f"{name}.forward" not in patches:
+                # Not from `blocks`: those may be another clone's, which is loaded now.
+                module = model.get_model_object(name)
+                model.add_object_patch(f"{name}.forward", _bind(function, module, index))
 
 
 def _rebind_clone(original, clone) -> None:
     carry_loader(original, clone)
     # A clone for another device or for torch.compile has its own copy of the model.
     if clone.model is not original.model:
-        _bind(clone)
+        _bind_blocks(clone)
 
 
 def _drop_graph(patcher, unpatch_all) -> None:
     pass_graph.drop(patcher.model.diffusion_model)
 
 
-def _bound(function: Callable, module: torch.nn.Module, *index: int) -> Callable:
+def _bind(function, module: torch.nn.Module, index: int):
     def forward(*args, **kwargs):
         if _is_checkpointed(module):
-            return checkpoint(function, module, *index, *args, use_reentrant=False, **kwargs)
-        return function(module, *index, *args, **kwargs)
+            return checkpoint(function, module, index, *args, use_reentrant=False, **kwargs)
+        return function(module, index, *args, **kwargs)
 
     return mark_as_ours(forward)
 
@@ -204,7 +197,8 @@ def _around_forward(
     options = {**transformer_options, **ours}
     options[PREFETCH] = queue_of(network, x.device, options)
     given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
-    out = pass_graph.forward(executor, options, given | rest)
+    with kept_rotation(network):
+        out = pass_graph.forward(executor, options, given | rest)
     next_block(options, None, x.device)
     return out
 
