@@ -44,7 +44,9 @@ def rotations(model, monkeypatch):
     wan, made = type(model.model.diffusion_model), []
     encode = wan.rope_encode
     monkeypatch.setattr(wan, "rope_encode", lambda *a, **k: made.append(a[1:]) or encode(*a, **k))
-    return made
+    yield made
+    # Unpatched the host leaves the model the method that it had here.
+    vars(model.model.diffusion_model).pop("rope_encode", None)
 
 
 def test_a_run_makes_the_rotation_once(model, rotations):
