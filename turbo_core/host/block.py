@@ -200,17 +200,16 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
         return "a node patches its attention"
     if not is_ours(attn.forward):
         return "a node patches its self-attention"
-    linears = _linears(block)
-    if reason := _other_parts(block, linears):
+    if reason := _other_parts(block):
         return reason
-    if not all(map(is_stock, linears)) or not all(map(is_stock, _others(block))):
+    if not all(map(is_stock, _parts(block))):
         return "a node patches a part of it"
     return None
 
 
 def why_never_fused(block) -> str | None:
     """What keeps a block from running fused whatever it is given; None where nothing does."""
-    return _other_kind(block) or _other_parts(block, _linears(block))
+    return _other_kind(block) or _other_parts(block)
 
 
 def _other_kind(block) -> str | None:
@@ -223,11 +222,11 @@ def _other_kind(block) -> str | None:
     return None
 
 
-def _other_parts(block, linears: list[torch.nn.Module]) -> str | None:
+def _other_parts(block) -> str | None:
     for name in ("self_attn", "cross_attn"):
         if reason := missing_parts(block._modules[name]):
             return reason
-    for linear in linears:
+    for linear in _linears(block):
         if not isinstance(linear, Linear) or not is_int8(linear._parameters["weight"]):
             return "its weights are not INT8"
     return None
@@ -248,11 +247,10 @@ def _square_linears(parts: dict) -> list[torch.nn.Module]:
     return [*(attn[n] for n in "qkvo"), cross_attn["q"], cross_attn["o"]]
 
 
-def _others(block) -> list[torch.nn.Module]:
-    """All of it but the linears and its self-attention, which is patched: by us, or see
-    `why_not_fused`."""
+def _parts(block) -> list[torch.nn.Module]:
+    """All of it but its self-attention, which is patched: by us, or see `why_not_fused`."""
     parts = block._modules
     attn, cross_attn = parts["self_attn"]._modules, parts["cross_attn"]._modules
     norms = attn["norm_q"], attn["norm_k"], cross_attn["norm_q"], cross_attn["norm_k"]
     others = (parts[name] for name in ("cross_attn", "ffn", "norm1", "norm2", "norm3"))
-    return [*norms, *others]
+    return [*_linears(block), *norms, *others]
