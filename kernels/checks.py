@@ -86,7 +86,7 @@ def layouts(*tensors: torch.Tensor | None) -> tuple:
         if x is None:
             found.append(None)
             continue
-        found += x.shape, x.stride(), x.dtype, x.get_device()
+        found += x.shape, x.stride(), x.dtype, x.device
         together |= x.data_ptr()
     if together % 16:
         found += [0 if x is None else x.data_ptr() % 16 for x in tensors]
