@@ -4,7 +4,8 @@
 
 Blocks of a small model take as many launches as those of a large one. Triton compiles theirs for
 Hopper, the driver is a function of the C library that does nothing, and tensors lie on the CPU, so
-torch's own operations cost what they cost there: only figures of one machine compare. Linux only.
+torch's own operations cost what they cost there: only figures of one machine compare. They are CPU
+time of the thread that launches, which what else runs there hardly changes. Linux only.
 """
 
 import cProfile

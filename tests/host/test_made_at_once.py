@@ -66,9 +66,10 @@ def test_another_rotation_is_made_anew(model, rotations):
     kinds = {"width": 10}, {}, {"rope_options": rope}, {"rope_options": {"shift_y": 3.0}}
     expected = [in_a_run_of_its_own(model, **kind) for kind in kinds]
     assert not any(map(torch.equal, expected[1:], expected[2:]))
+    pairs = list(zip(kinds, expected, strict=True))
     rotations.clear()
     with per_run.keep():
-        assert all(torch.equal(velocity(model, **k), y) for k, y in zip(kinds, expected))
+        assert all(torch.equal(velocity(model, **k), y) for k, y in pairs)
         assert len(rotations) == 4
         found = velocity(model, rope_options=rope)
         rope["scale_t"] = 3.0  # a node that changes its options in place
