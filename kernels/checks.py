@@ -28,6 +28,8 @@ def check_heads(**tensors: torch.Tensor) -> None:
     """
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
+        if x is first and name != first_name:
+            continue
         shape = x.shape
         if len(shape) != 4 or 0 in shape:
             raise ValueError(f"{name} must be [B, L, H, D] and not empty, got {list(shape)}")
@@ -35,8 +37,6 @@ def check_heads(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name} must have a head dim of 64 or 128, got {shape[3]}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float16 or bfloat16, got {x.dtype}")
-        if x is first:
-            continue
         if shape != first.shape or x.device != first.device:
             raise ValueError(
                 f"{name} must match {first_name}, {list(first.shape)} on {first.device}, "

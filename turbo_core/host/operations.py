@@ -59,7 +59,7 @@ def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
         operands = _weight_operands(weight, op.granularity)
         if is_int8(weight) and operands[0] is unpack(weight)[0]:
             operands = tuple(map(kept, operands, unpack(op.weight)))
-        kept_bias = None if bias is None else kept(bias, op.bias)
+        kept_bias = None if bias is None else kept(bias, op._parameters["bias"])
     return *operands, kept_bias
 
 
