@@ -55,6 +55,8 @@ def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
     comfy.ops.run_every_op()
     run_report.note_int8(op.granularity, op)
     op = _merged(op, device)
+    if (own := resident(op, dtype, device)) is not None:
+        return *_weight_operands(own[0], op.granularity), own[1]
     with fetched(op, dtype, device) as (weight, bias):
         operands = _weight_operands(weight, op.granularity)
         if is_int8(weight) and operands[0] is unpack(weight)[0]:
