@@ -28,16 +28,19 @@ def check_heads(**tensors: torch.Tensor) -> None:
     """
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
-        if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{name} must be [B, L, H, D] and not empty, got {list(x.shape)}")
-        if x.shape[-1] not in HEAD_DIMS:
-            raise ValueError(f"{name} must have a head dim of 64 or 128, got {x.shape[-1]}")
+        if x is first and name != first_name:
+            continue
+        shape = x.shape
+        if len(shape) != 4 or 0 in shape:
+            raise ValueError(f"{name} must be [B, L, H, D] and not empty, got {list(shape)}")
+        if shape[3] not in HEAD_DIMS:
+            raise ValueError(f"{name} must have a head dim of 64 or 128, got {shape[3]}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float16 or bfloat16, got {x.dtype}")
-        if x.shape != first.shape or x.device != first.device:
+        if shape != first.shape or x.device != first.device:
             raise ValueError(
                 f"{name} must match {first_name}, {list(first.shape)} on {first.device}, "
-                f"got {list(x.shape)} on {x.device}"
+                f"got {list(shape)} on {x.device}"
             )
         if x.dtype != first.dtype:
             raise TypeError(f"{name} must be {first.dtype} like {first_name}, got {x.dtype}")

@@ -138,7 +138,7 @@ def choose(
     why = why_reference(op, backend, x, *unsupported)
     if why is not None:
         name, module = REFERENCE, reference
-    elif (cuda := _cuda_for(x.device, hopper, mma)) is None:
+    elif hopper is mma is None or (cuda := _cuda_for(x.device, hopper, mma)) is None:
         name, module = TRITON, triton
     elif why := nvrtc.unavailable() or _unfit(cuda, operands, layout):
         name, module = TRITON, triton
@@ -155,8 +155,6 @@ def _cuda_for(
     device: torch.device, hopper: ModuleType | None, mma: ModuleType | None
 ) -> ModuleType | None:
     """Whichever of an op's modules in CUDA C++ is for this device."""
-    if hopper is mma is None:
-        return None
     if (card := capability(device)) == HOPPER:
         return hopper
     return mma if card[0] in BY_MMA_SYNC else None

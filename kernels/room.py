@@ -1,7 +1,5 @@
 """Memory that serves again."""
 
-import math
-
 import torch
 
 from .checks import BLOCK
@@ -16,9 +14,9 @@ def in_whole_blocks(
 
     int8 of heads is padded to such blocks: so whichever comes next fits where the other one was.
     """
-    shape = batch, length, channels
-    if length % BLOCK == 0 or math.prod(shape) * dtype.itemsize < LARGE:
-        return torch.empty(*shape, dtype=dtype, device=device)
+    size = batch * length * channels
+    if size * dtype.itemsize < LARGE or length % BLOCK == 0:
+        return torch.empty(batch, length, channels, dtype=dtype, device=device)
     rows = -(-length // BLOCK) * BLOCK
     room = torch.empty(batch * rows * channels, dtype=dtype, device=device)
-    return room[: math.prod(shape)].view(shape)
+    return room[:size].view(batch, length, channels)

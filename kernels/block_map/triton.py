@@ -213,11 +213,11 @@ def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> t
     at_once = min(max(SCORES // (n_queries * n_keys), 1), batch * heads)
     scores = torch.empty(at_once, n_queries, n_keys, dtype=torch.float32, **options)
     given = q_means.contiguous().flatten(0, 1), k_means.contiguous().flatten(0, 1), block_map
-    parts = [[x] if at_once == len(x) else x.split(at_once) for x in given]
+    parts = [[x] if at_once == batch * heads else x.split(at_once) for x in given]
     for q, k, selected in zip(*parts, strict=True):
-        tiles = -(-n_queries // TILE), -(-n_keys // TILE), len(q)
+        tiles = -(-n_queries // TILE), -(-n_keys // TILE), q.shape[0]
         scores_kernel[tiles](q, k, scores, n_queries, n_keys, HEAD_DIM=dim, TILE=TILE, **LAUNCH)
-        rows = (len(q) * n_queries,)
+        rows = (q.shape[0] * n_queries,)
         if n_keys <= RESIDENT:
             select_resident_kernel[rows](
                 scores, selected, n_keys, count, RESIDENT=RESIDENT, FEW=FEW,

@@ -113,7 +113,7 @@ def _chosen(operands: tuple[Tensor | None, ...], backend: str, layout: object):
 
 def _checked(x_q, x_scale, w_q, w_scale, bias, gate, residual, out, out_dtype) -> object:
     """Something that stands for how the operands of `int8_linear` lie, once known to fit."""
-    key = *layouts(x_q, x_scale, w_q, w_scale, bias, gate, residual, out), out_dtype
+    key = layouts(x_q, x_scale, w_q, w_scale, bias, gate, residual, out), out_dtype
     if (layout := _fitting.get(key)) is not None:
         return layout
     _check_operands(x_q, w_q, bias, out_dtype)

@@ -6,7 +6,7 @@ import torch
 
 from .. import nvrtc
 from ..checks import in_steps_of_16_bytes
-from ..dispatch import capability, launching_on
+from ..dispatch import capability
 from .triton import room_for_sums
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -52,9 +52,7 @@ def key_value_state_and_maximum(
         *map(nvrtc.address, (k, v, state, normalizer, maximum)),
         length, heads, batch * heads, rows, *k.stride()[:3], *v.stride()[:3],
     )  # fmt: skip
-    with launching_on(k):
-        kernel = _kernel(k)
-        kernel.launch(len(state) * batch * heads, THREADS, operands)
+    _kernel(k).launch(state.shape[0] * batch * heads, THREADS, operands)
     return state.sum(0), normalizer.sum(0), maximum.amax(0)
 
 

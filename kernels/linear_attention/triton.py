@@ -170,7 +170,7 @@ def _sum_over_keys(k, v, feature_map, of_heads, maxima: bool):
     batch, length, heads, dim = k.shape
     rows, state, normalizer = room_for_sums(k, of_heads)
     maximum = torch.empty_like(normalizer) if maxima else normalizer
-    key_value_state_kernel[len(state), batch * heads](
+    key_value_state_kernel[state.shape[0], batch * heads](
         k, v, state, normalizer, maximum, length, heads, rows,
         *k.stride()[:3], *v.stride()[:3],
         HEAD_DIM=dim, TILE=TILE, FEATURE_MAP=feature_map, MAXIMA=maxima,

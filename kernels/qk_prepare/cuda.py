@@ -42,7 +42,7 @@ def unfit(
     # The only one that models were trained with.
     if branch is not None and branch.feature_map != "softmax":
         return f"the feature map is {branch.feature_map}"
-    if not (in_steps_of_16_bytes(x) and in_steps_of_16_bytes(out)):
+    if not (in_steps_of_16_bytes(x) and (out is x or in_steps_of_16_bytes(out))):
         return "rows do not begin at multiples of 16 bytes"
     if max(*x.stride(), *cos.stride(), *sin.stride()) >= 2**31:
         return "strides exceed int32"

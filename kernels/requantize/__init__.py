@@ -1,11 +1,14 @@
 """INT8 weights from block scales to one scale per output channel, for the faster linear layer."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..checks import BLOCK, Remembered
 from ..dispatch import choose, has_triton
 from . import reference
+from .reference import MOST
 
 if has_triton():
     from . import triton as triton_kernels
@@ -34,12 +37,45 @@ def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Te
         TypeError: q is not int8.
         RuntimeError: Triton was asked for by name and cannot run.
     """
+    _check_once(q, scale)
+    kernels = choose("requantize_rows", backend, q, reference, triton_kernels)
+    return kernels.requantize_rows(q, scale)
+
+
+def requantize_rows_of(
+    weights: Sequence[tuple[Tensor, Tensor]], backend: str = "auto"
+) -> list[tuple[Tensor, Tensor]]:
+    """`requantize_rows` of some small weights of one shape, in one launch.
+
+    Args:
+        weights: 1 to MOST pairs of int8 `[N, K]` and fp32 `[ceil(N/128), ceil(K/128)]`.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        int8 `[N, K]` and fp32 `[N]` of each, which share their memory.
+
+    Raises:
+        as `requantize_rows`, and ValueError for too many weights or such of several shapes.
+    """
+    if not 1 <= len(weights) <= MOST:
+        raise ValueError(f"requantize_rows_of takes 1 to {MOST} weights, got {len(weights)}")
+    first, _ = weights[0]
+    for q, scale in weights:
+        _check_once(q, scale)
+        if q.shape != first.shape:
+            raise ValueError(
+                "requantize_rows_of takes weights of one shape, "
+                f"got {list(first.shape)} and {list(q.shape)}"
+            )
+    kernels = choose("requantize_rows", backend, first, reference, triton_kernels)
+    return kernels.requantize_rows_of(weights)
+
+
+def _check_once(q: Tensor, scale: Tensor) -> None:
     shapes = q.shape, scale.shape, q.dtype
     if shapes not in _fitting:
         _check(q, scale)
         _fitting.put(shapes, True)
-    kernels = choose("requantize_rows", backend, q, reference, triton_kernels)
-    return kernels.requantize_rows(q, scale)
 
 
 def _check(q: Tensor, scale: Tensor) -> None:

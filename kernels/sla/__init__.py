@@ -150,7 +150,7 @@ def sla_from_projections(
     """
     # The kernels need pairs side by side; copied here, so that q and k share the copy.
     rotation = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in rotation)
-    q_norm, k_norm, eps, heads = Norms(*norms)
+    q_norm, k_norm, eps, heads = norms if isinstance(norms, Norms) else Norms(*norms)
     k, row_norms = k() if callable(k) else (k, None)
     v = v() if callable(v) else v
     shape = k.shape
@@ -239,11 +239,11 @@ def _in_low_bits(
     room, branches, scales, heads = room_for_values(k, pv), [], [], slice(0, 0)
     for v in parts:
         heads = slice(heads.stop, heads.stop + v.shape[2])
-        rows = k[:, :, heads]
+        whole = v.shape == k.shape
+        rows, out = (k, room) if whole else (k[:, :, heads], room[:, heads])
         check_heads(k=rows, v=v)
         kernels = sage_kernels(rows, v, pv=pv, backend=backend)
         branch, v_max = _branch(rows, v, proj, "softmax", True, backend, of_heads)
-        out = room[:, heads]
         _, scale = kernels.quantize_values(v, PV_DTYPES[pv], BLOCK_K, v_max, out=out)
         branches.append(branch)
         scales.append(scale)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import nvrtc
-from ..dispatch import launching_on, multiprocessors
+from ..dispatch import multiprocessors
 from . import triton as triton_kernels
 from .reference import Int8Blocks, Quantized
 
@@ -67,12 +67,11 @@ def sage_attention(
         *map(nvrtc.address, (*operands, block_map, out)),
         length, count, q_blocks, operands.k_scale.shape[2], heads, tiles, add,
     )  # fmt: skip
-    with launching_on(out):
-        kernel = nvrtc.load(
-            SOURCE, "sage_attention", TARGET, SHARED_BYTES, Operands, out.device.index,
-            BF16=int(out.dtype == torch.bfloat16),
-        )  # fmt: skip
-        # A program that goes on to another tile takes two blocks of each at least.
-        programs = min(tiles, multiprocessors(out.device)) if count > 1 else tiles
-        kernel.launch(programs, THREADS, arguments)
+    kernel = nvrtc.load(
+        SOURCE, "sage_attention", TARGET, SHARED_BYTES, Operands, out.get_device(),
+        BF16=int(out.dtype == torch.bfloat16),
+    )  # fmt: skip
+    # A program that goes on to another tile takes two blocks of each at least.
+    programs = min(tiles, multiprocessors(out.device)) if count > 1 else tiles
+    kernel.launch(programs, THREADS, arguments)
     return out

@@ -400,11 +400,10 @@ def quantize_heads(
     integers = torch.empty(batch, heads, blocks * block, dim, dtype=torch.int8, device=x.device)
     scales = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
     centered = center is not None
-    with launching_on(x):
-        quantize_heads_kernel[blocks, batch * heads](
-            x, center if centered else x, integers, scales, length, heads, *x.stride()[:3],
-            BLOCK=block, HEAD_DIM=dim, CENTERED=centered, SWIZZLED=swizzled, **LAUNCH,
-        )  # fmt: skip
+    quantize_heads_kernel[blocks, batch * heads](
+        x, center if centered else x, integers, scales, length, heads, *x.stride()[:3],
+        BLOCK=block, HEAD_DIM=dim, CENTERED=centered, SWIZZLED=swizzled, **LAUNCH,
+    )  # fmt: skip
     return Int8Blocks(integers, scales)
 
 
@@ -425,12 +424,11 @@ def quantize_values(
     values = torch.empty(*shape, dtype=dtype, device=v.device) if out is None else out
     scales = torch.empty(batch, heads, dim, dtype=torch.float32, device=v.device)
     amax = channel_max(v, block) if v_max is None else v_max.contiguous()  # [B, H, D]
-    with launching_on(v):
-        quantize_values_kernel[blocks, batch * heads](
-            v, amax, values, scales, length, heads, limit, 1 / limit, *v.stride()[:3],
-            BLOCK=block, HEAD_DIM=dim, ITEM=values.itemsize, SWIZZLED=swizzled,
-            CUT=cuts_e4m3(v.device), **LAUNCH,
-        )  # fmt: skip
+    quantize_values_kernel[blocks, batch * heads](
+        v, amax, values, scales, length, heads, limit, 1 / limit, *v.stride()[:3],
+        BLOCK=block, HEAD_DIM=dim, ITEM=values.itemsize, SWIZZLED=swizzled,
+        CUT=cuts_e4m3(v.device), **LAUNCH,
+    )  # fmt: skip
     return values, scales
 
 
@@ -439,8 +437,7 @@ def channel_max(v: torch.Tensor, rows: int) -> torch.Tensor:
     batch, length, heads, dim = v.shape
     parts = -(-length // rows)
     amax = torch.empty(batch, heads, parts, dim, dtype=torch.float32, device=v.device)
-    with launching_on(v):
-        channel_max_kernel[parts, batch * heads](
-            v, amax, length, heads, *v.stride()[:3], ROWS=rows, HEAD_DIM=dim, **LAUNCH
-        )
+    channel_max_kernel[parts, batch * heads](
+        v, amax, length, heads, *v.stride()[:3], ROWS=rows, HEAD_DIM=dim, **LAUNCH
+    )
     return amax.amax(2)

@@ -78,15 +78,21 @@ def _numbers(dtype):
     return torch.cat((bits.view(torch.float32), ties, odd, timesteps)).to(dtype)
 
 
+@pytest.fixture(params=[False, True], ids=["run", "traced"])
+def traced(request, monkeypatch):
+    """As torch.compile traces the rounding, and as it runs without."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param)
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.bfloat16])
-def test_timesteps_are_rounded_as_by_a_cast(dtype):
+def test_timesteps_are_rounded_as_by_a_cast(dtype, traced):
     x = _numbers(dtype)
     torch.testing.assert_close(round_to_bf16(x), _as_cast(x), rtol=0, atol=0, equal_nan=True)
     one = torch.tensor([987.65], dtype=dtype).expand(3)
     assert round_to_bf16(one).tolist() == [988.0] * 3
 
 
-def test_gradients_pass_the_rounding_as_they_pass_a_cast():
+def test_gradients_pass_the_rounding_as_they_pass_a_cast(traced):
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.tensor([987.65, 0.0, 1e-3], requires_grad=True)
         rounded = round_to_bf16(x)

@@ -9,7 +9,7 @@ from turbodiffusion_pack.kernels.int8_quant import (
     dequantize_rows,
     quantize_blocks,
 )
-from turbodiffusion_pack.kernels.requantize import requantize_rows
+from turbodiffusion_pack.kernels.requantize import requantize_rows, requantize_rows_of
 
 
 def _weight(n, k):
@@ -60,3 +60,26 @@ def test_scales_that_do_not_fit():
         requantize_rows(q, scale[:1])
     with pytest.raises(TypeError, match=r"q must be int8, got torch\.float32"):
         requantize_rows(q.float(), scale)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_weights_at_once_are_those_one_by_one(backend, count):
+    weights = [quantize_blocks((i + 1) * _weight(130, 300)) for i in range(count)]
+    transposed = weights[-1][0].mT.contiguous().mT  # another layout of the same
+    weights[-1] = transposed, weights[-1][1]
+    found = requantize_rows_of(weights, backend=backend)
+    assert len(found) == count
+    for made, weight in zip(found, weights, strict=True):
+        assert all(map(torch.equal, made, requantize_rows(*weight, backend=backend)))
+
+
+def test_weights_that_do_not_go_together():
+    weight, other = quantize_blocks(_weight(130, 300)), quantize_blocks(_weight(128, 128))
+    with pytest.raises(ValueError, match=r"one shape, got \[130, 300\] and \[128, 128\]"):
+        requantize_rows_of([weight, other])
+    for count in (0, 7):
+        with pytest.raises(ValueError, match=f"takes 1 to 6 weights, got {count}"):
+            requantize_rows_of([weight] * count)
+    with pytest.raises(ValueError, match=r"got \[130, 300\] with \[1, 3\]"):
+        requantize_rows_of([weight, (weight[0], weight[1][:1])])

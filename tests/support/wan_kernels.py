@@ -48,7 +48,7 @@ def run_block(
     from turbodiffusion_pack.kernels.norm import rms_norm
     from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
     from turbodiffusion_pack.kernels.qk_prepare import norms_of_squares
-    from turbodiffusion_pack.kernels.requantize import requantize_rows
+    from turbodiffusion_pack.kernels.requantize import requantize_rows, requantize_rows_of
     from turbodiffusion_pack.kernels.sla import sla_from_projections
     from turbodiffusion_pack.kernels.text_attention import text_attention
 
@@ -62,6 +62,9 @@ def run_block(
             q, scale = requantize_rows(q, scale, **common)
         return q, scale, tensor(n, device=device, dtype=dtype), dtype
 
+    if granularity == "rows":
+        q, scale = tensor(model.dim, model.dim, device=device, dtype=torch.int8), model.dim // 128
+        requantize_rows_of([(q, vectors(scale, scale, device=device))] * 6, **common)
     x, text = (tensor(1, n, model.dim, device=device, dtype=dtype) for n in (length, TEXT_LENGTH))
     shift, scale, gate, *_ = vectors(1, 6, model.dim, device=device).chunk(6, dim=1)
     norm, square = vectors(model.dim, device=device), weights(model.dim, model.dim)

@@ -24,8 +24,8 @@ from .epilogue import quantize
 from .gradients import GRADIENTS, records_graph
 from .int8_tensor import is_int8
 from .once import once
-from .operations import Linear, int8_product, int8_weights, of_channels
-from .options import SPLIT, TEXT
+from .operations import Linear, int8_product, int8_weights, of_channels, small_int8_weights
+from .options import BLOCKS, SPLIT, TEXT
 from .patch_owner import is_ours, is_stock
 from .prefetch import next_block
 from .self_attention import attend, host_attention, missing_parts
@@ -79,11 +79,16 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     split = transformer_options.get(SPLIT)
     x = x if split is None else split.tokens_into(index, x)
     x = x.contiguous()  # the first block gets the patch embedding channels first; then no copy
+    small = {} if split else small_int8_weights(_square_linears(parts), dtype, x.device)
 
-    def project(op, n, out, **squares):
+    def project(op, n, out=None, **others):
         if out is not None and 2 * out.shape[2] == op.out_features:
             return _in_halves(op, n, out)
-        return int8_product(op, n, dtype, out=out, **squares)  # [B, L, C]
+        if op in small:
+            squares = others.pop("squares", False)
+            multiply = int8_linear_and_squares if squares else int8_linear
+            return multiply(*n, *small.pop(op), dtype, out=out, **others)
+        return int8_product(op, n, dtype, out=out, **others)  # [B, L, C]
 
     def normed():
         return layer_norm_quant(x, granularity, scale=scale1, shift=shift1, eps=eps)
@@ -94,10 +99,11 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     else:
         y = split_attend(attn, index, x, normed, granularity, freqs, transformer_options)
     out = in_whole_blocks(*x.shape, dtype, x.device)
-    x = int8_product(attn._modules["o"], y, dtype, gate=gate1, residual=x, out=out)
+    x = project(attn._modules["o"], y, out, gate=gate1, residual=x)
     del y, out
 
-    _add_text(parts, index, x, eps, granularity, text, context, transformer_options)
+    _add_text(parts, index, x, eps, granularity, text, context, small, transformer_options)
+    del small
 
     up, down = int8_weights(ffn["0"], dtype, x.device), None
     for part in _parts_of(x, HIDDEN_BYTES * ffn["0"].out_features):
@@ -112,13 +118,16 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     return x
 
 
-def _add_text(parts, index, x, eps, granularity, text: KeysValues, context, transformer_options):
+def _add_text(
+    parts, index, x, eps, granularity, text: KeysValues, context, small: dict, transformer_options
+):
     """Add to x [B, L, C], in place, what its tokens find in the text features `context`."""
     cross_attn, dtype = parts["cross_attn"], x.dtype
     linears = cross_attn._modules
     norm, norm_q = (float32_weights(op, x.device) for op in (parts["norm3"], linears["norm_q"]))
     itself = attends_itself(cross_attn, text, transformer_options)
-    asking, answering = int8_weights(linears["q"], dtype, x.device), None
+    answering = small.pop(linears["o"], None)
+    asking = small.pop(linears["q"], None) or int8_weights(linears["q"], dtype, x.device)
     k, v = keys_values_of(
         cross_attn, index, granularity, context, text, itself, transformer_options
     )
@@ -156,13 +165,28 @@ def _in_halves(op, n, out: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _modulation(block, e, device, transformer_options: dict) -> tuple[torch.Tensor, ...]:
     """Shift, scale and gate of both halves, float32 [B, 1, C] each."""
-    e = once(transformer_options, "modulation", e, lambda e: e.reshape(-1, 6, e.shape[-1]).float())
+    blocks = transformer_options.get(BLOCKS, ())
+    e, of_all = once(transformer_options, "modulation", e, lambda e: _modulations(blocks, e))
+    if block in of_all:
+        return of_all[block]
     own = block._parameters["modulation"]
     if own.device != device or own.itemsize == 1:
         cast = functools.partial(comfy.model_management.cast_to, own, torch.float32, device)
         # Each copy from RAM would wait for all that the GPU was asked for.
         own = per_run.made((block, device), cast)
     return (own + e).chunk(6, dim=1)  # with float32 the sum is taken in it
+
+
+def _modulations(blocks, e: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """e float32 [B, 6, C], and the `_modulation` of each block whose own lies beside it."""
+    e = e.reshape(-1, 6, e.shape[-1]).float()
+    own = {block: block._parameters.get("modulation") for block in blocks}
+    own = {b: x for b, x in own.items() if x is not None and x.device == e.device}
+    if not own or any(x.itemsize == 1 for x in own.values()):
+        return e, {}
+    sums = torch.cat([*own.values()])[:, None, :, None] + e[:, :, None]  # [blocks, B, 6, 1, C]
+    parts = (part.unbind() for part in sums.unbind(2))
+    return e, dict(zip(own, zip(*parts, strict=True), strict=True))
 
 
 def why_not_fused(block, e, transformer_options: dict) -> str | None:
@@ -214,6 +238,13 @@ def _linears(block) -> list[torch.nn.Module]:
     attn, cross_attn = parts["self_attn"]._modules, parts["cross_attn"]._modules
     ffn = parts["ffn"]._modules
     return [*(attn[n] for n in "qkvo"), *(cross_attn[n] for n in "qkvo"), ffn["0"], ffn["2"]]
+
+
+def _square_linears(parts: dict) -> list[torch.nn.Module]:
+    """Those of a block that take as many channels as they give, but for the text's keys and values,
+    which are made once in a run."""
+    attn, cross_attn = parts["self_attn"]._modules, parts["cross_attn"]._modules
+    return [*(attn[n] for n in "qkvo"), cross_attn["q"], cross_attn["o"]]
 
 
 def _parts(block) -> list[torch.nn.Module]:

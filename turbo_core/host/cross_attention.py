@@ -51,7 +51,7 @@ def attend_to_text(attn, q, squares, k, v, repeats: int) -> torch.Tensor:
     if squares is not None:
         weight = float32_weights(attn._modules["norm_q"], q.device)[0]
         norm = weight, norms_of_squares(squares, attn.dim, attn.eps)
-    q, k, v = (x.unflatten(2, (-1, attn.head_dim)) for x in (q, k, v))
+    q, k, v = (x.view(*x.shape[:2], -1, attn.head_dim) for x in (q, k, v))
     return text_attention(q, k, v, repeats, *norm, out=q).flatten(2)
 
 

@@ -54,7 +54,7 @@ def layer_settings(wan: torch.nn.Module, module_of: Callable[[str], torch.nn.Mod
 
 def preferred_attention(attn: torch.nn.Module) -> dict:
     """What the host's attention function is called with, so that it asks `attn` for its setting."""
-    module = getattr(attn, MODULE, None)
+    module = attn._modules.get(MODULE)  # an attribute that is missing takes ten times as long
     return {} if module is None else {"preferred_attention": module}
 
 

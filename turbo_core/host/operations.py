@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import comfy.float
 import comfy.lora
@@ -9,7 +10,7 @@ import comfy.ops
 import torch
 
 from ...kernels.int8_linear import int8_linear, int8_linear_and_squares
-from ...kernels.requantize import requantize_rows
+from ...kernels.requantize import requantize_rows, requantize_rows_of
 from .. import run_report
 from ..parallel.shares import in_blocks
 from .arrivals import waiting
@@ -18,10 +19,12 @@ from .gradients import records_graph
 from .int8_tensor import is_int8, pack, requantize, unpack
 from .merged import stand_in
 from .versions import to_add_a_lora_to, unrecorded
-from .weights import fetched, kept, moved
+from .weights import fetched, kept, moved, resident
 
 # What the patch embedding makes at once, before it lies as its tokens do.
 CONV_BYTES = 2**27
+# Weights of so many bytes together are requantized at once: the GPU does not notice, Python does.
+SMALL_BYTES = 2**24
 
 
 def int8_product(
@@ -40,10 +43,10 @@ def int8_product(
     comfy.ops.run_every_op()
     run_report.note_int8(op.granularity, op)
     op = _merged(op, x[0].device)
+    multiply = int8_linear_and_squares if squares else int8_linear
     with fetched(op, dtype, x[0].device) as (weight, bias):
         operands = _weight_operands(weight, op.granularity, channels)
         bias = bias if channels is None or bias is None else bias[channels]
-        multiply = int8_linear_and_squares if squares else int8_linear
         return multiply(*x, *operands, bias, out_dtype=dtype, **epilogue)
 
 
@@ -52,12 +55,39 @@ def int8_weights(op: "Linear", dtype: torch.dtype, device: torch.device):
     comfy.ops.run_every_op()
     run_report.note_int8(op.granularity, op)
     op = _merged(op, device)
+    if (own := resident(op, dtype, device)) is not None:
+        return *_weight_operands(own[0], op.granularity), own[1]
     with fetched(op, dtype, device) as (weight, bias):
         operands = _weight_operands(weight, op.granularity)
         if is_int8(weight) and operands[0] is unpack(weight)[0]:
             operands = tuple(map(kept, operands, unpack(op.weight)))
-        kept_bias = None if bias is None else kept(bias, op.bias)
+        kept_bias = None if bias is None else kept(bias, op._parameters["bias"])
     return *operands, kept_bias
+
+
+def small_int8_weights(ops: Sequence["Linear"], dtype: torch.dtype, device: torch.device) -> dict:
+    """What `int8_weights` gives of each of `ops`, of one shape, by the layer, all made at once.
+
+    Empty where they are not small, or not on the GPU as they multiply: then one comes after the
+    other, which takes less memory.
+    """
+    if len(ops) * ops[0].in_features * ops[0].out_features > SMALL_BYTES:
+        return {}
+    weights, biases = [], []
+    for op in ops:
+        own = resident(op, dtype, device)
+        if own is None or not is_int8(own[0]) or op.granularity != "rows" or "merged" in vars(op):
+            return {}
+        q, scale = unpack(own[0])
+        if scale.ndim != 2:
+            return {}
+        weights.append((q, scale))
+        biases.append(own[1])
+    comfy.ops.run_every_op()
+    for op in ops:
+        run_report.note_int8(op.granularity, op)
+    made = requantize_rows_of(weights)
+    return {op: (*w, bias) for op, w, bias in zip(ops, made, biases, strict=True)}
 
 
 def of_channels(w_q, w_scale, bias, channels: slice):

@@ -14,6 +14,9 @@ THIS_PASS = "turbodiffusion.pass"
 # In the transformer_options of one forward pass: what its blocks share, see once.py.
 MADE_ONCE = "turbodiffusion.made"
 
+# In the transformer_options of one forward pass: the blocks that it goes through.
+BLOCKS = "turbodiffusion.blocks"
+
 # In the transformer_options of one forward pass: keys and values of its text, see text.py.
 TEXT = "turbodiffusion.text"
 

@@ -25,6 +25,7 @@ from .block import why_not_fused
 from .int8_tensor import is_int8, unpack
 from .options import (
     ATTENTION,
+    BLOCKS,
     EXPERT_BOUNDARY,
     MADE_ONCE,
     PREFETCH,
@@ -51,7 +52,7 @@ OUR_WRAPPERS = {ATTENTION, TIMESTEP}
 KNOWN_OPTIONS = {
     "callbacks", "cond_or_uncond", "patches", "patches_replace", "prefetch_dynamic_vbars",
     "sample_sigmas", "sigmas", "uuids", "wrappers",
-    ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, PREFETCH, SIGMA_MAX, TEXT, THIS_PASS,
+    ATTENTION, BLOCKS, EXPERT_BOUNDARY, MADE_ONCE, PREFETCH, SIGMA_MAX, TEXT, THIS_PASS,
 }  # fmt: skip
 EMPTY_OPTIONS = "patches", "patches_replace", "prefetch_dynamic_vbars", PREFETCH
 PLAIN = (type(None), bool, int, float, str)

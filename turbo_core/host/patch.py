@@ -21,10 +21,20 @@ from . import pass_graph, per_run, text
 from .block import block_forward, why_never_fused
 from .in_ram import drop_merged_if_short, keep_pins, let_go
 from .memory import out_of_memory_in_words, told_to_the_host
-from .options import ATTENTION, EXPERT_BOUNDARY, MADE_ONCE, PINS, PREFETCH, TEXT, THIS_PASS
+from .options import (
+    ATTENTION,
+    BLOCKS,
+    EXPERT_BOUNDARY,
+    MADE_ONCE,
+    PINS,
+    PREFETCH,
+    TEXT,
+    THIS_PASS,
+)
 from .pass_graph import POSITIONAL
 from .patch_owner import is_ours, mark_as_ours, owner_of
 from .prefetch import next_block, queue_of
+from .rope import kept_rotation
 from .self_attention import self_attention
 from .versions import carry_loader
 
@@ -181,12 +191,14 @@ def _around_forward(
     ours = {
         THIS_PASS: _this_pass(transformer_options),
         MADE_ONCE: {},
+        BLOCKS: network.blocks,
         TEXT: text_of_pass,
     }
     options = {**transformer_options, **ours}
     options[PREFETCH] = queue_of(network, x.device, options)
     given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
-    out = pass_graph.forward(executor, options, given | rest)
+    with kept_rotation(network):
+        out = pass_graph.forward(executor, options, given | rest)
     next_block(options, None, x.device)
     return out
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Hashable, Iterator
 
 
 class PerRun:
-    """Of one run: the texts' keys and values, see text.py, what `made` made, and what ends it."""
+    """Of one run: the texts' keys and values, see text.py, the rotation, see rope.py, what `made`
+    made, and what ends it."""
 
     def __init__(self):
         self.texts, self.knew_text = [], False
+        self.rotation = None  # what it depends on, and itself
         self.made = {}
         self.ends = contextlib.ExitStack()
 

@@ -101,7 +101,7 @@ def attend(
     channels = slice(None) if some is None else some.channels
     in_16_bits = why_dense or settings.attention == "sla"
     # What lives longer comes before what it is made of, see activation_memory.py.
-    shape = len(x), freqs.shape[1], len(range(attn.dim)[channels])
+    shape = x.shape[0], freqs.shape[1], len(range(attn.dim)[channels])
     halved = some is None and not in_16_bits and values_in_halves(*shape)
     widths = {"v": shape[2] // (1 + halved), "k": shape[2]}
     widths |= {"q": shape[2]} if in_16_bits else {}
@@ -166,8 +166,10 @@ def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:
 
 def missing_parts(attn) -> str | None:
     """Why this pack cannot compute `attn` part by part; None where it can."""
-    missing = PARTS - attn._modules.keys()
-    return f"its attention has no {', '.join(sorted(missing))} of its own" if missing else None
+    if PARTS <= attn._modules.keys():
+        return None
+    missing = ", ".join(sorted(PARTS - attn._modules.keys()))
+    return f"its attention has no {missing} of its own"
 
 
 def _choose(attn, index: int, transformer_options: dict) -> tuple[SLASettings, str | None]:

@@ -11,9 +11,12 @@ def round_timesteps(executor, x, timestep, *args, **kwargs):
 def round_to_bf16(x: torch.Tensor) -> torch.Tensor:
     """x, of any float dtype and shape, rounded to the nearest bf16, ties to even; dtype kept.
 
-    On the bits, because torch.compile leaves a cast to bf16 and back out: adding just under half of
-    the 16 bits that go, and the last bit that stays, carries over exactly where rounding goes up.
+    Where torch.compile traces on the bits, because it leaves a cast to bf16 and back out: adding
+    just under half of the 16 bits that go, and the last bit that stays, carries over exactly where
+    rounding goes up.
     """
+    if not torch.compiler.is_compiling():
+        return x.to(torch.bfloat16).to(x.dtype)
     wide = x.float()
     bits = wide.view(torch.int32)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
