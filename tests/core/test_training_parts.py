@@ -188,16 +188,16 @@ def test_the_average_is_of_the_stated_length():
 
 
 def test_the_average_is_kept_in_float32():
-    weights = [torch.full((3,), 1.0, dtype=torch.bfloat16), torch.ones(2, 2)]
+    weights = [torch.ones(3, dtype=torch.bfloat16), *(torch.ones(2, 2) for _ in range(40))]
     ema = PowerEMA(weights, 0.1)
     expected = 0.0
     for updates in range(5):
-        weights[0].fill_(updates)
+        for weight in weights:
+            weight.fill_(updates)
         ema.update(weights, updates, torch.tensor(True))
         before = [average.clone() for average in ema.tensors]
         ema.update([weight + 1 for weight in weights], updates, torch.tensor(False))
         assert all(map(torch.equal, ema.tensors, before))
         expected += (1 - decay(updates, 0.1)) * (updates - expected)
-    assert ema.tensors[0].dtype == torch.float32
-    torch.testing.assert_close(ema.tensors[0], torch.full((3,), expected))
-    torch.testing.assert_close(ema.tensors[1], torch.ones(2, 2))
+    for average, weight in zip(ema.tensors, weights, strict=True):
+        torch.testing.assert_close(average, torch.full(weight.shape, expected))

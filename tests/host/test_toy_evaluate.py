@@ -94,7 +94,7 @@ def test_nodes_sample_what_the_network_does(tmp_path, kind):
     low = paths[1] if kind == "picture" else None
     args = arguments(paths[0], "toy-cpu", low=low)
     models = Models(args, preset, CPU)
-    model = as_nodes.quantized(models.files("teacher"), 0.1)
+    model = as_nodes.quantized(models.files("teacher"), 0.1, toy_evaluate.BOUNDARY)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 16, *preset.latent, generator=generator)
     image = torch.randn(2, 20, *preset.latent, generator=generator)

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import shutil
+import types
 from pathlib import Path
 
 import in_comfyui  # noqa: F401 - ComfyUI comes into the process with it
@@ -101,6 +102,16 @@ def test_samples_of_sla_have_the_presets_guidance(run):
         found = SLATraining(network, network, data, settings, seed=0).sample(batch, noise)
         wanted = teacher_samples(network, batch, data.unconditional, noise, guidance)
         assert torch.equal(found, wanted)
+
+
+def test_samples_while_training_wait_for_no_compiler(run):
+    """Eight of them, where the compiled network trains with batches of another size."""
+    made = []
+    twice = torch.compile(lambda x: 2 * x, backend=lambda graph, _: made.append(0) or graph.forward)
+    training = types.SimpleNamespace(sample=lambda batch, noise: twice(noise))
+    sample = stages._sampler(training, Data(run / "latents", CPU), 0, lambda latents: latents)
+    assert len(sample()) == stages.SHOWN
+    assert not made
 
 
 def test_sla_writes_what_turbo_loader_runs(run):

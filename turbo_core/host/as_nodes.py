@@ -14,11 +14,11 @@ from .patch import patch_attention
 from .quantize_model import quantize_model
 from .sampler import rcm_sampler
 
-BOUNDARY = 0.9  # of Wan22ExpertSwitch for image to video
 
-
-def quantized(paths: list[Path], topk: float):
+def quantized(paths: list[Path], topk: float, boundary: float):
     """The checkpoint at `paths`, or two experts, the high-noise one first, as an INT8 MODEL.
+
+    Experts switch at `boundary`, see Wan22ExpertSwitch.
 
     It attends by SageSLA, to a share `topk` of the key blocks.
     """
@@ -26,7 +26,7 @@ def quantized(paths: list[Path], topk: float):
     models = [
         patch_attention(quantize_model(load_turbo_model(str(path)))[0], settings) for path in paths
     ]
-    return models[0] if len(models) == 1 else switch_experts(*models, BOUNDARY)
+    return models[0] if len(models) == 1 else switch_experts(*models, boundary)
 
 
 @torch.inference_mode()

@@ -120,25 +120,28 @@ def _train(args, device: torch.device, stage: str, columns: tuple[str, ...], beg
         choose_kernels(preset, device)
         training = begin(preset, data)
         report = Report(folder.path, list(columns), settings.steps)
-        sample = _sampler(training, data, settings, preset.seed, decoder(path, device))
+        sample = _sampler(training, data, preset.seed, decoder(path, device))
         every = (preset.save_every, sample, preset.sample_every)
         train(folder, report, training.state(), training.step, *every)
         about = {"stage": stage, "preset": args.preset, **_plain(settings)}
         folder.finish(lambda part: _save(part / MODEL, training.exported(), about))
 
 
-def _sampler(training, data: Data, settings, seed: int, decode) -> Callable | None:
+def _sampler(training, data: Data, seed: int, decode) -> Callable | None:
     """What makes videos of the data's first prompts; None without a VAE.
 
-    A whole micro-batch is sampled, as torch.compile makes kernels for each batch size, and SHOWN of
-    it are decoded.
+    So few of them are there sooner without torch.compile, which makes kernels for each batch size.
     """
     if decode is None:
         return None
-    count = settings.micro_batch
-    batch = data.take(torch.arange(count, device=data.device) % len(data))
+    batch = data.take(torch.arange(SHOWN, device=data.device) % len(data))
     noise = Draws(seed, 0, 0, data.device).normal("samples", batch.latents)
-    return lambda: decode(training.sample(batch, noise)[:SHOWN])
+
+    def sample() -> torch.Tensor:
+        with torch.compiler.set_stance("force_eager"):
+            return decode(training.sample(batch, noise))
+
+    return sample
 
 
 def _told(args: argparse.Namespace, preset: Preset, stage: str) -> dict:

@@ -25,7 +25,6 @@ from ..training.toy.words import widen
 from ..training.toy.world import Clips, corner_of_region, draw, render
 from ..training.velocity import guided_velocity, velocity_of
 from ..training.video_grid import save_grid
-from . import as_nodes
 from .wan_network import WanNetwork, build_network, load_weights
 from .wan_vae import LatentVAE
 
@@ -33,6 +32,7 @@ MODEL, VAE_FILE = "model.safetensors", "vae.safetensors"
 STEPS = (4, 2, 1)  # of the students, and of Euler beside them
 SHOWN = ("clips", "teacher", "Euler 4", "SLA", "rCM 4", "rCM 1", "merged 4", "INT8 nodes 4")
 LARGEST_PICTURE = 400_000  # bytes of stages.webp, which a page may show
+BOUNDARY = 0.9  # of Wan22ExpertSwitch for image to video
 SHIFTS = (1.0, 3.0, 5.0)  # Euler takes the best of them
 Network = Callable[..., torch.Tensor]
 
@@ -93,7 +93,7 @@ def sla_options(settings: SLA) -> dict:
     return {name: getattr(settings, name) for name in names}
 
 
-def experts(high: Network, low: Network, boundary: float = as_nodes.BOUNDARY) -> Network:
+def experts(high: Network, low: Network, boundary: float = BOUNDARY) -> Network:
     """Two networks as one: `high` at noise levels from the boundary up."""
 
     def network(x, timestep, context, image):
@@ -107,6 +107,8 @@ def examine(
     models: Models, settings: Evaluation, preset: Preset, device: torch.device
 ) -> Examination:
     """Rows of all models, the teacher's first."""
+    from . import as_nodes  # all of ComfyUI's samplers, seconds that no other stage waits for
+
     vae = LatentVAE(models.data / VAE_FILE, device)
     clips, batch = held_out(preset, settings, vae)
     examination = Examination(
@@ -125,9 +127,10 @@ def examine(
     tuned = many_steps(models.network("sla"), unconditional, settings.teacher_steps)
     examination.add(f"SLA {settings.teacher_steps}", examination.sampled(tuned))
     add_students(examination, "merged", models.network("merge"), preset)
-    model = as_nodes.quantized(models.files("merge"), preset.sla.topk)
+    model = as_nodes.quantized(models.files("merge"), preset.sla.topk, BOUNDARY)
     for steps in STEPS:
-        latents = examination.sampled(through_nodes(model, steps, preset.seed))
+        sample = through_nodes(as_nodes.sample, model, steps, preset.seed)
+        latents = examination.sampled(sample)
         examination.add(f"INT8 nodes {steps}", latents)
     return examination
 
@@ -184,11 +187,9 @@ def add_students(examination: Examination, name: str, network: Network, preset: 
         examination.add(f"{name} {steps}", examination.sampled(sample))
 
 
-def through_nodes(model, steps: int, seed: int) -> Sample:
-    """What the workflow of nodes makes."""
-    return lambda batch, noise: as_nodes.sample(
-        model, noise, batch.context, batch.image, steps, seed
-    )
+def through_nodes(sample: Callable, model, steps: int, seed: int) -> Sample:
+    """What the workflow of nodes makes; `sample` of as_nodes."""
+    return lambda batch, noise: sample(model, noise, batch.context, batch.image, steps, seed)
 
 
 @torch.no_grad()

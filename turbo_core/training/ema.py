@@ -4,6 +4,8 @@ import torch
 
 from .gradients import own
 
+TOGETHER = 32  # weights to a kernel, as torch.optim has it; their products need memory
+
 
 def power_of(length: float) -> float:
     """The power gamma of the average whose standard deviation is `length` of the training so far.
@@ -54,6 +56,11 @@ class PowerEMA:
 
         It is asked on its device, so that nothing waits for it.
         """
-        share = torch.where(sound, 1 - decay(updates, self.length), 0.0)
-        for average, weight in zip(self.tensors, weights, strict=True):
-            own(average).lerp_(own(weight).float(), share)
+        stays = torch.where(sound, decay(updates, self.length), 1.0)
+        averages, weights = map(own, self.tensors), map(own, weights)
+        pairs = list(zip(averages, weights, strict=True))
+        for at in range(0, len(pairs), TOGETHER):
+            some, joining = map(list, zip(*pairs[at : at + TOGETHER], strict=True))
+            joining = torch._foreach_mul([weight.float() for weight in joining], 1 - stays)
+            torch._foreach_mul_(some, stays)
+            torch._foreach_add_(some, joining)

@@ -1,5 +1,7 @@
 """How far samples are from what was asked for, from the teacher's, and from each other."""
 
+import functools
+
 import torch
 
 from ..trigflow import Velocity
@@ -84,14 +86,19 @@ def sliced_distance(
     N samples from one distribution are not at 0: compare with such a pair.
     """
     a, b = a.flatten(1).float(), b.flatten(1).float()
-    generator = torch.Generator().manual_seed(seed)
     total = 0.0
-    for _ in range(0, directions, 64):
-        ways = torch.randn(a.shape[1], 64, generator=generator).to(a.device)
-        ways /= ways.norm(dim=0)
+    for ways in _directions(a.shape[1], directions, seed, a.device):
         apart = (a @ ways).sort(dim=0).values - (b @ ways).sort(dim=0).values
-        total += float(apart.abs().mean()) * 64
+        total += float(apart.abs().mean()) * ways.shape[1]
     return total / directions
+
+
+@functools.lru_cache(maxsize=1)
+def _directions(numbers: int, count: int, seed: int, device: torch.device) -> list[torch.Tensor]:
+    """Vectors of length 1, 64 to a tensor [numbers, 64]; kept, as a CPU takes its time for them."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(numbers, 64, generator=generator) for _ in range(0, count, 64)]
+    return [(ways := some.to(device)).div_(ways.norm(dim=0)) for some in drawn]
 
 
 def velocity_errors(
