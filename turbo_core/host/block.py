@@ -103,7 +103,7 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     del y, out
 
     _add_text(parts, index, x, eps, granularity, text, context, small, transformer_options)
-    del small
+    small.clear()  # what is left of them is room for the feed-forward layers
 
     up, down = int8_weights(ffn["0"], dtype, x.device), None
     for part in _parts_of(x, HIDDEN_BYTES * ffn["0"].out_features):

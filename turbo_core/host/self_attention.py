@@ -166,7 +166,7 @@ def host_attention(attn, q, k, v, transformer_options: dict) -> torch.Tensor:
 
 def missing_parts(attn) -> str | None:
     """Why this pack cannot compute `attn` part by part; None where it can."""
-    if PARTS <= attn._modules.keys():
+    if attn._modules.keys() >= PARTS:
         return None
     missing = ", ".join(sorted(PARTS - attn._modules.keys()))
     return f"its attention has no {missing} of its own"

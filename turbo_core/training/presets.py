@@ -259,7 +259,7 @@ TOY = Preset(
         fall=0.5,
     ),
     compiled=True,
-    save_every=2000,  # a minute and a half
+    save_every=2000,
     sample_every=2000,
     note="17 frames of 256 x 256 in a world of coloured shapes; made for one GPU",
 )
