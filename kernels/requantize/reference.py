@@ -9,6 +9,7 @@ from ..int8_quant import reference
 
 MOST = 6  # weights at once
 
+
 def requantize_rows(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return reference.quantize_rows(reference.dequantize_blocks(q, scale, torch.float32))
 
