@@ -34,8 +34,10 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from .. import run_report
 from .expert_options import options_of_low, with_switch
 from .in_ram import fit_together, pin
+from .operations import Linear
 from .options import EXPERT_SWITCH
 from .patch import has_hooks, require_model
+from .room import GUEST_STEPS, as_guest_of
 from .versions import has_dynamic_vram, share_latent_shapes, with_hooks
 
 log = logging.getLogger(__name__)
@@ -146,6 +148,7 @@ class ExpertRun:
         self.boundary = boundary
         self.came_with = came_with  # the options of `high` when the switch was made
         self.loaded = self.high  # by the host, before the first step
+        self.low_is_guest = False  # which is streamed beside `high`, see room.py
         self.other_models = []
         self.pinning = None  # a thread that pins the weights of `low` while `high` runs
         self.ended = False
@@ -170,6 +173,7 @@ class ExpertRun:
 
     def _sample(self, noise, latent, sampler, sigmas, *args, **kwargs):
         self.low_options = self.guider.model_options  # with what its wrappers made of them
+        self.low_is_guest = self._may_be_guest(sigmas)
         self._prepare_to_take_turns(noise.shape)
         args = (noise, latent, sampler, sigmas, *args)
         if sigmas.max() < self.boundary:
@@ -209,6 +213,12 @@ class ExpertRun:
             pin(self.high, _not_cancelled)
             self.pinning = threading.Thread(target=self._pin_low)
 
+    def _may_be_guest(self, sigmas: torch.Tensor) -> bool:
+        """Whether `low` has few steps, and weights that come ahead and unchanged in each."""
+        steps = int((sigmas[:-1] < self.boundary).sum())
+        is_ours = any(isinstance(module, Linear) for module in self.low.model.modules())
+        return steps <= GUEST_STEPS and is_ours and not self.low.patches
+
     def _pin_low(self) -> None:
         try:
             pin(self.low, lambda: not self.ended)
@@ -223,6 +233,8 @@ class ExpertRun:
         if expert is self.loaded:
             return
         self._wait_for_pins()
+        if expert is self.low and self.low_is_guest:
+            options = as_guest_of(self.high, options)
         _, _, models = comfy.sampler_helpers.prepare_sampling(
             expert, shape, self.guider.conds, options
         )
