@@ -74,7 +74,7 @@ def _loading(model):
     ("free", "last", "first"), [(19, 15, 2), (18, 15, 1), (10, 8, 0), (0, 0, 0)]
 )
 def test_others_give_up_what_a_model_lacks_at_once(card, free, last, first):
-    """14 of its own, 4 of activations and 1 that the host keeps free; what came first goes first."""
+    """14 of its own, 4 of activations, 1 that the host keeps free; what came first goes first."""
     model, others = _Dynamic(15, 1), (_Dynamic(15, 15), _Dynamic(2, 2))
     card(free, *others)
     assert _loading(model)
@@ -152,7 +152,6 @@ def test_an_expert_of_few_steps_comes_beside_the_other(experts, guests):
     _run(*experts)
     _run(*experts)
     assert guests == [("high", False), ("low", False), ("high", True), ("low", False)]
-    high, low = experts
     there = [one.model for one in management.current_loaded_models]
     assert all(any(map(model.is_clone, there)) for model in experts)
 
