@@ -2,8 +2,9 @@
 
 The MODEL is a clone of the high-noise expert. Below the boundary the guider that samples it holds
 the low-noise expert in its place, with the options and the wrappers that expert came with. ComfyUI
-loads each expert when its turn comes, so neither has to leave room for the other. A run, from the
-outside in, and which expert the guider holds there:
+loads each expert when its turn comes, so neither has to leave room for the other; of few steps the
+low-noise one makes do with what room there is, see room.py. A run, from the outside in, and which
+expert the guider holds there:
 
     high  OUTER_SAMPLE wrapper of the switch: around_run, ExpertRun.sample
     low       OUTER_SAMPLE wrappers that `low` came with
