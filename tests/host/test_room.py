@@ -176,6 +176,20 @@ def test_else_they_change_places(experts, guests, monkeypatch, why):
 
 
 @legacy
+@pytest.mark.parametrize(("loaded", "freed"), [(0.2, 0.2), (1.0, None)])
+def test_a_guest_leaves_what_it_had_of_the_gpu(experts, monkeypatch, loaded, freed):
+    """Unless all of it is there, which then has room."""
+    calls, size = [], experts[1].model_size()
+    patcher = comfy.model_patcher.ModelPatcher
+    monkeypatch.setattr(patcher, "loaded_size", lambda self: loaded * size)
+    monkeypatch.setattr(
+        patcher, "partially_unload", lambda self, device, size: calls.append((self, size))
+    )
+    _run(*experts)
+    assert calls == ([] if freed is None else [(experts[1], freed * size)])
+
+
+@legacy
 def test_where_the_guest_does_not_load_the_other_is_known_still(experts, monkeypatch):
     high, low = experts
     load = management.load_models_gpu

@@ -38,7 +38,7 @@ from .in_ram import fit_together, pin
 from .operations import Linear
 from .options import EXPERT_SWITCH
 from .patch import has_hooks, require_model
-from .room import GUEST_STEPS, as_guest_of
+from .room import GUEST_STEPS, as_guest_of, leave
 from .versions import has_dynamic_vram, share_latent_shapes, with_hooks
 
 log = logging.getLogger(__name__)
@@ -253,6 +253,8 @@ class ExpertRun:
         self._wait_for_pins()
         if self.low.model.current_patcher is self.low:
             self.low.cleanup()
+        if self.low_is_guest and self.loaded is self.low:
+            leave(self.low)
         comfy.sampler_helpers.cleanup_additional_models(self.other_models)
 
 

@@ -37,6 +37,13 @@ def as_guest_of(stays, options: dict) -> dict:
     return {**options, "transformer_options": {**options["transformer_options"], GUEST_OF: stays}}
 
 
+def leave(guest) -> None:
+    """What a guest has of the GPU goes to who comes next, such as a decoder; with dynamic VRAM it
+    does so by itself. The host would have taken it for the next run of the expert that stays."""
+    if not is_dynamic(guest) and guest.loaded_size() < guest.model_size():
+        guest.partially_unload(guest.offload_device, guest.loaded_size())
+
+
 def _make_room(model, activations: float) -> None:
     """Have the other models give up at once what `model` and its activations lack."""
     management, device = comfy.model_management, model.load_device
