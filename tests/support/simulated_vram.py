@@ -21,6 +21,9 @@ class Room:
     def prioritize(self, malloc_async_clamp=None):
         pass
 
+    def deprioritize(self):
+        pass
+
     def alloc(self, size):
         place = self.used
         self.used += size

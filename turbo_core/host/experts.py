@@ -2,8 +2,9 @@
 
 The MODEL is a clone of the high-noise expert. Below the boundary the guider that samples it holds
 the low-noise expert in its place, with the options and the wrappers that expert came with. ComfyUI
-loads each expert when its turn comes, so neither has to leave room for the other. A run, from the
-outside in, and which expert the guider holds there:
+loads each expert when its turn comes, so neither has to leave room for the other; of few steps the
+low-noise one makes do with what room there is, see room.py. A run, from the outside in, and which
+expert the guider holds there:
 
     high  OUTER_SAMPLE wrapper of the switch: around_run, ExpertRun.sample
     low       OUTER_SAMPLE wrappers that `low` came with
@@ -34,8 +35,10 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from .. import run_report
 from .expert_options import options_of_low, with_switch
 from .in_ram import fit_together, pin
+from .operations import Linear
 from .options import EXPERT_SWITCH
 from .patch import has_hooks, require_model
+from .room import GUEST_STEPS, as_guest_of, leave
 from .versions import has_dynamic_vram, share_latent_shapes, with_hooks
 
 log = logging.getLogger(__name__)
@@ -146,6 +149,7 @@ class ExpertRun:
         self.boundary = boundary
         self.came_with = came_with  # the options of `high` when the switch was made
         self.loaded = self.high  # by the host, before the first step
+        self.low_is_guest = False  # which is streamed beside `high`, see room.py
         self.other_models = []
         self.pinning = None  # a thread that pins the weights of `low` while `high` runs
         self.ended = False
@@ -170,6 +174,7 @@ class ExpertRun:
 
     def _sample(self, noise, latent, sampler, sigmas, *args, **kwargs):
         self.low_options = self.guider.model_options  # with what its wrappers made of them
+        self.low_is_guest = self._may_be_guest(sigmas)
         self._prepare_to_take_turns(noise.shape)
         args = (noise, latent, sampler, sigmas, *args)
         if sigmas.max() < self.boundary:
@@ -209,6 +214,12 @@ class ExpertRun:
             pin(self.high, _not_cancelled)
             self.pinning = threading.Thread(target=self._pin_low)
 
+    def _may_be_guest(self, sigmas: torch.Tensor) -> bool:
+        """Whether `low` has few steps, and weights that come ahead and unchanged in each."""
+        steps = int((sigmas[:-1] < self.boundary).sum())
+        is_ours = any(isinstance(module, Linear) for module in self.low.model.modules())
+        return steps <= GUEST_STEPS and is_ours and not self.low.patches
+
     def _pin_low(self) -> None:
         try:
             pin(self.low, lambda: not self.ended)
@@ -223,6 +234,8 @@ class ExpertRun:
         if expert is self.loaded:
             return
         self._wait_for_pins()
+        if expert is self.low and self.low_is_guest:
+            options = as_guest_of(self.high, options)
         _, _, models = comfy.sampler_helpers.prepare_sampling(
             expert, shape, self.guider.conds, options
         )
@@ -240,6 +253,8 @@ class ExpertRun:
         self._wait_for_pins()
         if self.low.model.current_patcher is self.low:
             self.low.cleanup()
+        if self.low_is_guest and self.loaded is self.low:
+            leave(self.low)
         comfy.sampler_helpers.cleanup_additional_models(self.other_models)
 
 

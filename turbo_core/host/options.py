@@ -37,6 +37,10 @@ EXPERT_BOUNDARY = "turbodiffusion.boundary"
 # The OUTER_SAMPLE and PREDICT_NOISE wrappers that switch experts, see experts.py.
 EXPERT_SWITCH = "turbodiffusion.experts"
 
+# In the transformer_options that the host loads an expert with which is streamed beside the other:
+# that other one, a ModelPatcher, see room.py.
+GUEST_OF = "turbodiffusion.guest_of"
+
 # The DIFFUSION_MODEL wrapper that rounds timesteps, see timesteps.py.
 TIMESTEP = "turbodiffusion.timestep"
 

@@ -17,7 +17,8 @@ from ...kernels.checks import float32_on_gpu
 from ...kernels.dispatch import why_reference
 from .. import run_report
 from ..sla_settings import SLASettings
-from . import pass_graph, per_run, text
+from . import pass_graph, per_run, room, text
+from .attention_order import settle
 from .block import block_forward, why_never_fused
 from .in_ram import drop_merged_if_short, keep_pins, let_go
 from .memory import out_of_memory_in_words, told_to_the_host
@@ -99,6 +100,7 @@ def patch_attention(model: comfy.model_patcher.ModelPatcher, settings: SLASettin
     _bind_blocks(patched)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, _around_run),
+        (WrappersMP.PREPARE_SAMPLING, room.around_loading),
         (WrappersMP.DIFFUSION_MODEL, _around_forward),
     ):
         patched.remove_wrappers_with_key(kind, ATTENTION)
@@ -163,6 +165,7 @@ def _around_run(executor, *args, **kwargs):
     # A scheduled LoRA changes the weights from step to step, as training does.
     same_weights = not (has_hooks(guider.conds) or torch.is_grad_enabled())
     model, shape = guider.model_patcher, args[0].shape
+    settle(model.load_device)
     with (
         run_report.run(InterruptProcessingException),
         per_run.keep(same_weights),

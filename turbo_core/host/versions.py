@@ -216,6 +216,19 @@ def has_dynamic_vram() -> bool:
     return getattr(memory, "aimdo_enabled", False)
 
 
+def is_dynamic(model) -> bool:
+    """Whether the host moves the weights of `model` page by page; None and 0.3.75's it does not."""
+    return hasattr(model, "is_dynamic") and model.is_dynamic()
+
+
+def give_way(model) -> None:
+    """Let the GPU's pages go to other models' weights rather than to those of `model`, which is
+    streamed where it has none; only where a host with dynamic VRAM has loaded it."""
+    room = getattr(model.model, "dynamic_vbars", {}).get(model.load_device)
+    if room is not None:
+        room.deprioritize()
+
+
 def known_fields(schema: type, fields: dict) -> dict:
     """The `fields` of a node's `schema` that the host knows: 0.3.75 lacks some search aids."""
     known = inspect.signature(schema).parameters

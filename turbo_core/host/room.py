@@ -1,0 +1,70 @@
+"""Room on the GPU for a model that is about to run: made at once, or done without by a guest.
+
+With dynamic VRAM the host makes room page by page, when a weight or an activation asks for it, and
+waits for the GPU each time: then a block's weights no longer come while the one before computes.
+Two experts that do not fit together would change places twice in each run. Where the second one has
+few steps no more bytes come if it is streamed in each of them, as a guest beside the first, which
+stays where it is.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import comfy.model_management
+import comfy.sampler_helpers
+
+from .options import GUEST_OF
+from .versions import give_way, is_dynamic
+
+GUEST_STEPS = 2  # as many bytes come in so many steps as by changing places
+
+
+def around_loading(executor, model, noise_shape, conds, model_options=None, **others):
+    """A PREPARE_SAMPLING wrapper: the host loads `model` for a run."""
+    stays = (model_options or {}).get("transformer_options", {}).get(GUEST_OF)
+    if stays is not None:
+        with _staying(stays):
+            loaded = executor(model, noise_shape, conds, model_options=model_options, **others)
+        give_way(model)
+        return loaded
+    if is_dynamic(model):
+        _make_room(model, comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)[1])
+    return executor(model, noise_shape, conds, model_options=model_options, **others)
+
+
+def as_guest_of(stays, options: dict) -> dict:
+    """The model_options that the host loads a guest with, beside the ModelPatcher that stays."""
+    return {**options, "transformer_options": {**options["transformer_options"], GUEST_OF: stays}}
+
+
+def leave(guest) -> None:
+    """What a guest has of the GPU goes to who comes next, such as a decoder; with dynamic VRAM it
+    does so by itself. The host would have taken it for the next run of the expert that stays."""
+    if not is_dynamic(guest) and guest.loaded_size() < guest.model_size():
+        guest.partially_unload(guest.offload_device, guest.loaded_size())
+
+
+def _make_room(model, activations: float) -> None:
+    """Have the other models give up at once what `model` and its activations lack."""
+    management, device = comfy.model_management, model.load_device
+    taken = model.model_size() - model.loaded_size() + activations
+    lacking = taken + management.minimum_inference_memory() - management.get_free_memory(device)
+    for loaded in reversed(management.current_loaded_models):  # the last one to be loaded is first
+        other = loaded.model
+        if lacking <= 0:
+            return
+        if loaded.device == device and is_dynamic(other) and not model.is_clone(other):
+            lacking -= other.partially_unload(other.offload_device, lacking)
+
+
+@contextlib.contextmanager
+def _staying(model) -> Iterator[None]:
+    """While this lasts the host makes no room by unloading `model`, if all of it is there."""
+    loaded = comfy.model_management.current_loaded_models
+    kept = [one for one in loaded if one.model is model]
+    kept = kept if model.loaded_size() >= model.model_size() else []
+    loaded[:] = [one for one in loaded if one not in kept]
+    try:
+        yield
+    finally:
+        loaded += kept
