@@ -111,8 +111,9 @@ def path(tmp_path_factory):
 
 
 @pytest.fixture
-def experts(path):
-    """Two experts of other weights."""
+def experts(path, monkeypatch):
+    """Two experts of other weights, for a host that streams what it has no room for."""
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NORMAL_VRAM)
     high, low = load_turbo_model(path), load_turbo_model(path)
     for op in low.model.modules():
         if isinstance(op, Linear) and is_int8(op.weight):
@@ -120,10 +121,10 @@ def experts(path):
     return high, low
 
 
-def _run(high, low, sigmas=SIGMAS):
+def _run(high, low, sigmas=SIGMAS, **cond):
     guider = comfy.samplers.CFGGuider(switch_experts(high, low, 0.9))
     data = goldens.load("rcm")
-    guider.inner_set_conds({"positive": [[in_comfyui.pad_context(data["t2v.context"]), {}]]})
+    guider.inner_set_conds({"positive": [[in_comfyui.pad_context(data["t2v.context"]), cond]]})
     noise = data["t2v.noise0"]
     start = torch.zeros_like(noise)
     return guider.sample(noise, start, rcm_sampler("ode"), sigmas, disable_pbar=True, seed=0)
@@ -157,9 +158,11 @@ def test_an_expert_of_few_steps_comes_beside_the_other(experts, guests):
 
 
 @legacy
-@pytest.mark.parametrize("why", ["more steps", "a LoRA", "another loader's", "streamed itself"])
+@pytest.mark.parametrize(
+    "why", ["more steps", "a LoRA", "a scheduled LoRA", "another loader's", "streamed itself"]
+)
 def test_else_they_change_places(experts, guests, monkeypatch, why):
-    (high, low), sigmas = experts, SIGMAS
+    (high, low), sigmas, cond = experts, SIGMAS, {}
     if why == "more steps":
         sigmas = rcm_sigmas(5, 200)
         assert (sigmas[:-1] < 0.9).sum() == 3
@@ -167,12 +170,50 @@ def test_else_they_change_places(experts, guests, monkeypatch, why):
         low = low.clone()
         name = next(n for n, _ in low.model.named_parameters() if n.endswith("self_attn.q.weight"))
         low.add_patches({name: ("diff", (torch.zeros(low.model.state_dict()[name].shape),))})
+    elif why == "a scheduled LoRA":
+        cond = {"hooks": comfy.hooks.create_hook_lora({}, 1.0, 1.0)}
     elif why == "another loader's":
         monkeypatch.setattr(switch, "Linear", torch.nn.Linear)
     else:
         monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "loaded_size", lambda _: 1)
-    _run(high, low, sigmas)
+    _run(high, low, sigmas, **cond)
     assert guests == [("high", False), ("low", True)]
+
+
+@legacy
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vram_state", management.VRAMState.HIGH_VRAM),  # --highvram
+        ("vram_state", management.VRAMState.SHARED),  # Apple
+        ("lowvram_available", False),  # DirectML
+        ("DISABLE_SMART_MEMORY", True),
+    ],
+)
+def test_they_change_places_where_the_host_loads_models_as_a_whole(
+    experts, guests, monkeypatch, name, value
+):
+    """Both at once might not fit."""
+    monkeypatch.setattr(management, name, value)
+    _run(*experts)
+    assert guests == [("high", False), ("low", True)]
+
+
+def test_the_expert_that_stays_keeps_its_place_among_models(card):
+    """Behind what was loaded since, before what came earlier, which is the first to go."""
+    newer, high, decoder, text = (_Dynamic(5, 5) for _ in range(4))
+    card(0, newer, high, decoder, text)
+    loaded, low = management.current_loaded_models, _Dynamic(5, 0)
+    entry, guest = loaded[1], types.SimpleNamespace(model=low, device=GPU)
+
+    def load(*_, **__):
+        assert entry not in loaded
+        loaded.pop()  # makes room
+        loaded.insert(0, guest)
+
+    room.around_loading(load, low, (), {}, room.as_guest_of(high, {"transformer_options": {}}))
+    assert [one.model for one in loaded] == [low, newer, high, decoder]
+    assert not entry.currently_used
 
 
 @legacy

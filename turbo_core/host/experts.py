@@ -38,7 +38,7 @@ from .in_ram import fit_together, pin
 from .operations import Linear
 from .options import EXPERT_SWITCH
 from .patch import has_hooks, require_model
-from .room import GUEST_STEPS, as_guest_of, leave
+from .room import GUEST_STEPS, as_guest_of, comes_in_parts, leave
 from .versions import has_dynamic_vram, share_latent_shapes, with_hooks
 
 log = logging.getLogger(__name__)
@@ -218,7 +218,8 @@ class ExpertRun:
         """Whether `low` has few steps, and weights that come ahead and unchanged in each."""
         steps = int((sigmas[:-1] < self.boundary).sum())
         is_ours = any(isinstance(module, Linear) for module in self.low.model.modules())
-        return steps <= GUEST_STEPS and is_ours and not self.low.patches
+        changes = self.low.patches or has_hooks(self.guider.conds)
+        return steps <= GUEST_STEPS and is_ours and not changes and comes_in_parts(self.low)
 
     def _pin_low(self) -> None:
         try:

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 
 import comfy.model_management
 import comfy.sampler_helpers
+from comfy.model_management import VRAMState
 
 from .options import GUEST_OF
 from .versions import give_way, is_dynamic
 
 GUEST_STEPS = 2  # as many bytes come in so many steps as by changing places
+STREAMING = VRAMState.LOW_VRAM, VRAMState.NORMAL_VRAM, VRAMState.NO_VRAM
 
 
 def around_loading(executor, model, noise_shape, conds, model_options=None, **others):
@@ -30,6 +32,15 @@ def around_loading(executor, model, noise_shape, conds, model_options=None, **ot
     if is_dynamic(model):
         _make_room(model, comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)[1])
     return executor(model, noise_shape, conds, model_options=model_options, **others)
+
+
+def comes_in_parts(model) -> bool:
+    """Whether the host streams of `model` what the GPU has no room for. With --highvram, on memory
+    that CPU and GPU share and by DirectML it loads all of it, whatever else has to leave for that;
+    and --disable-smart-memory asks that all else leaves."""
+    management = comfy.model_management
+    streams = management.lowvram_available and management.vram_state in STREAMING
+    return is_dynamic(model) or (streams and not management.DISABLE_SMART_MEMORY)
 
 
 def as_guest_of(stays, options: dict) -> dict:
@@ -61,10 +72,14 @@ def _make_room(model, activations: float) -> None:
 def _staying(model) -> Iterator[None]:
     """While this lasts the host makes no room by unloading `model`, if all of it is there."""
     loaded = comfy.model_management.current_loaded_models
-    kept = [one for one in loaded if one.model is model]
-    kept = kept if model.loaded_size() >= model.model_size() else []
-    loaded[:] = [one for one in loaded if one not in kept]
+    at = next((index for index, one in enumerate(loaded) if one.model is model), None)
+    if at is None or model.loaded_size() < model.model_size():
+        yield
+        return
+    kept, older = loaded.pop(at), loaded[at:]
+    kept.currently_used = False  # as of all that the host asks for room
     try:
         yield
     finally:
-        loaded += kept
+        newer = [one for one in loaded if all(one is not other for other in older)]
+        loaded.insert(len(newer), kept)
