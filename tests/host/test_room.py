@@ -11,7 +11,7 @@ import pytest
 import torch
 from in_comfyui import comfy
 from turbodiffusion_pack.turbo_core.host import experts as switch
-from turbodiffusion_pack.turbo_core.host import patch, room
+from turbodiffusion_pack.turbo_core.host import patch, room, split_worker
 from turbodiffusion_pack.turbo_core.host.experts import switch_experts
 from turbodiffusion_pack.turbo_core.host.int8_tensor import is_int8, unpack
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
@@ -273,6 +273,13 @@ def test_attention_is_in_order_before_a_run(experts, monkeypatch):
     device = experts[0].load_device
     assert settled
     assert set(settled) == {(device, False)}
+
+
+def test_a_workers_attention_is_in_order_before_its_first_pass(experts, monkeypatch):
+    settled = []
+    monkeypatch.setattr(split_worker, "settle", settled.append)
+    split_worker._load(experts[0], (1, 16, 3, 16, 16))
+    assert settled == [experts[0].load_device]
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from comfy.patcher_extension import WrappersMP
 from ..parallel.exchange import Ranks
 from ..sla_settings import SLASettings
 from . import per_run
+from .attention_order import settle
 from .memory import told_to_the_host
 from .options import ATTENTION
 from .patch import patch_attention, wan_model
@@ -49,6 +50,7 @@ def prepare(ranks: Ranks, key: int, alive: set[int], loader, patches, options, s
 
 
 def _load(model, shape: tuple[int, ...]) -> None:
+    settle(model.load_device)
     with told_to_the_host(model, {"positive": [{}]}, model.model_options):
         need = model.memory_required(shape)
     comfy.model_management.load_models_gpu([model], memory_required=need)
