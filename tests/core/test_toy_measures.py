@@ -41,6 +41,7 @@ def test_sliced_distance_of_a_shift():
     shift[0] = 3.0
     mean = 3 * 0.2910  # E|w_1| on the sphere in 8 dimensions: gamma(4) / (sqrt(pi) gamma(4.5))
     assert measures.sliced_distance(x, x + shift) == pytest.approx(mean, rel=0.1)
+    assert measures.sliced_distance(x, x + shift, directions=1) <= shift.norm()
 
 
 def test_velocity_errors_are_relative():

@@ -95,9 +95,10 @@ def sliced_distance(
 
 @functools.lru_cache(maxsize=1)
 def _directions(numbers: int, count: int, seed: int, device: torch.device) -> list[torch.Tensor]:
-    """Vectors of length 1, 64 to a tensor [numbers, 64]; kept, as a CPU takes its time for them."""
+    """Vectors of length 1, up to 64 to a tensor [numbers, 64]; kept, as a CPU draws them slowly."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(numbers, 64, generator=generator) for _ in range(0, count, 64)]
+    sizes = [min(64, count - at) for at in range(0, count, 64)]
+    drawn = [torch.randn(numbers, size, generator=generator) for size in sizes]
     return [(ways := some.to(device)).div_(ways.norm(dim=0)) for some in drawn]
 
 
