@@ -38,7 +38,7 @@ def pretended(card: Card, has_nvrtc: bool = False) -> Iterator[None]:
         mock.patch.object(nvrtc, "target_of", lambda card, device: "sm_{}{}".format(*card)),
         mock.patch.object(nvrtc, "load", lambda *_, **__: mock.Mock()),
         mock.patch.object(nvrtc, "address", lambda x: 0),
-        mock.patch.object(nvrtc, "tensor_map", lambda x, box: nvrtc.TENSOR_MAP()),
+        mock.patch.object(nvrtc, "tensor_map", lambda *_: nvrtc.TENSOR_MAP()),
     ):
         yield
 
