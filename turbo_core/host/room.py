@@ -72,11 +72,13 @@ def _make_room(model, activations: float) -> None:
 def _staying(model) -> Iterator[None]:
     """While this lasts the host makes no room by unloading `model`, if all of it is there."""
     loaded = comfy.model_management.current_loaded_models
-    at = next((index for index, one in enumerate(loaded) if one.model is model), None)
-    if at is None or model.loaded_size() < model.model_size():
+    whole = model.loaded_size() >= model.model_size()
+    kept = next((one for one in loaded if whole and one.model is model), None)
+    if kept is None:
         yield
         return
-    kept, older = loaded.pop(at), loaded[at:]
+    older = loaded[loaded.index(kept) + 1 :]
+    loaded.remove(kept)
     kept.currently_used = False  # as of all that the host asks for room
     try:
         yield
