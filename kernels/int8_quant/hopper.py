@@ -25,6 +25,8 @@ def unfit(x: Tensor) -> str | None:
         return "the rows are float32"
     if shape_of_program(x.shape[-1]) is None:
         return f"rows of {x.shape[-1]} channels do not divide into warps"
+    if x.stride(-1) != 1:
+        return "channels do not lie side by side"
     if not in_steps_of_16_bytes(x):
         return "rows do not begin at multiples of 16 bytes"
     if max(x.stride()) >= 2**31:

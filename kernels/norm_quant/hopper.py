@@ -41,6 +41,8 @@ def unfit(
         return "weight, bias, scale or shift are not float32"
     if any(v.shape[1] != 1 for v in (scale, shift) if v is not None):
         return "every token has its own scale or shift"
+    if any(v.stride(-1) != 1 for v in (x, *given)):
+        return "channels do not lie side by side"
     if not all(map(in_steps_of_16_bytes, (x, *given))):
         return "rows do not begin at multiples of 16 bytes"
     if max(x.stride()) >= 2**31:

@@ -342,6 +342,7 @@ REFUSALS = [
             ("the rows are float32", rows(dtype=torch.float32)),
             ("rows of 320 channels do not divide into warps", rows(320)),
             ("multiples of 16 bytes", rows(spare=4)),
+            ("channels do not lie side by side", rows(512)[..., ::2]),
             ("strides exceed int32", rows().as_strided((1, 130, 256), (2**31, 256, 1))),
         )
     ),
@@ -350,6 +351,12 @@ REFUSALS = [
         TRITON,
         "are not float32",
         lambda: norm_quant.layer_norm_quant(rows(), "rows", torch.zeros(256, dtype=HALF)),
+    ),
+    (
+        "layer_norm_quant",
+        TRITON,
+        "channels do not lie side by side",
+        lambda: norm_quant.layer_norm_quant(rows(), "rows", torch.zeros(512)[::2]),
     ),
     (
         "layer_norm_quant",
