@@ -8,9 +8,11 @@ import in_comfyui
 import parity
 import pytest
 import torch
+from comfy.ldm.flux.layers import EmbedND
 from turbodiffusion_pack.turbo_core.host import block, operations, per_run
 from turbodiffusion_pack.turbo_core.host.options import BLOCKS, MADE_ONCE
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
+from turbodiffusion_pack.turbo_core.host.rope import kept_rotation
 from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
 
@@ -97,6 +99,25 @@ def test_another_nodes_rotation_is_made_in_each_pass(model, rotations):
         velocity(theirs)
     assert len(rotations) == 2
     velocity(model)  # the clones' patches are out again
+
+
+class PosedWan(torch.nn.Module):
+    """A Wan whose rotation depends on a tensor, as SCAIL's of newer hosts."""
+
+    def __init__(self):
+        super().__init__()
+        self.rope_embedder = EmbedND(dim=8, theta=10000.0, axes_dim=[8])
+
+    def rope_encode(self, t, h, w, transformer_options=None, pose_latents=None):
+        return t + len(pose_latents)
+
+
+def test_a_rotation_by_tensors_is_made_anew():
+    wan = PosedWan()
+    with per_run.keep(), kept_rotation(wan):
+        found = [wan.rope_encode(1, 2, 3, pose_latents=torch.zeros(n)) for n in (4, 4, 5)]
+        assert per_run.current().rotation is None
+    assert found == [5, 5, 6]
 
 
 def test_the_model_is_let_go_of_without_garbage_collection(model):

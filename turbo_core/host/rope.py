@@ -14,6 +14,8 @@ from . import per_run
 from .patch_owner import has_own, is_stock
 from .versions import unrecorded
 
+PLAIN = (type(None), bool, int, float, str, torch.device, torch.dtype)  # what compares by ==
+
 
 @contextlib.contextmanager
 def kept_rotation(wan: torch.nn.Module) -> Iterator[None]:
@@ -36,16 +38,22 @@ def kept_rotation(wan: torch.nn.Module) -> Iterator[None]:
 
 def _rope_encode(wan, *sizes, transformer_options: dict | None = None, **named) -> torch.Tensor:
     """WanModel.rope_encode, [1, L, 1, D/2, 2, 2] float32; in a run the last one again, if it is of
-    the same sizes, device, dtype and `rope_options`."""
+    the same sizes, device, dtype and `rope_options`.
+
+    Where the host tells it tensors, as those of SCAIL's pose, it is made anew.
+    """
     options = transformer_options or {}
+    rope_options = dict(options.get("rope_options") or {})
+    told = *sizes, *named.values(), *rope_options.values()
 
     def make():
         return type(wan).rope_encode(wan, *sizes, transformer_options=options, **named)
 
     run = None if torch.compiler.is_compiling() else per_run.current()
-    if run is None:  # what captures a graph keeps nothing
+    # What captures a graph keeps nothing.
+    if run is None or not all(isinstance(x, PLAIN) for x in told):
         return make()
-    key = wan, sizes, named, dict(options.get("rope_options") or {})
+    key = wan, sizes, named, rope_options
     if run.rotation is None or run.rotation[0] != key:
         with unrecorded():
             run.rotation = key, make()
