@@ -109,7 +109,8 @@ def test_this_gpu_is_measured_in_ten_seconds():
 def test_products_of_fp16_are_half_as_many_as_of_int8():
     best = ceilings.measure(GPU)
     assert set(best.tops) <= set(ceilings.products_of(dispatch.capability(GPU)))
-    assert best.tops[FP16_SHORT] == pytest.approx(best.tops[INT8] / 2, rel=0.15)
+    # What is counted wrongly is off by a factor of two; what else runs on the GPU, by less.
+    assert 0.5 / 2**0.5 < best.tops[FP16_SHORT] / best.tops[INT8] < 0.5 * 2**0.5
     assert 100 < best.copy_gbs < 20000
 
 

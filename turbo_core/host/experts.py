@@ -254,9 +254,9 @@ class ExpertRun:
         self._wait_for_pins()
         if self.low.model.current_patcher is self.low:
             self.low.cleanup()
+        comfy.sampler_helpers.cleanup_additional_models(self.other_models)
         if self.low_is_guest and self.loaded is self.low:
             leave(self.low)
-        comfy.sampler_helpers.cleanup_additional_models(self.other_models)
 
 
 def _not_cancelled() -> bool:
