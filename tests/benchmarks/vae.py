@@ -2,6 +2,7 @@
 
     COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/vae.py --sizes 832x480x81 1280x720x81
     ... vae.py --sizes 832x480x81 --strips 1 2 3    TurboVAE in so many strips as well
+    ... vae.py --sizes 256x256x1 480x480x17         other sizes, of one frame and more
     ... vae.py --sizes 1280x720x81 --kernels        where TurboVAE's time goes
     ... vae.py --cudnn                              TurboVAE by torch's convolutions and attention
     ... vae.py --fastvae                            beside the package fastvae, through diffusers
@@ -116,7 +117,7 @@ def in_strips(turbo: TurboVAE, direction: str, x: torch.Tensor, count: int) -> C
 
 def measure(host: VAE, turbo: TurboVAE, direction: str, x: torch.Tensor, options) -> list:
     """Prints the lines of one direction; the host's result and TurboVAE's."""
-    results = []
+    results, seconds = [], []
     for name, vae in (("ComfyUI", host), ("TurboVAE", turbo)):
         run = getattr(vae, direction)
         short = beginning(direction, x, 9)
@@ -124,13 +125,15 @@ def measure(host: VAE, turbo: TurboVAE, direction: str, x: torch.Tensor, options
         out, median, peak = timed(lambda run=run: run(x), options.runs)
         shape = x.shape if direction == "decode" else (1, 3, *x.shape[:3])
         asked = getattr(vae, f"memory_used_{direction}")(shape, vae.vae_dtype) / GB
-        line = f"  {direction} {name:9} {median:6.2f} s (9 frames at first {first:.2f}), "
+        line = f"  {direction} {name:9} {median:7.3f} s (9 frames at first {first:.2f}), "
         if vae is turbo:
             line += f"model alone {model_seconds(vae, direction, x):.2f}, "
         say(f"{line}peak {peak:.2f} GB, asked for {asked:.2f}")
         results.append(out)
-    say(f"  {direction} TurboVAE from ComfyUI: {psnr(results[1], results[0]):.1f} dB")
-    if direction == "decode":
+        seconds.append(median)
+    apart, times = psnr(results[1], results[0]), seconds[0] / seconds[1]
+    say(f"  {direction} TurboVAE {times:.2f} times as fast as ComfyUI, {apart:.1f} dB from it")
+    if direction == "decode" and x.shape[2] >= 5:
         frames = [psnr(*(out[:, t] for out in results)) for t in (0, 4, 16, -1)]
         say(f"    frames 1, 5, 17 and the last: {', '.join(f'{dB:.0f}' for dB in frames)}")
     for count in options.strips:

@@ -4,6 +4,7 @@
     ... whole_clock.py --models A14B-I2V-720P --ways ours --free 0 12 6    as on smaller cards
     ... whole_clock.py --models 14B-480P --ways ours --vae both --text umt5 --from-disk
     ... whole_clock.py --models 14B-480P --ways ours --card 8.9    as on an older card
+    ... whole_clock.py --told A.json B.json    one table of what --json wrote, no server
 
 Random models of real size are written as files, and each way has a server of its own: our loader,
 a stock model with our nodes, and ComfyUI alone, with as many steps and no CFG. The first run brings
@@ -51,16 +52,7 @@ VAES = "turbo", "stock", "both"
 GB = 1e9
 # Holds what is to be no part of the card: all but as many GB as a line says, 0 for nothing.
 HOLD = """
-import sys, threading, torch
-def keep_busy():
-    here = torch.empty(1 << 26, dtype=torch.uint8).pin_memory()
-    there = torch.empty_like(here, device="cuda")
-    while True:
-        for _ in range(2):
-            there.copy_(here, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
-if sys.argv[1:] == ["busy"]:
-    threading.Thread(target=keep_busy, daemon=True).start()
+import sys, torch
 free, held = torch.cuda.mem_get_info()[0], None
 for line in sys.stdin:
     held = None
@@ -131,29 +123,37 @@ def show(title: str, result: dict) -> None:
 
 
 def summary(results: list[dict]) -> None:
-    """A line for each way of each video."""
-    say(f"{'':48} to latents  to pixels  whole, warm  first | GB of tensors  card  host | bits")
+    """A line for each way of each video, in groups by the ComfyUI that made them."""
+    names = "to latents  decode  to pixels  whole, warm   first"
+    names += " | GB on GPU in decode      card      host | bits"
+    host = None
     for result in results:
-        if "failed" in result:
-            say(f"{result['title']:48} failed")
-            continue
-        first, told = result["first"], result["warm"] or result["first"]
-        times = told["start to latents"], told["start to pixels"], told["whole"], first["whole"]
-        seconds = " ".join(f"{part.seconds:10.2f}" for part in times)
-        most = Part(*(max(values) for values in zip(*told.values(), strict=True)))
-        memory = f"{most.peak / GB:13.2f} {most.card / GB:5.1f} {most.resident / GB:5.1f}"
-        how = "" if result["warm"] else " (all of the first run)"
-        say(f"{result['title']:48} {seconds} | {memory} | {' '.join(result['bits'])}{how}")
+        if result["host"] != host:
+            host = result["host"]
+            say(f"{host:48} {names}")
+        say(f"{result['title']:48} {'failed' if 'failed' in result else in_numbers(result)}")
+
+
+def in_numbers(result: dict) -> str:
+    """Seconds and GB of the warm runs, or of the first one where there are no others."""
+    first, told = result["first"], result["warm"] or result["first"]
+    parts = [told[name] for name in ("start to latents", "decode", "start to pixels", "whole")]
+    times = zip([*parts, first["whole"]], (10, 7, 10, 12, 7), strict=True)
+    seconds = " ".join(f"{part.seconds:{width}.2f}" for part, width in times)
+    most = Part(*(max(values) for values in zip(*told.values(), strict=True)))
+    memory = most.peak, told["decode"].peak, most.card, most.resident
+    taken = " ".join(f"{value / GB:9.2f}" for value in memory)
+    how = "" if result["warm"] else " (all of the first run)"
+    return f"{seconds} | {taken} | {' '.join(result['bits'])}{how}"
 
 
 @contextlib.contextmanager
-def small_card(busy: bool) -> Iterator[Callable[[float], None]]:
+def small_card() -> Iterator[Callable[[float], None]]:
     """A function that leaves so many GB of the GPU to others than a process that holds the rest.
 
-    0 leaves all. It counts what others hold already as theirs. busy: that process copies to the GPU
-    all the time, too.
+    0 leaves all. It counts what others hold already as theirs.
     """
-    command = [sys.executable, "-c", HOLD, *(["busy"] if busy else [])]
+    command = [sys.executable, "-c", HOLD]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as holder:
 
@@ -191,31 +191,34 @@ def vaes(server: ComfyServer, way: str, wanted: str) -> list[bool]:
     return [True, False] if wanted == "both" else [True]
 
 
-def run_way(comfyui: Path, base: Path, models: Path, way: str, options, leave) -> list[dict]:
+def run_way(comfyui: Path, base: Path, models: Path, way: str, options, leave) -> Iterator[dict]:
     """All videos in one server, at each size of the card."""
     folders = {name: [models / name] for name in ("diffusion_models", "vae", "text_encoders")}
-    results, start = [], time.monotonic()
+    start = time.monotonic()
     tiny_models.write_picture(base / "input" / PICTURE)
     extra = tuple(shlex.split(options.server))
     with ComfyServer(comfyui, base, folders, options=extra, card=options.card) as server:
         played = f", our kernels as on a card of {options.card}" if options.card else ""
         say(f"server up in {time.monotonic() - start:.1f} s{played}")
+        host = f"ComfyUI {server.get('/system_stats')['system']['comfyui_version']}"
+        if options.busy_link:
+            left = server_clock.keep_link_busy(server, True)
+            say(f"a thread copies to the GPU all the time, {left / GB:.1f} GB/s are left")
         for model in options.models:
             video = Video(MODELS[model], options.steps, options.text)
             for turbo_vae in vaes(server, way, options.vae):
                 for free in options.free:
                     title = f"{model}, {way}, {'TurboVAE' if turbo_vae else 'its own VAE'}"
-                    title += f", {free:g} GB" * bool(free)
+                    title += f", {free:g} GB" * bool(free) + ", busy link" * options.busy_link
                     if time.monotonic() > options.deadline:
                         say(f"{title}: no time left")
                         continue
                     leave(free)
                     result = measure(server, video, way, turbo_vae, options)
                     show(title, result)
-                    results.append({"title": title, **result})
+                    yield {"host": f"{host} {options.server}", "title": title, **result}
                     server_clock.emptied(server, forget=False)
                 server_clock.emptied(server)
-    return results
 
 
 def write_models(comfyui: Path, models: Path, options) -> None:
@@ -249,20 +252,24 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         default=[0.0],
         help="GB of the GPU that are left to the server, one size after the other; 0: all",
     )
-    parser.add_argument("--busy-link", action="store_true", help="others copy to the GPU, too")
+    parser.add_argument("--busy-link", action="store_true", help="a thread copies to the GPU")
     parser.add_argument("--from-disk", action="store_true", help="files out of the page cache")
     parser.add_argument("--server", default="", help="further options of ComfyUI's main.py")
     parser.add_argument("--folder", type=Path, help="for the models, which are kept there")
     parser.add_argument("--longest", type=float, default=60, help="no warm runs above, seconds")
     parser.add_argument("--seconds", type=float, default=1e6, help="begin nothing after these")
     parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--told", nargs="+", type=Path, help="only one table of such files")
     options = older_cards.parse_for_a_server(parser, arguments)
     options.deadline = time.monotonic() + options.seconds
     return options
 
 
-def main() -> None:
-    options = parse_options()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
+    if options.told:
+        summary([result for file in options.told for result in read(file)])
+        return
     comfyui = comfyui_install.find()
     if comfyui is None:
         raise SystemExit("no ComfyUI found: set COMFYUI_DIR to a ComfyUI folder")
@@ -271,24 +278,32 @@ def main() -> None:
         models = options.folder or Path(folder, "models")
         write_models(comfyui, models, options)
         with contextlib.ExitStack() as stack:
-            leave = nobody_holds
-            if any(options.free) or options.busy_link:
-                leave = stack.enter_context(small_card(options.busy_link))
+            leave = stack.enter_context(small_card()) if any(options.free) else nobody_holds
             for way in options.ways:
                 base = Path(folder, way.replace(" ", ""))
-                results += run_way(comfyui, base, models, way, options, leave)
+                for result in run_way(comfyui, base, models, way, options, leave):
+                    results.append(result)
+                    if options.json:
+                        write(options.json, results)
     summary(results)
-    if options.json:
-        told = [
-            {**r, "first": named(r["first"]), "warm": named(r["warm"])}
-            for r in results
-            if "first" in r
-        ]
-        options.json.write_text(json.dumps(told, indent=1))
 
 
-def named(parts: dict[str, Part]) -> dict[str, dict]:
-    return {name: part._asdict() for name, part in parts.items()}
+def write(file: Path, results: list[dict]) -> None:
+    told = [with_parts(result, Part._asdict) for result in results]
+    file.write_text(json.dumps(told, indent=1))
+
+
+def read(file: Path) -> list[dict]:
+    return [
+        with_parts(result, lambda part: Part(**part)) for result in json.loads(file.read_text())
+    ]
+
+
+def with_parts(result: dict, change: Callable) -> dict:
+    """The result with each of its parts changed."""
+    runs = {name: result[name] for name in ("first", "warm") if name in result}
+    runs = {name: {k: change(part) for k, part in parts.items()} for name, parts in runs.items()}
+    return {**result, **runs}
 
 
 if __name__ == "__main__":

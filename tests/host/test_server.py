@@ -338,6 +338,32 @@ def test_the_clock_takes_a_video_apart(server):
         assert parts["step 1"].resident > parts["step 1"].mapped > 0
 
 
+def test_clocks_are_told_in_one_table(server, tmp_path, capsys):
+    """whole_clock.py --told, of two files."""
+    tiny_models.write_picture(server.base / "input" / PICTURE, 128, 96)
+    options = CLOCK.parse_options(["--runs", "1"])
+    run = CLOCK.measure(server, VIDEO, "ours", False, options)
+    made = {"host": "ComfyUI A", "title": "a video", **run}
+    lost = {"host": "ComfyUI B", "title": "another", "failed": "out of memory"}
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file, result in zip(files, (made, lost), strict=True):
+        CLOCK.write(file, [result])
+    assert CLOCK.read(files[0]) + CLOCK.read(files[1]) == [made, lost]
+    CLOCK.main(["--told", *map(str, files)])
+    first, row, second, failed = capsys.readouterr().out.splitlines()
+    assert first.startswith("ComfyUI A") and second.startswith("ComfyUI B")
+    assert f"{run['warm']['start to latents'].seconds:.2f}" in row.split("|")[0]
+    assert row.startswith("a video") and row.endswith(" ".join(run["bits"]))
+    assert failed.split() == ["another", "failed"]
+
+
+@pytest.mark.gpu
+def test_a_busy_link_leaves_less_of_it(server):
+    """whole_clock.py --busy-link."""
+    rates = [server_clock.keep_link_busy(server, busy) for busy in (False, True, False)]
+    assert rates[1] < 0.7 * min(rates[0], rates[2])
+
+
 def test_runs_that_are_out_of_memory_leave_nothing(server):
     """tests/benchmarks/soak.py, where running out is pretended: in a step, switch and decoder."""
     tiny_models.write_picture(server.base / "input" / PICTURE, 128, 96)

@@ -48,6 +48,11 @@ def run_short(server: ComfyServer, node: str, value: int, operations: int, room:
     server.post(CLOCK, where)
 
 
+def keep_link_busy(server: ComfyServer, busy: bool) -> float:
+    """Whether a thread of the server copies to the GPU; bytes per second that others' copies do."""
+    return server.post(f"{CLOCK}/busy_link", {"busy": busy})["left"]
+
+
 def emptied(server: ComfyServer, forget: bool = True) -> dict[str, int]:
     """What is taken once the server has given up its models and, to `forget`, its cache."""
     server.post("/free", {"unload_models": True, "free_memory": forget})

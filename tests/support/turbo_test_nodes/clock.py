@@ -1,13 +1,15 @@
 """Time and memory inside the server, wherever ComfyUI says how far it is; and memory that runs out.
 
 GET /turbo_clock tells of the last prompt and of now, see `readings` and `now`. POST /turbo_clock
-lets memory run out in the next prompt, see `Shortage`. The first prompt begins as on the older card
-that TURBO_TEST_CARD names, if it does.
+lets memory run out in the next prompt, see `Shortage`. POST /turbo_clock/busy_link has a thread
+copy to the GPU, or no longer. The first prompt begins as on the older card that TURBO_TEST_CARD
+names, if it does.
 """
 
 import gc
 import os
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -64,6 +66,7 @@ class Clock:
     readings: list[Reading] = []
     loads: list[tuple[Mark, Mark]] = []  # starts and ends of the host's bringing models to the GPU
     shortage = None  # the Shortage to come, or the one that is on
+    no_copies = threading.Event()  # ends the thread that keeps the link busy
 
 
 class Shortage(TorchDispatchMode):
@@ -187,6 +190,40 @@ def hear(event: str, told: dict) -> None:
         shortage.end()
 
 
+def copy_on(stop: threading.Event, begun: threading.Event) -> None:
+    """To the GPU, from pinned memory, two copies of 64 MiB at a time, until `stop`."""
+    here, there = on_both_sides(1 << 26)
+    with torch.cuda.stream(torch.cuda.Stream(there.device)):
+        while not stop.is_set():
+            there.copy_(here, non_blocking=True)
+            there.copy_(here, non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+            begun.set()
+
+
+def keep_link_busy(busy: bool) -> None:
+    """Whether a thread copies to the GPU from now on."""
+    Clock.no_copies.set()
+    if busy:
+        Clock.no_copies, begun = threading.Event(), threading.Event()
+        threading.Thread(target=copy_on, args=(Clock.no_copies, begun), daemon=True).start()
+        begun.wait(timeout=10)
+
+
+def bytes_left() -> float:
+    """Bytes per second of a copy to the GPU in the thread that asks."""
+    here, there = on_both_sides(1 << 28)
+    start = Mark()
+    there.copy_(here, non_blocking=True)
+    return here.numel() / Mark().since(start)
+
+
+def on_both_sides(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """So many bytes in pinned memory and on the GPU."""
+    here = torch.zeros(size, dtype=torch.uint8).pin_memory()
+    return here, here.to(memory.get_torch_device())
+
+
 def play_card() -> None:
     """In the first prompt, as all packs are loaded by then."""
     if card := os.environ.pop("TURBO_TEST_CARD", None):
@@ -236,3 +273,8 @@ def install() -> None:
     async def run_short(request):
         Clock.shortage = Shortage(**await request.json())
         return web.json_response({})
+
+    @server.routes.post("/turbo_clock/busy_link")
+    async def keep_busy(request):
+        keep_link_busy((await request.json())["busy"])
+        return web.json_response({"left": bytes_left()})
