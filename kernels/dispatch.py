@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 _HERE = contextlib.nullcontext()
 _unfitting = Remembered()  # what modules in CUDA C++ said of operands of a layout
 _listener = contextvars.ContextVar("kernel_listener", default=None)
+listener = _listener.get  # who is told of ops now, see `listening`, or None
 
 
 def has_triton() -> bool:

@@ -1,8 +1,11 @@
 """The CUDA driver, as far as kernels need it to start: the same calls for Triton's and CUDA C++."""
 
+import contextlib
+import contextvars
 import ctypes
 import functools
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -10,6 +13,29 @@ import torch
 # well: what torch.cuda makes of them takes ten times as long. A torch without CUDA has neither.
 _stream_on = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
+
+_recorder = contextvars.ContextVar("launch_recorder", default=None)
+recorder = _recorder.get  # the tape's Recorder that hears of launches now, or None
+
+
+@contextlib.contextmanager
+def told_to(recorder: object) -> Iterator[None]:
+    """Meanwhile, in this context, a tape's Recorder is told of each launch."""
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def stream_on(device: int) -> int:
+    """Torch's current stream on a device."""
+    return _stream_on(device)
+
+
+def on_device(device: int) -> contextlib.AbstractContextManager:
+    """The context to launch on `device` in: it is the current one there."""
+    return contextlib.nullcontext() if _current_device() == device else torch.cuda.device(device)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 
 from .checks import Remembered
 from .dispatch import launching_on
-from .driver import start
+from .driver import recorder, start
 
 SLOT = 8  # bytes of an argument
 # By Triton's types of numbers: what packs one, and what it is in PTX.
@@ -70,7 +70,16 @@ class Ready:
         self.pack(addresses, 0, *pointers)
         grid = *grid, *(1, 1, 1)[len(grid) :]
         start(self.function, grid, self.threads, self.shared_bytes, self.device, parameters)
+        if (tape := recorder()) is not None:
+            self._tell(tape, grid, addresses)
         self.spare.append(room)
+
+    def _tell(self, tape, grid: tuple[int, int, int], addresses: ctypes.Array) -> None:
+        """A launch was done with these addresses: behind the numbers they are told as well."""
+        numbers = bytes(self.numbers)
+        arguments = [SLOT * i + pointer * len(numbers) for pointer, i in self.places]
+        pointers = [at for at in arguments if at >= len(numbers)]
+        tape.launched(self, grid, self.threads, numbers + bytes(addresses), arguments, pointers)
 
 
 def taken(compiled) -> list[tuple[str, str]]:
@@ -130,6 +139,8 @@ class Launched:
         if (ready := self.ready.get(key := tuple(key))) is not None:
             ready.launch(grid, pointers)
             return
+        if (tape := recorder()) is not None:
+            tape.refuse("Triton launches a kernel for the first time")
         devices = [x.get_device() for x in tensors if x is not None]
         with launching_on(tensors[0]):
             compiled = self.kernel[grid](*arguments, **constants)

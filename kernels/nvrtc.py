@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .checks import Remembered
-from .driver import check, driver, start
+from .driver import check, driver, recorder, start
 
 # What the kernels include.
 HEADER_NAMES = "arithmetic.cuh", "hopper.cuh", "mma.cuh", "rows.cuh"
@@ -28,7 +28,9 @@ def operands(pointers: str, integers: str, maps: str = "") -> type[ctypes.Struct
     size = sum(ctypes.sizeof(kind) for _, kind in fields)
     if maps:
         fields.append(("end", ctypes.c_byte * (-size % 64)))  # as the maps' alignment makes it in C
-    return type("Operands", (ctypes.Structure,), {"_fields_": fields})
+    made = type("Operands", (ctypes.Structure,), {"_fields_": fields})
+    made.places = [[getattr(made, n).offset for n in names.split()] for names in (pointers, maps)]
+    return made
 
 
 def tensor_map(x: torch.Tensor, box: int | tuple[int, ...], fetched: int = 128) -> ctypes.Array:
@@ -49,12 +51,21 @@ def tensor_map(x: torch.Tensor, box: int | tuple[int, ...], fetched: int = 128) 
         RuntimeError: the driver refuses.
     """
     key = address(x), x.itemsize, x.shape, x.stride(), box, fetched
-    known = _maps.get(key)  # another thread may empty it in between
-    return _maps.put(key, _encoded(*key)) if known is None else known
+    found = map_of(*key)
+    if (tape := recorder()) is not None:
+        tape.mapped(found, key)
+    return found
 
 
 # Torch's allocator hands out the same addresses in every block and forward pass.
 _maps = Remembered()
+
+
+def map_of(pointer: int, *layout: object) -> ctypes.Array:
+    """The tensor map of what lies at `pointer`, see `_encoded`, made once."""
+    key = pointer, *layout
+    known = _maps.get(key)  # another thread may empty it in between
+    return _maps.put(key, _encoded(*key)) if known is None else known
 
 
 def _encoded(
@@ -132,6 +143,8 @@ class Kernel:
         """
         grid, parameters = (programs, 1, 1), ONE_PARAMETER(ctypes.addressof(operands))
         start(self.function, grid, threads, self.shared_bytes, self.device, parameters)
+        if (tape := recorder()) is not None:
+            tape.launched(self, grid, threads, bytes(operands), [0], *operands.places)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
-from ..dispatch import launching_on, multiprocessors
+from ..dispatch import multiprocessors
 
 SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90a"
@@ -51,10 +51,9 @@ def frames_conv(
     )  # fmt: skip
     patches = batch * -(-height // rows) * -(-width // ACROSS)
     tiles = patches * frames * out_channels // columns
-    with launching_on(y):
-        kernel = nvrtc.load(
-            SOURCE, "frames_conv", TARGET, shared_bytes(columns), Operands, y.get_device(),
-            COLUMNS=columns, BF16=int(y.dtype == torch.bfloat16),
-        )  # fmt: skip
-        kernel.launch(min(tiles, multiprocessors(y.device)), THREADS, operands)
+    kernel = nvrtc.load(
+        SOURCE, "frames_conv", TARGET, shared_bytes(columns), Operands, y.get_device(),
+        COLUMNS=columns, BF16=int(y.dtype == torch.bfloat16),
+    )  # fmt: skip
+    kernel.launch(min(tiles, multiprocessors(y.device)), THREADS, operands)
     return y

@@ -6,7 +6,6 @@ import torch
 
 from .. import nvrtc
 from ..checks import in_steps_of_16_bytes
-from ..dispatch import launching_on
 from .triton import room_for_sums
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -55,10 +54,9 @@ def key_value_state_and_maximum(
         nvrtc.tensor_map(k.flatten(2), box), nvrtc.tensor_map(v.flatten(2), box),
         *map(nvrtc.address, (state, normalizer, maximum)), length, heads, batch * heads, rows,
     )  # fmt: skip
-    with launching_on(k):
-        kernel = nvrtc.load(
-            SOURCE, "key_value_state", TARGET, SHARED_BYTES, Operands, k.device.index,
-            BF16=int(k.dtype == torch.bfloat16),
-        )  # fmt: skip
-        kernel.launch(len(state) * batch * heads, THREADS, operands)
+    kernel = nvrtc.load(
+        SOURCE, "key_value_state", TARGET, SHARED_BYTES, Operands, k.device.index,
+        BF16=int(k.dtype == torch.bfloat16),
+    )  # fmt: skip
+    kernel.launch(len(state) * batch * heads, THREADS, operands)
     return state.sum(0), normalizer.sum(0), maximum.amax(0)

@@ -10,6 +10,7 @@ from ..checks import in_steps_of_16_bytes
 from ..dispatch import HOPPER, capability
 from ..linear_attention import LinearBranch
 from ..linear_attention.triton import project_state
+from ..tape import constant
 from ..tuning import PREPARE_HEADS, of_card
 from .triton import block_outputs, given_or_own_norms
 
@@ -84,7 +85,7 @@ def order(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return columns[:, None], summands
 
 
-@functools.cache
+@constant
 def places(device: torch.device) -> torch.Tensor:
     """Where in the linear branch's products [D (out), D (in)], both in `order`, the numbers of
     [D (in), D (out)] lie, int32 [D * D] on `device`."""

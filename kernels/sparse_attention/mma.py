@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import nvrtc
-from ..dispatch import capability, launching_on
+from ..dispatch import capability
 from . import hopper
 from . import triton as triton_kernels
 from .hopper import Operands
@@ -67,9 +67,8 @@ def sage_attention(
         *map(nvrtc.address, (*operands, block_map, out)),
         length, count, q_blocks, operands.k_scale.shape[2], heads, tiles, add,
     )  # fmt: skip
-    with launching_on(out):
-        kernel = _kernel(out, "fp8" if operands.v.dtype == torch.float8_e4m3fn else "fp16")
-        kernel.launch(tiles, THREADS, arguments)
+    kernel = _kernel(out, "fp8" if operands.v.dtype == torch.float8_e4m3fn else "fp16")
+    kernel.launch(tiles, THREADS, arguments)
     return out
 
 

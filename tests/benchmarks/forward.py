@@ -6,6 +6,7 @@
     ... forward.py --gpus 2 --steps 4             several against one; see support/several_gpus.py
     ... forward.py --card 8.6 --json 86.json      as on an older card, for estimate.py
     ... forward.py --graph on                     each pass as one CUDA graph, wherever it can be
+    ... forward.py --prompt 120 --anew            no block from a tape
     ... forward.py --prompt 120                   as in a sampler's run, of a prompt of 120 tokens
 
 Real shapes and layer counts, random INT8 weights made on the GPU, the MODEL built as TurboLoader
@@ -57,7 +58,7 @@ from turbodiffusion_pack.turbo_core.forward_time import (  # noqa: E402
     linear_operations,
     self_attention_operations,
 )
-from turbodiffusion_pack.turbo_core.host import pass_graph, per_run  # noqa: E402
+from turbodiffusion_pack.turbo_core.host import block_tape, pass_graph, per_run  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.load import build_turbo_model  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler  # noqa: E402
@@ -273,6 +274,7 @@ def parse_options():
     parser.add_argument("--compilations", action="store_true", help="count them, in two layers")
     parser.add_argument("--prompt", type=int, help="tokens before padding; TOPS count 512")
     parser.add_argument("--graph", choices=GRAPH_FROM, default="auto", help="a pass as one")
+    parser.add_argument("--anew", action="store_true", help="no block from a tape")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--rows", type=int, default=20, help="kernels to list, 0 to skip them")
     parser.add_argument("--json", type=Path, help="write everything to this file")
@@ -282,6 +284,8 @@ def parse_options():
 def main() -> None:
     options = parse_options()
     pass_graph.BOUND = GRAPH_FROM[options.graph]
+    if options.anew:
+        block_tape.ATTEMPTS = 0
     results = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         if options.compilations:

@@ -17,7 +17,7 @@ SHIPPED = [p for p in code_figures.in_checkout() if code_figures.ships(p) and p.
 EVERYWHERE = sys.stdlib_module_names | {"torch"}
 COMFYUI = {"comfy", "comfy_api", "comfy_kitchen", "folder_paths"}
 NO_MODULES = {"ctypes", "ftplib", "http", "requests", "socket", "subprocess", "urllib"}
-BY_CTYPES = tuple(f"kernels/{name}.py" for name in ("nvrtc", "driver", "launching"))
+BY_CTYPES = tuple(f"kernels/{name}.py" for name in ("nvrtc", "driver", "launching", "tape"))
 NO_CALLS = {"print", "eval", "exec", "breakpoint", "__import__"}
 NO_OS = {"environ", "getenv", "putenv", "system", "popen"}
 

@@ -19,6 +19,7 @@ from ...kernels.room import in_whole_blocks
 from .. import run_report
 from ..activation_memory import HIDDEN_BYTES, TEXT_BYTES, part_length
 from . import per_run
+from .block_tape import from_tape
 from .cross_attention import attend_to_text, attends_itself, keys_values_of
 from .epilogue import quantize
 from .gradients import GRADIENTS, records_graph
@@ -70,10 +71,19 @@ def _unless_it_steps_aside(
 
 def _fused(block, index, x, e, freqs, context, transformer_options):
     text = transformer_options.get(TEXT, KeysValues)()
+    modulation = _modulation(block, e, x.device, transformer_options)
+
+    def compute():
+        return _computed(block, index, x, modulation, freqs, context, text, transformer_options)
+
+    taken = x, modulation, freqs, context, text, transformer_options
+    return from_tape(compute, block, index, *taken)
+
+
+def _computed(block, index, x, modulation, freqs, context, text: KeysValues, transformer_options):
     # Not as attributes: those of a module take ten times as long to find, and this is every block.
     parts = block._modules
     attn, ffn = parts["self_attn"], parts["ffn"]._modules
-    modulation = _modulation(block, e, x.device, transformer_options)
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation
     granularity, eps, dtype = ffn["0"].granularity, block.eps, x.dtype
     split = transformer_options.get(SPLIT)

@@ -49,7 +49,7 @@ def self_attention(
 @torch.compiler.disable
 def _unless_dense(attn, index: int, x, freqs, transformer_options: dict) -> torch.Tensor | None:
     """SLA where the block attends sparsely, else None, which the report is told."""
-    settings, why_dense = _choose(attn, index, transformer_options)
+    settings, why_dense = choose(attn, index, transformer_options)
     if why_dense:
         run_report.note_dense(index, why_dense)
         return None
@@ -66,7 +66,7 @@ def _sparse(attn, index: int, settings: SLASettings, x, freqs, transformer_optio
     v = attn.v(x).unflatten(2, _heads(attn))
     with unrecorded():
         y = sla(q, k, v, _projection(attn, x.device), **_sla_options(settings)).flatten(2)
-    _note_sla(attn, index, settings, x)
+    note_sla(attn, index, settings, x)
     for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
         y = patch({"x": y, "q": q, "k": k, "transformer_options": transformer_options})
     return attn.o(y)
@@ -96,8 +96,8 @@ def attend(
     see int8_product. Both are called here, keys and values first, so that nothing outlives its use.
     Into an `out` for half of the output, `project` gives one half and then the other.
     """
-    settings, why_dense = _choose(attn, index, transformer_options)
-    rotation = once(transformer_options, "rotation", freqs, _contiguous_rotation)
+    settings, why_dense = choose(attn, index, transformer_options)
+    rotation = rotation_of(freqs, transformer_options)
     channels = slice(None) if some is None else some.channels
     in_16_bits = why_dense or settings.attention == "sla"
     # What lives longer comes before what it is made of, see activation_memory.py.
@@ -136,7 +136,7 @@ def attend(
         k = _rotated(norms.k, *with_row_norms("k"), rotation, attn.eps)
         q = _rotated(norms.q, *last(with_row_norms("q")), rotation, attn.eps)
         return host_attention(attn, q, k, v, transformer_options)
-    _note_sla(attn, index, settings, freqs)
+    note_sla(attn, index, settings, freqs)
     return sla_from_projections(
         lambda: last(with_row_norms("q")), lambda: with_row_norms("k"), lambda: heads("v"),
         norms, rotation, _projection(attn, freqs.device), **_sla_options(settings),
@@ -172,7 +172,7 @@ def missing_parts(attn) -> str | None:
     return f"its attention has no {missing} of its own"
 
 
-def _choose(attn, index: int, transformer_options: dict) -> tuple[SLASettings, str | None]:
+def choose(attn, index: int, transformer_options: dict) -> tuple[SLASettings, str | None]:
     """The settings, and why this block stays dense in this step if it does."""
     if THIS_PASS not in transformer_options:
         return SLASettings("dense"), "the host passes this block no options"
@@ -189,8 +189,13 @@ def _rotation(freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return freqs[:, :, 0, :, 0, 0], freqs[:, :, 0, :, 1, 0]
 
 
+def rotation_of(freqs: torch.Tensor, transformer_options: dict) -> Pair:
+    """The same as the kernels read them, made once in a pass."""
+    return once(transformer_options, "rotation", freqs, _contiguous_rotation)
+
+
 def _contiguous_rotation(freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as the kernels read them, pairs side by side."""
+    """Cosines and sines with pairs side by side."""
     cos, sin = _rotation(freqs)
     return cos.contiguous(), sin.contiguous()
 
@@ -223,7 +228,7 @@ def _norm(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return rms_norm(x, float32_weights(norm, x.device)[0], norm.eps)
 
 
-def _note_sla(attn, index: int, settings: SLASettings, x: torch.Tensor) -> None:
+def note_sla(attn, index: int, settings: SLASettings, x: torch.Tensor) -> None:
     """Tell the report which attention runs, in a few words."""
     bits = f"int8 QK and {default_pv(x.device)} PV" if settings.attention == "sagesla" else "16 bit"
     branch = "" if "proj_l" in attn._modules else ", no proj_l so no linear branch"
