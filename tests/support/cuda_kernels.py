@@ -21,18 +21,20 @@ from turbodiffusion_pack.kernels.frames_conv import hopper as conv
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.int8_linear import int8_linear
 from turbodiffusion_pack.kernels.int8_linear import mma as mma_linear
-from turbodiffusion_pack.kernels.int8_quant import hopper as rows
+from turbodiffusion_pack.kernels.int8_quant import cuda as rows
 from turbodiffusion_pack.kernels.int8_quant import quantize_rows
 from turbodiffusion_pack.kernels.linear_attention import LinearBranch, key_value_state
 from turbodiffusion_pack.kernels.linear_attention import hopper as hopper_state
 from turbodiffusion_pack.kernels.linear_attention import mma as state
-from turbodiffusion_pack.kernels.norm_quant import hopper as layer_norm
+from turbodiffusion_pack.kernels.norm_quant import cuda as layer_norm
 from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
 from turbodiffusion_pack.kernels.qk_prepare import cuda as cuda_prepare
 from turbodiffusion_pack.kernels.qk_prepare import prepare
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
 from turbodiffusion_pack.kernels.sparse_attention import mma as mma_attention
 from turbodiffusion_pack.kernels.sparse_attention import sage_attention
+from turbodiffusion_pack.kernels.text_attention import mma as text
+from turbodiffusion_pack.kernels.text_attention import text_attention
 
 FOLDER = Path(__file__).resolve().parents[2] / "kernels"
 DTYPES = torch.bfloat16, torch.float16
@@ -187,6 +189,12 @@ def every_layer_norm(card):
         layer_norm_quant(zeros(1, 3, channels, dtype=dtype), "rows", backend="triton")
 
 
+def every_text_attention(card):
+    for dtype in DTYPES:
+        q, k = (zeros(1, length, 1, 128, dtype=dtype) for length in (70, 9))
+        text_attention(q, k, k, backend="triton")
+
+
 def every_product(card):
     for name in ceilings.products_of(card):
         kernel = ceilings._kernel(name, torch.device("cuda", 0))
@@ -258,12 +266,13 @@ KERNELS = {
         every_linear, (HOPPER,), 168, products=lambda card: {"IGMMA.64x256x32.S8.S8"},
         sizes={"TILE_L": linear.TILE_L, "TILE_N": linear.TILE_N},
     ),
-    "int8_quant/hopper.cu": Kernel(
-        every_quantizer, (HOPPER,), 128, products=lambda card: set(), sizes={"SPAN": rows.SPAN}
+    "int8_quant/cuda.cu": Kernel(
+        every_quantizer, (HOPPER, *BY_MMA_SYNC), 128, products=lambda card: set(),
+        sizes={"SPAN": rows.SPAN},
     ),
-    "norm_quant/hopper.cu": Kernel(
-        every_layer_norm, (HOPPER,), 168, spills=40, products=lambda card: set(),
-        sizes={"SPAN": layer_norm.SPAN},
+    "norm_quant/cuda.cu": Kernel(
+        every_layer_norm, (HOPPER, *BY_MMA_SYNC), 168, spills_of_card={HOPPER: 40, (12, 0): 88},
+        products=lambda card: set(), sizes={"SPAN": layer_norm.SPAN},
     ),
     "frames_conv/hopper.cu": Kernel(
         every_convolution, (HOPPER,), 168,
@@ -284,6 +293,11 @@ KERNELS = {
         every_state, BY_MMA_SYNC, 128, spills_of_card={(12, 0): 24},
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
         sizes={"HEAD_DIM": state.HEAD_DIM, "STAGES": state.STAGES},
+    ),
+    "text_attention/mma.cu": Kernel(
+        every_text_attention, BY_MMA_SYNC, 128,
+        products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
+        sizes={name: getattr(text, name) for name in ("HEAD_DIM", "KEYS", "ROWS", "WARPS")},
     ),
     "ceilings.cu": Kernel(
         every_product, CARDS, 64, products=ceilings_products, sizes={"CHAINS": ceilings.CHAINS}
