@@ -29,6 +29,12 @@ def _bytes_spanned(x: Tensor) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
 
 
+def tiles(card: tuple[int, int], multiprocessors: int, by_blocks: bool) -> tuple[int, int, int]:
+    """Rows and columns of what a program takes at a time, and how many there are at once."""
+    tile = tuning.linear_tile(card, by_blocks)
+    return tile.rows, tile.columns, tile.programs * multiprocessors
+
+
 def linear(
     x_q: Tensor,
     x_scale: Tensor,
@@ -43,8 +49,9 @@ def linear(
     """`int8_linear` in either granularity, of what is not `unfit`; to `squares` as below."""
     batch, length, k = x_q.shape
     n = w_q.shape[0]
-    tile = tuning.linear_tile(capability(x_q.device), x_scale.ndim == 3)
-    tiles = batch * -(-length // tile.rows) * -(-n // tile.columns)
+    card, by_blocks = capability(x_q.device), x_scale.ndim == 3
+    rows, columns, at_once = tiles(card, multiprocessors(x_q.device), by_blocks)
+    many = batch * -(-length // rows) * -(-n // columns)
     x_scale = x_scale.contiguous()
     operands = Operands(
         *map(nvrtc.address, (x_q, x_scale, w_q, w_scale, bias, gate, residual, out, squares)),
@@ -52,9 +59,8 @@ def linear(
         0 if gate is None else gate.stride(0),
         *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
     )  # fmt: skip
-    kernel = _kernel(tile, x_scale.ndim == 3, out)
-    programs = tile.programs * multiprocessors(x_q.device)
-    kernel.launch(min(tiles, programs), tile.threads, operands)
+    tile = tuning.linear_tile(card, by_blocks)
+    _kernel(tile, by_blocks, out).launch(min(many, at_once), tile.threads, operands)
     return out
 
 
