@@ -60,7 +60,9 @@ def linear(
         *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
     )  # fmt: skip
     tile = tuning.linear_tile(card, by_blocks)
-    _kernel(tile, by_blocks, out).launch(min(many, at_once), tile.threads, operands)
+    others = None if by_blocks else (residual is not None, squares is not None)
+    kernel = _kernel(tile, others, out)
+    kernel.launch(min(many, at_once), tile.threads, operands)
     return out
 
 
@@ -85,19 +87,24 @@ def shared_bytes(tile: tuning.WarpTile, by_blocks: bool) -> int:
     return tile.stages * (rows + columns) * tile.step + 6 * columns + 4 * scales + 36
 
 
-def constants(tile: tuning.WarpTile, by_blocks: bool, dtype: torch.dtype) -> dict[str, int]:
-    """What mma.cu is compiled with."""
+def constants(
+    tile: tuning.WarpTile, others: tuple[bool, bool] | None, dtype: torch.dtype
+) -> dict[str, int]:
+    """What mma.cu is compiled with: `others` say whether there is a residual and whether squares
+    are asked for; None with a scale for each block, where one kernel is for all."""
+    residual, squares = others or (False, False)
     return {
         "WARPS_L": tile.warps_l, "WARPS_N": tile.warps_n,
         "WARP_L": tile.warp_l, "WARP_N": tile.warp_n,
         "STEP": tile.step, "STAGES": tile.stages, "PROGRAMS": tile.programs,
-        "BLOCKS": int(by_blocks), "BF16": int(dtype == torch.bfloat16),
+        "BLOCKS": int(others is None), "RESIDUAL": int(residual), "SQUARES": int(squares),
+        "BF16": int(dtype == torch.bfloat16),
     }  # fmt: skip
 
 
-def _kernel(tile: tuning.WarpTile, by_blocks: bool, out: Tensor) -> nvrtc.Kernel:
+def _kernel(tile: tuning.WarpTile, others: tuple[bool, bool] | None, out: Tensor) -> nvrtc.Kernel:
     target = nvrtc.target_of(capability(out.device), out.device)
     return nvrtc.load(
-        SOURCE, "int8_linear", target, shared_bytes(tile, by_blocks), Operands, out.get_device(),
-        **constants(tile, by_blocks, out.dtype),
+        SOURCE, "int8_linear", target, shared_bytes(tile, others is None), Operands,
+        out.get_device(), **constants(tile, others, out.dtype),
     )  # fmt: skip

@@ -21,10 +21,10 @@ from ..dispatch import choose, has_triton
 from . import reference
 
 if has_triton():
-    from . import cuda
+    from . import hopper
     from . import triton as triton_kernels
 else:
-    cuda = triton_kernels = None
+    hopper = triton_kernels = None
 
 ACTIVATIONS = (None, "gelu_tanh")
 
@@ -95,10 +95,10 @@ def quantize_rows(
     _check_input("quantize_rows", x, activation)
     if amax is not None:
         _check_amax(x, activation, amax)
-    # Weights, once a load, and some columns of rows run in Triton.
-    in_cuda = cuda if amax is None and x.ndim == 3 else None
+    # Weights, once a load, and some columns of rows run in Triton there.
+    on_hopper = hopper if amax is None and x.ndim == 3 else None
     kernels = choose(
-        "quantize_rows", backend, x, reference, triton_kernels, in_cuda, in_cuda,
+        "quantize_rows", backend, x, reference, triton_kernels, on_hopper,
         operands=(x,), layout=layouts(x),
     )  # fmt: skip
     return kernels.quantize_rows(x, activation, amax)

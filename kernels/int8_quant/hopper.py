@@ -1,4 +1,4 @@
-"""INT8 of rows in CUDA C++, on Hopper and on cards of mma.sync: see cuda.cu."""
+"""INT8 of rows on Hopper, in CUDA C++: see hopper.cu."""
 
 import functools
 from pathlib import Path
@@ -8,10 +8,11 @@ from torch import Tensor
 
 from .. import nvrtc
 from ..checks import in_steps_of_16_bytes
-from ..dispatch import capability, launching_on, multiprocessors
+from ..dispatch import launching_on, multiprocessors
 from ..room import in_whole_blocks
 
 SOURCE = Path(__file__).with_suffix(".cu")
+TARGET = "sm_90a"
 SPAN = 256  # channels that a warp takes at once
 MOST = 6  # of them a thread has registers for, this row's and the next one's
 MOST_WARPS = 16
@@ -56,10 +57,9 @@ def quantize_rows(
     scale = torch.empty(batch, length, dtype=torch.float32, device=x.device)
     rows = batch * length
     operands = Operands(*map(nvrtc.address, (x, q, scale)), length, rows, *x.stride()[:2])
-    target = nvrtc.target_of(capability(x.device), x.device)
     with launching_on(x):
         kernel = nvrtc.load(
-            SOURCE, "quantize_rows", target, 8 * warps, Operands, x.device.index,
+            SOURCE, "quantize_rows", TARGET, 8 * warps, Operands, x.device.index,
             WARPS=warps, EACH=each, CHANNELS=channels, PROGRAMS=programs,
             ACTIVATE=int(activation is not None), BF16=int(x.dtype == torch.bfloat16),
         )  # fmt: skip

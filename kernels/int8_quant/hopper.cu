@@ -1,4 +1,4 @@
-// INT8 of rows, as they are or after GELU: a scale for each row.
+// INT8 of rows for Hopper, as they are or after GELU: a scale for each row.
 //
 // A program takes one row after another, a warp EACH times SPAN channels of it. What a thread has
 // turned into fp32 makes room for the same channels of the program's next row, which arrive while
