@@ -106,7 +106,7 @@ def _fused(block, index, x, e, freqs, context, transformer_options):
     small.clear()  # what is left of them is room for the feed-forward layers
 
     up, down = int8_weights(ffn["0"], dtype, x.device), None
-    for part in _parts_of(x, HIDDEN_BYTES * ffn["0"].out_features, ffn["0"], ffn["2"]):
+    for part in _parts_of(x, HIDDEN_BYTES * ffn["0"].out_features, granularity, ffn["0"], ffn["2"]):
         n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
         h = int8_linear(*n, *up, dtype)
         del n
@@ -131,7 +131,7 @@ def _add_text(
     k, v = keys_values_of(
         cross_attn, index, granularity, context, text, itself, transformer_options
     )
-    for part in _parts_of(x, TEXT_BYTES * x.shape[2], linears["q"], linears["o"]):
+    for part in _parts_of(x, TEXT_BYTES * x.shape[2], granularity, linears["q"], linears["o"]):
         q = torch.empty_like(part)  # before what it is made of, see activation_memory.py
         n = layer_norm_quant(part, granularity, weight=norm[0], bias=norm[1], eps=eps)
         multiply = int8_linear_and_squares if itself else int8_linear
@@ -150,14 +150,16 @@ def _add_text(
         del y
 
 
-def _parts_of(x: torch.Tensor, each: int, *linears: torch.nn.Module) -> Sequence[torch.Tensor]:
+def _parts_of(
+    x: torch.Tensor, each: int, granularity: str, *linears: torch.nn.Module
+) -> Sequence[torch.Tensor]:
     """x [B, L, C] in parts of its tokens, as many as take `each` bytes a token at once, and as the
     `linears` that they go through are soonest done."""
     batch, length, _ = x.shape
     lengths = part_lengths(batch, length, each)
     if lengths[0] >= length:
         return (x,)
-    at_once, tiles = lengths[0], tiles_of(x.device, linears[0].granularity)
+    at_once, tiles = lengths[0], tiles_of(x.device, granularity)
     if tiles is not None:
         shapes = tuple((op.out_features, op.in_features) for op in linears)
         at_once = soonest(lengths, batch, length, shapes, tiles)
