@@ -9,11 +9,16 @@ __device__ __forceinline__ void copy_16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// The same of the first `bytes` of them, 0 to 16; the others become 0. Fetches a whole line of 128
-// bytes from memory, whose rest is copied soon.
+// The same of the first `bytes` of them, 0 to 16; the others become 0. FETCHED bytes come from memory
+// into L2, 128 or 256, of which the rest is copied soon.
+template <int FETCHED = 128>
 __device__ __forceinline__ void copy_16(u32 to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                 ::"r"(to), "l"(from), "r"(bytes) : "memory");
+    if (FETCHED == 128)
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                     ::"r"(to), "l"(from), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;"
+                     ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 // Starts a copy of 8 bytes.

@@ -23,13 +23,16 @@ keep in between. tests/host/test_activation_memory.py plays it through.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 from ..kernels.checks import BLOCK
+from ..kernels.int8_linear import Tiles, rounds
 
-# What is made of some tokens at a time may take so much: those fill the GPU still. On 132
-# multiprocessors 14B's linears at 720p then end with all of them at work, see NOTES.
-PART_BYTES = 2**30 // 3
+# What is made of some tokens at a time may take so much: those fill the GPU still. Where parts of
+# another length keep it busy they are so much longer than even ones, and the last one is shorter.
+PART_BYTES = 350 * 2**20
+UNEVEN = 1.11
 HIDDEN_BYTES = 3  # of a number hidden in the feed-forward layers: bf16, then beside it int8
 TEXT_BYTES = 8  # of a channel in attention to the text: q, its norm and the result, two in int8
 # Values of as many bytes, 16 bits, come in halves: each fills the GPU still.
@@ -57,11 +60,34 @@ class Network:
     num_layers: int
 
 
-def part_length(batch: int, length: int, each: int) -> int:
-    """Tokens that go through layers at once: even parts, in whole blocks of scales, that take at
-    most PART_BYTES with `each` bytes a token."""
-    parts = -(-batch * length * each // PART_BYTES)
-    return -(-length // (max(parts, 1) * BLOCK)) * BLOCK
+def part_lengths(batch: int, length: int, each: int) -> range:
+    """What tokens of a sample may go through layers at once, whole blocks of scales: the first is
+    that of even parts, as few as take at most PART_BYTES with `each` bytes a token, and the last
+    is longer by UNEVEN at most."""
+    most = max(PART_BYTES // (batch * each * BLOCK), 1)
+    blocks = -(-length // BLOCK)
+    even = -(-blocks // -(-blocks // most))
+    return range(even * BLOCK, min(int(even * UNEVEN), most, blocks) * BLOCK + 1, BLOCK)
+
+
+@functools.cache
+def soonest(
+    lengths: range, batch: int, length: int, shapes: tuple[tuple[int, int], ...], tiles: Tiles
+) -> int:
+    """That of `lengths` whose parts are done soonest, the last one being what is left.
+
+    They go through linears of N columns and depth K for each (N, K) in `shapes`. Divided into
+    `tiles` a part keeps all multiprocessors busy but in its last round.
+    """
+
+    def ends(tokens: int) -> int:
+        full, rest = divmod(length, tokens)
+        return sum(
+            k * (full * rounds(tiles, batch, tokens, n) + rounds(tiles, batch, rest, n))
+            for n, k in shapes
+        )
+
+    return min(lengths, key=ends)
 
 
 def values_in_halves(batch: int, length: int, dim: int) -> bool:
@@ -99,7 +125,7 @@ def fused_bytes(
     low_bits = max(k_and_v * one, q_phase * one + scores) + _means_bytes(network, batch, tokens)
     attending = {"sagesla": low_bits, "sla": 5 * one + scores, "dense": 5 * one}[attention]
     attending += max(LOST_IN_HALVES * one, PART_BYTES / 2) if halves else LOST * one
-    part = min(part_length(batch, tokens, HIDDEN_BYTES * network.ffn_dim), tokens)
+    part = min(part_lengths(batch, tokens, HIDDEN_BYTES * network.ffn_dim)[-1], tokens)
     hidden = batch * part * HIDDEN_BYTES * network.ffn_dim
     weights = 2 * network.dim * network.ffn_dim  # up and down, requantized or kept
     fits = 2 * batch * part * network.ffn_dim <= one  # into what attention had

@@ -1,10 +1,21 @@
 """INT8 linear layer: int8 products on the tensor cores, scales and bias in fp32."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from .. import nvrtc
 from ..checks import BLOCK, Remembered, layouts
-from ..dispatch import choose, has_triton
+from ..dispatch import (
+    BY_MMA_SYNC,
+    HOPPER,
+    capability,
+    choose,
+    has_triton,
+    multiprocessors,
+    triton_unavailable,
+)
 from . import hopper, mma, reference
 
 if has_triton():
@@ -15,6 +26,30 @@ else:
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _fitting = Remembered()  # layouts of operands that fit together
+
+
+class Tiles(NamedTuple):
+    """What a linear in CUDA C++ is divided into on a GPU, and how many are multiplied at once."""
+
+    rows: int
+    columns: int
+    at_once: int
+
+
+def tiles_of(device: torch.device, granularity: str) -> Tiles | None:
+    """Those of a linear with scales of "rows" or "blocks"; None where Triton or torch runs it."""
+    if triton_unavailable(device) or nvrtc.unavailable():
+        return None
+    card, count, by_blocks = capability(device), multiprocessors(device), granularity == "blocks"
+    if card == HOPPER:
+        return None if by_blocks else Tiles(*hopper.tiles(count))
+    return Tiles(*mma.tiles(card, count, by_blocks)) if card[0] in BY_MMA_SYNC else None
+
+
+def rounds(tiles: Tiles, batch: int, rows: int, columns: int) -> int:
+    """How often a GPU takes as many tiles as it can at once, until all of a linear are done."""
+    many = batch * -(-rows // tiles.rows) * -(-columns // tiles.columns)
+    return -(-many // tiles.at_once)
 
 
 def int8_linear(

@@ -63,6 +63,11 @@ def unfit(
     return None
 
 
+def tiles(multiprocessors: int) -> tuple[int, int, int]:
+    """Rows and columns of what a cluster takes at a time, and how many there are at once."""
+    return 2 * TILE_L, TILE_N, multiprocessors // 2
+
+
 def linear(
     x_q: Tensor,
     x_scale: Tensor,
@@ -77,7 +82,8 @@ def linear(
     """`int8_linear` with a scale per row, of what is not `unfit`; to `squares` as below."""
     batch, length, k = x_q.shape
     n = w_q.shape[0]
-    pairs = batch * -(-length // (2 * TILE_L)) * -(-n // TILE_N)  # of tiles, of a cluster
+    rows, columns, at_once = tiles(multiprocessors(x_q.device))
+    pairs = batch * -(-length // rows) * -(-n // columns)
     x_scale = x_scale.contiguous()
     operands = Operands(
         nvrtc.tensor_map(x_q, TILE_L, FETCHED), nvrtc.tensor_map(w_q, TILE_N // 2, FETCHED),
@@ -89,8 +95,7 @@ def linear(
         SOURCE, "int8_linear", TARGET, SHARED_BYTES, Operands, x_q.get_device(),
         BF16=int(out.dtype == torch.bfloat16),
     )  # fmt: skip
-    clusters = min(pairs, multiprocessors(x_q.device) // 2)
-    kernel.launch(2 * clusters, THREADS, operands)
+    kernel.launch(2 * min(pairs, at_once), THREADS, operands)
     return out
 
 

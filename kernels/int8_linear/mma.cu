@@ -14,8 +14,9 @@
 // join float32 sums.
 
 // Defined are WARPS_L and WARPS_N, warps along L and N; WARP_L and WARP_N, a warp's rows and
-// columns; STEP; STAGES; PROGRAMS, how many share a multiprocessor; BLOCKS; BF16, whether bias,
-// residual and out are bfloat16, else float16.
+// columns; STEP; STAGES; PROGRAMS, how many share a multiprocessor; BLOCKS; RESIDUAL and SQUARES,
+// whether there are any, but if BLOCKS, where the operands tell; BF16, whether bias, residual and out
+// are bfloat16, else float16.
 
 #include "mma.cuh"
 
@@ -34,8 +35,9 @@ constexpr int ROWS = WARP_L / 16;                 // products along a warp's row
 constexpr int PENDING = STAGES - 2;               // steps on their way when the next one is there
 // Whether w's columns are copied in the order that `store` wants, or threads trade them there. That
 // costs a tile's end, but the assembler orders the loops over k better: by measurement, each is the
-// faster one where it is.
-constexpr bool IN_ORDER = BLOCKS && STAGES == 2;
+// faster one where it is. So it is with the bytes of a row that come into L2 at a time.
+constexpr bool IN_ORDER = BLOCKS ? STAGES == 2 : RESIDUAL;
+constexpr int FETCHED = BLOCKS || RESIDUAL ? 128 : 256;
 // sm_80 converts integers slowly, where it takes exponentials. There the sums of a block add up on
 // top of the bits of 1.5 * 2^23: as float32 they are 1.5 * 2^23 + sum.
 constexpr bool CONVERTS = __CUDA_ARCH__ >= 860;
@@ -139,8 +141,8 @@ __device__ __forceinline__ void copy_x(
 ) {
     int k = step * STEP + threadIdx.x % CHUNKS * 16;
     int row = min(copies.row + part * COPY_ROWS, o.length - 1);
-    copy_16(stage + copies.to + part * COPY_ROWS * STEP, o.x + (copies.x + u32(row) * o.x_l + k),
-            max(min(o.k - k, 16), 0));
+    copy_16<FETCHED>(stage + copies.to + part * COPY_ROWS * STEP,
+                     o.x + (copies.x + u32(row) * o.x_l + k), max(min(o.k - k, 16), 0));
 }
 
 __device__ __forceinline__ void copy_w(
@@ -148,8 +150,8 @@ __device__ __forceinline__ void copy_w(
 ) {
     int k = step * STEP + threadIdx.x % CHUNKS * 16;
     int column = min(copies.column + part * COPY_ROWS, o.n - 1);
-    copy_16(stage + copies.to + (TILE_L + part * COPY_ROWS) * STEP,
-            o.w + (u32(column) * o.w_n + k), max(min(o.k - k, 16), 0));
+    copy_16<FETCHED>(stage + copies.to + (TILE_L + part * COPY_ROWS) * STEP,
+                     o.w + (u32(column) * o.w_n + k), max(min(o.k - k, 16), 0));
 }
 
 // What `store` needs of the tile's rows and columns.
@@ -246,7 +248,7 @@ __device__ __forceinline__ void turn_to_next(
 ) {
     turn_copies(copies, shared.tiles[next_turn(turn)], o);
     copy_factors(shared, shared.tiles[turn], o);
-    fetch_residual(shared.tiles[turn], o);
+    if (BLOCKS || RESIDUAL) fetch_residual(shared.tiles[turn], o);
 }
 
 // Rows 16 m .. 16 m + 15 of the warp's x, at a depth of 32 bytes.
@@ -509,7 +511,7 @@ __device__ __forceinline__ void store_squares(
 }
 
 // The squares are of what is not rounded yet.
-template <bool RESIDUAL, bool SQUARES>
+template <bool WITH_RESIDUAL, bool WITH_SQUARES>
 __device__ __forceinline__ void store(
     const Sums& sums, const Shared& shared, const Tile& tile, const Operands& o
 ) {
@@ -534,7 +536,7 @@ __device__ __forceinline__ void store(
             u32 y[4][4] = {};  // of rows 16 m + 8 half, pairs of 16 bits
             float own_squares[4] = {};
 #pragma unroll
-            for (int half = 0; RESIDUAL && half < 4; half++) {
+            for (int half = 0; WITH_RESIDUAL && half < 4; half++) {
                 int row = tile.row + first_row + 16 * m + 8 * half;
                 if (row < o.length && column_inside)
                     *reinterpret_cast<uint4*>(y[half]) = *reinterpret_cast<const uint4*>(
@@ -544,18 +546,18 @@ __device__ __forceinline__ void store(
             for (int half = 0; half < 4; half++) {
                 int in_tile = first_row + 16 * m + 8 * half, row = tile.row + in_tile;
                 float scale = BLOCKS ? 1.0f : shared.row_scale[in_tile];
-                if (RESIDUAL && !IN_ORDER) transpose(y[half]);
+                if (WITH_RESIDUAL && !IN_ORDER) transpose(y[half]);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     auto& sum = sums[m + half / 2][4 * group + j];
                     int i = half % 2 * 2;
                     float2 x = {fmaf(sum[i] * scale, factors[j].times.x, factors[j].plus.x),
                                 fmaf(sum[i + 1] * scale, factors[j].times.y, factors[j].plus.y)};
-                    if (RESIDUAL) {
+                    if (WITH_RESIDUAL) {
                         float2 add = pair_of(y[half][j], BF16);
                         x.x += add.x, x.y += add.y;
                     }
-                    if (SQUARES)
+                    if (WITH_SQUARES)
                         own_squares[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, own_squares[half]));
                     y[half][j] = packed_pair(x, BF16);
                 }
@@ -564,10 +566,10 @@ __device__ __forceinline__ void store(
                     *reinterpret_cast<uint4*>(out + (long long)row * o.out_l + column) =
                         make_uint4(y[half][0], y[half][1], y[half][2], y[half][3]);
             }
-            if (SQUARES) squares[m / 2] += sum_of_four(own_squares);
+            if (WITH_SQUARES) squares[m / 2] += sum_of_four(own_squares);
         }
     }
-    if (SQUARES) store_squares(squares, tile, o);
+    if (WITH_SQUARES) store_squares(squares, tile, o);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
@@ -589,9 +591,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
         if (threadIdx.x == 0) shared.tiles[next] = tile_of(index + gridDim.x, o);
         Sums sums = {};
         multiply(sums, shared, slot, copies, turn, o);
-        if (o.residual)
+        // A kernel of its own for each spills nothing; if BLOCKS it would spill more.
+        if (BLOCKS ? o.residual != nullptr : RESIDUAL)
             store<true, false>(sums, shared, shared.tiles[turn], o);
-        else if (o.squares)
+        else if (BLOCKS ? o.squares != nullptr : SQUARES)
             store<false, true>(sums, shared, shared.tiles[turn], o);
         else
             store<false, false>(sums, shared, shared.tiles[turn], o);

@@ -29,6 +29,12 @@ def _bytes_spanned(x: Tensor) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
 
 
+def tiles(card: tuple[int, int], multiprocessors: int, by_blocks: bool) -> tuple[int, int, int]:
+    """Rows and columns of what a program takes at a time, and how many there are at once."""
+    tile = tuning.linear_tile(card, by_blocks)
+    return tile.rows, tile.columns, tile.programs * multiprocessors
+
+
 def linear(
     x_q: Tensor,
     x_scale: Tensor,
@@ -43,8 +49,9 @@ def linear(
     """`int8_linear` in either granularity, of what is not `unfit`; to `squares` as below."""
     batch, length, k = x_q.shape
     n = w_q.shape[0]
-    tile = tuning.linear_tile(capability(x_q.device), x_scale.ndim == 3)
-    tiles = batch * -(-length // tile.rows) * -(-n // tile.columns)
+    card, by_blocks = capability(x_q.device), x_scale.ndim == 3
+    rows, columns, at_once = tiles(card, multiprocessors(x_q.device), by_blocks)
+    many = batch * -(-length // rows) * -(-n // columns)
     x_scale = x_scale.contiguous()
     operands = Operands(
         *map(nvrtc.address, (x_q, x_scale, w_q, w_scale, bias, gate, residual, out, squares)),
@@ -52,9 +59,10 @@ def linear(
         0 if gate is None else gate.stride(0),
         *((0, 0) if residual is None else residual.stride()[:2]), *out.stride()[:2],
     )  # fmt: skip
-    kernel = _kernel(tile, x_scale.ndim == 3, out)
-    programs = tile.programs * multiprocessors(x_q.device)
-    kernel.launch(min(tiles, programs), tile.threads, operands)
+    tile = tuning.linear_tile(card, by_blocks)
+    others = None if by_blocks else (residual is not None, squares is not None)
+    kernel = _kernel(tile, others, out)
+    kernel.launch(min(many, at_once), tile.threads, operands)
     return out
 
 
@@ -79,19 +87,24 @@ def shared_bytes(tile: tuning.WarpTile, by_blocks: bool) -> int:
     return tile.stages * (rows + columns) * tile.step + 6 * columns + 4 * scales + 36
 
 
-def constants(tile: tuning.WarpTile, by_blocks: bool, dtype: torch.dtype) -> dict[str, int]:
-    """What mma.cu is compiled with."""
+def constants(
+    tile: tuning.WarpTile, others: tuple[bool, bool] | None, dtype: torch.dtype
+) -> dict[str, int]:
+    """What mma.cu is compiled with: `others` say whether there is a residual and whether squares
+    are asked for; None with a scale for each block, where one kernel is for all."""
+    residual, squares = others or (False, False)
     return {
         "WARPS_L": tile.warps_l, "WARPS_N": tile.warps_n,
         "WARP_L": tile.warp_l, "WARP_N": tile.warp_n,
         "STEP": tile.step, "STAGES": tile.stages, "PROGRAMS": tile.programs,
-        "BLOCKS": int(by_blocks), "BF16": int(dtype == torch.bfloat16),
+        "BLOCKS": int(others is None), "RESIDUAL": int(residual), "SQUARES": int(squares),
+        "BF16": int(dtype == torch.bfloat16),
     }  # fmt: skip
 
 
-def _kernel(tile: tuning.WarpTile, by_blocks: bool, out: Tensor) -> nvrtc.Kernel:
+def _kernel(tile: tuning.WarpTile, others: tuple[bool, bool] | None, out: Tensor) -> nvrtc.Kernel:
     target = nvrtc.target_of(capability(out.device), out.device)
     return nvrtc.load(
-        SOURCE, "int8_linear", target, shared_bytes(tile, by_blocks), Operands, out.get_device(),
-        **constants(tile, by_blocks, out.dtype),
+        SOURCE, "int8_linear", target, shared_bytes(tile, others is None), Operands,
+        out.get_device(), **constants(tile, others, out.dtype),
     )  # fmt: skip

@@ -8,10 +8,10 @@ from ..norm import check_layer_norm
 from . import reference
 
 if has_triton():
-    from . import hopper
+    from . import cuda
     from . import triton as triton_kernels
 else:
-    hopper = triton_kernels = None
+    cuda = triton_kernels = None
 
 SCALES = ("rows", "blocks")
 
@@ -57,9 +57,9 @@ def layer_norm_quant(
     if x.numel() == 0:
         raise ValueError(f"layer_norm_quant needs x with elements in it, got {list(x.shape)}")
     vectors = weight, bias, scale, shift
-    on_hopper = hopper if granularity == "rows" else None  # blocks run in Triton there
+    in_cuda = cuda if granularity == "rows" else None  # blocks run in Triton
     kernels = choose(
-        "layer_norm_quant", backend, x, reference, triton_kernels, on_hopper,
+        "layer_norm_quant", backend, x, reference, triton_kernels, in_cuda, in_cuda,
         operands=(x, *vectors), layout=layouts(x, *vectors),
     )  # fmt: skip
     return kernels.layer_norm_quant(x, granularity, *vectors, eps)

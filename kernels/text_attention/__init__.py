@@ -2,15 +2,16 @@
 
 import torch
 
-from ..checks import check_heads, check_shape, float32_on_gpu, not_contiguous
+from ..checks import check_heads, check_shape, float32_on_gpu, layouts, not_contiguous
 from ..derivatives import no_gradients
 from ..dispatch import choose, has_triton
 from . import reference
 
 if has_triton():
+    from . import mma
     from . import triton as triton_kernels
 else:
-    triton_kernels = None
+    mma = triton_kernels = None
 
 __all__ = ["text_attention"]
 
@@ -59,9 +60,12 @@ def text_attention(
             f"{out.dtype} with strides {list(out.stride())}"
         )
     unsupported = not_contiguous(q, k, v), float32_on_gpu(q), no_gradients(q, k, v)
+    # Longer texts run in Triton, and all texts on Hopper.
+    short = mma if mma is not None and k.shape[1] <= mma.KEYS else None
     kernels = choose(
-        "text_attention", backend, q, reference, triton_kernels, unsupported=unsupported
-    )
+        "text_attention", backend, q, reference, triton_kernels, mma=short,
+        unsupported=unsupported, operands=(q, k, v), layout=layouts(q, k, v),
+    )  # fmt: skip
     return kernels.text_attention(q, k, v, repeats, weight, row_norms, out)
 
 

@@ -482,7 +482,8 @@ def test_no_triton(op, hopper, monkeypatch):
 
 
 # Ops in CUDA C++ on cards of mma.sync.
-BY_MMA = {"int8_linear", "key_value_state", "prepare", "sage_attention"}
+BY_MMA = {"int8_linear", "key_value_state", "layer_norm_quant", "prepare", "sage_attention"}
+BY_MMA |= {"text_attention"}
 
 
 @pytest.mark.parametrize("card", [(8, 0), (8, 9), (10, 0), (12, 0)], ids="sm_{0[0]}{0[1]}".format)
@@ -493,6 +494,25 @@ def test_other_cards_have_nothing_to_decline(op, card, hopper, monkeypatch, capl
     assert launched == (CUDA if op in BY_MMA and card != (10, 0) else TRITON)
     assert line.endswith(f"; kernels: {launched}")
     assert not [record for record in caplog.records if "slow" in record.message]
+
+
+@pytest.mark.parametrize(
+    ("text", "launched", "why"),
+    [
+        (heads(length=128), CUDA, None),
+        (heads(length=129), TRITON, None),
+        (heads(64, length=3), TRITON, "the head dim is 64, not 128"),
+        (heads(length=3, spare=4), TRITON, "rows do not begin at multiples of 16 bytes"),
+    ],
+    ids=["short", "long", "head dim", "rows"],
+)
+def test_a_card_of_mma_takes_short_texts_in_cuda(text, launched, why, hopper, monkeypatch):
+    """A longer one is not declined: it has no such kernel."""
+    _pretend(monkeypatch, (8, 9))
+    q = heads(text.shape[-1])
+    ran, line = told(lambda: text_attention.text_attention(q, text, text, 9))
+    assert ran == launched
+    assert line.endswith(f"text_attention in Triton: {why}" if why else f"; kernels: {launched}")
 
 
 def test_a_card_of_mma_declines_other_blocks(hopper, monkeypatch):

@@ -149,6 +149,18 @@ def test_the_formula_is_above_what_is_taken(alive, network, attention, copied, m
     assert network == "1.3B" or found[LATENTS["720p"], 1] <= 1.4, found
 
 
+@pytest.mark.parametrize("latent", ["480p", "720p"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_parts_as_long_as_they_may_be_fit(alive, network, latent, monkeypatch):
+    monkeypatch.setattr(block, "tiles_of", lambda device, granularity: "some")
+    monkeypatch.setattr(block, "soonest", lambda lengths, *_: lengths[-1])
+    latent, layers = LATENTS[latent], 4
+    sizes = Network(*NETWORKS[network], num_layers=layers), 1, math.prod(latent) // 4, "sagesla"
+    asked = fused_bytes(*sizes, topk=0.1)
+    wan = _wan(*NETWORKS[network], layers)
+    _peak(wan, latent, 1, "sagesla", live_memory.Allocator(asked), passes=2)
+
+
 def test_a_weight_that_the_allocator_asks_for_alone_takes_whole_pieces():
     """[5120, 5120] in INT8 are 25 MB, of which it takes 26; smaller ones share."""
     assert rounding([5120 * 5120, 5120 * 13824, 1536 * 1536]) == 1.5 * 2**20

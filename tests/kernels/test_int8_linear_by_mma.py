@@ -230,7 +230,7 @@ def test_data_center_cards_can_play_the_others(played, granularity, card):
     """What is launched on those others themselves, test_nvrtc.py compiles."""
     by_blocks = granularity == "blocks"
     tile = tuning.linear_tile(played, by_blocks)
-    constants = mma.constants(tile, by_blocks, torch.bfloat16)
+    constants = mma.constants(tile, None if by_blocks else (True, False), torch.bfloat16)
     sizes = mma.shared_bytes(tile, by_blocks), mma.Operands, tuple(constants.items())
     target = "sm_{}{}".format(*card)
     built = cuda_kernels.built(mma.SOURCE, target, *sizes)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from devices import DEVICE, TRITON_DTYPES
 from turbodiffusion_pack.kernels.norm import rms_norm
-from turbodiffusion_pack.kernels.text_attention import text_attention
+from turbodiffusion_pack.kernels.text_attention import mma, text_attention
 
 
 def random_text(batch, length, keys, heads, dim, dtype):
@@ -55,9 +55,10 @@ def test_the_number_of_repeats_counts():
 
 
 @pytest.mark.parametrize("backend", ("reference", "triton"))
-def test_q_is_normed_as_rms_norm_does_it_and_may_make_room(backend):
-    q, k, v = random_text(2, 70, 20, 2, 64, torch.float16)
-    weight = torch.rand(128, device=DEVICE) + 0.5
+@pytest.mark.parametrize("dim", (64, 128))
+def test_q_is_normed_as_rms_norm_does_it_and_may_make_room(dim, backend):
+    q, k, v = random_text(2, 70, 20, 2, dim, torch.float16)
+    weight = torch.rand(2 * dim, device=DEVICE) + 0.5
     norms = (q.float().flatten(2).square().mean(-1) + 1e-6).rsqrt()
     normed = rms_norm(q.flatten(2), weight, backend="reference").view_as(q)
     expected = text_attention(normed, k, v, 30, backend=backend)
@@ -83,10 +84,43 @@ def test_views_are_read_where_they_are():
 
 
 @pytest.mark.gpu
-def test_triton_at_model_size():
-    q, k, v = random_text(1, 4001, 129, 40, 128, torch.bfloat16)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("heads", (12, 40))
+@pytest.mark.parametrize("keys", (1, 121, 128, 129))
+def test_triton_at_model_size(keys, heads, dtype):
+    """On cards of mma.sync CUDA C++ takes up to 128 keys; more rows than all warps take at once."""
+    q, k, v = random_text(1, 4001, keys, heads, 128, dtype)
     y = text_attention(q, k, v, 384, backend="triton")
-    assert goldens.relative_error(y, exact_attention(q, k, v, 384)) <= 6e-3
+    bound = {torch.float16: 8e-4, torch.bfloat16: 6e-3}[dtype]
+    assert goldens.relative_error(y, exact_attention(q, k, v, 384)) <= bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", (1, 16, 3000))
+def test_norm_and_views_of_whole_heads(length):
+    """q makes room for what comes of it, k and v are slices, samples have norms of their own."""
+    q, k, v = random_text(2, length, 2 * 77, 3, 128, torch.bfloat16)
+    k, v = k[:, ::2], v[:, :77]
+    weight = torch.rand(3 * 128, device=DEVICE) + 0.5
+    norms = (q.float().flatten(2).square().mean(-1) + 1e-6).rsqrt()
+    normed = q.double() * norms[..., None, None].double() * weight.double().view(3, 128)
+    expected = exact_attention(normed, k, v, 436)
+    y = text_attention(q, k, v, 436, weight, norms, out=q, backend="triton")
+    assert y is q
+    assert goldens.relative_error(y, expected) <= 8e-3
+
+
+@pytest.mark.parametrize("heads", (1, 12, 40))
+def test_every_row_has_a_warp(heads):
+    """Programs are as many as fill the GPU evenly, and never more than there are tiles."""
+    if mma is None:
+        pytest.skip("Triton is not installed")
+    rows = mma.WARPS * mma.ROWS
+    for length in (1, rows, rows + 1, 32760, 75600):
+        programs = mma.programs_of_head(heads, length, 132)
+        assert 1 <= programs <= -(-length // rows)
+    waves = heads * mma.programs_of_head(heads, 32760, 132) / 132
+    assert waves / -(-waves // 1) >= 0.9 or heads == 1
 
 
 def test_bad_input_is_refused():

@@ -19,20 +19,22 @@ from turbodiffusion_pack.kernels import ceilings, dispatch, nvrtc
 from turbodiffusion_pack.kernels.frames_conv import frames_conv
 from turbodiffusion_pack.kernels.frames_conv import hopper as conv
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
-from turbodiffusion_pack.kernels.int8_linear import int8_linear
+from turbodiffusion_pack.kernels.int8_linear import int8_linear, int8_linear_and_squares
 from turbodiffusion_pack.kernels.int8_linear import mma as mma_linear
 from turbodiffusion_pack.kernels.int8_quant import hopper as rows
 from turbodiffusion_pack.kernels.int8_quant import quantize_rows
 from turbodiffusion_pack.kernels.linear_attention import LinearBranch, key_value_state
 from turbodiffusion_pack.kernels.linear_attention import hopper as hopper_state
 from turbodiffusion_pack.kernels.linear_attention import mma as state
-from turbodiffusion_pack.kernels.norm_quant import hopper as layer_norm
+from turbodiffusion_pack.kernels.norm_quant import cuda as layer_norm
 from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
 from turbodiffusion_pack.kernels.qk_prepare import cuda as cuda_prepare
 from turbodiffusion_pack.kernels.qk_prepare import prepare
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
 from turbodiffusion_pack.kernels.sparse_attention import mma as mma_attention
 from turbodiffusion_pack.kernels.sparse_attention import sage_attention
+from turbodiffusion_pack.kernels.text_attention import mma as text
+from turbodiffusion_pack.kernels.text_attention import text_attention
 
 FOLDER = Path(__file__).resolve().parents[2] / "kernels"
 DTYPES = torch.bfloat16, torch.float16
@@ -124,6 +126,11 @@ def launch_linear(dtype, granularity="rows", **options):
     int8_linear(x, x_scale, w, w_scale, out_dtype=dtype, backend="triton", **options)
 
 
+def launch_squares(dtype):
+    x, w = zeros(1, 70, 128, dtype=torch.int8), zeros(128, 128, dtype=torch.int8)
+    int8_linear_and_squares(x, zeros(1, 70), w, zeros(128), None, dtype, backend="triton")
+
+
 def launch_attention(dtype, pv="fp8", head_dim=128):
     heads = zeros(1, 70, 1, head_dim, dtype=dtype)
     chosen = zeros(1, 1, 1, 2, dtype=torch.int32)
@@ -148,6 +155,8 @@ def every_linear_by_mma(card):
     # Each takes seconds to compile, and dtypes differ in a few instructions at the end.
     for dtype, granularity in zip(DTYPES, ahead_of_time.GRANULARITIES, strict=True):
         launch_linear(dtype, granularity)
+        launch_linear(dtype, granularity, residual=zeros(1, 70, 128, dtype=dtype))
+    launch_squares(DTYPES[0])
 
 
 def every_attention(card):
@@ -185,6 +194,12 @@ def every_layer_norm(card):
     # One with an odd number of spans, whose rows have a warp each.
     for dtype, channels in zip((*DTYPES, DTYPES[0]), (1536, 5120, 256), strict=True):
         layer_norm_quant(zeros(1, 3, channels, dtype=dtype), "rows", backend="triton")
+
+
+def every_text_attention(card):
+    for dtype in DTYPES:
+        q, k = (zeros(1, length, 1, 128, dtype=dtype) for length in (70, 9))
+        text_attention(q, k, k, backend="triton")
 
 
 def every_product(card):
@@ -235,7 +250,7 @@ BY_MMA_SYNC = tuple(card for card in CARDS if card[0] in dispatch.BY_MMA_SYNC)
 # Bytes, of q without a linear branch, which no model of ours runs; with one at most 64.
 PREPARE_SPILLS = {(8, 0): 136, (8, 6): 64, (8, 9): 64, HOPPER: 40, (12, 0): 232}
 # Where a tile ends, not in the loop over k: a thread has 192 sums.
-LINEAR_SPILLS = 160
+LINEAR_SPILLS = 72
 
 # By file. Attention's and the linear layer's multiplying warps on Hopper take more registers from
 # their program's pool than they start with. By mma.sync 255 registers hold two tiles of 16 x 128
@@ -261,9 +276,9 @@ KERNELS = {
     "int8_quant/hopper.cu": Kernel(
         every_quantizer, (HOPPER,), 128, products=lambda card: set(), sizes={"SPAN": rows.SPAN}
     ),
-    "norm_quant/hopper.cu": Kernel(
-        every_layer_norm, (HOPPER,), 168, spills=40, products=lambda card: set(),
-        sizes={"SPAN": layer_norm.SPAN},
+    "norm_quant/cuda.cu": Kernel(
+        every_layer_norm, (HOPPER, *BY_MMA_SYNC), 168, spills_of_card={HOPPER: 40, (12, 0): 88},
+        products=lambda card: set(), sizes={"SPAN": layer_norm.SPAN},
     ),
     "frames_conv/hopper.cu": Kernel(
         every_convolution, (HOPPER,), 168,
@@ -284,6 +299,11 @@ KERNELS = {
         every_state, BY_MMA_SYNC, 128, spills_of_card={(12, 0): 24},
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
         sizes={"HEAD_DIM": state.HEAD_DIM, "STAGES": state.STAGES},
+    ),
+    "text_attention/mma.cu": Kernel(
+        every_text_attention, BY_MMA_SYNC, 128,
+        products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
+        sizes={name: getattr(text, name) for name in ("HEAD_DIM", "KEYS", "ROWS", "WARPS")},
     ),
     "ceilings.cu": Kernel(
         every_product, CARDS, 64, products=ceilings_products, sizes={"CHAINS": ceilings.CHAINS}

@@ -12,12 +12,12 @@ import torch
 from comfy.ldm.wan.model import WanAttentionBlock, WanT2VCrossAttention
 
 from ...kernels.checks import HEAD_DIMS
-from ...kernels.int8_linear import int8_linear, int8_linear_and_squares
+from ...kernels.int8_linear import int8_linear, int8_linear_and_squares, tiles_of
 from ...kernels.norm import rms_norm
 from ...kernels.norm_quant import layer_norm_quant
 from ...kernels.room import in_whole_blocks
 from .. import run_report
-from ..activation_memory import HIDDEN_BYTES, TEXT_BYTES, part_length
+from ..activation_memory import HIDDEN_BYTES, TEXT_BYTES, part_lengths, soonest
 from . import per_run
 from .block_tape import from_tape
 from .cross_attention import attend_to_text, attends_itself, keys_values_of
@@ -116,7 +116,7 @@ def _computed(block, index, x, modulation, freqs, context, text: KeysValues, tra
     small.clear()  # what is left of them is room for the feed-forward layers
 
     up, down = int8_weights(ffn["0"], dtype, x.device), None
-    for part in _parts_of(x, HIDDEN_BYTES * ffn["0"].out_features):
+    for part in _parts_of(x, HIDDEN_BYTES * ffn["0"].out_features, granularity, ffn["0"], ffn["2"]):
         n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
         h = int8_linear(*n, *up, dtype)
         del n
@@ -141,7 +141,7 @@ def _add_text(
     k, v = keys_values_of(
         cross_attn, index, granularity, context, text, itself, transformer_options
     )
-    for part in _parts_of(x, TEXT_BYTES * x.shape[2]):
+    for part in _parts_of(x, TEXT_BYTES * x.shape[2], granularity, linears["q"], linears["o"]):
         q = torch.empty_like(part)  # before what it is made of, see activation_memory.py
         n = layer_norm_quant(part, granularity, weight=norm[0], bias=norm[1], eps=eps)
         multiply = int8_linear_and_squares if itself else int8_linear
@@ -160,10 +160,20 @@ def _add_text(
         del y
 
 
-def _parts_of(x: torch.Tensor, each: int) -> Sequence[torch.Tensor]:
-    """x [B, L, C] in parts of its tokens, as many as take `each` bytes a token at once."""
-    at_once = part_length(*x.shape[:2], each)
-    return (x,) if at_once >= x.shape[1] else x.split(at_once, dim=1)
+def _parts_of(
+    x: torch.Tensor, each: int, granularity: str, *linears: torch.nn.Module
+) -> Sequence[torch.Tensor]:
+    """x [B, L, C] in parts of its tokens, as many as take `each` bytes a token at once, and as the
+    `linears` that they go through are soonest done."""
+    batch, length, _ = x.shape
+    lengths = part_lengths(batch, length, each)
+    if lengths[0] >= length:
+        return (x,)
+    at_once, tiles = lengths[0], tiles_of(x.device, granularity)
+    if tiles is not None:
+        shapes = tuple((op.out_features, op.in_features) for op in linears)
+        at_once = soonest(lengths, batch, length, shapes, tiles)
+    return x.split(at_once, dim=1)
 
 
 def _in_halves(op, n, out: torch.Tensor) -> Iterator[torch.Tensor]:

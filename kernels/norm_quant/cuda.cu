@@ -1,4 +1,4 @@
-// LayerNorm and INT8 of rows for Hopper: a scale for each row.
+// LayerNorm and INT8 of rows: a scale for each row.
 //
 // A program takes rows of one sample. SIDES warps share a row, EACH times SPAN channels each, and
 // go on to another one; TEAMS of them do not wait for one another. What weight, bias, scale and shift

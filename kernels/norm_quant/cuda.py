@@ -1,4 +1,4 @@
-"""LayerNorm and INT8 of rows on Hopper, in CUDA C++: see hopper.cu."""
+"""LayerNorm and INT8 of rows in CUDA C++, on Hopper and on cards of mma.sync: see cuda.cu."""
 
 import functools
 import struct
@@ -9,12 +9,11 @@ from torch import Tensor
 
 from .. import nvrtc
 from ..checks import in_steps_of_16_bytes
-from ..dispatch import launching_on, multiprocessors
+from ..dispatch import capability, launching_on, multiprocessors
 from ..norm.triton import modulation_strides
 from ..room import in_whole_blocks
 
 SOURCE = Path(__file__).with_suffix(".cu")
-TARGET = "sm_90a"
 SPAN = 256  # channels that a warp takes at once
 MOST = 10  # of them a thread has registers for, this row's and the next one's
 BARRIERS = 15  # for warps that share a row
@@ -71,9 +70,10 @@ def layer_norm_quant(
         modulation_strides(scale)[0], modulation_strides(shift)[0],
         int.from_bytes(struct.pack("<f", eps), "little"),
     )  # fmt: skip
+    target = nvrtc.target_of(capability(x.device), x.device)
     with launching_on(x):
         kernel = nvrtc.load(
-            SOURCE, "layer_norm_quant", TARGET, shared_bytes(channels, sides * teams), Operands,
+            SOURCE, "layer_norm_quant", target, shared_bytes(channels, sides * teams), Operands,
             x.device.index,
             SIDES=sides, EACH=each, TEAMS=teams, BF16=int(x.dtype == torch.bfloat16),
         )  # fmt: skip
@@ -95,5 +95,5 @@ def shape_of_program(channels: int) -> tuple[int, int, int] | None:
 
 
 def shared_bytes(channels: int, warps: int) -> int:
-    """hopper.cu's Shared: what belongs to the channels, and what the warps of a row tell."""
+    """cuda.cu's Shared: what belongs to the channels, and what the warps of a row tell."""
     return 2 * channels * 4 + -(-warps * 12 // 16) * 16
