@@ -16,6 +16,8 @@ import torch
 from ahead_of_time import ADA, CARDS, HOPPER
 from devices import DEVICE
 from turbodiffusion_pack.kernels import ceilings, dispatch, nvrtc
+from turbodiffusion_pack.kernels.block_map import hopper as selection
+from turbodiffusion_pack.kernels.block_map import select_blocks
 from turbodiffusion_pack.kernels.frames_conv import frames_conv
 from turbodiffusion_pack.kernels.frames_conv import hopper as conv
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
@@ -187,6 +189,10 @@ def every_layer_norm(card):
         layer_norm_quant(zeros(1, 3, channels, dtype=dtype), "rows", backend="triton")
 
 
+def every_selection(card):
+    select_blocks(zeros(1, 1, 1, 128), zeros(1, 1, 513, 128), 1, backend="triton")
+
+
 def every_product(card):
     for name in ceilings.products_of(card):
         kernel = ceilings._kernel(name, torch.device("cuda", 0))
@@ -284,6 +290,10 @@ KERNELS = {
         every_state, BY_MMA_SYNC, 128, spills_of_card={(12, 0): 24},
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
         sizes={"HEAD_DIM": state.HEAD_DIM, "STAGES": state.STAGES},
+    ),
+    "block_map/hopper.cu": Kernel(
+        every_selection, (HOPPER,), 128, products=lambda card: set(),
+        sizes={"WARPS": selection.WARPS},
     ),
     "ceilings.cu": Kernel(
         every_product, CARDS, 64, products=ceilings_products, sizes={"CHAINS": ceilings.CHAINS}
