@@ -7,9 +7,10 @@ from ..dispatch import choose, has_triton
 from . import reference
 
 if has_triton():
+    from . import hopper
     from . import triton as triton_kernels
 else:
-    triton_kernels = None
+    hopper = triton_kernels = None
 
 __all__ = [
     "block_map",
@@ -99,7 +100,9 @@ def select_blocks(
         raise TypeError(f"means must be float32, got {q_means.dtype} and {k_means.dtype}")
     if not 1 <= count <= blocks:
         raise ValueError(f"count must be 1 to {blocks}, the number of key blocks, got {count}")
-    kernels = choose("select_blocks", backend, q_means, reference, triton_kernels)
+    kernels = choose(
+        "select_blocks", backend, q_means, reference, triton_kernels, hopper, operands=(blocks,)
+    )
     return kernels.select_blocks(q_means, k_means, count)
 
 

@@ -1,5 +1,7 @@
 """Block means and block selection in Triton."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -204,7 +206,25 @@ def center_means(means: torch.Tensor, length: int, block: int) -> tuple[torch.Te
     return centered, mean
 
 
-def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> torch.Tensor:
+def select_rows(scores: torch.Tensor, block_map: torch.Tensor) -> None:
+    """Fill block_map [H, NQ, count] with the best of the scores [H or more, NQ, NK]."""
+    (heads, queries, count), n_keys = block_map.shape, scores.shape[2]
+    rows = (heads * queries,)
+    if n_keys <= RESIDENT:
+        select_resident_kernel[rows](
+            scores, block_map, n_keys, count, RESIDENT=RESIDENT, FEW=FEW,
+            **of_card(SELECT_BLOCKS, capability(scores.device)),
+        )  # fmt: skip
+    else:
+        select_blocks_kernel[rows](scores, block_map, n_keys, count, CHUNK=CHUNK, **LAUNCH)
+
+
+def select_blocks(
+    q_means: torch.Tensor,
+    k_means: torch.Tensor,
+    count: int,
+    select: Callable[[torch.Tensor, torch.Tensor], None] = select_rows,
+) -> torch.Tensor:
     """Indices of the `count` best scores per row, int32 ascending; ties go to the lower index."""
     batch, heads, n_queries, dim = q_means.shape
     n_keys = k_means.shape[2]
@@ -217,12 +237,5 @@ def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> t
     for q, k, selected in zip(*parts, strict=True):
         tiles = -(-n_queries // TILE), -(-n_keys // TILE), q.shape[0]
         scores_kernel[tiles](q, k, scores, n_queries, n_keys, HEAD_DIM=dim, TILE=TILE, **LAUNCH)
-        rows = (q.shape[0] * n_queries,)
-        if n_keys <= RESIDENT:
-            select_resident_kernel[rows](
-                scores, selected, n_keys, count, RESIDENT=RESIDENT, FEW=FEW,
-                **of_card(SELECT_BLOCKS, capability(scores.device)),
-            )  # fmt: skip
-        else:
-            select_blocks_kernel[rows](scores, selected, n_keys, count, CHUNK=CHUNK, **LAUNCH)
+        select(scores, selected)
     return block_map.view(batch, heads, n_queries, count)

@@ -20,12 +20,11 @@ GPU = torch.device("cuda:0")
 # What has CUDA kernels.
 ON_HOPPER = {
     "int8_linear", "key_value_state", "layer_norm_quant", "prepare", "quantize_rows",
-    "sage_attention",
+    "sage_attention", "select_blocks",
 }  # fmt: skip
 OPS = ON_HOPPER | {
     "apply_rope", "block_means", "center_means", "linear_attention", "quantize_blocks",
-    "requantize_rows", "rms_norm",
-    "select_blocks", "sparse_attention",
+    "requantize_rows", "rms_norm", "sparse_attention",
 }  # fmt: skip
 
 

@@ -122,7 +122,7 @@ FITTING = {
     "block_means": (TRITON, lambda: block_map.block_means(heads(), 64)),
     "center_means": (TRITON, lambda: block_map.center_means(torch.zeros(1, 2, 3, 128), 130, 64)),
     "select_blocks": (
-        TRITON,
+        CUDA,
         lambda: block_map.select_blocks(torch.zeros(1, 2, 2, 128), torch.zeros(1, 2, 3, 128), 1),
     ),
     "quantize_blocks": (TRITON, lambda: int8_quant.quantize_blocks(torch.zeros(1, 130, 128))),
@@ -192,6 +192,12 @@ REFUSALS = [
         REFERENCE,
         "not contiguous",
         lambda: block_map.block_means(strided(heads()), 64),
+    ),
+    (
+        "select_blocks",
+        TRITON,
+        "of 2049 key blocks, over 2048",
+        lambda: block_map.select_blocks(torch.zeros(1, 2, 2, 64), torch.zeros(1, 2, 2049, 64), 1),
     ),
     (
         "int8_linear",

@@ -129,6 +129,12 @@ def test_triton_selects_from_registers_and_across_chunks(n_keys, count):
     assert torch.equal(select_blocks(q_means, k_means, count, "triton"), expected)
 
 
+def test_without_numbers_the_first_blocks_are_selected():
+    """Blocks that there are, whatever the scores: attention reads them."""
+    means = torch.full((1, 1, 70, 64), torch.nan, device=DEVICE)
+    assert select_blocks(means[:, :, :2], means, 5, "triton").tolist() == [[[[*range(5)]] * 2]]
+
+
 def test_blocks_are_selected_for_some_heads_after_the_others(monkeypatch):
     means = torch.randn(2, 3, 5, 64, device=DEVICE)
     whole = select_blocks(means, means, 2, "triton")

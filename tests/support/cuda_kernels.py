@@ -16,6 +16,8 @@ import torch
 from ahead_of_time import ADA, CARDS, HOPPER
 from devices import DEVICE
 from turbodiffusion_pack.kernels import ceilings, dispatch, nvrtc
+from turbodiffusion_pack.kernels.block_map import hopper as selection
+from turbodiffusion_pack.kernels.block_map import select_blocks
 from turbodiffusion_pack.kernels.frames_conv import frames_conv
 from turbodiffusion_pack.kernels.frames_conv import hopper as conv
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
@@ -30,6 +32,7 @@ from turbodiffusion_pack.kernels.norm_quant import cuda as layer_norm
 from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
 from turbodiffusion_pack.kernels.qk_prepare import cuda as cuda_prepare
 from turbodiffusion_pack.kernels.qk_prepare import prepare
+from turbodiffusion_pack.kernels.sla import sla_from_projections
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
 from turbodiffusion_pack.kernels.sparse_attention import mma as mma_attention
 from turbodiffusion_pack.kernels.sparse_attention import sage_attention
@@ -137,6 +140,13 @@ def launch_attention(dtype, pv="fp8", head_dim=128):
     sage_attention(heads, heads, heads, chosen, pv, backend="triton")
 
 
+def launch_attention_with_branch(dtype):
+    heads, vector = zeros(1, 70, 1, 128, dtype=dtype), zeros(128)
+    angles, proj = zeros(1, 70, 64), (zeros(128, 128), vector)
+    rotated = heads, heads, heads, (vector, vector), (angles, angles)
+    sla_from_projections(*rotated, proj, 1.0, low_bit=True, pv="fp8", backend="triton")
+
+
 def every_prepare(card):
     branch = LinearBranch(zeros(1, 1, 128, 128), zeros(1, 1, 128), zeros(128, 128), zeros(128))
     for dtype in DTYPES:
@@ -162,6 +172,7 @@ def every_linear_by_mma(card):
 def every_attention(card):
     for dtype in DTYPES:
         launch_attention(dtype)
+        launch_attention_with_branch(dtype)
 
 
 def every_attention_by_mma(card):
@@ -200,6 +211,10 @@ def every_text_attention(card):
     for dtype in DTYPES:
         q, k = (zeros(1, length, 1, 128, dtype=dtype) for length in (70, 9))
         text_attention(q, k, k, backend="triton")
+
+
+def every_selection(card):
+    select_blocks(zeros(1, 1, 1, 128), zeros(1, 1, 513, 128), 1, backend="triton")
 
 
 def every_product(card):
@@ -245,7 +260,12 @@ def prepare_products(card: Card) -> set[str]:
 
 
 # Of attention on Hopper: scores, and weights with values.
-BY_WGMMA = {"IGMMA.64x64x32.S8.S8", "QGMMA.64x128x32.F32.E4M3.E4M3"}
+BY_WGMMA = {
+    *("IGMMA.64x64x32.S8.S8", "QGMMA.64x128x32.F32.E4M3.E4M3"),
+    *("HGMMA.64x128x16.F32", "HGMMA.64x128x16.F32.BF16"),
+}
+# Bytes, where a tile ends with the linear branch; without it at most 32.
+ATTENTION_SPILLS = 104
 BY_MMA_SYNC = tuple(card for card in CARDS if card[0] in dispatch.BY_MMA_SYNC)
 # Bytes, of q without a linear branch, which no model of ours runs; with one at most 64.
 PREPARE_SPILLS = {(8, 0): 136, (8, 6): 64, (8, 9): 64, HOPPER: 40, (12, 0): 232}
@@ -258,7 +278,7 @@ LINEAR_SPILLS = 72
 # less than they hide.
 KERNELS = {
     "sparse_attention/hopper.cu": Kernel(
-        every_attention, (HOPPER,), 168, spills=32, products=lambda card: BY_WGMMA,
+        every_attention, (HOPPER,), 168, spills=ATTENTION_SPILLS, products=lambda card: BY_WGMMA,
         sizes=dict(zip(("HEAD_DIM", "BLOCK_Q", "BLOCK_K"), attention.SHAPE, strict=True)),
     ),
     "sparse_attention/mma.cu": Kernel(
@@ -304,6 +324,10 @@ KERNELS = {
         every_text_attention, BY_MMA_SYNC, 128,
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
         sizes={name: getattr(text, name) for name in ("HEAD_DIM", "KEYS", "ROWS", "WARPS")},
+    ),
+    "block_map/hopper.cu": Kernel(
+        every_selection, (HOPPER,), 128, products=lambda card: set(),
+        sizes={"WARPS": selection.WARPS},
     ),
     "ceilings.cu": Kernel(
         every_product, CARDS, 64, products=ceilings_products, sizes={"CHAINS": ceilings.CHAINS}

@@ -1,0 +1,38 @@
+"""Block selection on Hopper, in CUDA C++: see hopper.cu."""
+
+from pathlib import Path
+
+import torch
+
+from .. import nvrtc
+from ..dispatch import launching_on
+from . import triton as triton_kernels
+
+SOURCE = Path(__file__).with_suffix(".cu")
+TARGET = "sm_90a"
+WARPS = 4  # of a program, a row of scores each
+MOST = 2048  # scores of a row that a warp's registers hold
+Operands = nvrtc.operands(pointers="scores block_map", integers="rows n_keys count")
+
+
+def unfit(blocks: int) -> str | None:
+    """Why the kernel cannot select of so many key blocks; None where it can."""
+    return None if blocks <= MOST else f"of {blocks} key blocks, over {MOST}, it cannot select"
+
+
+def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> torch.Tensor:
+    """`select_blocks` of the Triton file, of what is not `unfit`."""
+    return triton_kernels.select_blocks(q_means, k_means, count, _select_rows)
+
+
+def _select_rows(scores: torch.Tensor, block_map: torch.Tensor) -> None:
+    """`select_rows` of the Triton file, whose two warps take shorter rows in less time."""
+    if scores.shape[2] <= triton_kernels.FEW:
+        triton_kernels.select_rows(scores, block_map)
+        return
+    heads, queries, count = block_map.shape
+    rows = heads * queries
+    arguments = nvrtc.address(scores), nvrtc.address(block_map), rows, scores.shape[2], count
+    with launching_on(scores):
+        kernel = nvrtc.load(SOURCE, "select_blocks", TARGET, 0, Operands, scores.device.index)
+        kernel.launch(-(-rows // WARPS), 32 * WARPS, Operands(*arguments))
