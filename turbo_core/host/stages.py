@@ -42,7 +42,7 @@ def teacher(args: argparse.Namespace, device: torch.device) -> None:
     def begin(preset: Preset, data: Data) -> TeacherTraining:
         weights = initial_weights(preset.sizes, preset.seed, preset.text_channels)
         network = _network(preset, device, weights)
-        return TeacherTraining(network, data, preset.teacher, preset.seed)
+        return TeacherTraining(network, data, preset.teacher, preset.seed, recorded(preset, device))
 
     _train(args, device, "teacher", teacher_training.COLUMNS, begin)
 
@@ -54,7 +54,7 @@ def sla(args: argparse.Namespace, device: torch.device) -> None:
         weights = _base(args, preset)
         student = _network(preset, device, weights, sla_options(preset.sla))
         dense = _frozen(_network(preset, device, weights))
-        return SLATraining(student, dense, data, preset.sla, preset.seed)
+        return SLATraining(student, dense, data, preset.sla, preset.seed, recorded(preset, device))
 
     _train(args, device, "sla", sla_training.COLUMNS, begin)
 
@@ -66,7 +66,9 @@ def rcm(args: argparse.Namespace, device: torch.device) -> None:
         weights = _base(args, preset)
         student, fake = (_network(preset, device, weights) for _ in range(2))
         dense = _frozen(_network(preset, device, weights))
-        return RCMTraining(student, fake, dense, data, preset.rcm, preset.seed)
+        return RCMTraining(
+            student, fake, dense, data, preset.rcm, preset.seed, recorded(preset, device)
+        )
 
     _train(args, device, "rcm", rcm_training.COLUMNS, begin)
 
@@ -205,6 +207,11 @@ def _network(
     network = new_network(preset, device, sla)
     load_weights(network, weights)
     return network
+
+
+def recorded(preset: Preset, device: torch.device) -> bool:
+    """Whether passes of training are replayed as CUDA graphs."""
+    return preset.recorded and device.type == "cuda" and not grouped()
 
 
 def _frozen(network: WanNetwork) -> WanNetwork:

@@ -144,6 +144,8 @@ class RCM:
         every: the student learns in one of so many iterations after that, the fake score in the
             others.
         rollout: the student's samples take 1 to so many steps, in turn.
+        sampler_angles: samples in training stop where the sampler of `rollout` steps does, in place
+            of anywhere.
         guidance: of the teacher.
         dmd_weight: lambda, beside the consistency loss's 100. Both losses are sums, so the balance
             depends on the latent's size: 0.01 for Wan's 2 million numbers, 0.1 for the toy's.
@@ -165,6 +167,7 @@ class RCM:
     consistency_only: int = 1000
     every: int = 5
     rollout: int = 4
+    sampler_angles: bool = False
     guidance: float = 5.0
     dmd_weight: float = 0.01
     tangent: str = "jvp"
@@ -187,6 +190,8 @@ class Preset:
         text_channels: of the 4096, how many ever differ from 0.
         seed: of weights, data and noise.
         checkpointing: keep one activation a block and compute the rest twice.
+        recorded: replay each pass of training as a CUDA graph, where one GPU trains a network so
+            small that Python is slower.
         compiled: let torch.compile make the blocks' kernels, where it pays: short sequences.
         deterministic: leave out kernels whose sums depend on who comes first, which a GPU's
             attention has in its backward pass. A resumed run then ends with the very same bits.
@@ -207,6 +212,7 @@ class Preset:
     seed: int = 0
     checkpointing: bool = False
     compiled: bool = False
+    recorded: bool = False
     deterministic: bool = False
     save_every: int = 500
     sample_every: int = 500
@@ -252,6 +258,8 @@ TOY = Preset(
         lr=1e-4,
         fake_lr=6e-5,
         level_mean=0.0,  # -0.8 + ln sqrt 5
+        shift=3.0,
+        sampler_angles=True,
         consistency_only=200,
         every=2,
         guidance=2.5,
@@ -259,6 +267,7 @@ TOY = Preset(
         fall=0.5,
     ),
     compiled=True,
+    recorded=True,
     save_every=2000,
     sample_every=2000,
     note="17 frames of 256 x 256 in a world of coloured shapes; made for one GPU",

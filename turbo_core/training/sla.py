@@ -8,6 +8,7 @@ from .learner import Learner, falling_at_last
 from .losses import sla_regression
 from .noise_levels import log_normal
 from .presets import SLA
+from .recorded import Backward
 from .slots import Values, accumulated, own_slots
 from .teacher import teacher_samples
 from .velocity import mixed, velocity_of
@@ -28,27 +29,36 @@ class SLATraining:
         data: Data,
         settings: SLA,
         seed: int,
+        recorded: bool = False,
     ):
         self.teacher, self.data, self.settings, self.seed = teacher, data, settings, seed
         adam = (settings.betas, settings.weight_decay)
         still = still_time_features(student)
         self.learner = Learner(student, *adam, settings.ema_length, still)
         self.slots = own_slots(settings.batch, settings.micro_batch)
+        self.learn = Backward(self._loss, self.learner.weights, recorded)
 
     def step(self, n: int) -> Values:
         """Update number n, from 0."""
         settings = self.settings
-        values = accumulated(self.slots, lambda slot: self._learn(n, slot))
+        values = accumulated(
+            self.slots, lambda slot, share: self.learn(share, *self._drawn(n, slot))
+        )
         lr = falling_at_last(settings.lr, n, settings.warmup, settings.steps, settings.fall)
         return {**values, "gradient_norm": self.learner.update(lr, n), "lr": lr}
 
-    def _learn(self, n: int, slot: int) -> tuple[torch.Tensor, Values]:
+    def _drawn(self, n: int, slot: int) -> tuple[torch.Tensor | None, ...]:
+        """What _loss takes."""
         settings, draws = self.settings, Draws(self.seed, n, slot, self.data.device)
         batch = draws.batch(self.data, settings.micro_batch)
         level = log_normal(
             settings.micro_batch, settings.level_mean, settings.level_std, draws.generator("level")
         )
         x = mixed(batch.latents, draws.normal("noise", batch.latents), level)
+        return x, level, batch.context, batch.image
+
+    def _loss(self, x, level, context, image) -> tuple[torch.Tensor, Values]:
+        batch = Batch(x, context, image)
         with torch.no_grad():
             wanted = velocity_of(self.teacher, batch)(x, level)
         loss = sla_regression(velocity_of(self.learner.network, batch)(x, level), wanted)
