@@ -104,6 +104,9 @@ class SLA:
     """SLA fine-tuning, by regression on the frozen dense teacher; fields as Teacher's.
 
     Attributes:
+        after_rcm: tune on rCM's student, which has to be finished, at the points that its sampler
+            goes through: see SampledSLATraining. A sample then is all of them, and the levels'
+            mean and deviation have no say. False is TurboDiffusion's way: both at the same time.
         topk: share of the key blocks with exact attention.
         block_q, block_k: rows in a query and a key block. TurboDiffusion trains 64 x 64 and runs
             other shapes; what was trained with is written into the file.
@@ -128,6 +131,7 @@ class SLA:
     guidance: float = 5.0
     fall: float = 0.0
     ema_length: float = 0.1
+    after_rcm: bool = False
 
 
 @dataclass(frozen=True)
@@ -242,14 +246,15 @@ TOY = Preset(
     evaluate=Evaluation(),
     teacher=Teacher(steps=12000, batch=64, micro_batch=64, lr=8e-4, level_mean=0.8),
     sla=SLA(
-        steps=5000,
-        batch=48,
-        micro_batch=48,
+        steps=8000,
+        batch=16,
+        micro_batch=16,
         lr=4e-4,
-        topk=0.2,
+        topk=0.3,
         block_q=128,
         guidance=2.5,
-        fall=0.6,
+        fall=0.7,
+        after_rcm=True,
     ),
     rcm=RCM(
         steps=3200,
@@ -278,8 +283,10 @@ TOY = Preset(
 I2V = dataclasses.replace(
     TOY,
     sizes=Sizes(dim=128, ffn_dim=256, num_layers=4, in_channels=36),
-    sla=dataclasses.replace(TOY.sla, steps=3000),
-    rcm=dataclasses.replace(TOY.rcm, steps=2400),
+    sla=dataclasses.replace(
+        TOY.sla, steps=3000, batch=48, micro_batch=48, topk=0.2, fall=0.6, after_rcm=False
+    ),
+    rcm=dataclasses.replace(TOY.rcm, steps=2400, shift=5.0, sampler_angles=False),
 )
 
 CPU = Preset(

@@ -46,7 +46,7 @@ class Recorded:
             for _ in range(WARM_UPS):
                 self.work(*self.inputs)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=stream):
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = self.work(*self.inputs)
         torch.cuda.current_stream(device).wait_stream(stream)
 
