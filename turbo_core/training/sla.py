@@ -45,9 +45,7 @@ class SLATraining:
     def step(self, n: int) -> Values:
         """Update number n, from 0."""
         settings = self.settings
-        values = accumulated(
-            self.slots, lambda slot, share: self.learn(share, *self._drawn(n, slot))
-        )
+        values = accumulated(self.slots, lambda slot, share: self._learn(n, slot, share))
         lr = falling_at_last(settings.lr, n, settings.warmup, settings.steps, settings.fall)
         return {**values, "gradient_norm": self.learner.update(lr, n), "lr": lr}
 
