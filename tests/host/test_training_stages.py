@@ -28,6 +28,7 @@ from turbodiffusion_pack.turbo_core.training.initial_weights import (
 )
 from turbodiffusion_pack.turbo_core.training.merge import merge_files
 from turbodiffusion_pack.turbo_core.training.presets import PRESETS, override
+from turbodiffusion_pack.turbo_core.training.rcm import RCMTraining
 from turbodiffusion_pack.turbo_core.training.sla import SampledSLATraining, SLATraining
 from turbodiffusion_pack.turbo_core.training.teacher import teacher_samples
 from turbodiffusion_pack.turbo_core.training.trigflow import level_of
@@ -142,6 +143,23 @@ def test_rcm_teaches_student_and_fake_score_in_turn(run):
     assert {n for n in teacher if n.startswith("blocks.")} <= set(moved)
     assert_smooth_in_time(run / "teacher")
     assert_smooth_in_time(folder)
+
+
+@pytest.mark.parametrize("where", ["sampler", "anywhere"])
+def test_samples_in_training_may_stop_where_the_sampler_does(run, where):
+    data = Data(run / "latents", CPU)
+    student, fake, teacher = (build_network(PRESETS["toy-cpu"].sizes) for _ in range(3))
+    for network in (student, fake, teacher):
+        load_weights(network, load_file(run / "teacher" / MODEL))
+    levels = []
+    student.register_forward_hook(lambda _, given, out: levels.append(given[1][0].item() / 1000))
+    settings = dataclasses.replace(
+        PRESETS["toy-cpu"].rcm, consistency_only=0, every=2, sampler_angles=where == "sampler"
+    )
+    RCMTraining(student, fake, teacher, data, settings, seed=0).step(7)  # the fake score's fourth
+    wanted = level_of(torch.tensor(rcm_angles(4, 80.0)[:-1])).tolist()
+    assert len(levels) == 4
+    assert (levels == pytest.approx(wanted, abs=1e-6)) == (where == "sampler")
 
 
 def assert_smooth_in_time(folder: Path) -> None:
