@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACK = "turbodiffusion_wan"
-STAGES = ("vae", "data", "teacher", "sla", "rcm", "merge", "evaluate")
+STAGES = ("vae", "data", "teacher", "rcm", "sla", "merge", "evaluate")
 
 
 def main() -> None:
