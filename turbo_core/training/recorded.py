@@ -90,8 +90,9 @@ class Backward:
         return [*values.values(), *(gradient for gradient in gradients if gradient is not None)]
 
     def _add(self, gradients: list[torch.Tensor]) -> None:
-        for weight, gradient in zip(self.taught, gradients, strict=True):
-            if weight.grad is None:
-                weight.grad = gradient
-            else:
-                weight.grad += gradient
+        pairs = list(zip(self.taught, gradients, strict=True))
+        there = [(weight.grad, gradient) for weight, gradient in pairs if weight.grad is not None]
+        if there:
+            torch._foreach_add_(*map(list, zip(*there, strict=True)))
+        for weight, gradient in pairs:
+            weight.grad = gradient if weight.grad is None else weight.grad
