@@ -63,6 +63,8 @@ class RCMTraining:
         self.student = Learner(student, *adam, settings.ema_length, still_time_features(student))
         self.fake = Learner(fake, *adam, still=still_time_features(fake))
         self.slots = own_slots(settings.batch, settings.micro_batch)
+        angles = rcm_angles(settings.rollout, settings.sigma_max)[:-1]
+        self.angles = torch.tensor(angles, dtype=torch.float64, device=data.device)
         weights = self.student.weights
         self.learn_consistency = Backward(self._consistency, weights, recorded)
         self.learn_from_scores = Backward(self._dmd, weights, recorded)
@@ -160,11 +162,9 @@ class RCMTraining:
 
     def _angles(self, steps: int, count: int, generator: torch.Generator) -> torch.Tensor:
         """Falling angles [steps, count] of the student's samples, down from pure noise."""
-        settings = self.settings
-        if settings.sampler_angles:
-            angles = rcm_angles(settings.rollout, settings.sigma_max)[:steps]
-            return torch.tensor(angles, dtype=torch.float64)[:, None].expand(-1, count)
-        levels = shifted_uniform((steps - 1) * count, settings.shift, generator)
+        if self.settings.sampler_angles:
+            return self.angles[:steps, None].expand(-1, count)
+        levels = shifted_uniform((steps - 1) * count, self.settings.shift, generator)
         first = torch.full((1, count), LARGEST_ANGLE, dtype=torch.float64, device=levels.device)
         return falling(torch.cat([first, angle_of(levels).reshape(steps - 1, count)]))
 
@@ -216,10 +216,8 @@ class RCMTraining:
     @torch.no_grad()
     def sample(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
         """Latents of the batch's prompts in `rollout` steps, with the weights as they are now."""
-        angles = rcm_angles(self.settings.rollout, self.settings.sigma_max)[:-1]
-        angles = torch.tensor(angles, dtype=torch.float64)
         between = torch.Generator(noise.device).manual_seed(self.seed)
-        return few_steps(velocity_of(self.student.network, batch), noise, angles, between)
+        return few_steps(velocity_of(self.student.network, batch), noise, self.angles, between)
 
 
 def student_updates(n: int, settings: RCM) -> int:
