@@ -145,21 +145,44 @@ def test_rcm_teaches_student_and_fake_score_in_turn(run):
     assert_smooth_in_time(folder)
 
 
+def rcm_of(run: Path, **settings) -> RCMTraining:
+    networks = [build_network(PRESETS["toy-cpu"].sizes) for _ in range(3)]
+    for network in networks:
+        load_weights(network, load_file(run / "teacher" / MODEL))
+    settings = dataclasses.replace(PRESETS["toy-cpu"].rcm, **settings)
+    return RCMTraining(*networks, Data(run / "latents", CPU), settings, seed=0)
+
+
 @pytest.mark.parametrize("where", ["sampler", "anywhere"])
 def test_samples_in_training_may_stop_where_the_sampler_does(run, where):
-    data = Data(run / "latents", CPU)
-    student, fake, teacher = (build_network(PRESETS["toy-cpu"].sizes) for _ in range(3))
-    for network in (student, fake, teacher):
-        load_weights(network, load_file(run / "teacher" / MODEL))
+    training = rcm_of(run, consistency_only=0, every=2, sampler_angles=where == "sampler")
     levels = []
-    student.register_forward_hook(lambda _, given, out: levels.append(given[1][0].item() / 1000))
-    settings = dataclasses.replace(
-        PRESETS["toy-cpu"].rcm, consistency_only=0, every=2, sampler_angles=where == "sampler"
+    training.student.network.register_forward_hook(
+        lambda _, given, out: levels.append(given[1][0].item() / 1000)
     )
-    RCMTraining(student, fake, teacher, data, settings, seed=0).step(7)  # the fake score's fourth
+    training.step(7)  # the fake score's fourth
     wanted = level_of(torch.tensor(rcm_angles(4, 80.0)[:-1])).tolist()
     assert len(levels) == 4
     assert (levels == pytest.approx(wanted, abs=1e-6)) == (where == "sampler")
+
+
+def test_the_consistency_loss_may_look_at_fewer_samples(run):
+    training = rcm_of(run, consistency_only=1, consistency_samples=2)
+    sizes = []
+    training.student.network.register_forward_hook(
+        lambda _, given, out: sizes.append(len(given[0]))
+    )
+    training.step(0)
+    assert sizes == [2, 2]  # the tangent and the prediction
+    training.step(1)
+    assert sizes[2:] == [2, 2, 4]  # and a sample's last step
+
+
+def test_a_teacher_may_be_trained_further(run, tmp_path):
+    base = run / "teacher" / MODEL
+    stage(tmp_path, "teacher", "steps=1", "lr=0.0", data=run / "latents", base=base)
+    found, given = load_file(tmp_path / "teacher" / MODEL), load_file(base)
+    assert all(found[name].equal(given[name]) for name in given)
 
 
 def assert_smooth_in_time(folder: Path) -> None:

@@ -36,15 +36,20 @@ from .wan_network import WanNetwork, build_network, load_weights, wan_tensors
 Tensors = dict[str, torch.Tensor]
 MODEL = "model.safetensors"
 # What folders of earlier versions do not tell, as those ran.
-SINCE = {"sla": {"sla.after_rcm": False}, "rcm": {"rcm.sampler_angles": False}}
+SINCE = {
+    "sla": {"sla.after_rcm": False},
+    "rcm": {"rcm.sampler_angles": False, "rcm.consistency_samples": 0},
+}
 SHOWN = 8  # videos in the grid of samples
 
 
 def teacher(args: argparse.Namespace, device: torch.device) -> None:
-    """RUN/teacher/model.safetensors: a dense network, from random weights."""
+    """RUN/teacher/model.safetensors: a dense network, from random weights or, to train one further,
+    from those of --base."""
 
     def begin(preset: Preset, data: Data) -> TeacherTraining:
-        weights = initial_weights(preset.sizes, preset.seed, preset.text_channels)
+        seeded = preset.sizes, preset.seed, preset.text_channels
+        weights = _base(args, preset) if args.base else initial_weights(*seeded)
         network = _network(preset, device, weights)
         return TeacherTraining(network, data, preset.teacher, preset.seed, recorded(preset, device))
 
