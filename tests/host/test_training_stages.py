@@ -166,18 +166,6 @@ def test_samples_in_training_may_stop_where_the_sampler_does(run, where):
     assert (levels == pytest.approx(wanted, abs=1e-6)) == (where == "sampler")
 
 
-def test_the_consistency_loss_may_look_at_fewer_samples(run):
-    training = rcm_of(run, consistency_only=1, consistency_samples=2)
-    sizes = []
-    training.student.network.register_forward_hook(
-        lambda _, given, out: sizes.append(len(given[0]))
-    )
-    training.step(0)
-    assert sizes == [2, 2]  # the tangent and the prediction
-    training.step(1)
-    assert sizes[2:] == [2, 2, 4]  # and a sample's last step
-
-
 def test_a_teacher_may_be_trained_further(run, tmp_path):
     base = run / "teacher" / MODEL
     stage(tmp_path, "teacher", "steps=1", "lr=0.0", data=run / "latents", base=base)

@@ -36,10 +36,7 @@ from .wan_network import WanNetwork, build_network, load_weights, wan_tensors
 Tensors = dict[str, torch.Tensor]
 MODEL = "model.safetensors"
 # What folders of earlier versions do not tell, as those ran.
-SINCE = {
-    "sla": {"sla.after_rcm": False},
-    "rcm": {"rcm.sampler_angles": False, "rcm.consistency_samples": 0},
-}
+SINCE = {"sla": {"sla.after_rcm": False}, "rcm": {"rcm.sampler_angles": False}}
 SHOWN = 8  # videos in the grid of samples
 
 

@@ -164,8 +164,6 @@ def _rcm(preset: Preset) -> float:
     forward, trained = _forward(preset), _trained(preset)
     mean_rollout = (1 + settings.rollout) / 2
     consistency = 2 * forward + _forward(preset, TANGENT) + trained
-    if settings.consistency_samples:
-        consistency *= settings.consistency_samples / settings.micro_batch
     dmd = (mean_rollout - 1) * forward + trained + 3 * forward
     fake = mean_rollout * forward + trained
     student = student_updates(settings.steps, settings)

@@ -143,8 +143,6 @@ class RCM:
         lr, fake_lr: of the student and of the fake score.
         level_mean, level_std: of the consistency loss.
         shift: of the noise levels of rollouts and of both scores.
-        consistency_samples: of a micro-batch that the consistency loss looks at; 0 for all. Its
-            tangent costs the most.
         consistency_only: the first iterations K, with the consistency loss alone, over which the
             tangent is warmed up.
         every: the student learns in one of so many iterations after that, the fake score in the
@@ -170,7 +168,6 @@ class RCM:
     level_mean: float = 0.7
     level_std: float = 1.6
     shift: float = 5.0
-    consistency_samples: int = 0
     consistency_only: int = 1000
     every: int = 5
     rollout: int = 4
@@ -267,7 +264,6 @@ TOY = Preset(
         fake_lr=6e-5,
         level_mean=0.0,  # -0.8 + ln sqrt 5
         shift=3.0,
-        consistency_samples=24,
         sampler_angles=True,
         consistency_only=200,
         every=2,
@@ -290,9 +286,7 @@ I2V = dataclasses.replace(
     sla=dataclasses.replace(
         TOY.sla, steps=3000, batch=48, micro_batch=48, topk=0.2, fall=0.6, after_rcm=False
     ),
-    rcm=dataclasses.replace(
-        TOY.rcm, steps=2400, shift=5.0, consistency_samples=0, sampler_angles=False
-    ),
+    rcm=dataclasses.replace(TOY.rcm, steps=2400, shift=5.0, sampler_angles=False),
 )
 
 CPU = Preset(

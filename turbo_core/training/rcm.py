@@ -106,9 +106,10 @@ class RCMTraining:
         """What _consistency takes: noised points of the data, and how far the tangent's warm-up
         is."""
         settings, draws = self.settings, Draws(self.seed, n, slot, self.data.device)
-        count = settings.consistency_samples or settings.micro_batch
-        batch = draws.batch(self.data, count)
-        level = log_normal(count, settings.level_mean, settings.level_std, draws.generator("level"))
+        batch = draws.batch(self.data, settings.micro_batch)
+        level = log_normal(
+            settings.micro_batch, settings.level_mean, settings.level_std, draws.generator("level")
+        )
         angle = angle_of(level)
         x = noised(batch.latents, draws.normal("noise", batch.latents), angle)
         r = angle.new_full((), warmup_share(n, settings.consistency_only))
