@@ -174,7 +174,7 @@ def toy_workflow(name: str, prompt: str) -> dict:
     node_inputs(workflow, "VAELoader")["vae_name"] = toy_assets.PLACES["vae"].name
     for loader, file in zip(loaders(workflow), toy_assets.CHECKPOINTS[name], strict=True):
         loader["checkpoint"] = toy_assets.PLACES[file].name
-    choose_topk(workflow, toy_assets.TOPK)
+    choose_topk(workflow, toy_assets.TOPK[name])
     return workflow
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACK = "turbodiffusion_wan"
-STAGES = ("vae", "data", "teacher", "sla", "rcm", "merge", "evaluate")
+STAGES = ("vae", "data", "teacher", "rcm", "sla", "merge", "evaluate")
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, metavar="FILE", help="checkpoint to start from")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="latents; default RUN/data")
     parser.add_argument("--sla", type=Path, metavar="FILE", help="merge: instead of RUN's own")
-    parser.add_argument("--rcm", type=Path, metavar="FILE", help="merge: instead of RUN's own")
+    parser.add_argument("--rcm", type=Path, metavar="FILE", help="sla, merge: instead of RUN's")
     parser.add_argument("--low", type=Path, metavar="RUN", help="evaluate: the low-noise expert's")
     parser.add_argument("--steps", type=int, metavar="N", help="default: the preset's")
     parser.add_argument(

@@ -31,6 +31,7 @@ from turbodiffusion_pack.turbo_core.checkpoint.sizes import TEXT_DIM  # noqa: E4
 from turbodiffusion_pack.turbo_core.host.stages import (  # noqa: E402
     choose_kernels,
     new_network,
+    recorded,
     sla_options,
 )
 from turbodiffusion_pack.turbo_core.training.batches import Batch  # noqa: E402
@@ -79,12 +80,14 @@ def begin(stage: str, preset: Preset, device: torch.device):
     settings = getattr(preset, stage)
     data = RandomData(preset, settings.micro_batch, device)
     network = random_network(preset, device, sla_options(settings) if stage == "sla" else None)
+    replayed = recorded(preset, device)
     if stage == "teacher":
-        return TeacherTraining(network, data, settings, 0)
+        return TeacherTraining(network, data, settings, 0, replayed)
     dense = random_network(preset, device).requires_grad_(False)
     if stage == "sla":
-        return SLATraining(network, dense, data, settings, 0)
-    return RCMTraining(network, random_network(preset, device), dense, data, settings, 0)
+        return SLATraining(network, dense, data, settings, 0, replayed)
+    fake = random_network(preset, device)
+    return RCMTraining(network, fake, dense, data, settings, 0, replayed)
 
 
 def kinds_of_steps(stage: str, preset: Preset) -> dict[str, list[int]]:

@@ -83,4 +83,4 @@ def test_help_needs_neither_torch_nor_comfyui():
     command_line = [sys.executable, "-S", str(ROOT / "turbo_core" / "train.py"), "--help"]
     done = subprocess.run(command_line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "{vae,data,teacher,sla,rcm,merge,evaluate}" in done.stdout
+    assert "{vae,data,teacher,rcm,sla,merge,evaluate}" in done.stdout

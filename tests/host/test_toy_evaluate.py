@@ -86,6 +86,27 @@ def test_all_models_of_a_run_are_examined(tmp_path, capsys):
     assert "is finished" in capsys.readouterr().err
 
 
+def test_sla_after_rcm_is_measured_beside_the_student(tmp_path, capsys):
+    """At its sampler's levels; what the stage wrote is no model of its own, so it has no row."""
+    run = write_run(tmp_path / "run", SMALL)
+    (run / "sla" / "model.safetensors").unlink()
+    teacher = initial_weights(SMALL.sizes, 1, 64)
+    save_file(teacher, run / "teacher" / "model.safetensors")
+    args = arguments(run, "toy-cpu")
+    student = dataclasses.replace(SMALL.sla, after_rcm=True, topk=1.0)
+    with pytest.MonkeyPatch.context() as patched, torch.inference_mode(False):
+        patched.setitem(presets.PRESETS, "toy-cpu", dataclasses.replace(SMALL, sla=student))
+        evaluate(args, CPU)
+    table = (run / "evaluate" / "table.md").read_text(encoding="utf-8")
+    assert "\n| SLA 2 |" not in table and "\n| merged 4 |" in table
+    assert "| SLA's velocity error | s 0.988 | s 0.934 | s 0.853 | s 0.609 |" in table
+    errors = [line for line in table.splitlines() if line.startswith(("| untuned", "| tuned"))]
+    assert errors == [
+        f"| {name} | 0.0000 | 0.0000 | 0.0000 | 0.0000 |" for name in ("untuned", "tuned")
+    ]
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("kind", ["text", "picture"])
 def test_nodes_sample_what_the_network_does(tmp_path, kind):
     """One step, so no noise is drawn: INT8 and bf16 against fp32; two experts for a picture."""

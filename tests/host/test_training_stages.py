@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError, read_checkpoint
 from turbodiffusion_pack.turbo_core.host import stages
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
-from turbodiffusion_pack.turbo_core.host.wan_network import build_network, load_weights
-from turbodiffusion_pack.turbo_core.training.batches import UNCONDITIONAL, Data
+from turbodiffusion_pack.turbo_core.host.wan_network import build_network, load_weights, wan_tensors
+from turbodiffusion_pack.turbo_core.rcm import rcm_angles
+from turbodiffusion_pack.turbo_core.training.batches import UNCONDITIONAL, Data, Draws
 from turbodiffusion_pack.turbo_core.training.error import TrainingError
 from turbodiffusion_pack.turbo_core.training.initial_weights import (
     TIME_WEIGHT,
@@ -25,11 +26,15 @@ from turbodiffusion_pack.turbo_core.training.initial_weights import (
     initial_weights,
     still_time_features,
 )
+from turbodiffusion_pack.turbo_core.training.merge import merge_files
 from turbodiffusion_pack.turbo_core.training.presets import PRESETS, override
-from turbodiffusion_pack.turbo_core.training.sla import SLATraining
+from turbodiffusion_pack.turbo_core.training.rcm import RCMTraining
+from turbodiffusion_pack.turbo_core.training.sla import SampledSLATraining, SLATraining
 from turbodiffusion_pack.turbo_core.training.teacher import teacher_samples
+from turbodiffusion_pack.turbo_core.training.trigflow import level_of
 
 CPU = torch.device("cpu")
+MODEL = "model.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +143,34 @@ def test_rcm_teaches_student_and_fake_score_in_turn(run):
     assert {n for n in teacher if n.startswith("blocks.")} <= set(moved)
     assert_smooth_in_time(run / "teacher")
     assert_smooth_in_time(folder)
+
+
+def rcm_of(run: Path, **settings) -> RCMTraining:
+    networks = [build_network(PRESETS["toy-cpu"].sizes) for _ in range(3)]
+    for network in networks:
+        load_weights(network, load_file(run / "teacher" / MODEL))
+    settings = dataclasses.replace(PRESETS["toy-cpu"].rcm, **settings)
+    return RCMTraining(*networks, Data(run / "latents", CPU), settings, seed=0)
+
+
+@pytest.mark.parametrize("where", ["sampler", "anywhere"])
+def test_samples_in_training_may_stop_where_the_sampler_does(run, where):
+    training = rcm_of(run, consistency_only=0, every=2, sampler_angles=where == "sampler")
+    levels = []
+    training.student.network.register_forward_hook(
+        lambda _, given, out: levels.append(given[1][0].item() / 1000)
+    )
+    training.step(7)  # the fake score's fourth
+    wanted = level_of(torch.tensor(rcm_angles(4, 80.0)[:-1])).tolist()
+    assert len(levels) == 4
+    assert (levels == pytest.approx(wanted, abs=1e-6)) == (where == "sampler")
+
+
+def test_a_teacher_may_be_trained_further(run, tmp_path):
+    base = run / "teacher" / MODEL
+    stage(tmp_path, "teacher", "steps=1", "lr=0.0", data=run / "latents", base=base)
+    found, given = load_file(tmp_path / "teacher" / MODEL), load_file(base)
+    assert all(found[name].equal(given[name]) for name in given)
 
 
 def assert_smooth_in_time(folder: Path) -> None:
@@ -280,3 +313,71 @@ def test_an_index_that_counts_other_samples(tmp_path):
     (tmp_path / "index.json").write_text('{"samples": [16, 40]}')
     with pytest.raises(TrainingError, match=r"counts \[16, 40\] samples, its files hold \[16, "):
         Data(tmp_path, torch.device("cpu"))
+
+
+def test_sla_may_be_tuned_on_the_student(run, tmp_path):
+    """What it writes is an update, which on the base and the student's makes the tuned student."""
+    base = {"data": run / "latents", "base": run / "teacher" / "model.safetensors"}
+    with pytest.raises(TrainingError, match="rcm is not finished: run the stage rcm"):
+        stage(tmp_path, "sla", "after_rcm=True", **base)
+    rcm = stage(tmp_path, "rcm", "steps=3", "lr=0.01", "consistency_only=1", **base)
+    tuned = {}
+    exported = SampledSLATraining.exported
+
+    def seen(training):
+        tuned.update(training.learner.average())
+        return exported(training)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SampledSLATraining, "exported", seen)
+        sla = stage(tmp_path, "sla", "after_rcm=True", "steps=2", **base)
+    merge_files(base["base"], sla / MODEL, rcm / MODEL, tmp_path / "merged.safetensors")
+    merged, student = load_file(tmp_path / "merged.safetensors"), load_file(rcm / MODEL)
+    assert merged.keys() == wan_tensors(tuned).keys() > student.keys()
+    for name, tensor in wan_tensors(tuned).items():
+        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-6)
+    moved = max((merged[name] - student[name]).abs().max() for name in student)
+    assert moved > 1e-5
+
+
+def test_the_student_is_met_where_its_samples_go(run):
+    """At its sampler's levels, each point made of what the sparse network made of the last one."""
+    preset, data = PRESETS["toy-cpu"], Data(run / "latents", CPU)
+    sparse = build_network(preset.sizes, sla={"topk": 0.4, "block_q": 64, "block_k": 64})
+    dense = build_network(preset.sizes)
+    for network in (sparse, dense):
+        load_weights(network, load_file(run / "teacher" / MODEL))
+    angles = rcm_angles(4, 80.0)[:-1]
+    asked = {}
+    for name, network in (("sparse", sparse), ("dense", dense)):
+        network.register_forward_hook(
+            lambda _, given, out, name=name: asked.setdefault(name, []).append((given, out))
+        )
+    settings = dataclasses.replace(preset.sla, batch=3, micro_batch=3)
+    SampledSLATraining(sparse, dense, None, angles, data, settings, seed=0).step(0)
+    assert len(asked["sparse"]) == len(asked["dense"]) == 4
+    draws, x0 = Draws(0, 0, 0, CPU), 0.0
+    batch = draws.batch(data, 3)
+    for place, angle in enumerate(angles):
+        (x, timestep, context, _), out = asked["sparse"][place]
+        level = float(level_of(torch.tensor(angle)))
+        noise = draws.normal(f"noise {place}", batch.latents)
+        torch.testing.assert_close(x, (1 - level) * x0 + level * noise, rtol=1e-5, atol=1e-5)
+        assert timestep.tolist() == pytest.approx([1000 * level] * 3)
+        assert context.equal(batch.context)
+        assert asked["dense"][place][0][0].equal(x)
+        x0 = x - level * out.detach()
+
+
+def test_sla_on_the_student_goes_on_as_if_it_had_not_stopped(run, tmp_path):
+    base = {"data": run / "latents", "base": run / "teacher" / "model.safetensors"}
+    settings = ("after_rcm=True", "steps=3", "micro_batch=4", "lr=0.001")
+    folders = []
+    for name in "ab":
+        stage(tmp_path / name, "rcm", "steps=2", **base)
+        if name == "b":
+            with pytest.raises(KeyboardInterrupt):
+                stage_killed_after(1, tmp_path / name, "sla", *settings, **base)
+        folders.append(stage(tmp_path / name, "sla", *settings, **base))
+    a, b = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(a[name].equal(b[name]) for name in a)

@@ -29,7 +29,8 @@ PLACES = {
 }
 # What each workflow of the demo needs: its checkpoints in order.
 CHECKPOINTS = {"t2v": ("t2v",), "i2v": ("high", "low")}
-TOPK = PRESETS["toy"].sla.topk  # they were trained with; the nodes' own is 0.1
+# They were trained with; the nodes' own is 0.1.
+TOPK = {"t2v": PRESETS["toy"].sla.topk, "i2v": PRESETS["toy-i2v-high"].sla.topk}
 # LZMA's bits for numbers of two bytes: a bf16 tensor packs to 0.67 of its size, else to 0.72.
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 2, "lp": 1, "pb": 2}]
 

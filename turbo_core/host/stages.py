@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.write import write_safetensors
+from ..rcm import rcm_angles
 from ..training import rcm as rcm_training
 from ..training import run_folder
 from ..training import sla as sla_training
@@ -23,7 +25,7 @@ from ..training.processes import grouped, rank, say
 from ..training.rcm import RCMTraining
 from ..training.report import Report
 from ..training.sharding import shard
-from ..training.sla import SLATraining
+from ..training.sla import SampledSLATraining, SLATraining
 from ..training.teacher import TeacherTraining
 from . import standalone  # noqa: F401 - first of all that imports ComfyUI
 from .toy_evaluate import sla_options
@@ -33,28 +35,41 @@ from .wan_network import WanNetwork, build_network, load_weights, wan_tensors
 
 Tensors = dict[str, torch.Tensor]
 MODEL = "model.safetensors"
+# What folders of earlier versions do not tell, as those ran.
+SINCE = {"sla": {"sla.after_rcm": False}, "rcm": {"rcm.sampler_angles": False}}
 SHOWN = 8  # videos in the grid of samples
 
 
 def teacher(args: argparse.Namespace, device: torch.device) -> None:
-    """RUN/teacher/model.safetensors: a dense network, from random weights."""
+    """RUN/teacher/model.safetensors: a dense network, from random weights or, to train one further,
+    from those of --base."""
 
     def begin(preset: Preset, data: Data) -> TeacherTraining:
-        weights = initial_weights(preset.sizes, preset.seed, preset.text_channels)
+        seeded = preset.sizes, preset.seed, preset.text_channels
+        weights = _base(args, preset) if args.base else initial_weights(*seeded)
         network = _network(preset, device, weights)
-        return TeacherTraining(network, data, preset.teacher, preset.seed)
+        return TeacherTraining(network, data, preset.teacher, preset.seed, recorded(preset, device))
 
     _train(args, device, "teacher", teacher_training.COLUMNS, begin)
 
 
 def sla(args: argparse.Namespace, device: torch.device) -> None:
-    """RUN/sla/model.safetensors: the base with SLA, tuned to the dense base."""
+    """RUN/sla/model.safetensors: the base with SLA, tuned to the dense base, or to rCM's student.
+
+    See SampledSLATraining for the second, which takes RUN's student, or the one that --rcm names.
+    """
 
     def begin(preset: Preset, data: Data) -> SLATraining:
-        weights = _base(args, preset)
-        student = _network(preset, device, weights, sla_options(preset.sla))
+        base, settings = _base(args, preset), preset.sla
+        rest = data, settings, preset.seed, recorded(preset, device)
+        weights = _student(args, preset) if settings.after_rcm else base
+        sparse = _network(preset, device, weights, sla_options(settings))
         dense = _frozen(_network(preset, device, weights))
-        return SLATraining(student, dense, data, preset.sla, preset.seed)
+        if not settings.after_rcm:
+            return SLATraining(sparse, dense, *rest)
+        angles = rcm_angles(preset.rcm.rollout, preset.rcm.sigma_max)[:-1]
+        base_network = functools.partial(_network, preset, device, base)
+        return SampledSLATraining(sparse, dense, base_network, angles, *rest)
 
     _train(args, device, "sla", sla_training.COLUMNS, begin)
 
@@ -66,7 +81,9 @@ def rcm(args: argparse.Namespace, device: torch.device) -> None:
         weights = _base(args, preset)
         student, fake = (_network(preset, device, weights) for _ in range(2))
         dense = _frozen(_network(preset, device, weights))
-        return RCMTraining(student, fake, dense, data, preset.rcm, preset.seed)
+        return RCMTraining(
+            student, fake, dense, data, preset.rcm, preset.seed, recorded(preset, device)
+        )
 
     _train(args, device, "rcm", rcm_training.COLUMNS, begin)
 
@@ -109,7 +126,7 @@ def _train(args, device: torch.device, stage: str, columns: tuple[str, ...], beg
     if args.dry_run:
         show(args.preset, preset, stage, device)
         return
-    since = {"text_channels": PRESETS[args.preset].text_channels}
+    since = {"text_channels": PRESETS[args.preset].text_channels, **SINCE.get(stage, {})}
     with run_folder.open(args.out, stage, _told(args, preset, stage), since) as folder:
         if folder.finished is not None:
             say(f"{folder.path} is finished")
@@ -151,6 +168,8 @@ def _told(args: argparse.Namespace, preset: Preset, stage: str) -> dict:
     on more GPUs it is the same training but for rounding, and a run may go on so. The data say how
     many tokens a prompt has.
     """
+    settings = settings_of(preset, stage)
+    student = {"rcm": str(args.rcm or "rcm")} if getattr(settings, "after_rcm", False) else {}
     return {
         "preset": args.preset,
         "seed": preset.seed,
@@ -158,7 +177,8 @@ def _told(args: argparse.Namespace, preset: Preset, stage: str) -> dict:
         "data": str(args.data or "data"),
         "sizes": dataclasses.asdict(preset.sizes),
         "text_channels": preset.text_channels,
-        stage: dataclasses.asdict(settings_of(preset, stage)),
+        **student,
+        stage: dataclasses.asdict(settings),
     }
 
 
@@ -169,11 +189,21 @@ def _base_name(args: argparse.Namespace) -> str:
 def _base(args: argparse.Namespace, preset: Preset) -> Tensors:
     """The weights to start from: --base, or the toy's teacher."""
     path = args.base or run_folder.RunFolder(args.out, "teacher").sibling("teacher") / MODEL
+    return _dense(path, args, preset, "train from the plain Wan model, in bf16 or fp32")
+
+
+def _student(args: argparse.Namespace, preset: Preset) -> Tensors:
+    """The weights of rCM's student: --rcm, or RUN's."""
+    path = args.rcm or run_folder.RunFolder(args.out, "rcm").sibling("rcm") / MODEL
+    return _dense(path, args, preset, "take what the stage rcm wrote")
+
+
+def _dense(path: Path, args: argparse.Namespace, preset: Preset, instead: str) -> Tensors:
+    """The weights of a dense checkpoint of the preset's sizes."""
     checkpoint = read_checkpoint(path)
     if checkpoint.quantized or checkpoint.has_sla:
         raise CheckpointError(
-            f"{path.name} {'is quantized' if checkpoint.quantized else 'has SLA'}: train from the "
-            "plain Wan model, in bf16 or fp32"
+            f"{path.name} {'is quantized' if checkpoint.quantized else 'has SLA'}: {instead}"
         )
     wanted = dataclasses.asdict(preset.sizes)
     found = {name: getattr(checkpoint, name) for name in wanted}
@@ -181,7 +211,7 @@ def _base(args: argparse.Namespace, preset: Preset) -> Tensors:
     if other:
         raise CheckpointError(
             f"{path.name} is no model of the preset {args.preset} ({'; '.join(other)}): choose "
-            "another preset or another --base"
+            "another preset or another checkpoint"
         )
     return checkpoint.tensors
 
@@ -205,6 +235,11 @@ def _network(
     network = new_network(preset, device, sla)
     load_weights(network, weights)
     return network
+
+
+def recorded(preset: Preset, device: torch.device) -> bool:
+    """Whether passes of training are replayed as CUDA graphs."""
+    return preset.recorded and device.type == "cuda" and not grouped()
 
 
 def _frozen(network: WanNetwork) -> WanNetwork:

@@ -18,11 +18,12 @@ from ..training.teacher import GUIDANCE, SIGMA_MAX, teacher_samples
 from ..training.toy import vae as toy_vae
 from ..training.toy.clips import UNCONDITIONAL, conditioned, contexts
 from ..training.toy.evaluate import Examination, Sample, as_csv, markdown, pictures, some
-from ..training.toy.measures import velocity_errors
+from ..training.toy.measures import LEVELS, velocity_errors
 from ..training.toy.recipe import recipe
 from ..training.toy.verdict import verdicts
 from ..training.toy.words import widen
 from ..training.toy.world import Clips, corner_of_region, draw, render
+from ..training.trigflow import level_of
 from ..training.velocity import guided_velocity, velocity_of
 from ..training.video_grid import save_grid
 from .wan_network import WanNetwork, build_network, load_weights
@@ -124,8 +125,9 @@ def examine(
         shift, latents = best_euler(examination, teacher, unconditional, steps)
         examination.add(f"Euler {steps} (shift {shift:g})", latents)
     add_students(examination, "rCM", models.network("rcm"), preset)
-    tuned = many_steps(models.network("sla"), unconditional, settings.teacher_steps)
-    examination.add(f"SLA {settings.teacher_steps}", examination.sampled(tuned))
+    if not preset.sla.after_rcm:  # else what it wrote is an update, and no model to sample
+        tuned = many_steps(models.network("sla"), unconditional, settings.teacher_steps)
+        examination.add(f"SLA {settings.teacher_steps}", examination.sampled(tuned))
     add_students(examination, "merged", models.network("merge"), preset)
     model = as_nodes.quantized(models.files("merge"), preset.sla.topk, BOUNDARY)
     for steps in STEPS:
@@ -194,16 +196,22 @@ def through_nodes(sample: Callable, model, steps: int, seed: int) -> Sample:
 
 @torch.no_grad()
 def sla_errors(examination: Examination, models: Models, count: int) -> dict[str, dict]:
-    """How far SLA's velocity is from the dense teacher's, before its training and after."""
+    """How far SLA's velocity is from the dense network's that it was tuned on, before its training
+    and after: from the teacher's at all noise levels, or from rCM's student's at its sampler's."""
+    dense, tuned, levels = "teacher", "sla", LEVELS
+    if models.preset.sla.after_rcm:
+        dense, tuned = "rcm", "merge"
+        angles = rcm_angles(max(STEPS), default_sigma_max(models.preset.sizes.in_channels))[:-1]
+        levels = [round(float(s), 3) for s in level_of(torch.tensor(angles))]
     batch = some(examination.batch, slice(0, count))
-    teacher = velocity_of(models.network("teacher"), batch)
+    wanted = velocity_of(models.network(dense), batch)
     students = {
-        "untuned": models.network("teacher", models.preset.sla),
-        "tuned": models.network("sla"),
+        "untuned": models.network(dense, models.preset.sla),
+        "tuned": models.network(tuned),
     }
     noise = examination.noise[:count]
     return {
-        name: velocity_errors(velocity_of(network, batch), teacher, batch.latents, noise)
+        name: velocity_errors(velocity_of(network, batch), wanted, batch.latents, noise, levels)
         for name, network in students.items()
     }
 

@@ -154,7 +154,8 @@ def _teacher(preset: Preset) -> float:
 
 
 def _sla(preset: Preset) -> float:
-    return preset.sla.steps * (_forward(preset) + _trained(preset, preset.sla))
+    points = preset.rcm.rollout if preset.sla.after_rcm else 1
+    return preset.sla.steps * points * (_forward(preset) + _trained(preset, preset.sla))
 
 
 def _rcm(preset: Preset) -> float:

@@ -104,6 +104,9 @@ class SLA:
     """SLA fine-tuning, by regression on the frozen dense teacher; fields as Teacher's.
 
     Attributes:
+        after_rcm: tune on rCM's student, which has to be finished, at the points that its sampler
+            goes through: see SampledSLATraining. A sample then is all of them, and the levels'
+            mean and deviation have no say. False is TurboDiffusion's way: both at the same time.
         topk: share of the key blocks with exact attention.
         block_q, block_k: rows in a query and a key block. TurboDiffusion trains 64 x 64 and runs
             other shapes; what was trained with is written into the file.
@@ -128,6 +131,7 @@ class SLA:
     guidance: float = 5.0
     fall: float = 0.0
     ema_length: float = 0.1
+    after_rcm: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,8 @@ class RCM:
         every: the student learns in one of so many iterations after that, the fake score in the
             others.
         rollout: the student's samples take 1 to so many steps, in turn.
+        sampler_angles: samples in training stop where the sampler of `rollout` steps does, in place
+            of anywhere.
         guidance: of the teacher.
         dmd_weight: lambda, beside the consistency loss's 100. Both losses are sums, so the balance
             depends on the latent's size: 0.01 for Wan's 2 million numbers, 0.1 for the toy's.
@@ -165,6 +171,7 @@ class RCM:
     consistency_only: int = 1000
     every: int = 5
     rollout: int = 4
+    sampler_angles: bool = False
     guidance: float = 5.0
     dmd_weight: float = 0.01
     tangent: str = "jvp"
@@ -187,6 +194,8 @@ class Preset:
         text_channels: of the 4096, how many ever differ from 0.
         seed: of weights, data and noise.
         checkpointing: keep one activation a block and compute the rest twice.
+        recorded: replay each pass of training as a CUDA graph, where one GPU trains a network so
+            small that Python is slower.
         compiled: let torch.compile make the blocks' kernels, where it pays: short sequences.
         deterministic: leave out kernels whose sums depend on who comes first, which a GPU's
             attention has in its backward pass. A resumed run then ends with the very same bits.
@@ -207,6 +216,7 @@ class Preset:
     seed: int = 0
     checkpointing: bool = False
     compiled: bool = False
+    recorded: bool = False
     deterministic: bool = False
     save_every: int = 500
     sample_every: int = 500
@@ -236,14 +246,15 @@ TOY = Preset(
     evaluate=Evaluation(),
     teacher=Teacher(steps=12000, batch=64, micro_batch=64, lr=8e-4, level_mean=0.8),
     sla=SLA(
-        steps=5000,
-        batch=48,
-        micro_batch=48,
+        steps=8000,
+        batch=16,
+        micro_batch=16,
         lr=4e-4,
-        topk=0.2,
+        topk=0.3,
         block_q=128,
         guidance=2.5,
-        fall=0.6,
+        fall=0.7,
+        after_rcm=True,
     ),
     rcm=RCM(
         steps=3200,
@@ -252,6 +263,8 @@ TOY = Preset(
         lr=1e-4,
         fake_lr=6e-5,
         level_mean=0.0,  # -0.8 + ln sqrt 5
+        shift=3.0,
+        sampler_angles=True,
         consistency_only=200,
         every=2,
         guidance=2.5,
@@ -259,6 +272,7 @@ TOY = Preset(
         fall=0.5,
     ),
     compiled=True,
+    recorded=True,
     save_every=2000,
     sample_every=2000,
     note="17 frames of 256 x 256 in a world of coloured shapes; made for one GPU",
@@ -269,8 +283,10 @@ TOY = Preset(
 I2V = dataclasses.replace(
     TOY,
     sizes=Sizes(dim=128, ffn_dim=256, num_layers=4, in_channels=36),
-    sla=dataclasses.replace(TOY.sla, steps=3000),
-    rcm=dataclasses.replace(TOY.rcm, steps=2400),
+    sla=dataclasses.replace(
+        TOY.sla, steps=3000, batch=48, micro_batch=48, topk=0.2, fall=0.6, after_rcm=False
+    ),
+    rcm=dataclasses.replace(TOY.rcm, steps=2400, shift=5.0, sampler_angles=False),
 )
 
 CPU = Preset(

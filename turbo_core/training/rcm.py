@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..rcm import rcm_angles
 from .batches import Batch, Data, Draws
 from .initial_weights import still_time_features
 from .learner import Learner, falling_at_last
@@ -20,7 +21,8 @@ from .losses import (
 )
 from .noise_levels import log_normal, shifted_uniform
 from .presets import RCM
-from .samplers import falling, few_steps
+from .recorded import Backward, Recorded
+from .samplers import falling, few_steps, last_point
 from .slots import Values, accumulated, own_slots
 from .trigflow import LARGEST_ANGLE, angle_of, denoise, noised, predict
 from .velocity import guided_velocity, velocity_of
@@ -36,7 +38,6 @@ COLUMNS = (
     "fake_gradient_norm",
     "lr",
 )
-LATER_ANGLES = (1.5, 1.4, 1.0)  # of its samples while training, after the first
 
 
 class RCMTraining:
@@ -55,12 +56,20 @@ class RCMTraining:
         data: Data,
         settings: RCM,
         seed: int,
+        recorded: bool = False,
     ):
         self.teacher, self.data, self.settings, self.seed = teacher, data, settings, seed
         adam = (settings.betas, settings.weight_decay)
         self.student = Learner(student, *adam, settings.ema_length, still_time_features(student))
         self.fake = Learner(fake, *adam, still=still_time_features(fake))
         self.slots = own_slots(settings.batch, settings.micro_batch)
+        angles = rcm_angles(settings.rollout, settings.sigma_max)[:-1]
+        self.angles = torch.tensor(angles, dtype=torch.float64, device=data.device)
+        weights = self.student.weights
+        self.learn_consistency = Backward(self._consistency, weights, recorded)
+        self.learn_from_scores = Backward(self._dmd, weights, recorded)
+        self.learn_score = Backward(self._fake, self.fake.weights, recorded)
+        self.student_velocity = Recorded(self._student) if recorded else self._student
 
     def step(self, n: int) -> Values:
         """Iteration number n, from 0: an update of the student or of the fake score."""
@@ -68,16 +77,24 @@ class RCMTraining:
         updates = student_updates(n, settings)
         if student_updates(n + 1, settings) == updates:
             return self._teach_fake(n, n - updates)
-        values = accumulated(self.slots, lambda slot: self._consistency(n, slot))
+        values = accumulated(
+            self.slots, lambda slot, share: self.learn_consistency(share, *self._at_data(n, slot))
+        )
         if n >= settings.consistency_only:
             turn = updates - settings.consistency_only
-            values |= accumulated(self.slots, lambda slot: self._dmd(n, slot, turn))
+            values |= accumulated(
+                self.slots,
+                lambda slot, share: self.learn_from_scores(share, *self._at_samples(n, slot, turn)),
+            )
         lr = self._rate(settings.lr, updates, student_updates(settings.steps, settings))
         return {**values, "gradient_norm": self.student.update(lr, updates), "lr": lr}
 
     def _teach_fake(self, n: int, updates: int) -> Values:
         settings = self.settings
-        values = accumulated(self.slots, lambda slot: self._fake(n, slot, updates))
+        values = accumulated(
+            self.slots,
+            lambda slot, share: self.learn_score(share, *self._at_samples(n, slot, updates)),
+        )
         all_updates = settings.steps - student_updates(settings.steps, settings)
         lr = self._rate(settings.fake_lr, updates, all_updates)
         return {**values, "fake_gradient_norm": self.fake.update(lr, updates)}
@@ -85,8 +102,9 @@ class RCMTraining:
     def _rate(self, lr: float, updates: int, all_updates: int) -> float:
         return falling_at_last(lr, updates, self.settings.warmup, all_updates, self.settings.fall)
 
-    def _consistency(self, n: int, slot: int) -> tuple[torch.Tensor, Values]:
-        """The consistency loss (section 3) at points of the data."""
+    def _at_data(self, n: int, slot: int) -> tuple[torch.Tensor | None, ...]:
+        """What _consistency takes: noised points of the data, and how far the tangent's warm-up
+        is."""
         settings, draws = self.settings, Draws(self.seed, n, slot, self.data.device)
         batch = draws.batch(self.data, settings.micro_batch)
         level = log_normal(
@@ -94,12 +112,17 @@ class RCMTraining:
         )
         angle = angle_of(level)
         x = noised(batch.latents, draws.normal("noise", batch.latents), angle)
+        r = angle.new_full((), warmup_share(n, settings.consistency_only))
+        return x, angle, r, batch.context, batch.image
+
+    def _consistency(self, x, angle, r, context, image) -> tuple[torch.Tensor, Values]:
+        """The consistency loss (section 3)."""
+        batch = Batch(x, context, image)
         with torch.no_grad():
             teacher = predict(self._guided(batch), x, angle)
         velocity = velocity_of(self.student.network, batch)
         tangent = self._tangent(velocity, x, angle, teacher)
         prediction = predict(velocity, x, angle)
-        r = warmup_share(n, settings.consistency_only)
         g = consistency_gradient(prediction.detach(), teacher, x, tangent, angle, r)
         loss = consistency_loss(prediction, normalised(g))
         told = {"consistency": loss.detach(), "tangent": _size(tangent), "g": _size(g)}
@@ -118,49 +141,66 @@ class RCMTraining:
         finally:
             network.full_precision, network.bf16_timesteps = False, rounded
 
-    def _dmd(self, n: int, slot: int, turn: int) -> tuple[torch.Tensor, Values]:
+    def _at_samples(self, n: int, slot: int, turn: int) -> tuple[torch.Tensor | None, ...]:
+        """What _dmd and _fake take: where the student's samples in 1 to `rollout` steps, in turn,
+        take their last one, and where both scores are asked."""
+        settings, draws = self.settings, Draws(self.seed, n, slot, self.data.device)
+        batch = draws.batch(self.data, settings.micro_batch, "prompts")  # latents for their shape
+        steps, count = 1 + turn % settings.rollout, settings.micro_batch
+        angles = self._angles(steps, count, draws.generator("angles"))
+        noise = draws.normal("start", batch.latents)
+
+        def velocity(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+            return self.student_velocity(x, level, batch.context, batch.image)[0]
+
+        x, angle = last_point(velocity, noise, angles, draws.generator("between"))
+        level = shifted_uniform(count, settings.shift, draws.generator("score"))
+        return (
+            x, angle, angle_of(level), draws.normal("score noise", batch.latents),
+            batch.context, batch.image,
+        )  # fmt: skip
+
+    def _angles(self, steps: int, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Falling angles [steps, count] of the student's samples, down from pure noise."""
+        if self.settings.sampler_angles:
+            return self.angles[:steps, None].expand(-1, count)
+        levels = shifted_uniform((steps - 1) * count, self.settings.shift, generator)
+        first = torch.full((1, count), LARGEST_ANGLE, dtype=torch.float64, device=levels.device)
+        return falling(torch.cat([first, angle_of(levels).reshape(steps - 1, count)]))
+
+    @torch.no_grad()
+    def _student(self, x, level, context, image) -> list[torch.Tensor]:
+        return [velocity_of(self.student.network, Batch(x, context, image))(x, level)]
+
+    def _dmd(self, x, angle, score_angle, noise, context, image) -> tuple[torch.Tensor, Values]:
         """The reverse divergence (section 3) at the student's own samples."""
-        batch, draws = self._own_batch(n, slot)
-        x0 = self._rollout(batch, draws, turn)
-        x, angle, _ = self._noised_again(x0.detach(), draws)
+        batch = Batch(x, context, image)
+        x0 = self._sample(batch, angle)
+        x = noised(x0.detach(), noise, score_angle)
         with torch.no_grad():
-            fake = denoise(x, predict(velocity_of(self.fake.network, batch), x, angle), angle)
-            teacher = denoise(x, predict(self._guided(batch), x, angle), angle)
+            fake = predict(velocity_of(self.fake.network, batch), x, score_angle)
+            teacher = predict(self._guided(batch), x, score_angle)
+        fake, teacher = (denoise(x, prediction, score_angle) for prediction in (fake, teacher))
         loss = dmd_loss(x0, dmd_gradient(x0, fake, teacher))
         gap = (x0.detach() - teacher).abs().mean()
         return self.settings.dmd_weight * loss, {"dmd": loss.detach(), "score_gap": gap}
 
-    def _fake(self, n: int, slot: int, turn: int) -> tuple[torch.Tensor, Values]:
+    def _fake(self, x, angle, score_angle, noise, context, image) -> tuple[torch.Tensor, Values]:
         """The fake score's flow matching (section 3) on the student's samples."""
-        batch, draws = self._own_batch(n, slot)
+        batch = Batch(x, context, image)
         with torch.no_grad():
-            x0 = self._rollout(batch, draws, turn)
-        x, angle, noise = self._noised_again(x0, draws)
-        prediction = predict(velocity_of(self.fake.network, batch), x, angle)
-        loss = fake_score_loss(prediction, x0, noise, angle)
+            x0 = self._sample(batch, angle)
+        x = noised(x0, noise, score_angle)
+        prediction = predict(velocity_of(self.fake.network, batch), x, score_angle)
+        loss = fake_score_loss(prediction, x0, noise, score_angle)
         return loss, {"fake": loss.detach() / x0[0].numel()}
 
-    def _own_batch(self, n: int, slot: int) -> tuple[Batch, Draws]:
-        """Prompts and pictures; the latents are there for their shape alone."""
-        draws = Draws(self.seed, n, slot, self.data.device)
-        return draws.batch(self.data, self.settings.micro_batch, "prompts"), draws
-
-    def _rollout(self, batch: Batch, draws: Draws, turn: int) -> torch.Tensor:
-        """The student's samples in 1 to `rollout` steps, in turn, down from pure noise."""
-        steps, count = 1 + turn % self.settings.rollout, len(batch.latents)
-        angles = draws.generator("angles")
-        levels = shifted_uniform((steps - 1) * count, self.settings.shift, angles)
-        first = torch.full((1, count), LARGEST_ANGLE, dtype=torch.float64, device=levels.device)
-        angles = falling(torch.cat([first, angle_of(levels).reshape(steps - 1, count)]))
-        noise = draws.normal("start", batch.latents)
-        velocity = velocity_of(self.student.network, batch)
-        return few_steps(velocity, noise, angles, draws.generator("between"))
-
-    def _noised_again(self, x0, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where both scores are asked: the point, its angle, its noise."""
-        angle = angle_of(shifted_uniform(len(x0), self.settings.shift, draws.generator("score")))
-        noise = draws.normal("score noise", x0)
-        return noised(x0, noise, angle), angle, noise
+    def _sample(self, batch: Batch, angle: torch.Tensor) -> torch.Tensor:
+        """What the student makes of the batch's points, float32."""
+        x = batch.latents
+        return denoise(
+            x, predict(velocity_of(self.student.network, batch), x, angle), angle
+        ).float()
 
     def _guided(self, batch: Batch):
         return guided_velocity(self.teacher, batch, self.data.unconditional, self.settings.guidance)
@@ -175,11 +215,9 @@ class RCMTraining:
 
     @torch.no_grad()
     def sample(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
-        """Latents of the batch's prompts in four steps, with the weights as they are now."""
-        first = math.atan(self.settings.sigma_max)
-        angles = torch.tensor([first, *LATER_ANGLES], dtype=torch.float64)
+        """Latents of the batch's prompts in `rollout` steps, with the weights as they are now."""
         between = torch.Generator(noise.device).manual_seed(self.seed)
-        return few_steps(velocity_of(self.student.network, batch), noise, angles, between)
+        return few_steps(velocity_of(self.student.network, batch), noise, self.angles, between)
 
 
 def student_updates(n: int, settings: RCM) -> int:

@@ -60,18 +60,25 @@ def few_steps(
     Returns:
         x0 in the noise's dtype; computed in float64.
     """
+    x, angle = last_point(velocity, noise, angles, generator)
+    return denoise(x, predict(velocity, x, angle), angle).to(noise.dtype)
+
+
+@torch.no_grad()
+def last_point(
+    velocity: Velocity, noise: torch.Tensor, angles: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where few_steps takes its last step: the point [B, ...] and its angle [B], both float64."""
     angles = angles.to(noise.device, torch.float64)
     if angles.ndim == 1:
         angles = angles[:, None].expand(-1, len(noise))
-    x0 = torch.zeros_like(noise, dtype=torch.float64)
+    x0, device, dtype = torch.zeros_like(noise), noise.device, noise.dtype
     for step, angle in enumerate(angles):
-        fresh = torch.randn(
-            noise.shape, generator=generator, device=noise.device, dtype=noise.dtype
-        )
-        x = noised(x0.detach(), noise if step == 0 else fresh, angle)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and step == len(angles) - 1):
+        fresh = torch.randn(noise.shape, generator=generator, device=device, dtype=dtype)
+        x = noised(x0, fresh if step else noise, angle)
+        if step < len(angles) - 1:
             x0 = denoise(x, predict(velocity, x, angle), angle)
-    return x0.to(noise.dtype)
+    return x, angles[-1]
 
 
 def falling(angles: torch.Tensor) -> torch.Tensor:

@@ -25,16 +25,12 @@ def own_slots(batch: int, micro_batch: int) -> range:
     return range(rank(), batch // micro_batch, count())
 
 
-def accumulated(slots: range, learn: Callable[[int], tuple[torch.Tensor, Values]]) -> Values:
+def accumulated(slots: range, learn: Callable[[int, float], Values]) -> Values:
     """Gradients of the mean loss over the slots, and the means of what each tells.
 
     Args:
-        learn: of a slot's number the loss, with its graph, and what to tell. FSDP2 averages over
-            the processes.
+        learn: of a slot's number and its share in the mean adds that share of the slot's gradients
+            to the weights', and tells. FSDP2 averages over the processes.
     """
-    told = []
-    for slot in slots:
-        loss, values = learn(slot)
-        (loss / len(slots)).backward()
-        told.append(values)
+    told = [learn(slot, 1 / len(slots)) for slot in slots]
     return {name: torch.stack([values[name] for values in told]).mean() for name in told[0]}

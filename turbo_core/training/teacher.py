@@ -8,6 +8,7 @@ from .learner import Learner, cosine
 from .losses import flow_matching
 from .noise_levels import log_normal
 from .presets import Teacher
+from .recorded import Backward
 from .samplers import euler, shifted_levels
 from .slots import Values, accumulated, own_slots
 from .velocity import guided_velocity, mixed, velocity_of
@@ -19,21 +20,32 @@ GUIDANCE, SHIFT, STEPS, SIGMA_MAX = 2.5, 3.0, 50, 80.0  # of its samples
 class TeacherTraining:
     """Step by step; the network learns in place."""
 
-    def __init__(self, network: torch.nn.Module, data: Data, settings: Teacher, seed: int):
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        data: Data,
+        settings: Teacher,
+        seed: int,
+        recorded: bool = False,
+    ):
         self.data, self.settings, self.seed = data, settings, seed
         adam = (settings.betas, settings.weight_decay)
         still = still_time_features(network)
         self.learner = Learner(network, *adam, settings.ema_length, still)
         self.slots = own_slots(settings.batch, settings.micro_batch)
+        self.learn = Backward(self._loss, self.learner.weights, recorded)
 
     def step(self, n: int) -> Values:
         """Update number n, from 0."""
         settings = self.settings
-        values = accumulated(self.slots, lambda slot: self._learn(n, slot))
+        values = accumulated(
+            self.slots, lambda slot, share: self.learn(share, *self._drawn(n, slot))
+        )
         lr = cosine(settings.lr, n, settings.warmup, settings.steps)
         return {**values, "gradient_norm": self.learner.update(lr, n), "lr": lr}
 
-    def _learn(self, n: int, slot: int) -> tuple[torch.Tensor, Values]:
+    def _drawn(self, n: int, slot: int) -> tuple[torch.Tensor | None, ...]:
+        """What _loss takes."""
         settings, draws = self.settings, Draws(self.seed, n, slot, self.data.device)
         batch = draws.batch(self.data, settings.micro_batch)
         context = drop_prompts(
@@ -43,9 +55,12 @@ class TeacherTraining:
             settings.micro_batch, settings.level_mean, settings.level_std, draws.generator("level")
         )
         noise = draws.normal("noise", batch.latents)
-        velocity = velocity_of(self.learner.network, batch, context)
-        answer = velocity(mixed(batch.latents, noise, level), level)
-        loss = flow_matching(answer, batch.latents, noise)
+        return batch.latents, noise, level, context, batch.image
+
+    def _loss(self, latents, noise, level, context, image) -> tuple[torch.Tensor, Values]:
+        velocity = velocity_of(self.learner.network, Batch(latents, context, image))
+        answer = velocity(mixed(latents, noise, level), level)
+        loss = flow_matching(answer, latents, noise)
         return loss, {"loss": loss.detach()}
 
     def exported(self) -> dict[str, torch.Tensor]:

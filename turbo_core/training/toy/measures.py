@@ -1,6 +1,7 @@
 """How far samples are from what was asked for, from the teacher's, and from each other."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -103,14 +104,18 @@ def _directions(numbers: int, count: int, seed: int, device: torch.device) -> li
 
 
 def velocity_errors(
-    student: Velocity, teacher: Velocity, latents: torch.Tensor, noise: torch.Tensor
+    student: Velocity,
+    teacher: Velocity,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    levels: Sequence[float] = LEVELS,
 ) -> dict[float, float]:
     """|student - teacher| / |teacher| over all numbers, by noise level, on the same inputs."""
     errors = {}
-    for level in LEVELS:
-        levels = torch.full((len(latents),), level, dtype=torch.float64, device=latents.device)
-        x = mixed(latents, noise, levels)
-        found, expected = student(x, levels).double(), teacher(x, levels).double()
+    for level in levels:
+        given = torch.full((len(latents),), level, dtype=torch.float64, device=latents.device)
+        x = mixed(latents, noise, given)
+        found, expected = student(x, given).double(), teacher(x, given).double()
         errors[level] = float((found - expected).norm() / expected.norm())
     return errors
 
