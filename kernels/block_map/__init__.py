@@ -7,10 +7,10 @@ from ..dispatch import choose, has_triton
 from . import reference
 
 if has_triton():
-    from . import hopper
+    from . import cuda
     from . import triton as triton_kernels
 else:
-    hopper = triton_kernels = None
+    cuda = triton_kernels = None
 
 __all__ = [
     "block_map",
@@ -101,7 +101,7 @@ def select_blocks(
     if not 1 <= count <= blocks:
         raise ValueError(f"count must be 1 to {blocks}, the number of key blocks, got {count}")
     kernels = choose(
-        "select_blocks", backend, q_means, reference, triton_kernels, hopper, operands=(blocks,)
+        "select_blocks", backend, q_means, reference, triton_kernels, cuda, cuda, operands=(blocks,)
     )
     return kernels.select_blocks(q_means, k_means, count)
 

@@ -65,7 +65,7 @@ def unfit(
 
 def tiles(multiprocessors: int) -> tuple[int, int, int]:
     """Rows and columns of what a cluster takes at a time, and how many there are at once."""
-    return 2 * TILE_L, TILE_N, multiprocessors // 2
+    return 2 * TILE_L, TILE_N, max(multiprocessors // 2, 1)
 
 
 def linear(

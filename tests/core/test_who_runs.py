@@ -489,7 +489,7 @@ def test_no_triton(op, hopper, monkeypatch):
 
 # Ops in CUDA C++ on cards of mma.sync.
 BY_MMA = {"int8_linear", "key_value_state", "layer_norm_quant", "prepare", "sage_attention"}
-BY_MMA |= {"text_attention"}
+BY_MMA |= {"select_blocks", "text_attention"}
 
 
 @pytest.mark.parametrize("card", [(8, 0), (8, 9), (10, 0), (12, 0)], ids="sm_{0[0]}{0[1]}".format)

@@ -16,7 +16,7 @@ import torch
 from ahead_of_time import ADA, CARDS, HOPPER
 from devices import DEVICE
 from turbodiffusion_pack.kernels import ceilings, dispatch, nvrtc
-from turbodiffusion_pack.kernels.block_map import hopper as selection
+from turbodiffusion_pack.kernels.block_map import cuda as selection
 from turbodiffusion_pack.kernels.block_map import select_blocks
 from turbodiffusion_pack.kernels.frames_conv import frames_conv
 from turbodiffusion_pack.kernels.frames_conv import hopper as conv
@@ -325,9 +325,9 @@ KERNELS = {
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
         sizes={name: getattr(text, name) for name in ("HEAD_DIM", "KEYS", "ROWS", "WARPS")},
     ),
-    "block_map/hopper.cu": Kernel(
-        every_selection, (HOPPER,), 128, products=lambda card: set(),
-        sizes={"WARPS": selection.WARPS},
+    "block_map/cuda.cu": Kernel(
+        every_selection, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card={(8, 0): 40},
+        products=lambda card: set(), sizes={"WARPS": selection.WARPS},
     ),
     "ceilings.cu": Kernel(
         every_product, CARDS, 64, products=ceilings_products, sizes={"CHAINS": ceilings.CHAINS}

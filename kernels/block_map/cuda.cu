@@ -1,4 +1,4 @@
-// The key blocks whose scores are best, on Hopper: a warp a row of scores, which its registers hold.
+// The key blocks whose scores are best: a warp a row of scores, which its registers hold.
 
 #include "arithmetic.cuh"
 

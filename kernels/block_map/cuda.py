@@ -1,15 +1,14 @@
-"""Block selection on Hopper, in CUDA C++: see hopper.cu."""
+"""Block selection in CUDA C++, on Hopper and on cards of mma.sync: see cuda.cu."""
 
 from pathlib import Path
 
 import torch
 
 from .. import nvrtc
-from ..dispatch import launching_on
+from ..dispatch import capability, launching_on
 from . import triton as triton_kernels
 
 SOURCE = Path(__file__).with_suffix(".cu")
-TARGET = "sm_90a"
 WARPS = 4  # of a program, a row of scores each
 MOST = 2048  # scores of a row that a warp's registers hold
 Operands = nvrtc.operands(pointers="scores block_map", integers="rows n_keys count")
@@ -33,6 +32,7 @@ def _select_rows(scores: torch.Tensor, block_map: torch.Tensor) -> None:
     heads, queries, count = block_map.shape
     rows = heads * queries
     arguments = nvrtc.address(scores), nvrtc.address(block_map), rows, scores.shape[2], count
+    target = nvrtc.target_of(capability(scores.device), scores.device)
     with launching_on(scores):
-        kernel = nvrtc.load(SOURCE, "select_blocks", TARGET, 0, Operands, scores.device.index)
+        kernel = nvrtc.load(SOURCE, "select_blocks", target, 0, Operands, scores.device.index)
         kernel.launch(-(-rows // WARPS), 32 * WARPS, Operands(*arguments))
