@@ -247,8 +247,8 @@ class Tape:
 
     def _rooms(self, recorder: Recorder) -> tuple[dict, dict]:
         """By slot: the shape and dtype of each room, and the last step that takes it."""
-        rooms, uses, first, end = {}, dict(recorder.uses), None, TOGETHER
-        for kind, slot, more in recorder.steps:
+        rooms, uses, parts = {}, dict(recorder.uses), {}
+        for step, (kind, slot, more) in enumerate(recorder.steps):
             if kind != ROOM or slot not in uses:
                 continue
             size = recorder.slots[slot].size
@@ -257,15 +257,28 @@ class Tape:
             elif size > SMALL:
                 rooms[slot] = size, torch.uint8
             else:
-                if end + size > TOGETHER:
-                    first, end = slot, 0
-                self.shared[slot] = first, end
-                end += -(-size // ALIGNED) * ALIGNED
-                rooms[first] = end, torch.uint8
-                uses[first] = max(uses[first], uses[slot])
+                first, at = self._place_for(size, step, slot, parts)
+                parts.setdefault(first, []).append((at, at + size, uses[slot]))
+                self.shared[slot] = first, at
+        for first, of_it in parts.items():
+            rooms[first] = max(end for _, end, _ in of_it), torch.uint8
+            uses[first] = max(last for *_, last in of_it)
         for slot in self.shared.keys() - rooms.keys():
             del uses[slot]
         return rooms, uses
+
+    @staticmethod
+    def _place_for(size: int, step: int, slot: int, parts: dict) -> tuple[int, int]:
+        """Where `size` bytes that are taken from `step` on may lie: in the room of which slot, that
+        of `slot` if in none of those there are, and how far in it."""
+        for first, of_it in parts.items():
+            at = 0
+            for start, end, last in sorted(of_it):
+                if last >= step and start < at + size and at < end:
+                    at = -(-end // ALIGNED) * ALIGNED
+            if at + size <= TOGETHER:
+                return first, at
+        return slot, 0
 
     def _launch(self, kernel, memory, grid, threads, parameters, patches) -> tuple:
         """What cuLaunchKernel takes, of which addresses are to be set in `memory`."""

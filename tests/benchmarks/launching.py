@@ -36,7 +36,7 @@ import triton  # noqa: E402
 from in_comfyui import comfy  # noqa: E402
 from turbodiffusion_pack.kernels import driver, nvrtc  # noqa: E402
 from turbodiffusion_pack.turbo_core import activation_memory  # noqa: E402
-from turbodiffusion_pack.turbo_core.host import block_tape  # noqa: E402
+from turbodiffusion_pack.turbo_core.host import block, block_tape  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.options import (  # noqa: E402
     BLOCKS,
@@ -76,8 +76,8 @@ def make_pass(model):
     def run():
         options = {THIS_PASS: (SETTINGS, -1), MADE_ONCE: {}, BLOCKS: wan.blocks}
         options[TEXT] = lambda: text
-        for block in wan.blocks:
-            block(x, e=e, freqs=freqs, context=context, transformer_options=options)
+        for run_block in wan.blocks:
+            run_block(x, e=e, freqs=freqs, context=context, transformer_options=options)
 
     return run
 
@@ -105,6 +105,7 @@ def stubs() -> list:
         mock.patch.object(driver, "_stream_on", lambda device: 0),
         mock.patch.object(driver, "_current_device", lambda: 0),
         mock.patch.object(torch.Tensor, "get_device", lambda x: 0),
+        mock.patch.object(block, "tiles_of", lambda *_: None),  # a CPU has no multiprocessors
         mock.patch.object(activation_memory, "PART_BYTES", 3 * FFN * TOKENS // 3),
     ]
 

@@ -140,7 +140,7 @@ def blocks(small: int | None = None):
     from in_comfyui import comfy
     from turbodiffusion_pack.kernels import driver, launching, nvrtc, tape
     from turbodiffusion_pack.turbo_core import activation_memory
-    from turbodiffusion_pack.turbo_core.host import block_tape, text
+    from turbodiffusion_pack.turbo_core.host import block, block_tape, text
     from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
     from turbodiffusion_pack.turbo_core.host.options import BLOCKS, MADE_ONCE, THIS_PASS
     from turbodiffusion_pack.turbo_core.host.options import TEXT as TEXT_OPTION
@@ -169,8 +169,8 @@ def blocks(small: int | None = None):
         e, freqs = torch.zeros(1, 1, 6, DIM), wan.rope_encode(tokens // 64, 16, 16, dtype=x.dtype)
         options = {THIS_PASS: (settings, step), MADE_ONCE: {}, BLOCKS: wan.blocks}
         options[TEXT_OPTION] = lambda: keys_values
-        for block in wan.blocks:
-            x = block(x, e=e, freqs=freqs, context=context, transformer_options=options)
+        for run_block in wan.blocks:
+            x = run_block(x, e=e, freqs=freqs, context=context, transformer_options=options)
         return x
 
     library = Driver()
@@ -186,6 +186,7 @@ def blocks(small: int | None = None):
         mock.patch.object(driver, "_current_device", lambda: 0),
         mock.patch.object(torch.Tensor, "get_device", lambda x: 0),
         mock.patch.object(activation_memory, "PART_BYTES", 3 * FFN * TOKENS // 3),  # 3 parts
+        mock.patch.object(block, "tiles_of", lambda *_: None),  # a CPU has no multiprocessors
         mock.patch.object(tape, "SMALL", tape.SMALL if small is None else small),
         # What Triton launches by itself it neither compiles nor runs.
         mock.patch.object(triton.knobs.runtime, "jit_cache_hook", lambda **_: True),
