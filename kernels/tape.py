@@ -335,6 +335,7 @@ class Tape:
 
     def _move(self, slot: int, address: int) -> None:
         """Have launches find at `address` what lies in a slot."""
+        self.addresses[slot] = None  # where the driver refuses a tensor map, some are set already
         for word, offset in self.places[slot]:
             word.value = address + offset
         self.addresses[slot] = address

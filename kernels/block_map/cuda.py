@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from .. import nvrtc
-from ..dispatch import capability, launching_on
+from ..dispatch import capability
 from . import triton as triton_kernels
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -33,6 +33,5 @@ def _select_rows(scores: torch.Tensor, block_map: torch.Tensor) -> None:
     rows = heads * queries
     arguments = nvrtc.address(scores), nvrtc.address(block_map), rows, scores.shape[2], count
     target = nvrtc.target_of(capability(scores.device), scores.device)
-    with launching_on(scores):
-        kernel = nvrtc.load(SOURCE, "select_blocks", target, 0, Operands, scores.device.index)
-        kernel.launch(-(-rows // WARPS), 32 * WARPS, Operands(*arguments))
+    kernel = nvrtc.load(SOURCE, "select_blocks", target, 0, Operands, scores.device.index)
+    kernel.launch(-(-rows // WARPS), 32 * WARPS, Operands(*arguments))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import nvrtc
 from ..checks import in_steps_of_16_bytes
-from ..dispatch import launching_on, multiprocessors
+from ..dispatch import multiprocessors
 from ..room import in_whole_blocks
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -57,11 +57,10 @@ def quantize_rows(
     scale = torch.empty(batch, length, dtype=torch.float32, device=x.device)
     rows = batch * length
     operands = Operands(*map(nvrtc.address, (x, q, scale)), length, rows, *x.stride()[:2])
-    with launching_on(x):
-        kernel = nvrtc.load(
-            SOURCE, "quantize_rows", TARGET, 8 * warps, Operands, x.device.index,
-            WARPS=warps, EACH=each, CHANNELS=channels, PROGRAMS=programs,
-            ACTIVATE=int(activation is not None), BF16=int(x.dtype == torch.bfloat16),
-        )  # fmt: skip
-        kernel.launch(min(rows, programs * multiprocessors(x.device)), 32 * warps, operands)
+    kernel = nvrtc.load(
+        SOURCE, "quantize_rows", TARGET, 8 * warps, Operands, x.device.index,
+        WARPS=warps, EACH=each, CHANNELS=channels, PROGRAMS=programs,
+        ACTIVATE=int(activation is not None), BF16=int(x.dtype == torch.bfloat16),
+    )  # fmt: skip
+    kernel.launch(min(rows, programs * multiprocessors(x.device)), 32 * warps, operands)
     return q, scale

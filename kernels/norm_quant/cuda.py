@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import nvrtc
 from ..checks import in_steps_of_16_bytes
-from ..dispatch import capability, launching_on, multiprocessors
+from ..dispatch import capability, multiprocessors
 from ..norm.triton import modulation_strides
 from ..room import in_whole_blocks
 
@@ -71,13 +71,12 @@ def layer_norm_quant(
         int.from_bytes(struct.pack("<f", eps), "little"),
     )  # fmt: skip
     target = nvrtc.target_of(capability(x.device), x.device)
-    with launching_on(x):
-        kernel = nvrtc.load(
-            SOURCE, "layer_norm_quant", target, shared_bytes(channels, sides * teams), Operands,
-            x.device.index,
-            SIDES=sides, EACH=each, TEAMS=teams, BF16=int(x.dtype == torch.bfloat16),
-        )  # fmt: skip
-        kernel.launch(batch * programs, 32 * sides * teams, operands)
+    kernel = nvrtc.load(
+        SOURCE, "layer_norm_quant", target, shared_bytes(channels, sides * teams), Operands,
+        x.device.index,
+        SIDES=sides, EACH=each, TEAMS=teams, BF16=int(x.dtype == torch.bfloat16),
+    )  # fmt: skip
+    kernel.launch(batch * programs, 32 * sides * teams, operands)
     return q, q_scale
 
 

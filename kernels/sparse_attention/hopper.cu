@@ -34,19 +34,27 @@ struct Stage {
     i8 values[BLOCK_BYTES];  // [HEAD_DIM, BLOCK_K] e4m3, swizzled
 };
 
-struct Shared {
+// All of it is swizzled, so nothing else may come in between.
+struct Swizzled {
     Stage stages[STAGES];
+    i8 queries[2][2][64 * HEAD_DIM];  // of this tile and the next, [BLOCK_Q, HEAD_DIM]
 #if BRANCH
-    u16 mix[2][HEAD_DIM * 64];  // [2, channel out, 64 channels in], swizzled
-    u64 mix_full;
-    u64 mix_empty;
+    u16 mix[2][HEAD_DIM * 64];  // [2, channel out, 64 channels in]
 #endif
-    i8 queries[2][2][64 * HEAD_DIM];  // of this tile and the next, [BLOCK_Q, HEAD_DIM], swizzled
+};
+
+static_assert(sizeof(Swizzled) % SWIZZLE_ALIGNMENT == 0);
+
+struct Shared : Swizzled {
     float4 promoted[16][32 * CONSUMER_WARPS];  // [BLOCK_Q, HEAD_DIM], a column for each thread
     u64 full[STAGES];
     u64 empty[STAGES];
     u64 q_full[2];  // the queries
     u64 q_empty[2];
+#if BRANCH
+    u64 mix_full;
+    u64 mix_empty;
+#endif
     float scale[STAGES];  // of the keys
     int inside[STAGES];   // keys from the block's first to the end
     float q_scale[2];

@@ -9,7 +9,7 @@ import torch
 
 from .. import nvrtc
 from ..checks import in_steps_of_16_bytes
-from ..dispatch import capability, launching_on, multiprocessors
+from ..dispatch import capability, multiprocessors
 
 SOURCE = Path(__file__).with_suffix(".cu")
 HEAD_DIM = 128
@@ -67,12 +67,11 @@ def text_attention(
         _bits(math.log2(repeats)), _bits(LOG2_E * HEAD_DIM**-0.5),
     )  # fmt: skip
     target = nvrtc.target_of(capability(q.device), q.device)
-    with launching_on(q):
-        kernel = nvrtc.load(
-            SOURCE, "text_attention", target, SHARED_BYTES, Operands, q.device.index,
-            WARPS=WARPS, BF16=int(q.dtype == torch.bfloat16),
-        )  # fmt: skip
-        kernel.launch(programs * batch * heads, 32 * WARPS, operands)
+    kernel = nvrtc.load(
+        SOURCE, "text_attention", target, SHARED_BYTES, Operands, q.device.index,
+        WARPS=WARPS, BF16=int(q.dtype == torch.bfloat16),
+    )  # fmt: skip
+    kernel.launch(programs * batch * heads, 32 * WARPS, operands)
     return out
 
 

@@ -118,6 +118,21 @@ def test_tensor_maps_follow_their_tensors():
         assert torch.equal(made.run(inputs), function(*inputs))
 
 
+def test_a_map_that_the_driver_refuses_leaves_no_address_behind(monkeypatch):
+    made = recorded(lambda x: scaled(x, 2, x.view(torch.int16)), rows(0, 2, 16))
+    x, y = rows(1, 2, 16), rows(2, 2, 16)
+    expected = made.run((x,))
+    with monkeypatch.context() as patched:
+        patched.setattr(nvrtc, "map_of", refuse)
+        with pytest.raises(RuntimeError, match="refused"):
+            made.run((y,))
+    assert torch.equal(made.run((x,)), expected)
+
+
+def refuse(*_):
+    raise RuntimeError("refused")
+
+
 def test_a_map_from_elsewhere_is_not_recorded():
     x = rows(0, 2, 16)
     known = nvrtc.tensor_map(x.view(torch.int16), (8, 32))
