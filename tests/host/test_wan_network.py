@@ -17,6 +17,7 @@ from turbodiffusion_pack.turbo_core.host.wan_network import (
 from turbodiffusion_pack.turbo_core.training.batches import Batch
 from turbodiffusion_pack.turbo_core.training.initial_weights import initial_weights
 from turbodiffusion_pack.turbo_core.training.losses import consistency_tangent
+from turbodiffusion_pack.turbo_core.training.recorded import Backward
 from turbodiffusion_pack.turbo_core.training.velocity import velocity_of
 
 SLA = {"topk": 0.5, "block_q": 64, "block_k": 64}
@@ -158,6 +159,31 @@ def test_checkpointing_changes_no_gradient():
         found.append([p.grad for p in ours.parameters()])
     assert all(a.equal(b) for a, b in zip(*found, strict=True))
     assert all(grad.abs().sum() > 0 for grad in found[0])
+
+
+def test_checkpointing_leaves_generators_alone(monkeypatch):
+    """Their state cannot be read while a CUDA graph is recorded."""
+    ours = network(sizes())
+    ours.checkpointing = True
+    x, timestep, context, _ = inputs(sizes())
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("the CPU's was read"))
+    ours(x, timestep, context).square().mean().backward()
+
+
+@pytest.mark.gpu
+def test_a_graph_holds_checkpointing():
+    ours = network(sizes()).cuda()
+    given, found = [x.cuda() for x in inputs(sizes())[:3]], []
+
+    def loss(*given):
+        return ours(*given).square().mean(), {}
+
+    for ours.checkpointing in (False, True):
+        ours.zero_grad()
+        Backward(loss, list(ours.parameters()), recorded=True)(1.0, *given)
+        found.append([p.grad.clone() for p in ours.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 * float(a.abs().max()))
 
 
 def test_wrong_weights_are_refused_by_name():

@@ -244,7 +244,8 @@ class Block(wan.WanAttentionBlock):
         if self.compiled and not has_tangent(x):
             run = self.compiled
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, *inputs, use_reentrant=False)
+            # Nothing in a block is random, and a CUDA graph cannot hold a look at the generators.
+            return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
         return run(*inputs)
 
     def with_tangent(self, x, e, tx, te, freqs, context) -> Dual:

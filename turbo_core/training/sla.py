@@ -115,6 +115,8 @@ class SampledSLATraining(SLATraining):
     ):
         super().__init__(network, student, data, settings, seed, recorded)
         self.base, self.angles = base, torch.tensor(angles, dtype=torch.float64)
+        # As FSDP2 split them: after a forward pass alone, what is outside of blocks stays whole.
+        self.starts = dict(student.named_parameters())
 
     def _learn(self, n: int, slot: int, share: float) -> Values:
         """Gradients at every point of the samples' ways."""
@@ -135,13 +137,13 @@ class SampledSLATraining(SLATraining):
         x0 = x - over_axes(level, x).to(x.dtype) * answer.detach()
         return loss, {"loss": loss.detach(), "x0": x0}
 
+    @torch.no_grad()
     def exported(self) -> dict[str, torch.Tensor]:
         """base + (tuned - student) by parameter name; SLA's projections as they are."""
-        base, student = (dict(n.named_parameters()) for n in (self.base(), self.teacher))
-        averages = super().exported()
+        base = dict(self.base().named_parameters())
         return {
-            name: base[name] + (average - student[name]) if name in base else average
-            for name, average in averages.items()
+            name: base[name] + (average - self.starts[name]) if name in base else average
+            for name, average in super().exported().items()
         }
 
     @torch.no_grad()
