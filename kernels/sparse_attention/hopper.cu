@@ -608,7 +608,8 @@ __device__ __forceinline__ void consume(Shared& shared, const Operands& o) {
         long long place = ((long long)(head / o.heads) * o.length + first_row) * o.heads
             + head % o.heads;
         u32* out = o.out + place * (HEAD_DIM / 2);
-        prefetch_tile(out, row, pair, o.length - first_row, o.heads * (HEAD_DIM / 2), o.add);
+        prefetch_tile(out, row, pair, o.length - first_row, o.heads * (HEAD_DIM / 2),
+                      BRANCH || o.add);
         float own_scale = shared.q_scale[q_ring.stage];
         u64* q_empty = &shared.q_empty[q_ring.stage];
         u64 own_queries = queries;

@@ -64,7 +64,7 @@ def text_attention(
     short = mma if mma is not None and k.shape[1] <= mma.KEYS else None
     kernels = choose(
         "text_attention", backend, q, reference, triton_kernels, mma=short,
-        unsupported=unsupported, operands=(q, k, v), layout=layouts(q, k, v),
+        unsupported=unsupported, operands=(q, k, v, out), layout=layouts(q, k, v, out),
     )  # fmt: skip
     return kernels.text_attention(q, k, v, repeats, weight, row_norms, out)
 

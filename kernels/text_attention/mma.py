@@ -24,11 +24,11 @@ Operands = nvrtc.operands(
 )
 
 
-def unfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+def unfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> str | None:
     """Why the kernel cannot attend to this short text; None where it can."""
     if q.shape[-1] != HEAD_DIM:
         return f"the head dim is {q.shape[-1]}, not {HEAD_DIM}"
-    if not all(map(in_steps_of_16_bytes, (q, k, v))):
+    if not all(map(in_steps_of_16_bytes, (q, k, v, out))):
         return "rows do not begin at multiples of 16 bytes"
     if max(*q.stride(), *k.stride(), *v.stride()) >= 2**31:
         return "strides exceed int32"

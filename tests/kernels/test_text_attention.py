@@ -110,6 +110,20 @@ def test_norm_and_views_of_whole_heads(length):
     assert goldens.relative_error(y, expected) <= 8e-3
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+def test_cuda_takes_what_begins_at_multiples_of_16_bytes(name):
+    if mma is None:
+        pytest.skip("Triton is not installed")
+    given = {
+        x: torch.zeros(1, 4, 2, 128, dtype=torch.float16, device=DEVICE) for x in (*"qkv", "out")
+    }
+    assert mma.unfit(**given) is None
+    given[name] = torch.zeros(1 + 4 * 256, dtype=torch.float16, device=DEVICE)[1:].view(
+        1, 4, 2, 128
+    )
+    assert mma.unfit(**given) == "rows do not begin at multiples of 16 bytes"
+
+
 @pytest.mark.parametrize("heads", (1, 12, 40))
 def test_every_row_has_a_warp(heads):
     """Programs are as many as fill the GPU evenly, and never more than there are tiles."""
