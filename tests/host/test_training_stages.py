@@ -338,6 +338,14 @@ def test_sla_may_be_tuned_on_the_student(run, tmp_path):
         torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-6)
     moved = max((merged[name] - student[name]).abs().max() for name in student)
     assert moved > 1e-5
+    save_file(
+        {name: tensor + 1e-3 for name, tensor in student.items()}, tmp_path / "other.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="was tuned on another student than other"):
+        merge_files(
+            base["base"], sla / MODEL, tmp_path / "other.safetensors", tmp_path / "no.safetensors"
+        )
+    assert not (tmp_path / "no.safetensors").exists()
 
 
 def test_the_student_is_met_where_its_samples_go(run):

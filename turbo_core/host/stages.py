@@ -19,7 +19,7 @@ from ..training.batches import Data, Draws
 from ..training.estimate import show
 from ..training.initial_weights import initial_weights
 from ..training.loop import train
-from ..training.merge import merge_files, table
+from ..training.merge import STUDENT, merge_files, sha256_of, table
 from ..training.presets import PRESETS, Preset, chosen, settings_of
 from ..training.processes import grouped, rank, say
 from ..training.rcm import RCMTraining
@@ -136,11 +136,13 @@ def _train(args, device: torch.device, stage: str, columns: tuple[str, ...], beg
         data.check(preset.latent, image=preset.sizes.in_channels == 36)
         choose_kernels(preset, device)
         training = begin(preset, data)
+        about = {"stage": stage, "preset": args.preset, **_plain(settings)}
+        if getattr(settings, "after_rcm", False) and (student := _student_path(args)).is_file():
+            about[STUDENT] = sha256_of(student)
         report = Report(folder.path, list(columns), settings.steps)
         sample = _sampler(training, data, preset.seed, decoder(path, device))
         every = (preset.save_every, sample, preset.sample_every)
         train(folder, report, training.state(), training.step, *every)
-        about = {"stage": stage, "preset": args.preset, **_plain(settings)}
         folder.finish(lambda part: _save(part / MODEL, training.exported(), about))
 
 
@@ -193,9 +195,13 @@ def _base(args: argparse.Namespace, preset: Preset) -> Tensors:
 
 
 def _student(args: argparse.Namespace, preset: Preset) -> Tensors:
-    """The weights of rCM's student: --rcm, or RUN's."""
-    path = args.rcm or run_folder.RunFolder(args.out, "rcm").sibling("rcm") / MODEL
-    return _dense(path, args, preset, "take what the stage rcm wrote")
+    """The weights of rCM's student."""
+    return _dense(_student_path(args), args, preset, "take what the stage rcm wrote")
+
+
+def _student_path(args: argparse.Namespace) -> Path:
+    """--rcm, or RUN's."""
+    return args.rcm or run_folder.RunFolder(args.out, "rcm").sibling("rcm") / MODEL
 
 
 def _dense(path: Path, args: argparse.Namespace, preset: Preset, instead: str) -> Tensors:

@@ -1,7 +1,8 @@
 """Merges the two trainings: base + (SLA - base) + (rCM - base) (TurboDiffusion, section 1.2).
 
-SLA fine-tuning and rCM distillation start from the same base and never see each other. Their
-updates are added in float32, tensor by tensor, so that it takes little memory beside the files.
+SLA fine-tuning and rCM distillation start from the same base and never see each other, or SLA is
+tuned on rCM's student, whose SHA-256 its file then tells. Their updates are added in float32,
+tensor by tensor, so that it takes little memory beside the files.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ Tensors = dict[str, torch.Tensor]
 OUTSIDE = "outside the blocks"
 ALIKE = 0.5  # cosine of two updates that learned the same, as trainings of different kinds do not
 METADATA = "turbodiffusion_merge"
+STUDENT = "student_sha256"  # in the metadata of an SLA that was tuned on rCM's student
 WORKFLOW = ("format", "prompt", "workflow")  # what a file may say of itself that is no training
 CHUNK = 2**24  # bytes that are hashed at once
 
@@ -87,7 +89,8 @@ def merge_files(
         The updates by part of the model, see table.
 
     Raises:
-        CheckpointError: a file is not usable, or they do not belong together, see check_mergeable.
+        CheckpointError: a file is not usable, they do not belong together, see check_mergeable, or
+            SLA was tuned on another student.
         ValueError: another suffix, or `target` is one of the files.
         OSError: `target` exists or could not be written; an older one is unchanged.
     """
@@ -98,6 +101,7 @@ def merge_files(
         raise ValueError(f"{target} is one of the files to merge: choose another name")
     checkpoints = [read_checkpoint(path) for path in sources.values()]
     check_mergeable(*checkpoints)
+    _check_student(sla, rcm)
     planned = file_tensors(_with_proj_l(checkpoints[0], checkpoints[1]), "comfy")
     updates: Updates = {}
     merged = merged_tensors(*checkpoints, weights, updates)
@@ -234,6 +238,16 @@ def _check_alike(name: str, checkpoint: Checkpoint, base: Checkpoint) -> None:
             )
 
 
+def _check_student(sla: Path, rcm: Path) -> None:
+    """Refuse another student than SLA was tuned on, if it was: their updates make no model."""
+    student = read_metadata(sla).get(STUDENT)
+    if student and not (rcm.is_file() and sha256_of(rcm) == student):
+        raise CheckpointError(
+            f"{sla.name} was tuned on another student than {rcm.name}: take the rCM checkpoint "
+            "that it was tuned on, or tune SLA again"
+        )
+
+
 def _provenance(sources: dict[str, Path], weights: tuple[float, float]) -> dict:
     """What the merged file says of where it comes from."""
     files = {}
@@ -242,11 +256,12 @@ def _provenance(sources: dict[str, Path], weights: tuple[float, float]) -> dict:
         training = {name: text for name, text in told.items() if name not in WORKFLOW}
         files[role] = {"file": path.name, "weight": weight, "training": training}
         if path.is_file():
-            files[role]["sha256"] = _sha256(path)
+            files[role]["sha256"] = sha256_of(path)
     return {"formula": "base + weight (sla - base) + weight (rcm - base)", **files}
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
