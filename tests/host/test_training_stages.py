@@ -362,7 +362,8 @@ def test_the_student_is_met_where_its_samples_go(run):
             lambda _, given, out, name=name: asked.setdefault(name, []).append((given, out))
         )
     settings = dataclasses.replace(preset.sla, batch=3, micro_batch=3)
-    SampledSLATraining(sparse, dense, None, angles, data, settings, seed=0).step(0)
+    training = SampledSLATraining(sparse, dense, None, angles, data, settings, seed=0)
+    told = training._learn(0, 0, 1.0)
     assert len(asked["sparse"]) == len(asked["dense"]) == 4
     draws, x0 = Draws(0, 0, 0, CPU), 0.0
     batch = draws.batch(data, 3)
@@ -375,6 +376,20 @@ def test_the_student_is_met_where_its_samples_go(run):
         assert context.equal(batch.context)
         assert asked["dense"][place][0][0].equal(x)
         x0 = x - level * out.detach()
+    pairs = zip(asked["sparse"], asked["dense"], strict=True)
+    losses = [(a - b).square().mean().item() for (_, a), (_, b) in pairs]
+    assert float(told["loss"]) == pytest.approx(mean(losses), rel=1e-4)
+    assert_gradients_of_the_mean(sparse, dense, [given for given, _ in asked["sparse"][:4]])
+
+
+def assert_gradients_of_the_mean(sparse, dense, points) -> None:
+    """Of all points' losses, in the projections, which the gradients reach last."""
+    weights = [block.self_attn.proj_l.weight for block in sparse.blocks]
+    found = [weight.grad.clone() for weight in weights]
+    losses = [(sparse(*given) - dense(*given).detach()).square().mean() for given in points]
+    wanted = torch.autograd.grad(sum(losses) / len(losses), weights)
+    for got, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-9)
 
 
 def test_sla_on_the_student_goes_on_as_if_it_had_not_stopped(run, tmp_path):
