@@ -1,9 +1,10 @@
 // Sparse attention in low bits for Hopper: int8 q k^T, fp8 weights and values, fp32 all else.
 //
 // A persistent program takes one query block of 128 rows after another, a tile. One warp copies the
-// selected key blocks into a ring of stages, two more bring the next tile's queries. Two warpgroups
-// take 64 query rows each. While a block is weighed, the product of the last one's weights with its
-// values runs, and the scores of the next one; at a tile's end those of the next tile.
+// selected key blocks into a ring of stages, two more bring the next tile's queries, and the last one
+// what a head's linear branch is multiplied with. Two warpgroups take 64 query rows each. While a
+// block is weighed, the product of the last one's weights with its values runs, and the scores of the
+// next one; at a tile's end those of the next tile.
 //
 // Key blocks lie in memory as the tensor cores read them, see `quantize` in hopper.py.
 

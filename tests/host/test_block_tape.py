@@ -17,9 +17,13 @@ needs_resident = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("small", [None, 0], ids=["rooms together", "each room by itself"])
-def test_a_tape_launches_the_same(small):
-    assert block_launches.differences(small) == []
+@pytest.mark.parametrize(
+    ("small", "card"),
+    [(None, (9, 0)), (0, (9, 0)), (None, (8, 9)), (None, (8, 0))],
+    ids=["rooms together", "each room by itself", "Ada", "A100"],
+)
+def test_a_tape_launches_the_same(small, card):
+    assert block_launches.differences(small, card) == []
 
 
 def test_blocks_run_from_a_tape_where_all_decides_alike():

@@ -1,6 +1,6 @@
 """What a fused block launches, anew and from its tape, without a GPU.
 
-In a process of its own: Hopper is pretended, kernels are named but neither compiled nor run, and
+In a process of its own: a card is pretended, kernels are named but neither compiled nor run, and
 tensors lie on the CPU. A driver takes the launches down as it would read them.
 """
 
@@ -20,10 +20,10 @@ import fresh_process
 LAYERS, TOKENS, TEXT, DIM, FFN = 2, 384, 512, 256, 512
 
 
-def differences(small: int | None) -> list[str]:
-    """How a block's launches from a tape differ from those anew; rooms of at most `small` bytes
-    come together, as many as in use if None."""
-    return fresh_process.call(_differences, small)
+def differences(small: int | None, card: tuple[int, int]) -> list[str]:
+    """How a block's launches from a tape differ from those anew, on a card of this capability;
+    rooms of at most `small` bytes come together, as many as in use if None."""
+    return fresh_process.call(_differences, small, card)
 
 
 def from_tape() -> dict[str, list[bool]]:
@@ -46,7 +46,7 @@ class Triton:
         import torch
 
         def kind(x) -> str:
-            if x is None or isinstance(x, torch.dtype):
+            if x is None or isinstance(x, torch.dtype | str):
                 return "constexpr"
             if isinstance(x, torch.Tensor):
                 return "*i8"
@@ -130,7 +130,7 @@ def _start_comfyui_on_the_cpu() -> None:
 
 
 @contextlib.contextmanager
-def blocks(small: int | None = None):
+def blocks(small: int | None = None, card: tuple[int, int] = (9, 0)):
     """A function that runs all blocks of a small model in a pass; the driver; and that model."""
     _start_comfyui_on_the_cpu()
     import pretended_card  # before all that asks for the card
@@ -193,7 +193,7 @@ def blocks(small: int | None = None):
     ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        stack.enter_context(pretended_card.pretended((9, 0), has_nvrtc=True))
+        stack.enter_context(pretended_card.pretended(card, has_nvrtc=True))
         for stub in stubs:
             stack.enter_context(stub)
         block_tape._tapes.clear()
@@ -204,8 +204,9 @@ def _modules() -> list:
     return [m for name, m in sys.modules.items() if name.startswith("turbodiffusion_pack.kernels.")]
 
 
-def _differences(small: int | None) -> list[str]:
-    with blocks(small) as (run, library, _):
+def _differences(small: int | None, card: tuple[int, int]) -> list[str]:
+    with blocks(small, card) as (run, library, _):
+        from turbodiffusion_pack.kernels.tape import Tape
         from turbodiffusion_pack.turbo_core import run_report
         from turbodiffusion_pack.turbo_core.host import block_tape
 
@@ -214,6 +215,8 @@ def _differences(small: int | None) -> list[str]:
             with run_report.noting() as noted:
                 anew = _watched(run, library)
         run()
+        if not any(isinstance(tape, Tape) for tape in block_tape._tapes.values()):
+            return ["nothing is recorded"]
         with run_report.noting() as noted_again:
             again = _watched(run, library)
     found = _compare(*anew, *again)
