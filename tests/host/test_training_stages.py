@@ -265,6 +265,19 @@ def test_how_it_is_computed_may_change_but_not_what(run, tmp_path):
             stage(tmp_path, "teacher", "steps=1", "text_channels=32", data=run / "latents")
 
 
+@pytest.mark.parametrize("name, setting", [("sla", "after_rcm"), ("rcm", "sampler_angles")])
+def test_a_folder_of_an_earlier_version_goes_on_as_it_began(run, tmp_path, name, setting):
+    """One of 0.8.1 says nothing of the setting: it ran without."""
+    base = {"data": run / "latents", "base": run / "teacher" / MODEL}
+    settings = stage(tmp_path, name, "steps=1", **base) / "settings.json"
+    told = json.loads(settings.read_text())
+    assert told[name].pop(setting) is False
+    settings.write_text(json.dumps(told))
+    stage(tmp_path, name, "steps=1", **base)
+    with pytest.raises(TrainingError, match=rf"{name}\.{setting} false, now true"):
+        stage(tmp_path, name, "steps=1", f"{setting}=True", **base)
+
+
 def test_a_full_disk_keeps_no_process_waiting(tmp_path, monkeypatch):
     """The others gather every tensor, so the one that writes does, even if it can write none."""
     gathered = []
