@@ -405,6 +405,15 @@ def assert_gradients_of_the_mean(sparse, dense, points) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("told", [{}, {"rollout": "2", "sigma_max": "100.0"}])
+def test_the_student_says_where_its_sampler_goes(tmp_path, told):
+    """rcm --set rollout=2, which is no setting of the stage sla."""
+    args = argparse.Namespace(out=tmp_path, rcm=tmp_path / "student.safetensors")
+    save_file({"weight": torch.zeros(1)}, args.rcm, metadata=told)
+    wanted = rcm_angles(2, 100.0) if told else rcm_angles(4, 80.0)
+    assert stages._angles(args, PRESETS["toy-cpu"]) == wanted[:-1]
+
+
 def test_sla_on_the_student_goes_on_as_if_it_had_not_stopped(run, tmp_path):
     base = {"data": run / "latents", "base": run / "teacher" / "model.safetensors"}
     settings = ("after_rcm=True", "steps=3", "micro_batch=4", "lr=0.001")
