@@ -34,6 +34,7 @@ from turbodiffusion_pack.turbo_core.host.stages import (  # noqa: E402
     recorded,
     sla_options,
 )
+from turbodiffusion_pack.turbo_core.rcm import rcm_angles  # noqa: E402
 from turbodiffusion_pack.turbo_core.training.batches import Batch  # noqa: E402
 from turbodiffusion_pack.turbo_core.training.presets import (  # noqa: E402
     PRESETS,
@@ -42,7 +43,10 @@ from turbodiffusion_pack.turbo_core.training.presets import (  # noqa: E402
 )
 from turbodiffusion_pack.turbo_core.training.processes import count, processes, say  # noqa: E402
 from turbodiffusion_pack.turbo_core.training.rcm import RCMTraining  # noqa: E402
-from turbodiffusion_pack.turbo_core.training.sla import SLATraining  # noqa: E402
+from turbodiffusion_pack.turbo_core.training.sla import (  # noqa: E402
+    SampledSLATraining,
+    SLATraining,
+)
 from turbodiffusion_pack.turbo_core.training.teacher import TeacherTraining  # noqa: E402
 
 GIB = 2**30
@@ -84,6 +88,9 @@ def begin(stage: str, preset: Preset, device: torch.device):
     if stage == "teacher":
         return TeacherTraining(network, data, settings, 0, replayed)
     dense = random_network(preset, device).requires_grad_(False)
+    if stage == "sla" and settings.after_rcm:
+        angles = rcm_angles(preset.rcm.rollout, preset.rcm.sigma_max)[:-1]
+        return SampledSLATraining(network, dense, None, angles, data, settings, 0, replayed)
     if stage == "sla":
         return SLATraining(network, dense, data, settings, 0, replayed)
     fake = random_network(preset, device)

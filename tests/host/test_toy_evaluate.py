@@ -107,6 +107,18 @@ def test_sla_after_rcm_is_measured_beside_the_student(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_sla_is_examined_as_the_run_has_it(tmp_path):
+    """--set changed it, or an earlier version had other presets and no after_rcm."""
+    preset = dataclasses.replace(SMALL, sla=dataclasses.replace(SMALL.sla, after_rcm=True))
+    assert toy_evaluate.as_trained(preset, tmp_path) == preset
+    told = {**dataclasses.asdict(SMALL.sla), "topk": 0.7, "betas": [0.9, 0.99]}
+    del told["after_rcm"]
+    with run_folder.open(tmp_path, "sla", {"preset": "toy-cpu", "sla": told}):
+        pass
+    found = toy_evaluate.as_trained(preset, tmp_path).sla
+    assert (found.topk, found.block_k, found.after_rcm) == (0.7, SMALL.sla.block_k, False)
+
+
 @pytest.mark.parametrize("kind", ["text", "picture"])
 def test_nodes_sample_what_the_network_does(tmp_path, kind):
     """One step, so no noise is drawn: INT8 and bf16 against fp32; two experts for a picture."""

@@ -265,6 +265,19 @@ def test_how_it_is_computed_may_change_but_not_what(run, tmp_path):
             stage(tmp_path, "teacher", "steps=1", "text_channels=32", data=run / "latents")
 
 
+@pytest.mark.parametrize("name, setting", [("sla", "after_rcm"), ("rcm", "sampler_angles")])
+def test_a_folder_of_an_earlier_version_goes_on_as_it_began(run, tmp_path, name, setting):
+    """One of 0.8.1 says nothing of the setting: it ran without."""
+    base = {"data": run / "latents", "base": run / "teacher" / MODEL}
+    settings = stage(tmp_path, name, "steps=1", **base) / "settings.json"
+    told = json.loads(settings.read_text())
+    assert told[name].pop(setting) is False
+    settings.write_text(json.dumps(told))
+    stage(tmp_path, name, "steps=1", **base)
+    with pytest.raises(TrainingError, match=rf"{name}\.{setting} false, now true"):
+        stage(tmp_path, name, "steps=1", f"{setting}=True", **base)
+
+
 def test_a_full_disk_keeps_no_process_waiting(tmp_path, monkeypatch):
     """The others gather every tensor, so the one that writes does, even if it can write none."""
     gathered = []
@@ -390,6 +403,15 @@ def assert_gradients_of_the_mean(sparse, dense, points) -> None:
     wanted = torch.autograd.grad(sum(losses) / len(losses), weights)
     for got, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("told", [{}, {"rollout": "2", "sigma_max": "100.0"}])
+def test_the_student_says_where_its_sampler_goes(tmp_path, told):
+    """rcm --set rollout=2, which is no setting of the stage sla."""
+    args = argparse.Namespace(out=tmp_path, rcm=tmp_path / "student.safetensors")
+    save_file({"weight": torch.zeros(1)}, args.rcm, metadata=told)
+    wanted = rcm_angles(2, 100.0) if told else rcm_angles(4, 80.0)
+    assert stages._angles(args, PRESETS["toy-cpu"]) == wanted[:-1]
 
 
 def test_sla_on_the_student_goes_on_as_if_it_had_not_stopped(run, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import CheckpointError, read_checkpoint
+from ..checkpoint.file import read_metadata
 from ..checkpoint.write import write_safetensors
 from ..rcm import rcm_angles
 from ..training import rcm as rcm_training
@@ -67,9 +68,8 @@ def sla(args: argparse.Namespace, device: torch.device) -> None:
         dense = _frozen(_network(preset, device, weights))
         if not settings.after_rcm:
             return SLATraining(sparse, dense, *rest)
-        angles = rcm_angles(preset.rcm.rollout, preset.rcm.sigma_max)[:-1]
         base_network = functools.partial(_network, preset, device, base)
-        return SampledSLATraining(sparse, dense, base_network, angles, *rest)
+        return SampledSLATraining(sparse, dense, base_network, _angles(args, preset), *rest)
 
     _train(args, device, "sla", sla_training.COLUMNS, begin)
 
@@ -202,6 +202,13 @@ def _student(args: argparse.Namespace, preset: Preset) -> Tensors:
 def _student_path(args: argparse.Namespace) -> Path:
     """--rcm, or RUN's."""
     return args.rcm or run_folder.RunFolder(args.out, "rcm").sibling("rcm") / MODEL
+
+
+def _angles(args: argparse.Namespace, preset: Preset) -> list[float]:
+    """Of the student's sampler, falling: as its file says that it was trained, or as the preset."""
+    told = read_metadata(_student_path(args))
+    rollout = int(told.get("rollout", preset.rcm.rollout))
+    return rcm_angles(rollout, float(told.get("sigma_max", preset.rcm.sigma_max)))[:-1]
 
 
 def _dense(path: Path, args: argparse.Namespace, preset: Preset, instead: str) -> Tensors:

@@ -1,6 +1,7 @@
 """The stage evaluate: every model of a toy run, examined on the same prompts and noise."""
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     if (asked := recipe(args, "evaluate")) is None:
         return
     preset, settings, told = asked
+    preset = as_trained(preset, args.out)
     with run_folder.open(args.out, "evaluate", {**told, "low": str(args.low)}) as folder:
         if folder.finished is not None:
             say(f"{folder.path} is finished\n\n{(folder.path / 'table.md').read_text('utf-8')}")
@@ -55,6 +57,12 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         text = report(examination, models, settings)
         folder.finish(lambda part: _write(part, examination, text))
         say(text)
+
+
+def as_trained(preset: Preset, run: Path) -> Preset:
+    """The preset with SLA as the run has it, of --set or an earlier version."""
+    told = run_folder.RunFolder(run, "sla").settings.get("sla")
+    return dataclasses.replace(preset, sla=SLA(**told)) if told else preset
 
 
 class Models:

@@ -112,7 +112,7 @@ def consistency_gradient(
     x: torch.Tensor,
     tangent: torch.Tensor,
     angle: torch.Tensor,
-    warmup: float,
+    warmup: float | torch.Tensor,
 ) -> torch.Tensor:
     """cos t df/dt of the student's denoised f = cos t x - sin t F, float64 (rCM, equation 5).
 
@@ -125,7 +125,7 @@ def consistency_gradient(
         x: the point at `angle`.
         tangent: what consistency_tangent returns.
         angle: [B].
-        warmup: r, see warmup_share.
+        warmup: r, see warmup_share; a tensor [] of it in a recorded pass.
     """
     t = over_axes(angle, x)
     pull = t.cos() * (1 - (warmup * t.sin()) ** 2).sqrt() * (student - teacher)

@@ -49,6 +49,12 @@ class RunFolder:
         """What finished.json says, None until the stage is through."""
         return agreed(lambda: _finished(self.path))
 
+    @property
+    def settings(self) -> dict:
+        """What the stage was started with; nothing if it was not."""
+        path = self.path / SETTINGS
+        return _read_json(path) if path.exists() else {}
+
     def sibling(self, stage: str) -> Path:
         """The folder of another stage of this run, which must be finished.
 

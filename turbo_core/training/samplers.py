@@ -48,8 +48,8 @@ def few_steps(
 ) -> torch.Tensor:
     """x0 [B, ...] by rCM's stochastic steps: denoise, noise again at the next angle, denoise.
 
-    Gradients flow through the last step alone: it is also the rollout that rCM's score
-    regulariser is evaluated on (arXiv 2510.08431, section 3).
+    Gradients flow through the last step alone, as in the rollouts that rCM's score regulariser is
+    evaluated on (arXiv 2510.08431, section 3), see last_point.
 
     Args:
         velocity: the student.
