@@ -12,6 +12,8 @@ if has_triton():
 else:
     cuda = triton_kernels = None
 
+SHORT = 512  # scores of a row
+
 __all__ = [
     "block_map",
     "block_means",
@@ -100,9 +102,12 @@ def select_blocks(
         raise TypeError(f"means must be float32, got {q_means.dtype} and {k_means.dtype}")
     if not 1 <= count <= blocks:
         raise ValueError(f"count must be 1 to {blocks}, the number of key blocks, got {count}")
+    # Triton takes short rows in two warps, which CUDA C++ does not do in less time.
+    faster = cuda if blocks > SHORT else None
     kernels = choose(
-        "select_blocks", backend, q_means, reference, triton_kernels, cuda, cuda, operands=(blocks,)
-    )
+        "select_blocks", backend, q_means, reference, triton_kernels, faster, faster,
+        operands=(blocks,),
+    )  # fmt: skip
     return kernels.select_blocks(q_means, k_means, count)
 
 

@@ -25,10 +25,7 @@ def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> t
 
 
 def _select_rows(scores: torch.Tensor, block_map: torch.Tensor) -> None:
-    """`select_rows` of the Triton file, whose two warps take shorter rows in less time."""
-    if scores.shape[2] <= triton_kernels.FEW:
-        triton_kernels.select_rows(scores, block_map)
-        return
+    """`select_rows` of the Triton file."""
     heads, queries, count = block_map.shape
     rows = heads * queries
     arguments = nvrtc.address(scores), nvrtc.address(block_map), rows, scores.shape[2], count

@@ -21,7 +21,6 @@ from ..sparse_attention import (
     PV_DTYPES,
     Int8Blocks,
     attend_quantized,
-    attends_with_branch,
     default_pv,
     room_for_values,
     sage_attention,
@@ -166,14 +165,12 @@ def sla_from_projections(
     q, row_norms = q() if callable(q) else (q, None)
     check_shape("q", q, shape)
     # In 16 bits attention reads the rotated q, which then cannot make room for its linear branch.
-    later = not low_bit or attends_with_branch(kernels)
-    branch = None if later else keys.branch
+    branch = keys.branch if low_bit else None
     queries = prepare(q, q_norm, *rotation, eps, BLOCK_Q, low_bit, q, branch, row_norms, backend)
     if not low_bit:
         return _attend(queries, keys, topk, False, block_map, None, BLOCK_Q, BLOCK_K, backend)
     block_map = _block_map(queries, keys, topk, block_map, backend)
-    quantized = kernels, queries.blocks, k, v, block_map, q
-    return attend_quantized(*quantized, branch is not None, keys.branch if later else None)
+    return attend_quantized(kernels, queries.blocks, k, v, block_map, q, branch is not None)
 
 
 class _Keys(NamedTuple):

@@ -7,7 +7,6 @@ import torch
 from ..block_map import centered_means
 from ..checks import check_block_shape, check_heads, check_shape, float32_on_gpu, not_contiguous
 from ..dispatch import HOPPER, capability, choose, cuda_unavailable, has_fp8, has_triton
-from ..linear_attention import LinearBranch
 from . import gradients_reference, reference
 from .reference import Int8Blocks, Quantized, score_scale
 
@@ -23,7 +22,6 @@ __all__ = [
     "PV_DTYPES",
     "Int8Blocks",
     "attend_quantized",
-    "attends_with_branch",
     "default_pv",
     "room_for_values",
     "sage_attention",
@@ -264,24 +262,13 @@ def attend_quantized(
     block_map: torch.Tensor,
     out: torch.Tensor,
     add: bool,
-    branch: LinearBranch | None = None,
 ) -> torch.Tensor:
     """`sage_attention` of what `kernels`, see `sage_kernels`, quantized: written to `out`
-    [B, L, H, D], or added to what it holds.
-
-    A linear `branch`, which only kernels that `attends_with_branch` take, is added as well, of the
-    rotated queries that `out` holds then.
-    """
+    [B, L, H, D], or added to what it holds."""
     block_q = q.integers.shape[2] // q.scale.shape[2]
     _check_attention(out, block_map, block_q, v[0].shape[-1], None)
     operands = Quantized(q.integers, q.scale * score_scale(out), *k, *v)
-    known = () if branch is None else (branch,)
-    return kernels.sage_attention(operands, block_map, out, add, *known)
-
-
-def attends_with_branch(kernels: ModuleType) -> bool:
-    """Whether `attend_quantized` takes a linear branch there: cheaper than where q is prepared."""
-    return kernels is hopper and hopper is not None
+    return kernels.sage_attention(operands, block_map, out, add)
 
 
 def default_pv(device: torch.device) -> str:

@@ -1,15 +1,13 @@
 // Sparse attention in low bits for Hopper: int8 q k^T, fp8 weights and values, fp32 all else.
 //
 // A persistent program takes one query block of 128 rows after another, a tile. One warp copies the
-// selected key blocks into a ring of stages, two more bring the next tile's queries, and the last one
-// what a head's linear branch is multiplied with. Two warpgroups take 64 query rows each. While a
-// block is weighed, the product of the last one's weights with its values runs, and the scores of the
-// next one; at a tile's end those of the next tile.
+// selected key blocks into a ring of stages, two more bring the next tile's queries. Two warpgroups
+// take 64 query rows each. While a block is weighed, the product of the last one's weights with its
+// values runs, and the scores of the next one; at a tile's end those of the next tile.
 //
 // Key blocks lie in memory as the tensor cores read them, see `quantize` in hopper.py.
 
-// Defined are BRANCH, whether the linear branch is added, of the rotated queries that are where the
-// sum goes; BF16, whether rows are bfloat16, else float16.
+// Defined is BF16, whether rows are bfloat16, else float16.
 
 #include "hopper.cuh"
 
@@ -17,7 +15,7 @@ constexpr int HEAD_DIM = 128;
 constexpr int BLOCK_Q = 128;
 constexpr int BLOCK_K = 64;
 constexpr int BLOCK_BYTES = BLOCK_K * HEAD_DIM;  // of keys and of values, a byte each
-constexpr int STAGES = BRANCH ? 6 : 7;
+constexpr int STAGES = 7;
 constexpr int CONSUMER_WARPS = 8;
 constexpr int QUERY_WARPS = 2;
 constexpr int THREADS = 32 * (CONSUMER_WARPS + 4);
@@ -35,27 +33,14 @@ struct Stage {
     i8 values[BLOCK_BYTES];  // [HEAD_DIM, BLOCK_K] e4m3, swizzled
 };
 
-// All of it is swizzled, so nothing else may come in between.
-struct Swizzled {
+struct Shared {
     Stage stages[STAGES];
-    i8 queries[2][2][64 * HEAD_DIM];  // of this tile and the next, [BLOCK_Q, HEAD_DIM]
-#if BRANCH
-    u16 mix[2][HEAD_DIM * 64];  // [2, channel out, 64 channels in]
-#endif
-};
-
-static_assert(sizeof(Swizzled) % SWIZZLE_ALIGNMENT == 0);
-
-struct Shared : Swizzled {
+    i8 queries[2][2][64 * HEAD_DIM];  // of this tile and the next, [BLOCK_Q, HEAD_DIM], swizzled
     float4 promoted[16][32 * CONSUMER_WARPS];  // [BLOCK_Q, HEAD_DIM], a column for each thread
     u64 full[STAGES];
     u64 empty[STAGES];
     u64 q_full[2];  // the queries
     u64 q_empty[2];
-#if BRANCH
-    u64 mix_full;
-    u64 mix_empty;
-#endif
     float scale[STAGES];  // of the keys
     int inside[STAGES];   // keys from the block's first to the end
     float q_scale[2];
@@ -69,10 +54,7 @@ struct Operands {
     const i8* v;           // [B, H, NK, D, BLOCK_K] e4m3, zeros beyond L
     const float* v_scale;  // [B, H, D]
     const int* block_map;  // [B, H, NQ, count]
-    u32* out;              // [B, L, H, D], pairs of 16 bits; the rotated queries, where BRANCH
-    const u16* mix;        // [B, H, 2, D (out), 64 (in)], as it lies in shared memory
-    const float* normalizer;  // [B, H, D]
-    const float* bias;        // [D]
+    u32* out;              // [B, L, H, D], pairs of 16 bits
     int length, count, q_blocks, k_blocks, heads;
     int tiles;             // query blocks of all heads, B H NQ
     int add;               // whether to add to what is in out
@@ -81,10 +63,10 @@ struct Operands {
 static_assert(SHARED_BYTES == SWIZZLE_ALIGNMENT + sizeof(Shared));
 static_assert(OPERANDS_BYTES == sizeof(Operands));
 
-__device__ __forceinline__ void copy(void* to, const void* from, int bytes, u64* barrier) {
+__device__ __forceinline__ void copy_block(void* to, const void* from, u64* barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        ::"r"(shared_address(to)), "l"(from), "r"(BLOCK_BYTES), "r"(shared_address(barrier))
         : "memory");
 }
 
@@ -125,27 +107,6 @@ __device__ __forceinline__ void mma_values(
           "r"(add));
 }
 
-#if BRANCH
-// acc [64 rows, 128 channels] += weights [64, 16 channels in] mix^T
-__device__ __forceinline__ void mma_mix(
-    float (&acc)[64], u32 a0, u32 a1, u32 a2, u32 a3, u64 mix
-) {
-    asm volatile(
-#if BF16
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-#else
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-#endif
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;\n"
-        : F16(acc, 0), F16(acc, 16), F16(acc, 32), F16(acc, 48)
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(mix));
-}
-#endif
-
 // ---- arithmetic ----
 
 // Four weights as e4m3, the first in the lowest byte.
@@ -173,40 +134,7 @@ __device__ __forceinline__ float sum_of_row(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-#if BRANCH
-__device__ __forceinline__ float max_of_row(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-}
-
-// e^x of a query less its maximum, times the normalizers, in place; the divisor of its product.
-// Both count in `unit`s.
-__device__ __forceinline__ float weigh_query(
-    u32 (&packed)[16], const float2 (&normalizers)[16], float unit
-) {
-    const float log2e = 1.4426950408889634f;
-    float high = -1e30f, plain = 0, total = 0;
-#pragma unroll
-    for (int j = 0; j < 16; j++) {
-        float2 x = pair_of(packed[j], BF16);
-        high = fmaxf(high, fmaxf(x.x, x.y));
-    }
-    float shift = -max_of_row(high) * log2e;
-#pragma unroll
-    for (int j = 0; j < 16; j++) {
-        float2 x = pair_of(packed[j], BF16);
-        x.x = exp2_fast(fmaf(x.x, log2e, shift)), x.y = exp2_fast(fmaf(x.y, log2e, shift));
-        plain += x.x + x.y;
-        x.x *= normalizers[j].x * unit, x.y *= normalizers[j].y * unit;
-        total += x.x + x.y;
-        packed[j] = packed_pair(x, BF16);
-    }
-    // phi is e^x / plain: phi z / (1e-5 + sum of phi z) = e^x z / (1e-5 plain + total)
-    return fmaf(1e-5f * unit, sum_of_row(plain), sum_of_row(total));
-}
-#endif
-
-// ---- the roles ----
+// ---- the two roles ----
 
 __device__ __forceinline__ void produce(Shared& shared, const Operands& o) {
     int lane = threadIdx.x % 32;
@@ -232,8 +160,8 @@ __device__ __forceinline__ void produce(Shared& shared, const Operands& o) {
                     u64* full = &shared.full[ring.stage];
                     barrier_expect(full, 2 * BLOCK_BYTES);
                     long long offset = (first_block + own) * BLOCK_BYTES;
-                    copy(shared.stages[ring.stage].keys, o.k + offset, BLOCK_BYTES, full);
-                    copy(shared.stages[ring.stage].values, o.v + offset, BLOCK_BYTES, full);
+                    copy_block(shared.stages[ring.stage].keys, o.k + offset, full);
+                    copy_block(shared.stages[ring.stage].values, o.v + offset, full);
                 }
                 __syncwarp();
                 ring.next();
@@ -273,25 +201,6 @@ __device__ __forceinline__ void produce_queries(Shared& shared, const Operands& 
         ring.next();
     }
 }
-
-#if BRANCH
-// One thread brings each head's mix, long before its first tile's end.
-__device__ __forceinline__ void produce_mix(Shared& shared, const Operands& o) {
-    if (threadIdx.x % 32) return;
-    u32 parity = 0;
-    int brought = -1;
-    for (int tile = blockIdx.x; tile < o.tiles; tile += gridDim.x) {
-        int head = tile / o.q_blocks;
-        if (head == brought) continue;
-        while (!barrier_passed(&shared.mix_empty, parity ^ 1)) __nanosleep(500);
-        barrier_expect(&shared.mix_full, sizeof(shared.mix));
-        const u16* mix = o.mix + (long long)head * HEAD_DIM * HEAD_DIM;
-        copy(shared.mix, mix, sizeof(shared.mix), &shared.mix_full);
-        brought = head;
-        parity ^= 1;
-    }
-}
-#endif
 
 // A thread holds, of rows r = lane / 4 and r + 8 of its warp's 16, keys (or channels)
 // 8 j + 2 (lane % 4) + {0, 1} in x[4 j], x[4 j + 1] and in x[4 j + 2], x[4 j + 3].
@@ -508,66 +417,6 @@ __device__ __forceinline__ void store_tile(
     }
 }
 
-#if BRANCH
-// The same with the linear branch added, of the rotated queries that are there. The sums take it on
-// as they are: what divides its product multiplies them.
-__device__ __forceinline__ void store_tile_with_branch(
-    Shared& shared, float (&acc)[64], const Rows& rows, const Operands& o, int head, u32* out,
-    int row, int pair, int inside, int row_words, bool any_promoted, u32 parity, bool last_of_head
-) {
-    const float2* normalizer = reinterpret_cast<const float2*>(o.normalizer) + 64 * head + pair;
-    const float2* v_scale = reinterpret_cast<const float2*>(o.v_scale) + 64 * head + pair;
-    const float2* bias = reinterpret_cast<const float2*>(o.bias) + pair;
-    u32* out0 = out + (long long)row * row_words + pair;
-    u32* out1 = out0 + (long long)8 * row_words;
-    u32 there0[16] = {}, there1[16] = {};
-    float2 normalizers[16];
-#pragma unroll
-    for (int j = 0; j < 16; j++) {
-        if (row < inside) there0[j] = out0[4 * j];
-        if (row + 8 < inside) there1[j] = out1[4 * j];
-        normalizers[j] = normalizer[4 * j];
-    }
-    // Keeps the normalizers, sums over all keys, in the range of float16.
-    float unit = 32768.0f / max(32768, o.length);
-    float divisor0 = weigh_query(there0, normalizers, unit);
-    float divisor1 = weigh_query(there1, normalizers, unit);
-    float norm0 = divisor0 / sum_of_row(rows.row_sum[0]);
-    float norm1 = divisor1 / sum_of_row(rows.row_sum[1]);
-#pragma unroll
-    for (int j = 0; j < 16; j++) {
-        float4 x = with_promoted(shared, acc, rows, j, any_promoted);
-        float2 scale = v_scale[4 * j];
-        acc[4 * j] = x.x * norm0 * scale.x, acc[4 * j + 1] = x.y * norm0 * scale.y;
-        acc[4 * j + 2] = x.z * norm1 * scale.x, acc[4 * j + 3] = x.w * norm1 * scale.y;
-    }
-    barrier_wait(&shared.mix_full, parity);
-    hold(acc);
-    hold(there0);
-    hold(there1);
-    mma_begin();
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 16; i++)
-        mma_mix(acc, there0[2 * i], there1[2 * i], there0[2 * i + 1], there1[2 * i + 1],
-                matrix_descriptor(shared.mix[i / 4], 128) + i % 4 * 2);
-    mma_commit();
-    mma_wait<0>();
-    hold(acc);
-    hold(there0);
-    hold(there1);
-    if (last_of_head && threadIdx.x % 32 == 0) barrier_arrive(&shared.mix_empty);
-    float factor0 = 1.0f / divisor0, factor1 = 1.0f / divisor1;
-#pragma unroll
-    for (int j = 0; j < 16; j++) {
-        float2 add = bias[4 * j];
-        float2 a = {fmaf(acc[4 * j], factor0, add.x), fmaf(acc[4 * j + 1], factor0, add.y)};
-        float2 b = {fmaf(acc[4 * j + 2], factor1, add.x), fmaf(acc[4 * j + 3], factor1, add.y)};
-        if (row < inside) out0[4 * j] = packed_pair(a, BF16);
-        if (row + 8 < inside) out1[4 * j] = packed_pair(b, BF16);
-    }
-}
-#endif
-
 // Scores that are there trade places.
 __device__ __forceinline__ void swap(int (&a)[32], int (&b)[32]) {
 #pragma unroll
@@ -603,14 +452,12 @@ __device__ __forceinline__ void consume(Shared& shared, const Operands& o) {
     hold(scores);
     hold(other_scores);
     bool arrived = false;
-    u32 mix_parity = 0;
     for (int tile = blockIdx.x; tile < o.tiles; tile += gridDim.x) {
         int head = tile / o.q_blocks, first_row = tile % o.q_blocks * BLOCK_Q;
         long long place = ((long long)(head / o.heads) * o.length + first_row) * o.heads
             + head % o.heads;
         u32* out = o.out + place * (HEAD_DIM / 2);
-        prefetch_tile(out, row, pair, o.length - first_row, o.heads * (HEAD_DIM / 2),
-                      BRANCH || o.add);
+        prefetch_tile(out, row, pair, o.length - first_row, o.heads * (HEAD_DIM / 2), o.add);
         float own_scale = shared.q_scale[q_ring.stage];
         u64* q_empty = &shared.q_empty[q_ring.stage];
         u64 own_queries = queries;
@@ -651,15 +498,8 @@ __device__ __forceinline__ void consume(Shared& shared, const Operands& o) {
         }
         if (lane == 0) barrier_arrive(&shared.empty[previous]);
         if (lane == 0) barrier_arrive(q_empty);
-#if BRANCH
-        bool last_of_head = (tile + gridDim.x) / o.q_blocks != head;
-        store_tile_with_branch(shared, acc, rows, o, head, out, row, pair, o.length - first_row,
-                               o.heads * (HEAD_DIM / 2), first > 0, mix_parity, last_of_head);
-        if (last_of_head) mix_parity ^= 1;
-#else
         store_tile(shared, acc, rows, o.v_scale + (long long)head * HEAD_DIM, out, row, pair,
                    o.length - first_row, o.heads * (HEAD_DIM / 2), o.add, first > 0);
-#endif
         if (o.count % 2) swap(scores, other_scores);
     }
 }
@@ -674,10 +514,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sage_attention(
             barrier_init(&shared.full[i], 1);
             barrier_init(&shared.empty[i], CONSUMER_WARPS);
         }
-#if BRANCH
-        barrier_init(&shared.mix_full, 1);
-        barrier_init(&shared.mix_empty, CONSUMER_WARPS);
-#endif
         for (int i = 0; i < 2; i++) {
             barrier_init(&shared.q_full[i], QUERY_WARPS);
             barrier_init(&shared.q_empty[i], CONSUMER_WARPS);
@@ -695,9 +531,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sage_attention(
             produce(shared, o);
         else if (threadIdx.x < 32 * (CONSUMER_WARPS + 1 + QUERY_WARPS))
             produce_queries(shared, o);
-#if BRANCH
-        else
-            produce_mix(shared, o);
-#endif
     }
 }

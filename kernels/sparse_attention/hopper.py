@@ -7,18 +7,17 @@ import torch
 
 from .. import nvrtc
 from ..dispatch import multiprocessors
-from ..linear_attention import LinearBranch
-from ..linear_attention.triton import project_state
-from ..tape import constant
 from . import triton as triton_kernels
 from .reference import Int8Blocks, Quantized
 
 SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90a"
 THREADS = 384
+# Alignment and hopper.cu's Shared: stages, queries of two tiles, sums.
+SHARED_BYTES = 1024 + 7 * (2 * 64 * 128 + 24) + 128 * 128 * (2 + 4) + 2 * 20
 SHAPE = 128, 128, 64  # head dim, rows in a query and a key block
 Operands = nvrtc.operands(
-    pointers="q q_scale k k_scale v v_scale block_map out mix normalizer bias",
+    pointers="q q_scale k k_scale v v_scale block_map out",
     integers="length count q_blocks k_blocks heads tiles add",
 )
 
@@ -57,55 +56,22 @@ quantize_values = functools.partial(triton_kernels.quantize_values, swizzled=Tru
 
 
 def sage_attention(
-    operands: Quantized,
-    block_map: torch.Tensor,
-    out: torch.Tensor,
-    add: bool,
-    branch: LinearBranch | None = None,
+    operands: Quantized, block_map: torch.Tensor, out: torch.Tensor, add: bool
 ) -> torch.Tensor:
-    """`sage_attention` of the Triton file, on operands of `quantize` above.
-
-    With a `branch`, of softmax, `out` holds the rotated queries: the sum goes in their place.
-    """
+    """`sage_attention` of the Triton file, on operands of `quantize` above."""
     batch, length, heads, _ = out.shape
     q_blocks, count = block_map.shape[2:]
     tiles = batch * heads * q_blocks
     block_map = block_map.contiguous()
-    mixed = (None, None, None) if branch is None else _mixed(branch, out)
     arguments = Operands(
-        *map(nvrtc.address, (*operands, block_map, out, *mixed)),
+        *map(nvrtc.address, (*operands, block_map, out)),
         length, count, q_blocks, operands.k_scale.shape[2], heads, tiles, add,
     )  # fmt: skip
-    with_branch = branch is not None
     kernel = nvrtc.load(
-        SOURCE, "sage_attention", TARGET, shared_bytes(with_branch), Operands, out.get_device(),
-        BRANCH=int(with_branch), BF16=int(out.dtype == torch.bfloat16),
+        SOURCE, "sage_attention", TARGET, SHARED_BYTES, Operands, out.get_device(),
+        BF16=int(out.dtype == torch.bfloat16),
     )  # fmt: skip
     # A program that goes on to another tile takes two blocks of each at least.
     programs = min(tiles, multiprocessors(out.device)) if count > 1 else tiles
     kernel.launch(programs, THREADS, arguments)
     return out
-
-
-def shared_bytes(branch: bool) -> int:
-    """Alignment and hopper.cu's Shared: stages, queries of two tiles, sums, the branch's mix."""
-    own = 1024 + 128 * 128 * (2 + 4) + 2 * 20
-    stage = 2 * 64 * 128 + 24
-    return own + 6 * stage + 128 * 128 * 2 + 24 if branch else own + 7 * stage
-
-
-def _mixed(branch: LinearBranch, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What the kernel takes of the branch: the projected state, the normalizers and the bias."""
-    state, normalizer, weight, bias, _ = branch
-    mix = project_state(state, normalizer, weight, out.dtype, places(out.device))
-    return mix, normalizer.float().contiguous(), bias.float().contiguous()
-
-
-@constant
-def places(device: torch.device) -> torch.Tensor:
-    """Where the numbers of a projected state [D (in), D (out)] lie in shared memory, int32 [D * D]:
-    halves of the channels in, rows of channels out, chunks of 16 bytes swizzled."""
-    place = torch.arange(SHAPE[0], device=device)
-    half, chunk, own = place // 64 * 64 * SHAPE[0], place % 64 // 8, place % 8
-    swizzled = half[:, None] + place * 64 + (chunk[:, None] ^ place % 8) * 8 + own[:, None]
-    return swizzled.flatten().to(torch.int32)

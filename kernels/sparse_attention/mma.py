@@ -9,6 +9,7 @@ from .. import nvrtc
 from ..dispatch import capability
 from . import hopper
 from . import triton as triton_kernels
+from .hopper import Operands
 from .reference import Int8Blocks, Quantized
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -19,10 +20,6 @@ VALUE_LIMIT = 7.0  # 448 / 64: numbers round as if they went up to 448, but thei
 FP8_NVRTC = 12, 8  # the oldest that multiplies fp8 with sums in float16
 # The cards of data centers multiply as fast with float32 sums; GeForce cards at half the rate.
 LONG_SUMS = (8, 0), (9, 0)
-Operands = nvrtc.operands(
-    pointers="q q_scale k k_scale v v_scale block_map out",
-    integers="length count q_blocks k_blocks heads tiles add",
-)
 
 
 def unfit(head_dim: int, block_q: int, block_k: int, pv: str) -> str | None:

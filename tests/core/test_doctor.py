@@ -17,14 +17,14 @@ from turbodiffusion_pack.turbo_core import diagnosis
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 GPU = torch.device("cuda:0")
-# What has CUDA kernels.
+# What has CUDA kernels, of what is as small as the trials.
 ON_HOPPER = {
     "int8_linear", "key_value_state", "layer_norm_quant", "prepare", "quantize_rows",
-    "sage_attention", "select_blocks",
+    "sage_attention",
 }  # fmt: skip
 OPS = ON_HOPPER | {
     "apply_rope", "block_means", "center_means", "linear_attention", "quantize_blocks",
-    "requantize_rows", "rms_norm", "sparse_attention",
+    "requantize_rows", "rms_norm", "select_blocks", "sparse_attention",
 }  # fmt: skip
 
 

@@ -123,7 +123,7 @@ FITTING = {
     "center_means": (TRITON, lambda: block_map.center_means(torch.zeros(1, 2, 3, 128), 130, 64)),
     "select_blocks": (
         CUDA,
-        lambda: block_map.select_blocks(torch.zeros(1, 2, 2, 128), torch.zeros(1, 2, 3, 128), 1),
+        lambda: block_map.select_blocks(torch.zeros(1, 2, 2, 64), torch.zeros(1, 2, 513, 64), 1),
     ),
     "quantize_blocks": (TRITON, lambda: int8_quant.quantize_blocks(torch.zeros(1, 130, 128))),
     "quantize_rows": (CUDA, lambda: int8_quant.quantize_rows(rows())),

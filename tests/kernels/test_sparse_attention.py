@@ -7,17 +7,14 @@ import pytest
 import torch
 from attention import (
     BLOCK_SHAPES,
-    exact_linear,
     exact_sparse,
     random_map,
-    random_proj,
     random_qkv,
     selected_keys,
 )
 from devices import BATCHES, CARD, DEVICE, LENGTHS, TRITON_DTYPES
 from turbodiffusion_pack.kernels.checks import in_steps_of_16_bytes
 from turbodiffusion_pack.kernels.dispatch import has_fp8
-from turbodiffusion_pack.kernels.linear_attention import LinearBranch, key_value_state
 from turbodiffusion_pack.kernels.sparse_attention import (
     PV_DTYPES,
     default_pv,
@@ -251,27 +248,6 @@ def test_cuda_on_hopper_takes_sharp_attention(sharpness):
     plain = sage_attention(*arguments, backend="reference")
     error = goldens.relative_error(sage_attention(*arguments), exact)
     assert error <= 1.1 * goldens.relative_error(plain, exact)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("length", "heads", "share"),
-    # Several tiles of a program, sums that move on, and so many keys that their sums are scaled.
-    [(1, 3, 0.4), (65, 3, 0.4), (1100, 60, 0.12), (1100, 60, 0.4), (4000, 3, 1.0), (40000, 2, 0.1)],
-)
-def test_cuda_on_hopper_adds_the_linear_branch_of_the_queries(length, heads, share, dtype):
-    need_hopper()
-    q, k, v = random_qkv(2, length, heads, 128, dtype)
-    block_map = random_map(2, length, heads, 128, 64, share)
-    operands = hopper.quantize(q, k, v, k.float().mean(1), PV_DTYPES["fp8"], 128, 64)
-    plain = hopper.sage_attention(operands, block_map, room(q), False)
-    proj = random_proj(128)
-    branch = LinearBranch(*key_value_state(k, v, backend="reference"), *proj)
-    exact = plain.double() + exact_linear(q, k, v, *proj, "softmax")
-    there = q.clone(memory_format=torch.contiguous_format)
-    assert hopper.sage_attention(operands, block_map, there, True, branch) is there
-    assert goldens.relative_error(there, exact) <= 5e-3
 
 
 @pytest.mark.gpu

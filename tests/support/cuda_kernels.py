@@ -32,7 +32,6 @@ from turbodiffusion_pack.kernels.norm_quant import cuda as layer_norm
 from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
 from turbodiffusion_pack.kernels.qk_prepare import cuda as cuda_prepare
 from turbodiffusion_pack.kernels.qk_prepare import prepare
-from turbodiffusion_pack.kernels.sla import sla_from_projections
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
 from turbodiffusion_pack.kernels.sparse_attention import mma as mma_attention
 from turbodiffusion_pack.kernels.sparse_attention import sage_attention
@@ -140,13 +139,6 @@ def launch_attention(dtype, pv="fp8", head_dim=128):
     sage_attention(heads, heads, heads, chosen, pv, backend="triton")
 
 
-def launch_attention_with_branch(dtype):
-    heads, vector = zeros(1, 70, 1, 128, dtype=dtype), zeros(128)
-    angles, proj = zeros(1, 70, 64), (zeros(128, 128), vector)
-    rotated = heads, heads, heads, (vector, vector), (angles, angles)
-    sla_from_projections(*rotated, proj, 1.0, low_bit=True, pv="fp8", backend="triton")
-
-
 def every_prepare(card):
     branch = LinearBranch(zeros(1, 1, 128, 128), zeros(1, 1, 128), zeros(128, 128), zeros(128))
     for dtype in DTYPES:
@@ -172,7 +164,6 @@ def every_linear_by_mma(card):
 def every_attention(card):
     for dtype in DTYPES:
         launch_attention(dtype)
-        launch_attention_with_branch(dtype)
 
 
 def every_attention_by_mma(card):
@@ -260,12 +251,7 @@ def prepare_products(card: Card) -> set[str]:
 
 
 # Of attention on Hopper: scores, and weights with values.
-BY_WGMMA = {
-    *("IGMMA.64x64x32.S8.S8", "QGMMA.64x128x32.F32.E4M3.E4M3"),
-    *("HGMMA.64x128x16.F32", "HGMMA.64x128x16.F32.BF16"),
-}
-# Bytes, where a tile ends with the linear branch; without it at most 32.
-ATTENTION_SPILLS = 104
+BY_WGMMA = {"IGMMA.64x64x32.S8.S8", "QGMMA.64x128x32.F32.E4M3.E4M3"}
 BY_MMA_SYNC = tuple(card for card in CARDS if card[0] in dispatch.BY_MMA_SYNC)
 # Bytes, of q without a linear branch, which no model of ours runs; with one at most 64.
 PREPARE_SPILLS = {(8, 0): 136, (8, 6): 64, (8, 9): 64, HOPPER: 40, (12, 0): 232}
@@ -278,7 +264,7 @@ LINEAR_SPILLS = 72
 # less than they hide.
 KERNELS = {
     "sparse_attention/hopper.cu": Kernel(
-        every_attention, (HOPPER,), 168, spills=ATTENTION_SPILLS, products=lambda card: BY_WGMMA,
+        every_attention, (HOPPER,), 168, spills=32, products=lambda card: BY_WGMMA,
         sizes=dict(zip(("HEAD_DIM", "BLOCK_Q", "BLOCK_K"), attention.SHAPE, strict=True)),
     ),
     "sparse_attention/mma.cu": Kernel(
