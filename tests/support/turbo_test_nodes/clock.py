@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 OUTCOMES = "execution_success", "execution_error", "execution_interrupted"
 TOLD = "execution_start", "executing", *OUTCOMES
+COPIES = 32  # by which the link is measured
 STATUS = Path("/proc/self/status")
 
 host_loads = memory.load_models_gpu
@@ -211,11 +212,14 @@ def keep_link_busy(busy: bool) -> None:
 
 
 def bytes_left() -> float:
-    """Bytes per second of a copy to the GPU in the thread that asks."""
-    here, there = on_both_sides(1 << 28)
-    start = Mark()
-    there.copy_(here, non_blocking=True)
-    return here.numel() / Mark().since(start)
+    """Bytes per second of copies to the GPU in the thread that asks, one waited for after the
+    other: a single long one would have the link to itself once it has begun."""
+    here, there = on_both_sides(1 << 26)
+    stream, start = torch.cuda.current_stream(there.device), time.perf_counter()
+    for _ in range(COPIES):
+        there.copy_(here, non_blocking=True)
+        stream.synchronize()
+    return COPIES * here.numel() / (time.perf_counter() - start)
 
 
 def on_both_sides(size: int) -> tuple[torch.Tensor, torch.Tensor]:
