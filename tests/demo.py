@@ -38,7 +38,7 @@ from video import play  # noqa: E402
 WORKFLOWS = ROOT / "tests" / "host" / "workflows"
 BASE = ROOT / ".demo" / "server"
 # What the toy is asked for; the rest of each workflow is in its file. ComfyUI 0.33 and 0.3.75 give
-# other videos: of these the right motion is twice as near as the next one in both.
+# other videos: of these the reader sees what was asked in both.
 PROMPTS = {
     "t2v": (
         "a big yellow triangle in the centre grows fast on navy",

@@ -41,7 +41,7 @@ def test_a_training_becomes_the_demos_files(folder, tmp_path, monkeypatch):
     assert torch.equal(small["conv.weight"], vae["conv.weight"])
     workflow = demo.toy_workflow("t2v", "a red circle")
     assert demo.loaders(workflow)[0]["checkpoint"] == toy_assets.PLACES["t2v"].name
-    assert demo.node_inputs(workflow, "SLAAttentionPatch")["topk"] == 0.2
+    assert demo.node_inputs(workflow, "SLAAttentionPatch")["topk"] == 0.3
 
 
 def test_both_experts_attend_to_as_many_blocks_as_they_learnt_with():

@@ -1,7 +1,5 @@
 """ComfyUI's WanModel as a network to train: the host's own answers, gradients and tangents."""
 
-import functools
-
 import in_comfyui  # noqa: F401 - ComfyUI comes into the process with it
 import pytest
 import torch
@@ -9,16 +7,9 @@ from comfy.ldm.wan.model import WanModel
 from torch.func import jvp
 from turbodiffusion_pack.turbo_core.checkpoint import CheckpointError
 from turbodiffusion_pack.turbo_core.checkpoint.sizes import Sizes
-from turbodiffusion_pack.turbo_core.host.wan_network import (
-    WanNetwork,
-    build_network,
-    load_weights,
-)
-from turbodiffusion_pack.turbo_core.training.batches import Batch
+from turbodiffusion_pack.turbo_core.host.wan_network import build_network, load_weights
 from turbodiffusion_pack.turbo_core.training.initial_weights import initial_weights
-from turbodiffusion_pack.turbo_core.training.losses import consistency_tangent
 from turbodiffusion_pack.turbo_core.training.recorded import Backward
-from turbodiffusion_pack.turbo_core.training.velocity import velocity_of
 
 SLA = {"topk": 0.5, "block_q": 64, "block_k": 64}
 
@@ -102,51 +93,6 @@ def test_its_tangent_is_the_central_difference(sla):
         _, tangent = jvp(velocity, (torch.zeros(()),), (torch.ones(()),))
         wanted = (velocity(1e-2) - velocity(-1e-2)) / 2e-2
     assert (tangent - wanted).norm() < 1e-2 * wanted.norm()
-
-
-@pytest.mark.parametrize("in_channels", [16, 36])
-def test_compiled_blocks_have_the_same_tangent(in_channels, monkeypatch):
-    s = sizes(in_channels)
-    ours = network(s)
-    x, timestep, context, image = inputs(s)
-    along = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    x, timestep = (x, along), (timestep, torch.tensor([5.0, -3.0]))
-    assert not ours.has_compiled_tangent
-    with torch.no_grad():
-        velocity = functools.partial(ours, context=context, image=image)
-        wanted = jvp(velocity, *zip(x, timestep, strict=True))
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-        ours.compile_blocks()
-        found = ours.with_tangent(x, timestep, context, image)
-    for got, expected in zip(found, wanted, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_rcm_takes_the_compiled_tangent_where_there_is_one(monkeypatch):
-    ours, asked = network(sizes()), []
-    x, _, context, _ = inputs(sizes())
-    angle = torch.tensor([1.5, 0.7], dtype=torch.float64)
-    along = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).double()
-
-    def tangent():
-        velocity = velocity_of(ours, Batch(x, context))
-        return consistency_tangent(velocity, x.double(), angle, along)
-
-    wanted = tangent()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    ours.compile_blocks()
-    monkeypatch.setattr(
-        ours, "with_tangent", lambda *a: asked.append(a) or WanNetwork.with_tangent(ours, *a)
-    )
-    torch.testing.assert_close(tangent(), wanted, rtol=1e-4, atol=1e-4)
-    assert len(asked) == 1
-
-
-def test_sla_has_no_compiled_tangent():
-    """Its kernels are no part of what torch.compile traces."""
-    ours = network(sizes(), SLA)
-    ours.compile_blocks()
-    assert not ours.has_compiled_tangent
 
 
 def test_checkpointing_changes_no_gradient():

@@ -10,9 +10,7 @@ import comfy.ldm.wan.model as wan
 import torch
 import torch.nn.functional as F  # noqa: N812
 from einops import rearrange
-from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels.dense_attention import attention_with_jvp
@@ -24,7 +22,6 @@ from ..checkpoint.sizes import FREQ_DIM, HEAD_DIM, OUT_CHANNELS, PATCH, TEXT_DIM
 from .timesteps import round_to_bf16
 
 Tensors = dict[str, torch.Tensor]
-Dual = tuple[torch.Tensor, torch.Tensor]  # a value and its tangent
 
 (PROJECTION,) = IN_A_MODEL  # self_attn.proj_l, as a MODEL of ours has it too
 
@@ -79,56 +76,9 @@ class WanNetwork(wan.WanModel):
             block.checkpointing = wanted
 
     def compile_blocks(self) -> None:
-        """Have torch.compile make the blocks' kernels; those with tangents are with_tangent's."""
+        """Have torch.compile make the blocks' kernels, but for passes with tangents."""
         for block in self.blocks:
             block.compiled = torch.compile(super(Block, block).forward, dynamic=False)
-            block.compiled_tangent = torch.compile(block.with_tangent, dynamic=False)
-
-    @property
-    def has_compiled_tangent(self) -> bool:
-        """Whether with_tangent can be asked: dense blocks, compiled, whole in this process."""
-        block = self.blocks[0]
-        whole = not isinstance(block.modulation, DTensor)
-        return block.compiled_tangent is not None and block.self_attn.sparse is None and whole
-
-    def with_tangent(
-        self, x: Dual, timestep: Dual, context: torch.Tensor, image: torch.Tensor | None = None
-    ) -> Dual:
-        """forward and its tangent, from x and timestep with theirs, by compiled blocks.
-
-        torch.compile knows torch.func.jvp of a block, but nothing of dual tensors. So those go
-        through what is around the blocks alone, once on the way in and once on the way out.
-        """
-        met = []
-
-        def meet(*given) -> Dual:
-            met.append(given)
-            return given[0]
-
-        self._around(x, timestep, context, image, meet)
-        ((inside, (e, t_e), freqs, context_inside),) = met
-        with self.precision(freqs.device):
-            for block in self.blocks:
-                tokens, t_tokens = inside
-                inside = block.compiled_tangent(tokens, e, t_tokens, t_e, freqs, context_inside)
-        return self._around(x, timestep, context, image, lambda *_: inside)
-
-    def _around(self, x: Dual, timestep: Dual, context, image, blocks: Callable[..., Dual]) -> Dual:
-        """with_tangent, with `blocks` in place of the blocks: of the tokens and the modulation with
-        their tangents, the rotation and the text it makes the tokens with theirs."""
-
-        def first(args: dict, _) -> dict:
-            tokens, modulation = (forward_ad.unpack_dual(args[n]) for n in ("img", "vec"))
-            return {
-                "img": forward_ad.make_dual(*blocks(tokens, modulation, args["pe"], args["txt"]))
-            }
-
-        replaced = {("double_block", i): lambda args, _: args for i in range(len(self.blocks))}
-        replaced["double_block", 0] = first
-        with forward_ad.dual_level():
-            duals = (forward_ad.make_dual(*given) for given in (x, timestep))
-            options = {"patches_replace": {"dit": replaced}}
-            return forward_ad.unpack_dual(self._velocity(*duals, context, image, options))
 
     def forward(
         self,
@@ -148,10 +98,6 @@ class WanNetwork(wan.WanModel):
         Returns:
             [B, 16, T, H, W] float32.
         """
-        return self._velocity(x, timestep, context, image, {})
-
-    def _velocity(self, x, timestep, context, image, options: dict) -> torch.Tensor:
-        """forward with the host's transformer_options."""
         if image is not None:
             x = torch.cat([x, image.to(x)], dim=1)
         if self.bf16_timesteps:
@@ -159,7 +105,7 @@ class WanNetwork(wan.WanModel):
         freqs = self._rotation(x)
         with self.precision(x.device):
             velocity = self.forward_orig(
-                x.float(), timestep.float(), context, freqs=freqs, transformer_options=options
+                x.float(), timestep.float(), context, freqs=freqs, transformer_options={}
             )
         return velocity.float()
 
@@ -190,19 +136,11 @@ class PatchEmbedding(torch.nn.Conv3d):
         return F.linear(patches, self.weight.flatten(1), self.bias).movedim(4, 1)
 
 
-class LayerNorm(torch.nn.LayerNorm):
-    """torch's, whose own weights torch.compile cannot follow through torch.func.jvp."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = F.layer_norm(x, self.normalized_shape, eps=self.eps)
-        return normed if self.weight is None else torch.addcmul(self.bias, normed, self.weight)
-
-
 class Operations:
-    """What the host builds a WanModel from."""
+    """What the host builds a WanModel from: torch's own layers."""
 
     Conv3d = PatchEmbedding
-    LayerNorm = LayerNorm
+    LayerNorm = torch.nn.LayerNorm
     Linear = torch.nn.Linear
     RMSNorm = torch.nn.RMSNorm
 
@@ -229,7 +167,6 @@ class Block(wan.WanAttentionBlock):
 
     checkpointing = False
     compiled: Callable | None = None
-    compiled_tangent: Callable | None = None
 
     def __init__(self, *args, operation_settings: dict, **kwargs):
         super().__init__(*args, operation_settings=operation_settings, **kwargs)
@@ -247,15 +184,6 @@ class Block(wan.WanAttentionBlock):
             # Nothing in a block is random, and a CUDA graph cannot hold a look at the generators.
             return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
         return run(*inputs)
-
-    def with_tangent(self, x, e, tx, te, freqs, context) -> Dual:
-        """x [B, L, C] after this block with its tangent, from those of x and e."""
-
-        def run(x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-            return super(Block, self).forward(x, e, freqs, context, None, {})
-
-        with sdpa_kernel(SDPBackend.MATH):  # torch's other attentions have no forward mode
-            return torch.func.jvp(run, (x, e), (tx, te))
 
 
 class SelfAttention(wan.WanSelfAttention):

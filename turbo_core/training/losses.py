@@ -12,7 +12,9 @@ of equations stand where they could be checked, else the section that has the fo
 import torch
 from torch.autograd import forward_ad
 
-from .trigflow import LARGEST_ANGLE, Dual, Velocity, level_of, over_axes, predict
+from .trigflow import LARGEST_ANGLE, Velocity, level_of, over_axes, predict
+
+Dual = tuple[torch.Tensor, torch.Tensor]  # a value and its tangent
 
 CONSISTENCY_SCALE = 100.0  # of the consistency loss, beside 1 of the DMD loss
 TANGENT_FLOOR = 0.1  # sCM's c, which keeps small tangents small
@@ -69,11 +71,8 @@ def consistency_tangent(
 def _with_tangent(velocity: Velocity, point: Dual, level: Dual) -> Dual:
     """The velocity and its tangent, of a point and a level with theirs.
 
-    Where the velocity has no with_tangent of its own, by dual tensors and not by torch.func.jvp,
-    whose wrappers FSDP2's hooks of older torch cannot take.
+    By dual tensors and not torch.func.jvp, whose wrappers FSDP2's hooks of older torch cannot take.
     """
-    if own := getattr(velocity, "with_tangent", None):
-        return own(point, level)
     with forward_ad.dual_level():
         v, tangent = forward_ad.unpack_dual(
             velocity(forward_ad.make_dual(*point), forward_ad.make_dual(*level))

@@ -246,7 +246,7 @@ TOY = Preset(
     evaluate=Evaluation(),
     teacher=Teacher(steps=12000, batch=64, micro_batch=64, lr=8e-4, level_mean=0.8),
     sla=SLA(
-        steps=8000,
+        steps=8400,
         batch=16,
         micro_batch=16,
         lr=4e-4,
@@ -257,7 +257,7 @@ TOY = Preset(
         after_rcm=True,
     ),
     rcm=RCM(
-        steps=3200,
+        steps=2400,
         batch=48,
         micro_batch=48,
         lr=1e-4,

@@ -15,7 +15,6 @@ import torch
 
 # The velocity [B, ...] of a point x [B, ...] at noise levels s [B], both float64.
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Dual = tuple[torch.Tensor, torch.Tensor]  # a value and its tangent
 
 LARGEST_ANGLE = math.pi / 2
 

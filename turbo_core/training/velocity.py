@@ -4,7 +4,7 @@ import torch
 
 from .batches import Batch
 from .samplers import guided
-from .trigflow import Dual, Velocity
+from .trigflow import Velocity
 
 
 def velocity_of(
@@ -22,12 +22,6 @@ def velocity_of(
     def velocity(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         return network(x.float(), 1000 * level.float(), context, batch.image)
 
-    def with_tangent(x: Dual, level: Dual) -> Dual:
-        x, times = ([part.float() for part in dual] for dual in (x, level))
-        return network.with_tangent(x, [1000 * part for part in times], context, batch.image)
-
-    if getattr(network, "has_compiled_tangent", False):
-        velocity.with_tangent = with_tangent
     return velocity
 
 
