@@ -18,12 +18,12 @@ needs_resident = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    ("small", "card"),
-    [(None, (9, 0)), (0, (9, 0)), (None, (8, 9)), (None, (8, 0))],
-    ids=["rooms together", "each room by itself", "Ada", "A100"],
+    ("small", "card", "batch"),
+    [(None, (9, 0), 1), (0, (9, 0), 1), (None, (9, 0), 2), (None, (8, 9), 1), (None, (8, 0), 1)],
+    ids=["rooms together", "each room by itself", "two videos", "Ada", "A100"],
 )
-def test_a_tape_launches_the_same(small, card):
-    assert block_launches.differences(small, card) == []
+def test_a_tape_launches_the_same(small, card, batch):
+    assert block_launches.differences(small, card, batch) == []
 
 
 def test_blocks_run_from_a_tape_where_all_decides_alike():
@@ -62,7 +62,8 @@ def text(seed: int, tokens: int) -> torch.Tensor:
 
 
 def run(model, seed: int, context: torch.Tensor, frames: int = 2) -> torch.Tensor:
-    x = torch.randn(1, 16, frames, 16, 16, generator=torch.Generator().manual_seed(seed))
+    shape = len(context), 16, frames, 16, 16
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return in_comfyui.apply(model, x, context, 700.0).cpu()
 
 
@@ -80,6 +81,8 @@ def runs(model) -> list[torch.Tensor]:
     with per_run.keep():
         found = [run(model, seed, text(0, 30)) for seed in range(3)]
         found += [run(model, 3, text(1, 30)), run(model, 4, text(1, 30), frames=3)]
+    with per_run.keep():
+        found += [run(model, seed, text(0, 30).repeat(2, 1, 1)) for seed in range(3)]
     with per_run.keep():
         found += [run(model, 5, text(2, 50)) for _ in range(2)]
         other = patch_attention(model, SLASettings("sagesla", 0.6))

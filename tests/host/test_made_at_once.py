@@ -208,4 +208,4 @@ def test_modulations_are_of_this_pass_and_of_blocks_that_have_theirs_here(model)
             expected = (b.modulation + changed[:, 0]).chunk(6, 1)
             found = block._modulation(b, changed, device, options)
             assert all(map(torch.equal, found, expected))
-            assert [y.stride() for y in found] == [y.stride() for y in expected]
+            assert all(y.is_contiguous() for y in found)  # a tape tells them apart

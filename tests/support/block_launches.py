@@ -6,6 +6,7 @@ tensors lie on the CPU. A driver takes the launches down as it would read them.
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import sys
 import tempfile
@@ -20,10 +21,10 @@ import fresh_process
 LAYERS, TOKENS, TEXT, DIM, FFN = 2, 384, 512, 256, 512
 
 
-def differences(small: int | None, card: tuple[int, int]) -> list[str]:
-    """How a block's launches from a tape differ from those anew, on a card of this capability;
-    rooms of at most `small` bytes come together, as many as in use if None."""
-    return fresh_process.call(_differences, small, card)
+def differences(small: int | None, card: tuple[int, int], batch: int = 1) -> list[str]:
+    """How a block's launches from a tape differ from those anew, on a card of this capability, of
+    so many samples; rooms of at most `small` bytes come together, as many as in use if None."""
+    return fresh_process.call(_differences, small, card, batch)
 
 
 def from_tape() -> dict[str, list[bool]]:
@@ -161,12 +162,13 @@ def blocks(small: int | None = None, card: tuple[int, int] = (9, 0)):
     wan = model.model.diffusion_model
     made_of = text.KeysValues(None, repeats=TEXT - 120)
 
-    def run(tokens=TOKENS, seed=0, settings=settings, keys_values=made_of, step=-1):
+    def run(tokens=TOKENS, seed=0, settings=settings, keys_values=made_of, step=-1, batch=1):
         generator = torch.Generator().manual_seed(seed)
         x, context = (
-            torch.randn(1, n, DIM, generator=generator).bfloat16() for n in (tokens, TEXT)
+            torch.randn(batch, n, DIM, generator=generator).bfloat16() for n in (tokens, TEXT)
         )
-        e, freqs = torch.zeros(1, 1, 6, DIM), wan.rope_encode(tokens // 64, 16, 16, dtype=x.dtype)
+        e = torch.zeros(batch, 1, 6, DIM)
+        freqs = wan.rope_encode(tokens // 64, 16, 16, dtype=x.dtype)
         options = {THIS_PASS: (settings, step), MADE_ONCE: {}, BLOCKS: wan.blocks}
         options[TEXT_OPTION] = lambda: keys_values
         for run_block in wan.blocks:
@@ -204,8 +206,9 @@ def _modules() -> list:
     return [m for name, m in sys.modules.items() if name.startswith("turbodiffusion_pack.kernels.")]
 
 
-def _differences(small: int | None, card: tuple[int, int]) -> list[str]:
-    with blocks(small, card) as (run, library, _):
+def _differences(small: int | None, card: tuple[int, int], batch: int) -> list[str]:
+    with blocks(small, card) as (run_blocks, library, _):
+        run = functools.partial(run_blocks, batch=batch)
         from turbodiffusion_pack.kernels.tape import Tape
         from turbodiffusion_pack.turbo_core import run_report
         from turbodiffusion_pack.turbo_core.host import block_tape

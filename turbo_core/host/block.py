@@ -194,18 +194,19 @@ def _modulation(block, e, device, transformer_options: dict) -> tuple[torch.Tens
         cast = functools.partial(comfy.model_management.cast_to, own, torch.float32, device)
         # Each copy from RAM would wait for all that the GPU was asked for.
         own = per_run.made((block, device), cast)
-    return (own + e).chunk(6, dim=1)  # with float32 the sum is taken in it
+    return (own[0][:, None, None] + e).unbind()  # with float32 the sum is taken in it
 
 
 def _modulations(blocks, e: torch.Tensor) -> tuple[torch.Tensor, dict]:
-    """e float32 [B, 6, C], and the `_modulation` of each block whose own lies beside it."""
-    e = e.reshape(-1, 6, e.shape[-1]).float()
+    """e float32 [6, B, 1, C], and the `_modulation` of each block whose own lies beside it."""
+    # The samples of a part side by side: a tape tells its inputs apart by where they lie.
+    e = e.reshape(-1, 6, e.shape[-1]).transpose(0, 1).float().contiguous()[:, :, None]
     own = {block: block._parameters.get("modulation") for block in blocks}
     own = {b: x for b, x in own.items() if x is not None and x.device == e.device}
     if not own or any(x.itemsize == 1 for x in own.values()):
         return e, {}
-    sums = torch.cat([*own.values()])[:, None, :, None] + e[:, :, None]  # [blocks, B, 6, 1, C]
-    parts = (part.unbind() for part in sums.unbind(2))
+    sums = torch.cat([*own.values()])[:, :, None, None] + e  # [blocks, 6, B, 1, C]
+    parts = (part.unbind() for part in sums.unbind(1))
     return e, dict(zip(own, zip(*parts, strict=True), strict=True))
 
 
