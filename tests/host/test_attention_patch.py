@@ -205,6 +205,17 @@ def test_somebody_elses_other_patches_run(loaded, line, part):
     assert goldens.relative_error(_run(_patch(loaded)), out) > 1e-3
 
 
+@pytest.mark.parametrize("part", ["self_attn", "cross_attn", "ffn.1", "norm3"])
+def test_somebody_elses_hooks_are_called(paths, line, part):
+    model, calls = _patch(load_turbo_model(paths[0]), "sagesla"), []
+    block = model.model.diffusion_model.blocks[0]
+    block.get_submodule(part).register_forward_hook(lambda *_: calls.append(part))
+    _run(model)
+    assert calls == [part]
+    own = "its self-attention" if part == "self_attn" else "a part of it"
+    assert f"not fused in block 0: a node patches {own}" in line()
+
+
 class MergedAttention(comfy.ldm.wan.model.WanSelfAttention):
     """One Linear for q, k and v, as a newer host may have it (0.45 has for another model)."""
 

@@ -201,6 +201,13 @@ def hooked(model):
     return model
 
 
+def hooked_attention(model):
+    """Its forward is this pack's, which does not call the hook."""
+    attn = model.model.diffusion_model.blocks[1].self_attn
+    model.hook = attn.register_forward_hook(lambda *_: None)
+    return model
+
+
 def moved(model):
     linear = model.model.diffusion_model.blocks[1].ffn[2]
     linear.bias = torch.nn.Parameter(linear.bias + 1, requires_grad=False)
@@ -220,7 +227,8 @@ def at_each_use(model):
 def undone(model):
     """Puts a model right again that was not patched through its MODEL."""
     wan = model.model.diffusion_model
-    wan.blocks[1].norm2._forward_hooks.clear()
+    for part in (wan.blocks[1].norm2, wan.blocks[1].self_attn):
+        part._forward_hooks.clear()
     wan.head._compiled_call_impl = None
     wan.head.__dict__.pop("forward", None)
     wan.head.head.weight_function = []
@@ -233,6 +241,7 @@ CHANGES = {
     "dense attention": lambda model: patch_attention(model, SLASettings("dense")),
     "a node's patch": node_patch,
     "a hook": hooked,
+    "a hook of an attention": hooked_attention,
     "a weight elsewhere": moved,
     "a compiled part": compiled_part,
     "a weight patched at each use": at_each_use,

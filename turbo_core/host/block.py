@@ -27,7 +27,7 @@ from .int8_tensor import is_int8
 from .once import once
 from .operations import Linear, int8_product, int8_weights, of_channels, small_int8_weights
 from .options import BLOCKS, SPLIT, TEXT
-from .patch_owner import is_ours, is_stock
+from .patch_owner import is_hooked, is_ours, is_stock
 from .prefetch import next_block
 from .self_attention import attend, host_attention, missing_parts
 from .split_block import split_attend
@@ -219,7 +219,7 @@ def why_not_fused(block, e, transformer_options: dict) -> str | None:
         return "timesteps differ between tokens"
     if transformer_options.get("patches", {}).keys() & {"attn1_patch", "attn2_patch"}:
         return "a node patches its attention"
-    if not is_ours(attn.forward):
+    if not is_ours(attn.forward) or is_hooked(attn):
         return "a node patches its self-attention"
     if reason := _other_parts(block):
         return reason
@@ -274,4 +274,4 @@ def _parts(block) -> list[torch.nn.Module]:
     attn, cross_attn = parts["self_attn"]._modules, parts["cross_attn"]._modules
     norms = attn["norm_q"], attn["norm_k"], cross_attn["norm_q"], cross_attn["norm_k"]
     others = (parts[name] for name in ("cross_attn", "ffn", "norm1", "norm2", "norm3"))
-    return [*_linears(block), *norms, *others]
+    return [*_linears(block), *norms, *others, parts["ffn"]._modules["1"]]

@@ -34,7 +34,7 @@ from .options import (
     THIS_PASS,
     TIMESTEP,
 )
-from .patch_owner import is_ours, is_stock
+from .patch_owner import is_hooked, is_ours, is_stock
 from .text import KeysValues
 from .versions import COMPILED, MANAGED
 
@@ -347,7 +347,7 @@ def _why_not_as_it_is(module: torch.nn.Module) -> str | None:
     own = module.__dict__
     if MANAGED in own:
         return "the host moves the weights by itself"
-    if not (is_stock(module) or is_ours(own.get("forward"))):
+    if is_hooked(module) or not (is_stock(module) or is_ours(own.get("forward"))):
         return "a node patches a part of the model"
     if own.get("weight_function") or own.get("bias_function"):
         return "a weight is patched at each use"

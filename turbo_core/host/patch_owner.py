@@ -18,10 +18,15 @@ def is_ours(forward: object) -> bool:
 
 def is_stock(module: torch.nn.Module) -> bool:
     """Whether nobody patched or hooked the module's forward."""
-    own = vars(module)
-    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+    if is_hooked(module):
         return False
-    return "forward" not in own or has_own(module, "forward")
+    return "forward" not in vars(module) or has_own(module, "forward")
+
+
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Whether somebody is called before or after the module's forward."""
+    own = vars(module)
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
 def has_own(module: torch.nn.Module, method: str) -> bool:
