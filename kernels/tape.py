@@ -3,7 +3,8 @@
 Python takes longer to decide on the kernels of a transformer block than a GPU may take to run them,
 and decides alike in every block and step. A tape keeps what came of it: the launches with all that
 they take, of which only the tensors' addresses change. Running it allocates as the function does,
-in the same order, and frees as soon: nothing is kept in between, unlike by a CUDA graph.
+in the same order, and frees as soon, but for small rooms, which come together: nothing is kept in
+between, unlike by a CUDA graph.
 """
 
 import collections

@@ -6,8 +6,8 @@
     ... forward.py --gpus 2 --steps 4             several against one; see support/several_gpus.py
     ... forward.py --card 8.6 --json 86.json      as on an older card, for estimate.py
     ... forward.py --graph on                     each pass as one CUDA graph, wherever it can be
-    ... forward.py --prompt 120 --anew            no block from a tape
     ... forward.py --prompt 120                   as in a sampler's run, of a prompt of 120 tokens
+    ... forward.py --prompt 120 --anew            the same, no block from a tape
 
 Real shapes and layer counts, random INT8 weights made on the GPU, the MODEL built as TurboLoader
 builds it and driven as a sampler drives it. Prints medians, the share of the arithmetic floor, peak

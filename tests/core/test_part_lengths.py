@@ -32,7 +32,7 @@ def test_parts_fit_and_are_whole_blocks(length, each, batch):
     lengths = part_lengths(batch, length, each)
     assert all(tokens % BLOCK == 0 for tokens in lengths)
     assert batch * lengths[-1] * each <= PART_BYTES
-    assert lengths[-1] <= max(lengths[0], UNEVEN * lengths[0])
+    assert lengths[0] <= lengths[-1] <= UNEVEN * lengths[0]
     parts = {-(-length // tokens) for tokens in lengths}
     assert len(parts) == 1 and (parts.pop() - 1) * lengths[0] < length
 
