@@ -33,7 +33,7 @@ MEASURED = ("H100",)
 COMPILED = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 
 # What a line of ops begins with, by what they run in.
-FASTEST = {dispatch.CUDA: "CUDA kernels for Hopper", dispatch.TRITON: "Triton kernels"}
+FASTEST = {dispatch.CUDA: "CUDA kernels", dispatch.TRITON: "Triton kernels"}
 SLOWER = {
     dispatch.TRITON: "Triton kernels, where CUDA is faster",
     dispatch.REFERENCE: "Torch reference, slow",

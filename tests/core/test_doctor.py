@@ -204,7 +204,7 @@ def test_ops_stand_by_what_they_run_in():
         ("sparse_attention", dispatch.REFERENCE, "float32 does not fit"),
     }
     assert diagnosis.kernel_lines(choices) == [
-        "CUDA kernels for Hopper: sage_attention",
+        "CUDA kernels: sage_attention",
         "Triton kernels: apply_rope, rms_norm",
         "Triton kernels, where CUDA is faster: int8_linear, prepare",
         f"Why: {no_nvrtc}",
