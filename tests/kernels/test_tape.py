@@ -6,6 +6,7 @@ import importlib
 import inspect
 import types
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,17 +283,10 @@ def test_what_triton_launches_by_itself_is_not_recorded(op):
     assert recorder.why == f"{op} runs in Triton"
 
 
-# Those whose Triton files the fused block launches kernels of.
-OPS = """
-    block_map int8_linear int8_quant linear_attention norm norm_quant qk_prepare requantize
-    sparse_attention text_attention
-"""
-
-
 def test_all_other_kernels_are_seen():
     unseen = set()
-    for op in OPS.split():
-        module = importlib.import_module(f"{kernels.__name__}.{op}.triton")
+    for file in Path(kernels.__file__).parent.glob("*/triton.py"):
+        module = importlib.import_module(f"{kernels.__name__}.{file.parent.name}.triton")
         for name, kernel in vars(module).items():
             own = inspect.getmodule(getattr(kernel, "fn", None)) is module
             if own and name.endswith("_kernel") and not isinstance(kernel, launching.Launched):
