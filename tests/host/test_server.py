@@ -357,13 +357,6 @@ def test_clocks_are_told_in_one_table(server, tmp_path, capsys):
     assert failed.split() == ["another", "failed"]
 
 
-@pytest.mark.gpu
-def test_a_busy_link_leaves_less_of_it(server):
-    """whole_clock.py --busy-link."""
-    rates = [server_clock.keep_link_busy(server, busy) for busy in (False, True, False)]
-    assert rates[1] < 0.7 * min(rates[0], rates[2])
-
-
 def test_runs_that_are_out_of_memory_leave_nothing(server):
     """tests/benchmarks/soak.py, where running out is pretended: in a step, switch and decoder."""
     tiny_models.write_picture(server.base / "input" / PICTURE, 128, 96)
