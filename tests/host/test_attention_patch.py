@@ -211,7 +211,9 @@ def test_somebody_elses_hooks_are_called(paths, line, part):
     block = model.model.diffusion_model.blocks[0]
     block.get_submodule(part).register_forward_hook(lambda *_: calls.append(part))
     _run(model)
-    assert calls == [part]
+    # A newer host's feed-forward layer goes past its own GELU.
+    passed = part == "ffn.1" and type(block.ffn) is not torch.nn.Sequential
+    assert calls == ([] if passed else [part])
     own = "its self-attention" if part == "self_attn" else "a part of it"
     assert f"not fused in block 0: a node patches {own}" in line()
 
