@@ -34,7 +34,7 @@ import tiny_models  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from in_comfyui import comfy  # noqa: E402
-from turbodiffusion_pack.kernels import driver, nvrtc  # noqa: E402
+from turbodiffusion_pack.kernels import nvrtc  # noqa: E402
 from turbodiffusion_pack.turbo_core import activation_memory  # noqa: E402
 from turbodiffusion_pack.turbo_core.host import block, block_tape  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model  # noqa: E402
@@ -54,7 +54,6 @@ RUNS = 120
 SETTINGS = SLASettings("sagesla", 0.1)
 MAPS = itertools.count()
 NOTHING = ctypes.CDLL(None).labs  # of its first argument, the kernel, which is 0 here
-TENSOR_MAP = nvrtc.tensor_map  # before a card is pretended, which replaces it
 
 
 def load_model():
@@ -93,23 +92,6 @@ def encode(tensor_map: ctypes.Array, *_) -> int:
     return 0
 
 
-def stubs() -> list:
-    """What stands between a launch and a GPU that is not there."""
-    library = types.SimpleNamespace(cuLaunchKernel=NOTHING, cuTensorMapEncodeTiled=encode)
-    return [
-        mock.patch.object(nvrtc, "load", load_kernel),
-        mock.patch.object(nvrtc, "address", lambda x: 0 if x is None else x.data_ptr()),
-        mock.patch.object(nvrtc, "tensor_map", TENSOR_MAP),
-        mock.patch.object(nvrtc, "driver", lambda: library),
-        mock.patch.object(driver, "driver", lambda: library),
-        mock.patch.object(driver, "_stream_on", lambda device: 0),
-        mock.patch.object(driver, "_current_device", lambda: 0),
-        mock.patch.object(torch.Tensor, "get_device", lambda x: 0),
-        mock.patch.object(block, "tiles_of", lambda *_: None),  # a CPU has no multiprocessors
-        mock.patch.object(activation_memory, "PART_BYTES", 3 * FFN * TOKENS // 3),
-    ]
-
-
 def let_triton_load() -> None:
     """Triton compiles, and takes what it compiled for loaded."""
     active = triton.runtime.driver.active
@@ -124,10 +106,15 @@ def let_triton_load() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     run = make_pass(load_model())
-    with torch.inference_mode(), pretended_card.pretended((9, 0), has_nvrtc=True):
+    library = types.SimpleNamespace(cuLaunchKernel=NOTHING, cuTensorMapEncodeTiled=encode)
+    with (
+        torch.inference_mode(),
+        pretended_card.pretended((9, 0), has_nvrtc=True),
+        pretended_card.launched_by(library, load_kernel),
+        mock.patch.object(block, "tiles_of", lambda *_: None),  # a CPU has no multiprocessors
+        mock.patch.object(activation_memory, "PART_BYTES", 3 * FFN * TOKENS // 3),
+    ):
         let_triton_load()
-        for stub in stubs():
-            stub.start()
         for how, attempts in (("anew", 0), ("from a tape", block_tape.ATTEMPTS)):
             block_tape.ATTEMPTS = attempts
             sys.stdout.write(f"a block {how}: {measured(run)}\n")

@@ -139,7 +139,7 @@ def blocks(small: int | None = None, card: tuple[int, int] = (9, 0)):
     import torch
     import triton
     from in_comfyui import comfy
-    from turbodiffusion_pack.kernels import driver, launching, nvrtc, tape
+    from turbodiffusion_pack.kernels import launching, tape
     from turbodiffusion_pack.turbo_core import activation_memory
     from turbodiffusion_pack.turbo_core.host import block, block_tape, text
     from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
@@ -149,11 +149,7 @@ def blocks(small: int | None = None, card: tuple[int, int] = (9, 0)):
     from turbodiffusion_pack.turbo_core.sla_settings import SLASettings
 
     torch.set_num_threads(1)
-    settings, tensor_map, launched = (
-        SLASettings("sagesla", 0.1),
-        nvrtc.tensor_map,
-        launching.Launched,
-    )
+    settings, launched = SLASettings("sagesla", 0.1), launching.Launched
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model-quant.pth")
         torch.save(tiny_models.t2v_checkpoint(dim=DIM, ffn=FFN, layers=LAYERS), path)
@@ -179,14 +175,6 @@ def blocks(small: int | None = None, card: tuple[int, int] = (9, 0)):
     kernels = [x for module in _modules() for x in vars(module).values() if type(x) is launched]
     stubs = [
         *(mock.patch.object(kernel, "kernel", Triton(kernel.kernel)) for kernel in kernels),
-        mock.patch.object(nvrtc, "load", library.load),
-        mock.patch.object(nvrtc, "address", lambda x: 0 if x is None else x.data_ptr()),
-        mock.patch.object(nvrtc, "tensor_map", tensor_map),
-        mock.patch.object(nvrtc, "driver", lambda: library),
-        mock.patch.object(driver, "driver", lambda: library),
-        mock.patch.object(driver, "_stream_on", lambda device: 0),
-        mock.patch.object(driver, "_current_device", lambda: 0),
-        mock.patch.object(torch.Tensor, "get_device", lambda x: 0),
         mock.patch.object(activation_memory, "PART_BYTES", 3 * FFN * TOKENS // 3),  # 3 parts
         mock.patch.object(block, "tiles_of", lambda *_: None),  # a CPU has no multiprocessors
         mock.patch.object(tape, "SMALL", tape.SMALL if small is None else small),
@@ -196,6 +184,7 @@ def blocks(small: int | None = None, card: tuple[int, int] = (9, 0)):
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(pretended_card.pretended(card, has_nvrtc=True))
+        stack.enter_context(pretended_card.launched_by(library, library.load))
         for stub in stubs:
             stack.enter_context(stub)
         block_tape._tapes.clear()

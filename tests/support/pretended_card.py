@@ -6,13 +6,16 @@ interpreter must be off, and what is pretended here stays.
 
 import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import pack  # noqa: F401
-from turbodiffusion_pack.kernels import dispatch, nvrtc
+import torch
+from turbodiffusion_pack.kernels import dispatch, driver, nvrtc
 
 Card = tuple[int, int]
+
+tensor_map = nvrtc.tensor_map  # the real one, which `pretended` replaces
 
 _card: Card = 0, 0
 _has_nvrtc = False
@@ -40,6 +43,26 @@ def pretended(card: Card, has_nvrtc: bool = False) -> Iterator[None]:
         mock.patch.object(nvrtc, "address", lambda x: 0),
         mock.patch.object(nvrtc, "tensor_map", lambda *_: nvrtc.TENSOR_MAP()),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def launched_by(library, load: Callable) -> Iterator[None]:
+    """In a pretended card: launches and tensor maps reach `library` as a GPU's driver, meanwhile,
+    with tensors' real addresses, and `load` stands in for nvrtc.load."""
+    stubs = (
+        mock.patch.object(nvrtc, "load", load),
+        mock.patch.object(nvrtc, "address", lambda x: 0 if x is None else x.data_ptr()),
+        mock.patch.object(nvrtc, "tensor_map", tensor_map),
+        mock.patch.object(nvrtc, "driver", lambda: library),
+        mock.patch.object(driver, "driver", lambda: library),
+        mock.patch.object(driver, "_stream_on", lambda device: 0),
+        mock.patch.object(driver, "_current_device", lambda: 0),
+        mock.patch.object(torch.Tensor, "get_device", lambda x: 0),
+    )
+    with contextlib.ExitStack() as stack:
+        for stub in stubs:
+            stack.enter_context(stub)
         yield
 
 
