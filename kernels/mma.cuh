@@ -134,6 +134,16 @@ __device__ __forceinline__ u32 max_of_pairs(u32 x, u32 y, bool bf16) {
     return larger;
 }
 
+// The smaller of two pairs, likewise.
+__device__ __forceinline__ u32 min_of_pairs(u32 x, u32 y, bool bf16) {
+    u32 smaller;
+    if (bf16)
+        asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(smaller) : "r"(x), "r"(y));
+    else
+        asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(smaller) : "r"(x), "r"(y));
+    return smaller;
+}
+
 // Four numbers as e4m3, the first in the lowest byte; sm_89 and newer.
 __device__ __forceinline__ u32 packed_fp8(float a, float b, float c, float d) {
     u32 packed;

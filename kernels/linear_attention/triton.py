@@ -13,6 +13,8 @@ PROGRAMS = 4  # of the state, over all heads, for each multiprocessor: 2 waves o
 ROWS = 128  # queries of one program
 STATE_ROWS = 64  # of the state, that a program projects
 SMALLEST = 1e-30  # to divide by: float32 stays finite
+SUMS = 8  # columns of the normalizer beside a projected state: as narrow as a product may be
+MEAN = 128.0  # of a state and its normalizer, float16 has room for, whatever the keys' number
 STATE_LAUNCH = {"num_warps": 8, "num_stages": 3}  # both the same on every card
 LAUNCH = {"num_warps": 8, "num_stages": 2}
 PROJECT_LAUNCH = {"num_warps": 8, "num_stages": 1}  # with 4 some cards spill
@@ -105,6 +107,19 @@ def apply_state_kernel(
     tl.store(out_ptr + place + channel[None, :], rows, mask=row < length)
 
 
+@triton.jit
+def projected(state_ptr, weight_ptr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS of a state, at state_ptr [ROWS, 1], times the transpose of the weight [D, D]."""
+    out = tl.arange(0, HEAD_DIM)
+    mix = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    for first in range(0, HEAD_DIM, 32):
+        channel = first + tl.arange(0, 32)[None, :]
+        state = tl.load(state_ptr + channel)  # [ROWS, 32]
+        weight = tl.load(weight_ptr + out[:, None] * HEAD_DIM + channel)  # [D, 32]
+        mix = tl.dot(state, tl.trans(weight.to(tl.float32)), mix, input_precision="tf32x3")
+    return mix
+
+
 @launched
 @triton.jit
 def project_state_kernel(
@@ -115,12 +130,7 @@ def project_state_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     out = tl.arange(0, HEAD_DIM)
     state_ptr += head * (HEAD_DIM * HEAD_DIM) + row * HEAD_DIM
-    mix = tl.zeros((ROWS, HEAD_DIM), tl.float32)
-    for first in range(0, HEAD_DIM, 32):
-        channel = first + tl.arange(0, 32)[None, :]
-        state = tl.load(state_ptr + channel)  # [ROWS, 32]
-        weight = tl.load(weight_ptr + out[:, None] * HEAD_DIM + channel)  # [D, 32]
-        mix = tl.dot(state, tl.trans(weight.to(tl.float32)), mix, input_precision="tf32x3")
+    mix = projected(state_ptr, weight_ptr, HEAD_DIM, ROWS)
     normalizer = tl.load(normalizer_ptr + head * HEAD_DIM + row)  # [ROWS, 1]
     mix = (mix / larger(normalizer, SMALLEST)).to(mix_ptr.dtype.element_ty)
     place = row * HEAD_DIM + out[None, :]
@@ -148,6 +158,51 @@ def project_state(
     project_state_kernel[dim // STATE_ROWS, batch * heads](
         state.contiguous(), normalizer.contiguous(), proj_weight.contiguous(), places, mix,
         HEAD_DIM=dim, ROWS=STATE_ROWS, SMALLEST=SMALLEST, **PROJECT_LAUNCH,
+    )  # fmt: skip
+    return mix
+
+
+@launched
+@triton.jit
+def project_state_and_sums_kernel(
+    state_ptr, normalizer_ptr, weight_ptr, places_ptr, mix_ptr, scale,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    mix_ptr += head * (HEAD_DIM * (HEAD_DIM + SUMS))
+    state_ptr += head * (HEAD_DIM * HEAD_DIM) + row * HEAD_DIM
+    mix = projected(state_ptr, weight_ptr, HEAD_DIM, ROWS) * scale
+    place = tl.load(places_ptr + row * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :])
+    tl.store(mix_ptr + place, mix.to(mix_ptr.dtype.element_ty))
+    total = (tl.load(normalizer_ptr + head * HEAD_DIM + row) + 1e-5) * scale  # [ROWS, 1]
+    high = total.to(mix_ptr.dtype.element_ty)
+    low = (total - high.to(tl.float32)).to(mix_ptr.dtype.element_ty)
+    column = tl.arange(0, SUMS)[None, :]
+    place = tl.load(places_ptr + HEAD_DIM * HEAD_DIM + row * SUMS + column)
+    tl.store(mix_ptr + place, tl.where(column % 2 == 0, high, low))
+
+
+def project_state_and_sums(
+    state: torch.Tensor,
+    normalizer: torch.Tensor,
+    proj_weight: torch.Tensor,
+    dtype: torch.dtype,
+    places: torch.Tensor,
+    length: int,
+) -> torch.Tensor:
+    """state W^T and beside it the normalizer plus 1e-5 in SUMS columns, as `dtype`
+    [B, H, D * (D + SUMS)]: of e^q times both the quotient is the linear branch.
+
+    Both are scaled, so that float16 holds sums over `length` keys. Even columns have what is left
+    of the normalizer in `dtype`, odd ones the rest: two of them add up to it. `places` int32
+    [D * (D + SUMS)]: where the state's numbers lie, then the columns'.
+    """
+    batch, heads, dim, _ = state.shape
+    mix = torch.empty(batch, heads, dim * (dim + SUMS), dtype=dtype, device=state.device)
+    project_state_and_sums_kernel[dim // STATE_ROWS, batch * heads](
+        state.contiguous(), normalizer.contiguous(), proj_weight.contiguous(), places, mix,
+        MEAN / length, HEAD_DIM=dim, ROWS=STATE_ROWS, SUMS=SUMS, **PROJECT_LAUNCH,
     )  # fmt: skip
     return mix
 

@@ -18,27 +18,38 @@ constexpr int HEAD_DIM = 128;
 constexpr int WARPS = ROWS / 16;
 constexpr int THREADS = 32 * WARPS;
 // What warps tell one another of a head: twice, so that they meet once a head, not twice.
-constexpr int HEADS_TOLD = HOPPER || LINEAR ? 1 : 2;
+constexpr int HEADS_TOLD = LINEAR && !HOPPER ? 1 : 2;
 constexpr int MOST_HEADS = 8;  // of a program, on Hopper
+constexpr int SUMS_STRIDE = 34;  // of 32 channels: keeps what a warp writes in different banks
 #if LINEAR
 constexpr int MIX_STRIDE = HEAD_DIM + 8;  // in 16 bits: keeps rows in different banks
+constexpr int HALF_ROWS = HEAD_DIM + 8;   // of either half of the mix, on Hopper
+constexpr int HALF_BYTES = HALF_ROWS * 128;
 #endif
 
 struct Shared {
 #if HOPPER
-    float turns[ROWS][HEAD_DIM + 4];  // cosine and sine of a pair, side by side
+    // Cosine and sine of a pair side by side, of four pairs in 32 bytes; in odd rows their halves
+    // trade places, so that two rows lie in different banks.
+    float turns[ROWS][HEAD_DIM];
     float weight[MOST_HEADS][HEAD_DIM];  // of the program's heads
     float bias[HEAD_DIM];
 #endif
 #if LINEAR
-    // [channel out, channel in], in the order of products; on Hopper two halves of the channels in,
-    // [2, channel out, 64], swizzled, from the first multiple of 1024 bytes on.
-    u16 mix[HEAD_DIM * MIX_STRIDE];
+    // In the order of products. On Hopper two halves of the channels in [2, HALF_ROWS, 64], swizzled,
+    // from the first multiple of 1024 bytes on: of 64 channels out, of the normalizer eight times, its
+    // bits in twos, and of the other channels out.
+#if HOPPER
+    u16 mix[2 * HALF_ROWS * 64 + SWIZZLE_ALIGNMENT / 2];
+    u64 mix_there;
+#else
+    u16 mix[HEAD_DIM * MIX_STRIDE];  // [channel out, channel in]
     float normalizer[HEAD_DIM];
 #endif
+#endif
     float norms[ROWS];
-    float sums[HEADS_TOLD][WARPS][HEAD_DIM];  // of a warp's rows
-    float amax[HEADS_TOLD][WARPS];            // of a warp's rows
+    float sums[HEADS_TOLD][WARPS][4 * SUMS_STRIDE];  // of a warp's rows
+    float amax[HEADS_TOLD][WARPS];                   // of a warp's rows
 };
 
 struct Operands {
@@ -51,8 +62,8 @@ struct Operands {
     float* means;             // [B, H, N, D]
     i8* integers;             // [B, H, N BLOCK, D]
     float* scales;            // [B, H, N]
-    const u16* mix;           // [B, H, D (out), D (in)], in the order of products
-    const float* normalizer;  // [B, H, D]
+    const u16* mix;           // [B, H] as Shared's, but for MIX_STRIDE
+    const float* normalizer;  // [B, H, D]; not on Hopper
     const float* bias;        // [D]
     int x_b, x_l, x_h, cos_b, cos_l, sin_b, sin_l;
     int length, heads, blocks, heads_each;
@@ -88,30 +99,14 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-__device__ __forceinline__ float warp_amax(float x) {
-#pragma unroll
-    for (int distance = 16; distance; distance /= 2)
-        x = max_or_nan(x, __shfl_xor_sync(0xffffffff, x, distance));
-    return x;
-}
-
 // Half of 2 MANY values goes to the thread `distance` lanes away, whose values the other half gets.
 template <int MANY>
-__device__ __forceinline__ void add_half(float (&x)[32], bool upper, int distance) {
+__device__ __forceinline__ void add_half(float (&x)[16], bool upper, int distance) {
 #pragma unroll
     for (int i = 0; i < MANY; i++) {
         float send = upper ? x[i] : x[MANY + i], keep = upper ? x[MANY + i] : x[i];
         x[i] = keep + __shfl_xor_sync(0xffffffff, send, distance);
     }
-}
-
-// 32 values of each thread, added over the eight threads that hold the same channels: a thread
-// keeps the sums x[0 .. 3] of four of them, those from the returned one on.
-__device__ __forceinline__ int add_rows(float (&x)[32], int lane) {
-    add_half<16>(x, lane & 16, 16);
-    add_half<8>(x, lane & 8, 8);
-    add_half<4>(x, lane & 4, 4);
-    return (lane & 16 ? 16 : 0) + (lane & 8 ? 8 : 0) + (lane & 4 ? 4 : 0);
 }
 
 // Rows beyond the end are read as zeros.
@@ -142,8 +137,9 @@ __device__ __forceinline__ void load_turn(
 ) {
 #if HOPPER
     const float4* both = reinterpret_cast<const float4*>(&shared.turns[row][32 * m + 8 * pair]);
-    turn[0] = {both[0].x, both[0].y}, turn[1] = {both[0].z, both[0].w};
-    turn[2] = {both[1].x, both[1].y}, turn[3] = {both[1].z, both[1].w};
+    float4 low = both[row & 1], high = both[~row & 1];
+    turn[0] = {low.x, low.y}, turn[1] = {low.z, low.w};
+    turn[2] = {high.x, high.y}, turn[3] = {high.z, high.w};
 #else
     long long last = min(row, inside - 1);
     float4 c = __ldg(reinterpret_cast<const float4*>(angles.cos + last * angles.cos_stride)
@@ -183,6 +179,12 @@ __device__ __forceinline__ void rotate(
     }
 }
 
+// At once: the compiler would store what it has, and memory would get pieces of sectors.
+__device__ __forceinline__ void store_16(u16* to, const u32* x) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
 __device__ __forceinline__ void store_rows(
     u16* out, const u32 (&packed)[2][16], long long stride, int row, int pair, int inside
 ) {
@@ -193,31 +195,52 @@ __device__ __forceinline__ void store_rows(
             const u32* p = &packed[half][4 * m];
             u16* to = out + (row + 8 * half) * stride + 32 * m + 8 * pair;
             if (row + 8 * half < inside)
-                *reinterpret_cast<uint4*>(to) = make_uint4(p[0], p[1], p[2], p[3]);
+                store_16(to, p);
         }
 }
 
-// This warp's part of the sums over a block's rows, and its largest |x|.
+// This warp's part of the sums over a block's rows. The tensor cores turn rows to columns: the unit
+// matrix times their transpose.
 __device__ __forceinline__ void add_up(
     Shared& shared, const u32 (&packed)[2][16], int told, int warp, int lane
 ) {
-    float sums[32], amax = 0;
+    int row = lane / 4, pair = lane % 4;
+    u32 one = BF16 ? 0x3f80 : 0x3c00;
+    u32 diagonal = row / 2 != pair ? 0 : row % 2 ? one << 16 : one;
+    const u32 unit[4] = {diagonal, 0, 0, diagonal};
+    float sums[16];  // of rows 2 pair and 2 pair + 1 of either half
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        float2 a = unpack(packed[0][i]), b = unpack(packed[1][i]);
-        sums[2 * i] = a.x + b.x;
-        sums[2 * i + 1] = a.y + b.y;
-        float of_a = max_or_nan(fabsf(a.x), fabsf(a.y)), of_b = max_or_nan(fabsf(b.x), fabsf(b.y));
-        amax = max_or_nan(amax, max_or_nan(of_a, of_b));
+    for (int i = 0; i < 8; i++) {
+        float d[4] = {};
+        mma(d, unit, packed[0][2 * i], packed[0][2 * i + 1]);
+        mma(d, unit, packed[1][2 * i], packed[1][2 * i + 1]);
+        sums[2 * i] = d[0] + d[1];
+        sums[2 * i + 1] = d[2] + d[3];
     }
-    int first = add_rows(sums, lane);
-    int channel = first / 8 * 32 + 8 * (lane % 4) + first % 8;
-    *reinterpret_cast<float4*>(&shared.sums[told][warp][channel]) =
-        make_float4(sums[0], sums[1], sums[2], sums[3]);
-#if QUANTIZE
-    amax = warp_amax(amax);
-    if (lane == 0) shared.amax[told][warp] = amax;
-#endif
+    add_half<8>(sums, lane & 2, 2);
+    add_half<4>(sums, lane & 1, 1);
+    // Of the channels 32 pair + 8 (row / 2) + row % 2 + {0, 2, 4, 6}.
+    float* to = &shared.sums[told][warp][SUMS_STRIDE * pair + row / 2 * 8 + row % 2];
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[2 * i] = sums[i];
+}
+
+// The largest |x| of this warp's rows, NaN where one is; `highs` get each row's largest pair.
+__device__ __forceinline__ float largest(u32 (&highs)[2], const u32 (&packed)[2][16]) {
+    u32 lows[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        highs[half] = lows[half] = packed[half][0];
+#pragma unroll
+        for (int i = 1; i < 16; i++) {
+            highs[half] = max_of_pairs(highs[half], packed[half][i], BF16);
+            lows[half] = min_of_pairs(lows[half], packed[half][i], BF16);
+        }
+    }
+    u32 high = max_of_pairs(highs[0], highs[1], BF16), low = min_of_pairs(lows[0], lows[1], BF16);
+    high = max_of_pairs(high, low ^ 0x80008000, BF16) & 0x7fff7fff;
+    // What has no sign is in the order of its bits, NaN the largest.
+    return unpack(__reduce_max_sync(0xffffffff, max(high & 0xffff, high >> 16))).x;
 }
 
 __device__ __forceinline__ void store_integers(
@@ -232,7 +255,8 @@ __device__ __forceinline__ void store_integers(
             for (int i = 0; i < 2; i++) {
                 float2 a = unpack(packed[half][4 * m + 2 * i]);
                 float2 b = unpack(packed[half][4 * m + 2 * i + 1]);
-                // Adding 1.5 * 2^23 rounds half to even, and leaves the integer in the low byte.
+                // Adding 1.5 * 2^23 rounds half to even, and leaves the integer in the low byte. Not
+                // fused: amax / 2 would be 63.5 and a little, not a tie as in the reference.
                 u32 n[4] = {__float_as_uint(__fadd_rn(__fmul_rn(a.x, factor), 12582912.0f)),
                             __float_as_uint(__fadd_rn(__fmul_rn(a.y, factor), 12582912.0f)),
                             __float_as_uint(__fadd_rn(__fmul_rn(b.x, factor), 12582912.0f)),
@@ -246,46 +270,53 @@ __device__ __forceinline__ void store_integers(
 }
 
 #if LINEAR
-// e^x of the row less its maximum, times the normalizer, in place; the factor of the row's product.
-// Both count in `unit`s.
-__device__ __forceinline__ float weigh(
-    u32 (&packed)[16], const float* normalizer, float unit, int pair
-) {
-    float high = -1e30f;
+constexpr float LOG2E = 1.4426950408889634f;
+
+#if HOPPER
+// e^x of the row less its maximum, of which `highs` are the pairs, in place.
+__device__ __forceinline__ void weigh(u32 (&packed)[16], u32 highs) {
+    float2 high = unpack(highs);
+    float shift = -row_max(fmaxf(high.x, high.y)) * LOG2E;
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         float2 x = unpack(packed[i]);
-        high = fmaxf(high, fmaxf(x.x, x.y));
+        packed[i] = pack(exp2_fast(fmaf(x.x, LOG2E, shift)), exp2_fast(fmaf(x.y, LOG2E, shift)));
     }
-    const float log2e = 1.4426950408889634f;
-    float shift = -row_max(high) * log2e, plain = 0, total = 0;
-#pragma unroll
-    for (int m = 0; m < 4; m++) {
-        const float4* z = reinterpret_cast<const float4*>(normalizer + 32 * m + 8 * pair);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float2 x = unpack(packed[4 * m + i]);
-            float a = exp2_fast(fmaf(x.x, log2e, shift)), b = exp2_fast(fmaf(x.y, log2e, shift));
-            float4 both = z[i / 2];
-            float wa = a * (i % 2 ? both.z : both.x), wb = b * (i % 2 ? both.w : both.y);
-            plain += a + b;
-            total += wa + wb;
-            packed[4 * m + i] = pack(wa, wb);
-        }
-    }
-    // phi is e^x / plain: phi z / (1e-5 + sum of phi z) = e^x z / (1e-5 plain + total)
-    return 1.0f / fmaf(1e-5f * unit, row_sum(plain), row_sum(total));
 }
-
-constexpr int HALF_BYTES = HEAD_DIM * 128;  // of mix
 
 __device__ __forceinline__ u32 mix_address(const Shared& shared) {
-    u32 address = shared_address(shared.mix);
-    return HOPPER ? (address + SWIZZLE_ALIGNMENT - 1) & -SWIZZLE_ALIGNMENT : address;
+    return (shared_address(shared.mix) + SWIZZLE_ALIGNMENT - 1) & -SWIZZLE_ALIGNMENT;
 }
 
-#if HOPPER
-// sums [64 rows of a warpgroup, 64 channels] (+)= weights [64, 16] mix^T, which is in shared memory
+// Starts the copy of a head's mix, by one thread.
+__device__ __forceinline__ void load_mix(Shared& shared, const u16* mix) {
+    barrier_expect(&shared.mix_there, 2 * HALF_BYTES);
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        ::"r"(mix_address(shared)), "l"(mix), "n"(2 * HALF_BYTES),
+        "r"(shared_address(&shared.mix_there)) : "memory");
+}
+
+// sums [64 rows of a warpgroup, 72 or 64 columns] (+)= weights [64, 16] mix^T, which is in shared
+// memory
+__device__ __forceinline__ void mma_mix(float (&sums)[36], const u32 (&a)[4], u64 mix, int add) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %41, 0;\n"
+#if BF16
+        "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
+#else
+        "wgmma.mma_async.sync.aligned.m64n72k16.f32.f16.f16 "
+#endif
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35}, {%36, %37, %38, %39}, %40, p, 1, 1, 0;\n"
+        "}\n"
+        : F16(sums, 0), F16(sums, 16), F4(sums, 32)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(mix), "r"(add));
+}
+
 __device__ __forceinline__ void mma_mix(float (&sums)[32], const u32 (&a)[4], u64 mix, int add) {
     asm volatile(
         "{\n"
@@ -302,6 +333,48 @@ __device__ __forceinline__ void mma_mix(float (&sums)[32], const u32 (&a)[4], u6
         "}\n"
         : F16(sums, 0), F16(sums, 16)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(mix), "r"(add));
+}
+#else
+// e^x of the row less its maximum, times the normalizer, in place; the factor of the row's product.
+// Both count in `unit`s.
+__device__ __forceinline__ float weigh(
+    u32 (&packed)[16], const float* normalizer, float unit, int pair
+) {
+    float high = -1e30f;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        float2 x = unpack(packed[i]);
+        high = fmaxf(high, fmaxf(x.x, x.y));
+    }
+    float shift = -row_max(high) * LOG2E, plain = 0, total = 0;
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        const float4* z = reinterpret_cast<const float4*>(normalizer + 32 * m + 8 * pair);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float2 x = unpack(packed[4 * m + i]);
+            float a = exp2_fast(fmaf(x.x, LOG2E, shift)), b = exp2_fast(fmaf(x.y, LOG2E, shift));
+            float4 both = z[i / 2];
+            float wa = a * (i % 2 ? both.z : both.x), wb = b * (i % 2 ? both.w : both.y);
+            plain += a + b;
+            total += wa + wb;
+            packed[4 * m + i] = pack(wa, wb);
+        }
+    }
+    // phi is e^x / plain: phi z / (1e-5 + sum of phi z) = e^x z / (1e-5 plain + total)
+    return 1.0f / fmaf(1e-5f * unit, row_sum(plain), row_sum(total));
+}
+
+// Starts the copies of a head's mix.
+__device__ __forceinline__ void load_mix(
+    Shared& shared, const u16* mix, float normalizer, float unit
+) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < HEAD_DIM * HEAD_DIM / 8; i += THREADS) {
+        int row = i / 16, chunk = i % 16;
+        copy_16(shared_address(shared.mix + row * MIX_STRIDE + chunk * 8), mix + 8 * i);
+    }
+    if (threadIdx.x < HEAD_DIM) shared.normalizer[threadIdx.x] = normalizer * unit;
 }
 #endif
 
@@ -325,11 +398,41 @@ __device__ __forceinline__ void store_mixed_channels(
             mixed[n] = pack(fmaf(sums[4 * n + 2 * half], factor[half], add[n].x),
                             fmaf(sums[4 * n + 2 * half + 1], factor[half], add[n].y));
         if (row + 8 * half < inside)
-            *reinterpret_cast<uint4*>(out + (row + 8 * half) * stride + channel) =
-                make_uint4(mixed[0], mixed[1], mixed[2], mixed[3]);
+            store_16(out + (row + 8 * half) * stride + channel, mixed);
     }
 }
 
+#if HOPPER
+__device__ __forceinline__ void store_half(
+    u16* out, const float* sums, const float (&factor)[2], const float* bias, long long stride,
+    int row, int channel, int inside
+) {
+    store_mixed_channels(out, sums, factor, bias, stride, row, channel, inside);
+    store_mixed_channels(out, sums + 16, factor, bias, stride, row, channel + 32, inside);
+}
+
+// sums [64 rows of a warpgroup, 72 or 64 columns] = weights [64, 128] mix^T, from a row of it on.
+template <int N>
+__device__ __forceinline__ void multiply(float (&sums)[N], const u32 (&weights)[2][16], u32 mix) {
+    hold(sums);
+    mma_begin();
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 16; i++) {
+        u32 a[4];
+        operand(a, weights, i);
+        mma_mix(sums, a, matrix_descriptor(mix + i / 4 * HALF_BYTES, 128) + i % 4 * 2, i);
+    }
+    mma_commit();
+    mma_wait<0>();
+    hold(sums);
+}
+
+__device__ __forceinline__ float inverse(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaxf(x, 1e-30f)));
+    return y;
+}
+#else
 // The mixed rows of this warp: weights [16, 128] times mix [128, 128]. Of 32 channels a thread's
 // columns of four products are 8 pair + {0 .. 7}, see `order` in cuda.py: 16 bytes of a row. Their
 // four sums grow side by side, as a product waits for the last one of its sum.
@@ -337,29 +440,6 @@ __device__ __forceinline__ void store_mixed(
     const Shared& shared, u16* out, const u32 (&weights)[2][16], const float (&factor)[2],
     const float* bias, long long stride, int row, int lane, int inside
 ) {
-#if HOPPER
-    u32 from = mix_address(shared);
-#pragma unroll
-    for (int part = 0; part < 2; part++) {
-        float sums[32];
-        hold(sums);
-        mma_begin();
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 16; i++) {
-            u32 a[4];
-            operand(a, weights, i);
-            u32 tile = from + i / 4 * HALF_BYTES + part * 64 * 128;
-            mma_mix(sums, a, matrix_descriptor(tile, 128) + i % 4 * 2, i);
-        }
-        mma_commit();
-        mma_wait<0>();
-        hold(sums);
-#pragma unroll
-        for (int group = 0; group < 2; group++)
-            store_mixed_channels(out, sums + 16 * group, factor, bias, stride, row,
-                                 64 * part + 32 * group + 8 * (lane % 4), inside);
-    }
-#else
 #pragma unroll
     for (int group = 0; group < 4; group++) {
         u32 from =
@@ -381,22 +461,8 @@ __device__ __forceinline__ void store_mixed(
         store_mixed_channels(out, &sums[0][0], factor, bias, stride, row,
                              32 * group + 8 * (lane % 4), inside);
     }
+}
 #endif
-}
-
-// Starts the copies of a head's mix.
-__device__ __forceinline__ void load_mix(
-    Shared& shared, const u16* mix, float normalizer, float unit
-) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < HEAD_DIM * HEAD_DIM / 8; i += THREADS) {
-        int row = i / 16, chunk = i % 16;
-        u32 at = HOPPER ? chunk / 8 * HALF_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16
-                        : 2 * (row * MIX_STRIDE + chunk * 8);
-        copy_16(mix_address(shared) + at, mix + 8 * i);
-    }
-    if (threadIdx.x < HEAD_DIM) shared.normalizer[threadIdx.x] = normalizer * unit;
-}
 #endif
 
 // Cosines and sines of the rows, and their norms.
@@ -423,8 +489,8 @@ __device__ __forceinline__ void load_turns(
         for (int i = 0; i < EACH; i++) {
             int row = (first + i * THREADS) / QUADS, quad = threadIdx.x % QUADS;
             float4* to = reinterpret_cast<float4*>(&shared.turns[row][8 * quad]);
-            to[0] = make_float4(cosines[i].x, sines[i].x, cosines[i].y, sines[i].y);
-            to[1] = make_float4(cosines[i].z, sines[i].z, cosines[i].w, sines[i].w);
+            to[row & 1] = make_float4(cosines[i].x, sines[i].x, cosines[i].y, sines[i].y);
+            to[~row & 1] = make_float4(cosines[i].z, sines[i].z, cosines[i].w, sines[i].w);
         }
     }
 #endif
@@ -474,7 +540,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
     load_rows(raw, head_rows, x_l / 8, row, pair, inside);
     load_weights(shared, o, head, last - head);
     load_turns(shared, o.norms + sample * (long long)length + first, angles, inside);
-#if LINEAR
+#if LINEAR && HOPPER
+    u32 parity = 0;
+    if (threadIdx.x == 0) {
+        barrier_init(&shared.mix_there, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+#elif LINEAR
     // Keeps the normalizers, sums over all keys, in the range of float16.
     float unit = 32768.0f / max(32768, length);
     float normalizer = 0;  // of the next head
@@ -486,7 +558,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
         u32 packed[2][16];  // [ROWS, HEAD_DIM] normalized and rotated, in 16 bits
         int told = head % HEADS_TOLD;
         long long whole_head = sample * (long long)heads + head;
-#if LINEAR
+#if LINEAR && !HOPPER
         load_mix(shared, o.mix + whole_head * HEAD_DIM * HEAD_DIM, normalizer, unit);
         if (head + 1 < last && threadIdx.x < HEAD_DIM)
             normalizer = o.normalizer[(whole_head + 1) * HEAD_DIM + threadIdx.x];
@@ -497,16 +569,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
         const float* weight = o.weight + head * HEAD_DIM;
 #endif
         rotate(packed, raw, shared, angles, weight, row, pair, inside);
-        if (head + 1 < last)
-            load_rows(raw, head_rows += x_h / 8, x_l / 8, row, pair, inside);
-        add_up(shared, packed, told, warp, lane);
-#if LINEAR
-        asm volatile("cp.async.wait_all;" ::: "memory");
-#if HOPPER
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        head_rows += x_h / 8;
+        int next_inside = head + 1 < last ? inside : 0;
+#if LINEAR && HOPPER
+        // Registers for the next rows are free after the products; meanwhile they come into L2.
+        if (threadIdx.x / 2 < next_inside)
+            fetch_line(head_rows + threadIdx.x / 2 * (long long)(x_l / 8) + threadIdx.x % 2 * 8);
+#else
+        load_rows(raw, head_rows, x_l / 8, row, pair, next_inside);
 #endif
+        add_up(shared, packed, told, warp, lane);
+#if QUANTIZE || LINEAR
+        u32 highs[2];
+        float amax_of_warp = largest(highs, packed);
+        if (lane == 0) shared.amax[told][warp] = amax_of_warp;
+#endif
+#if LINEAR && !HOPPER
+        asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
         __syncthreads();
+#if LINEAR && HOPPER
+        // All warps are done with the last head's.
+        if (threadIdx.x == 0) load_mix(shared, o.mix + whole_head * 2 * HALF_ROWS * 64);
+#endif
 #pragma unroll
         for (int part = 0; part < ROWS / BLOCK; part++) {
             int block = tile * (ROWS / BLOCK) + part;
@@ -515,7 +600,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
                 float sum = 0;
 #pragma unroll
                 for (int i = 0; i < BLOCK / 16; i++)
-                    sum += shared.sums[told][part * (BLOCK / 16) + i][threadIdx.x];
+                    sum += shared.sums[told][part * (BLOCK / 16) + i]
+                                      [threadIdx.x / 32 * SUMS_STRIDE + lane];
                 o.means[(whole_head * blocks + block) * HEAD_DIM + threadIdx.x] = sum / many;
             }
         }
@@ -541,10 +627,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
 #else
         const float* bias = o.bias;
 #endif
+        long long stride = (long long)heads * HEAD_DIM;
+#if HOPPER
+        weigh(packed[0], highs[0]);
+        weigh(packed[1], highs[1]);
+        barrier_wait(&shared.mix_there, parity);
+        parity ^= 1;
+        u32 mix = mix_address(shared);
+        float lower[36], upper[32];  // 64 channels each, and first sums with the normalizer
+        multiply(lower, packed, mix);
+        float factor[2] = {inverse(lower[32] + lower[33]), inverse(lower[34] + lower[35])};
+        store_half(to, lower, factor, bias, stride, row, 8 * pair, inside);
+        multiply(upper, packed, mix + (HALF_ROWS - 64) * 128);
+        load_rows(raw, head_rows, x_l / 8, row, pair, next_inside);
+        store_half(to, upper, factor, bias, stride, row, 64 + 8 * pair, inside);
+#else
         float factor[2] = {weigh(packed[0], shared.normalizer, unit, pair),
                            weigh(packed[1], shared.normalizer, unit, pair)};
-        store_mixed(shared, to, packed, factor, bias, (long long)heads * HEAD_DIM, row, lane,
-                    inside);
+        store_mixed(shared, to, packed, factor, bias, stride, row, lane, inside);
+#endif
 #else
         store_rows(to, packed, (long long)heads * HEAD_DIM, row, pair, inside);
 #endif

@@ -9,7 +9,7 @@ from .. import nvrtc
 from ..checks import in_steps_of_16_bytes
 from ..dispatch import HOPPER, capability
 from ..linear_attention import LinearBranch
-from ..linear_attention.triton import project_state
+from ..linear_attention.triton import SUMS, project_state, project_state_and_sums
 from ..tape import constant
 from ..tuning import PREPARE_HEADS, of_card
 from .triton import block_outputs, given_or_own_norms
@@ -20,8 +20,9 @@ HEAD_DIM = 128
 ROWS = 128  # of a program, at most
 MOST_HEADS = 8  # of a program, on Hopper
 # Of cuda.cu's Shared: cosines and sines, weights and bias, which on other cards stay in the cache.
-HOPPER_BYTES = 128 * 132 * 4 + (MOST_HEADS + 1) * 128 * 4
+HOPPER_BYTES = 128 * 128 * 4 + (MOST_HEADS + 1) * 128 * 4
 LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
+HOPPER_LINEAR_BYTES = 128 * (128 + SUMS) * 2 + 1024 + 8
 Operands = nvrtc.operands(
     pointers="x norms weight cos sin out means integers scales mix normalizer bias",
     integers="x_b x_l x_h cos_b cos_l sin_b sin_l length heads blocks heads_each",
@@ -93,6 +94,26 @@ def places(device: torch.device) -> torch.Tensor:
     return (summands * HEAD_DIM + columns).flatten().argsort().to(torch.int32)
 
 
+@constant
+def places_in_halves(device: torch.device) -> torch.Tensor:
+    """The same on Hopper, and then where the sums [D (in), SUMS] lie beside them, int32
+    [D * (D + SUMS)].
+
+    There are two halves of the summands, each with 64 columns of channels, those of the sums, and
+    64 columns again; of a column chunks of 8 summands are swizzled as wgmma reads them.
+    """
+    columns, summands = (x.flatten().argsort() for x in order(device))  # by channel
+    columns += (columns >= 64) * SUMS
+    sums = 64 + torch.arange(SUMS, device=device)
+    half, place = summands[:, None] // 64, summands[:, None] % 64
+
+    def lie(column: torch.Tensor) -> torch.Tensor:
+        chunk = place // 8 ^ column % 8
+        return ((half * (HEAD_DIM + SUMS) + column) * 64 + chunk * 8 + place % 8).flatten()
+
+    return torch.cat((lie(columns), lie(sums))).to(torch.int32)
+
+
 def prepare(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -111,9 +132,7 @@ def prepare(
     means, integers, scales = block_outputs(x, block, quantize)
     mixed = None, None, None
     if branch is not None:
-        sums = branch.state, branch.normalizer, branch.proj_weight
-        mix = project_state(*sums, x.dtype, places(x.device))
-        mixed = mix, aligned_copy(branch.normalizer), aligned_copy(branch.proj_bias)
+        mixed = *_mix(branch, x.dtype, length), aligned_copy(branch.proj_bias)
     cos, sin = aligned_pairs(cos), aligned_pairs(sin)
     groups = -(-heads // of_card(PREPARE_HEADS, capability(x.device)))
     tensors = x, norms, weight, cos, sin, out, means, integers, scales, *mixed
@@ -127,6 +146,17 @@ def prepare(
     return means, integers, scales
 
 
+def _mix(
+    branch: LinearBranch, dtype: torch.dtype, length: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The projected state as the card's products read it, and the normalizer if not among it."""
+    sums = branch.state, branch.normalizer, branch.proj_weight
+    device = branch.state.device
+    if capability(device) == HOPPER:
+        return project_state_and_sums(*sums, dtype, places_in_halves(device), length), None
+    return project_state(*sums, dtype, places(device)), aligned_copy(branch.normalizer)
+
+
 def rows_of_program(card: tuple[int, int], block: int) -> int:
     """As few as a block where cosines and sines need not be kept: fewer warps wait for another."""
     return ROWS if card == HOPPER else block
@@ -134,9 +164,11 @@ def rows_of_program(card: tuple[int, int], block: int) -> int:
 
 def shared_bytes(rows: int, hopper: bool, linear: bool) -> int:
     """cuda.cu's Shared: norms, sums and maxima, what waits there on Hopper, the linear branch."""
-    told = 1 if hopper or linear else 2
-    own = rows * 4 + told * rows // 16 * (HEAD_DIM + 1) * 4
-    return own + hopper * HOPPER_BYTES + linear * LINEAR_BYTES
+    told = 1 if linear and not hopper else 2
+    own = rows * 4 + told * rows // 16 * (HEAD_DIM + 9) * 4
+    if hopper:
+        return own + HOPPER_BYTES + linear * HOPPER_LINEAR_BYTES
+    return own + linear * LINEAR_BYTES
 
 
 def _kernel(x: torch.Tensor, rows: int, block: int, quantize: bool, linear: bool) -> nvrtc.Kernel:

@@ -79,6 +79,29 @@ def test_the_state_is_projected_in_the_order_of_the_products(dtype):
     assert torch.equal(ordered, expected)
 
 
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+def test_the_state_lies_as_hoppers_products_take_it(dtype):
+    """With the normalizer beside it: of e^q times all columns the quotient is the linear branch."""
+    q, k, v = random_qkv(2, 300, 3, 128)
+    weight, bias = random_proj(128)
+    sums = key_value_state(k, v, "softmax", "reference")
+    columns, summands = (x.flatten() for x in cuda.order(torch.device(DEVICE)))
+    places = cuda.places_in_halves(torch.device(DEVICE))
+    mix = triton_kernels.project_state_and_sums(*sums, weight, dtype, places, k.shape[1])
+    chunks = mix.view(2, 3, 2, 136, 8, 8)  # [B, H, half, column, chunk, summand]
+    column, chunk = torch.arange(136)[:, None], torch.arange(8)
+    table = chunks[:, :, :, column, chunk ^ column % 8].flatten(-2)
+    table = torch.cat(table.unbind(2), -1).double()  # [B, H, column, summand]
+    mixed = q.double().exp().transpose(1, 2)[..., summands] @ table.mT
+    channels, total = mixed[..., :64], mixed[..., 64:72].unflatten(-1, (4, 2)).sum(-1)
+    found = torch.empty_like(q, dtype=torch.float64).transpose(1, 2)
+    found[..., columns] = torch.cat((channels, mixed[..., 72:]), -1) / total[..., :1]
+    assert total.equal(total[..., :1].expand_as(total))
+    exact = exact_linear(q, k, v, weight, bias, "softmax")
+    bound = max(torch.finfo(dtype).eps, 1e-6)
+    assert goldens.relative_error(found.transpose(1, 2) + bias.double(), exact) <= bound
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("length", [*LENGTHS, 32760])
