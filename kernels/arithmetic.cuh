@@ -17,6 +17,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// 16 bytes at once: the compiler would store what it has, and memory would get pieces of sectors.
+__device__ __forceinline__ void store_16(void* to, const u32* x) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
 // Pairs of bfloat16 or float16.
 
 __device__ __forceinline__ float2 pair_of(u32 packed, bool bf16) {

@@ -179,12 +179,6 @@ __device__ __forceinline__ void rotate(
     }
 }
 
-// At once: the compiler would store what it has, and memory would get pieces of sectors.
-__device__ __forceinline__ void store_16(u16* to, const u32* x) {
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-                 ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
-}
-
 __device__ __forceinline__ void store_rows(
     u16* out, const u32 (&packed)[2][16], long long stride, int row, int pair, int inside
 ) {

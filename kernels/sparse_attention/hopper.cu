@@ -385,35 +385,38 @@ __device__ __forceinline__ void prefetch_tile(
             prefetch(out + (long long)(row + half) * row_words + pair * 32);
 }
 
+// Of 32 channels a thread has eight that lie side by side, see `quantize` in hopper.py.
 __device__ __forceinline__ void store_tile(
     Shared& shared, const float (&acc)[64], const Rows& rows, const float* v_scale, u32* out,
     int row, int pair, int inside, int row_words, bool add, bool any_promoted
 ) {
-    const float2* scales = reinterpret_cast<const float2*>(v_scale);
-    float2 channels[16];
+    const float4* scales = reinterpret_cast<const float4*>(v_scale) + 2 * pair;
+    float4 channels[8];
 #pragma unroll
-    for (int j = 0; j < 16; j++) channels[j] = scales[4 * j + pair];
+    for (int i = 0; i < 8; i++) channels[i] = scales[i / 2 * 8 + i % 2];
     float norm0 = 1.0f / sum_of_row(rows.row_sum[0]), norm1 = 1.0f / sum_of_row(rows.row_sum[1]);
-    u32* out0 = out + (long long)row * row_words + pair;
-    u32* out1 = out0 + (long long)8 * row_words;
-    u32 there0[16] = {}, there1[16] = {};
+    uint4* out0 = reinterpret_cast<uint4*>(out + (long long)row * row_words) + pair;
+    uint4* out1 = out0 + 2 * (long long)row_words;
+    uint4 there[2][4] = {};
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-        if (add && row < inside) there0[j] = out0[4 * j];
-        if (add && row + 8 < inside) there1[j] = out1[4 * j];
+    for (int i = 0; i < 4; i++) {
+        if (add && row < inside) there[0][i] = out0[4 * i];
+        if (add && row + 8 < inside) there[1][i] = out1[4 * i];
     }
+    u32 *there0 = &there[0][0].x, *there1 = &there[1][0].x;
 #pragma unroll
     for (int j = 0; j < 16; j++) {
-        float4 x = with_promoted(shared, acc, rows, j, any_promoted);
+        float4 x = with_promoted(shared, acc, rows, j, any_promoted), both = channels[j / 2];
+        float2 scale = j % 2 ? make_float2(both.z, both.w) : make_float2(both.x, both.y);
         float2 a = pair_of(there0[j], BF16), b = pair_of(there1[j], BF16);
-        a.x = fmaf(x.x * norm0, channels[j].x, a.x), a.y = fmaf(x.y * norm0, channels[j].y, a.y);
-        b.x = fmaf(x.z * norm1, channels[j].x, b.x), b.y = fmaf(x.w * norm1, channels[j].y, b.y);
+        a.x = fmaf(x.x * norm0, scale.x, a.x), a.y = fmaf(x.y * norm0, scale.y, a.y);
+        b.x = fmaf(x.z * norm1, scale.x, b.x), b.y = fmaf(x.w * norm1, scale.y, b.y);
         there0[j] = packed_pair(a, BF16), there1[j] = packed_pair(b, BF16);
     }
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-        if (row < inside) out0[4 * j] = there0[j];
-        if (row + 8 < inside) out1[4 * j] = there1[j];
+    for (int i = 0; i < 4; i++) {
+        if (row < inside) store_16(out0 + 4 * i, there0 + 4 * i);
+        if (row + 8 < inside) store_16(out1 + 4 * i, there1 + 4 * i);
     }
 }
 

@@ -44,21 +44,24 @@ def quantize(
 
     Rows of k are 128 bytes of channels, those of v 64 bytes of keys. Within eight rows of k (four
     pairs of v) their chunks of 16 bytes trade places, so that shared memory gives a column of
-    chunks at once. v's keys stand in the order in which a thread holds their weights.
+    chunks at once. v's keys stand in the order in which a thread holds their weights, its channels
+    in one that gives a thread eight side by side of 32.
     """
     arguments = q, k, v, k_mean, v_dtype, block_q, block_k, v_max
-    return triton_kernels.quantize(*arguments, swizzled=True)
+    return triton_kernels.quantize(*arguments, swizzled=True, eights=True)
 
 
 # The same, one operand at a time.
 quantize_keys = functools.partial(triton_kernels.quantize_keys, swizzled=True)
-quantize_values = functools.partial(triton_kernels.quantize_values, swizzled=True)
+quantize_values = functools.partial(triton_kernels.quantize_values, swizzled=True, eights=True)
 
 
 def sage_attention(
     operands: Quantized, block_map: torch.Tensor, out: torch.Tensor, add: bool
 ) -> torch.Tensor:
     """`sage_attention` of the Triton file, on operands of `quantize` above."""
+    if out.data_ptr() % 16:
+        return out.copy_(sage_attention(operands, block_map, out.clone(), add))
     batch, length, heads, _ = out.shape
     q_blocks, count = block_map.shape[2:]
     tiles = batch * heads * q_blocks

@@ -43,14 +43,17 @@ def quantize(
     block_k: int,
     v_max: torch.Tensor | None = None,
 ) -> Quantized:
-    """`quantize` of hopper.py, for all head dims and values that fit; values go to VALUE_LIMIT."""
+    """`quantize` of hopper.py, for all head dims and values that fit; values go to VALUE_LIMIT, and
+    their channels stand in their own order."""
     arguments = q, k, v, k_mean, v_dtype, block_q, block_k, v_max
     return triton_kernels.quantize(*arguments, swizzled=True, limit=VALUE_LIMIT)
 
 
 # The same, one operand at a time.
 quantize_keys = hopper.quantize_keys
-quantize_values = functools.partial(hopper.quantize_values, limit=VALUE_LIMIT)
+quantize_values = functools.partial(
+    triton_kernels.quantize_values, swizzled=True, limit=VALUE_LIMIT
+)
 
 
 def sage_attention(

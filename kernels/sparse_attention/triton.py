@@ -264,7 +264,7 @@ def quantize_values_kernel(
     v_ptr, amax_ptr, values_ptr, scales_ptr, length, heads, limit, per_limit,
     stride_vb, stride_vl, stride_vh,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ITEM: tl.constexpr, CUT: tl.constexpr,
-    SWIZZLED: tl.constexpr,
+    SWIZZLED: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     block = head * tl.num_programs(0) + tl.program_id(0)
@@ -283,7 +283,11 @@ def quantize_values_kernel(
     factor = tl.div_rn(tl.full([HEAD_DIM], 1.0, tl.float32), amax) * limit
     scaled = tl.clamp(v.to(tl.float32) * factor[None, :], -limit, limit)
     scaled = rounded_once(scaled, values_ptr.dtype.element_ty, CUT)
-    place = place_in_block(channel[:, None], offset[None, :], BLOCK, ITEM, SWIZZLED)
+    column = channel
+    if EIGHTS:
+        # Of 32 columns thread t of four gets 2 t and 2 t + 1 of each 8: channels 8 t and on.
+        column = channel // 32 * 32 + channel % 8 // 2 * 8 + channel // 8 % 4 * 2 + channel % 2
+    place = place_in_block(column[:, None], offset[None, :], BLOCK, ITEM, SWIZZLED)
     tl.store(values_ptr + block * (HEAD_DIM * BLOCK) + place, tl.trans(scaled))  # [D, BLOCK]
 
 
@@ -373,14 +377,16 @@ def quantize(
     v_max: torch.Tensor | None = None,
     swizzled: bool = False,
     limit: float = VALUE_LIMIT,
+    eights: bool = False,
 ) -> Quantized:
     """q and k - k_mean in int8 with a scale per block, v with a scale per channel.
 
-    `swizzled` lays k and v out as hopper.py says; v's largest number becomes `limit`.
+    `swizzled` lays k and v out as hopper.py says, and `eights` v's channels; v's largest number
+    becomes `limit`.
     """
     q_int, q_scale = q if isinstance(q, Int8Blocks) else quantize_heads(q, block_q)
     keys = quantize_keys(k, block_k, k_mean, swizzled)
-    values = quantize_values(v, v_dtype, block_k, v_max, swizzled, limit)
+    values = quantize_values(v, v_dtype, block_k, v_max, swizzled, limit, eights=eights)
     return Quantized(q_int, q_scale * score_scale(k), *keys, *values)
 
 
@@ -415,6 +421,7 @@ def quantize_values(
     swizzled: bool = False,
     limit: float = VALUE_LIMIT,
     out: torch.Tensor | None = None,
+    eights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """v to `dtype` [B, H, N, D, block], to a contiguous `out` if there is one, and float32
     [B, H, D], one scale per channel."""
@@ -426,7 +433,7 @@ def quantize_values(
     amax = channel_max(v, block) if v_max is None else v_max.contiguous()  # [B, H, D]
     quantize_values_kernel[blocks, batch * heads](
         v, amax, values, scales, length, heads, limit, 1 / limit, *v.stride()[:3],
-        BLOCK=block, HEAD_DIM=dim, ITEM=values.itemsize, SWIZZLED=swizzled,
+        BLOCK=block, HEAD_DIM=dim, ITEM=values.itemsize, SWIZZLED=swizzled, EIGHTS=eights,
         CUT=cuts_e4m3(v.device), **LAUNCH,
     )  # fmt: skip
     return values, scales

@@ -262,6 +262,17 @@ def test_cuda_on_hopper_runs_where_it_fits(monkeypatch):
         assert len(calls) == expected
 
 
+def test_channels_of_values_may_stand_in_eights():
+    """A thread of Hopper's product has columns 8 j + 2 t + {0, 1}: channels side by side."""
+    v = random_qkv(2, 200, 3, 128, torch.float16)[2]
+    arguments = v, torch.float16, 64
+    plain, scales = triton_kernels.quantize_values(*arguments)
+    found, same_scales = triton_kernels.quantize_values(*arguments, eights=True)
+    held = found.unflatten(3, (4, 4, 4, 2)).transpose(4, 5)  # [..., 32 columns, t, j, pair, keys]
+    assert torch.equal(held.flatten(3, 6), plain) and not torch.equal(found, plain)
+    assert torch.equal(scales, same_scales)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="Triton's interpreter is off where there is a GPU")
 def test_triton_fp8_layout_in_the_interpreter():
     """The interpreter cuts fp8 off where it should round, so this sees only gross errors."""
