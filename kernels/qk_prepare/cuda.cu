@@ -1,10 +1,10 @@
 // RMSNorm, RoPE, block means, and for q also int8 blocks and the linear branch, in one pass.
 //
-// A program takes ROWS rows of several heads: their cosines and sines wait in shared memory, or on
-// cards that have too little of it in the cache. A warp takes 16 rows. Of its rows lane / 4 and
-// lane / 4 + 8 a thread holds the channels 32 m + 8 (lane % 4) + {0 .. 7}, m = 0 .. 3. Products of
-// 16 channels take them four by four, so the other factor comes in the matching order, see `order`
-// in cuda.py.
+// A program takes ROWS rows of several heads, whose weights wait in shared memory, as the rows leave
+// the cache no room for them. So do cosines and sines, but on cards that have too little of it. A
+// warp takes 16 rows. Of its rows lane / 4 and lane / 4 + 8 a thread holds the channels
+// 32 m + 8 (lane % 4) + {0 .. 7}, m = 0 .. 3. Products of 16 channels take them four by four, so the
+// other factor comes in the matching order, see `order` in cuda.py.
 
 // Defined are ROWS, 64 or 128; BLOCK, rows of a block, at most ROWS; QUANTIZE, whether to make int8
 // blocks; LINEAR, whether `out` gets the linear branch in place of the rows; HOPPER, whether cosines
@@ -19,7 +19,7 @@ constexpr int WARPS = ROWS / 16;
 constexpr int THREADS = 32 * WARPS;
 // What warps tell one another of a head: twice, so that they meet once a head, not twice.
 constexpr int HEADS_TOLD = LINEAR && !HOPPER ? 1 : 2;
-constexpr int MOST_HEADS = 8;  // of a program, on Hopper
+constexpr int MOST_HEADS = 8;    // of a program
 constexpr int SUMS_STRIDE = 34;  // of 32 channels: keeps what a warp writes in different banks
 #if LINEAR
 constexpr int MIX_STRIDE = HEAD_DIM + 8;  // in 16 bits: keeps rows in different banks
@@ -32,9 +32,9 @@ struct Shared {
     // Cosine and sine of a pair side by side, of four pairs in 32 bytes; in odd rows their halves
     // trade places, so that two rows lie in different banks.
     float turns[ROWS][HEAD_DIM];
+#endif
     float weight[MOST_HEADS][HEAD_DIM];  // of the program's heads
     float bias[HEAD_DIM];
-#endif
 #if LINEAR
     // In the order of products. On Hopper two halves of the channels in [2, HALF_ROWS, 64], swizzled,
     // from the first multiple of 1024 bytes on: of 64 channels out, of the normalizer eight times, its
@@ -492,12 +492,10 @@ __device__ __forceinline__ void load_turns(
         shared.norms[threadIdx.x] = threadIdx.x < inside ? norms[threadIdx.x] : 0;
 }
 
-// On Hopper the weights of the program's heads and the bias wait in shared memory, as the rows leave
-// the cache no room for them.
+// Those of the program's heads, and the bias.
 __device__ __forceinline__ void load_weights(
     Shared& shared, const Operands& o, int first_head, int many
 ) {
-#if HOPPER
     if (threadIdx.x < many * HEAD_DIM / 4)
         copy_16(shared_address(shared.weight) + 16 * threadIdx.x,
                 o.weight + first_head * HEAD_DIM + 4 * threadIdx.x);
@@ -506,7 +504,6 @@ __device__ __forceinline__ void load_weights(
         copy_16(shared_address(shared.bias) + 16 * threadIdx.x, o.bias + 4 * threadIdx.x);
 #endif
     asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
@@ -557,11 +554,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
         if (head + 1 < last && threadIdx.x < HEAD_DIM)
             normalizer = o.normalizer[(whole_head + 1) * HEAD_DIM + threadIdx.x];
 #endif
-#if HOPPER
         const float* weight = shared.weight[head - first_head];
-#else
-        const float* weight = o.weight + head * HEAD_DIM;
-#endif
         rotate(packed, raw, shared, angles, weight, row, pair, inside);
         head_rows += x_h / 8;
         int next_inside = head + 1 < last ? inside : 0;
@@ -616,11 +609,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
 #endif
         u16* to = out_rows + head * HEAD_DIM;
 #if LINEAR
-#if HOPPER
         const float* bias = shared.bias;
-#else
-        const float* bias = o.bias;
-#endif
         long long stride = (long long)heads * HEAD_DIM;
 #if HOPPER
         weigh(packed[0], highs[0]);

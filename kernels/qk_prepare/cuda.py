@@ -18,9 +18,10 @@ SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90a"
 HEAD_DIM = 128
 ROWS = 128  # of a program, at most
-MOST_HEADS = 8  # of a program, on Hopper
-# Of cuda.cu's Shared: cosines and sines, weights and bias, which on other cards stay in the cache.
-HOPPER_BYTES = 128 * 128 * 4 + (MOST_HEADS + 1) * 128 * 4
+MOST_HEADS = 8  # of a program
+# Of cuda.cu's Shared: weights and bias; cosines and sines, which on other cards stay in the cache.
+WEIGHT_BYTES = (MOST_HEADS + 1) * 128 * 4
+HOPPER_BYTES = 128 * 128 * 4
 LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
 HOPPER_LINEAR_BYTES = 128 * (128 + SUMS) * 2 + 1024 + 8
 Operands = nvrtc.operands(
@@ -163,9 +164,10 @@ def rows_of_program(card: tuple[int, int], block: int) -> int:
 
 
 def shared_bytes(rows: int, hopper: bool, linear: bool) -> int:
-    """cuda.cu's Shared: norms, sums and maxima, what waits there on Hopper, the linear branch."""
+    """cuda.cu's Shared: weights, norms, sums and maxima, what waits there on Hopper, the linear
+    branch."""
     told = 1 if linear and not hopper else 2
-    own = rows * 4 + told * rows // 16 * (HEAD_DIM + 9) * 4
+    own = WEIGHT_BYTES + rows * 4 + told * rows // 16 * (HEAD_DIM + 9) * 4
     if hopper:
         return own + HOPPER_BYTES + linear * HOPPER_LINEAR_BYTES
     return own + linear * LINEAR_BYTES

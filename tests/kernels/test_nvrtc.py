@@ -141,7 +141,13 @@ def test_shared_memory_fits():
     assert SHARED_LIMIT[HOPPER] >= attention.SHARED_BYTES
     assert SHARED_LIMIT[HOPPER] >= linear.SHARED_BYTES
     assert SHARED_LIMIT[HOPPER] >= 2 * prepare.shared_bytes(prepare.ROWS, True, True)
-    assert of_card(PREPARE_HEADS, HOPPER) <= prepare.MOST_HEADS
+
+
+@pytest.mark.parametrize("card", PREPARE_HEADS, ids="sm_{0[0]}{0[1]}".format)
+def test_each_thread_copies_four_weights_of_its_program_at_most(card):
+    heads, threads = of_card(PREPARE_HEADS, card), 2 * prepare.rows_of_program(card, 64)
+    assert heads <= prepare.MOST_HEADS
+    assert heads * prepare.HEAD_DIM <= 4 * threads
 
 
 @needs_nvrtc
