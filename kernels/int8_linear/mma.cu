@@ -38,6 +38,10 @@ constexpr int PENDING = STAGES - 2;               // steps on their way when the
 // faster one where it is. So it is with the bytes of a row that come into L2 at a time.
 constexpr bool IN_ORDER = BLOCKS ? STAGES == 2 : RESIDUAL;
 constexpr int FETCHED = BLOCKS || RESIDUAL ? 128 : 256;
+// If BLOCKS, where a step's scale comes from: a lane of the warp, of 32 steps, or the step's stage.
+// Copied stage by stage they cost the warps more right where they meet, which two stages feel; three
+// do without the wait for them. So it is with the last copies of a step, behind its products or not.
+constexpr bool IN_LANES = STAGES == 2;
 // sm_80 converts integers slowly, where it takes exponentials. There the sums of a block add up on
 // top of the bits of 1.5 * 2^23: as float32 they are 1.5 * 2^23 + sum.
 constexpr bool CONVERTS = __CUDA_ARCH__ >= 860;
@@ -61,7 +65,7 @@ struct Shared {
     Stage stages[STAGES];
     float gate[TILE_N];  // of the tile
     u16 bias[TILE_N];
-    // Scales of the tile's columns and rows, or if BLOCKS of its blocks by stage.
+    // Scales of the tile's columns and rows, or if BLOCKS of its blocks by stage, unless IN_LANES.
     float column_scale[BLOCKS ? STAGES * TILE_N / BLOCK : TILE_N];
     float row_scale[BLOCKS ? STAGES * TILE_L / BLOCK : TILE_L];
     Tile tiles[3];  // the one before, this and the next, in turns
@@ -271,7 +275,7 @@ __device__ __forceinline__ void end_step() {
 // then copied to its place, COPIED_LAST parts during the last group of columns, the others during
 // the first MIDDLE groups of the next step. With two stages soon: a step later it has to be there.
 constexpr int MIDDLE = STAGES > 2 ? 6 : 2;
-constexpr int COPIED_LAST = (X_COPIES + W_COPIES) / 6 * (STAGES > 2 ? 1 : 3);
+constexpr int COPIED_LAST = (X_COPIES + W_COPIES) / 6 * (STAGES > 2 ? 1 : 2);
 constexpr int COPIED_EACH = (X_COPIES + W_COPIES - COPIED_LAST + MIDDLE - 1) / MIDDLE;
 
 constexpr int COLUMNS = 8;  // of w that a warp takes at once
@@ -289,11 +293,11 @@ __device__ __forceinline__ void load_w(u32 (&w)[2][4], u32 stage, const Places& 
 __device__ __forceinline__ void start(Shared& shared, const Copies& copies, const Operands& o) {
 #pragma unroll
     for (int step = 0; step < STAGES - 1; step++) {
-        copy_scales(shared, shared.tiles[0], step, step, o);
+        if (!IN_LANES) copy_scales(shared, shared.tiles[0], step, step, o);
         copy_parts<X_COPIES + W_COPIES>(copies, stage_address(shared, step), step, 0, o);
         copy_commit();
     }
-    copy_scales(shared, shared.tiles[0], STAGES - 1, STAGES - 1, o);
+    if (!IN_LANES) copy_scales(shared, shared.tiles[0], STAGES - 1, STAGES - 1, o);
     copy_parts<COPIED_LAST>(copies, stage_address(shared, STAGES - 1), STAGES - 1, 0, o);
 }
 
@@ -322,6 +326,16 @@ __device__ __forceinline__ void add_scaled(
             sums[m][group][i] = fmaf(value_of(sum[m][i]), scale, sums[m][group][i]);
 }
 
+// What the sums of the warp's blocks are multiplied with, of 32 steps from `first` on: a lane's each.
+__device__ __forceinline__ float load_scales(const Tile& tile, int first, const Operands& o) {
+    int warp = threadIdx.x / 32, k_blocks = parts(o.k, BLOCK), down = parts(o.length, BLOCK);
+    int row = min(tile.row + warp / WARPS_N * WARP_L, o.length - 1) / BLOCK + tile.sample * down;
+    int column = min(tile.column + warp % WARPS_N * WARP_N, o.n - 1) / BLOCK;
+    int step = min(first + int(threadIdx.x % 32), k_blocks - 1);
+    return o.x_scale[(long long)row * k_blocks + step]
+        * o.w_scale[(long long)column * k_blocks + step];
+}
+
 // All of a tile's products. The loop begins in the middle of a step: there nothing is on its way
 // from shared memory, for what the compiler waits at a loop's end.
 __device__ __forceinline__ void multiply(
@@ -331,13 +345,19 @@ __device__ __forceinline__ void multiply(
     int row_block = warp / WARPS_N * WARP_L / BLOCK, column_block = warp % WARPS_N * WARP_N / BLOCK;
     Places at = places();
     u32 stage = stage_address(shared, slot), following = 0;
-    float scale = 0;
+    float scale = 0, scales = 0;  // of this step, and of 32 if IN_LANES
+    int step = 0;                 // whose sums begin
     int copied = STAGES - 1, copied_turn = turn;  // the step that is copied, and its tile
     u32 x[ROWS][DEPTHS][4], w[2][2][4];
     auto first_groups = [&] {
         following = stage_address(shared, after(slot));
-        scale = shared.row_scale[slot * (TILE_L / BLOCK) + row_block]
-            * shared.column_scale[slot * (TILE_N / BLOCK) + column_block];
+        if (IN_LANES) {
+            if (step % 32 == 0) scales = load_scales(shared.tiles[turn], step, o);
+            scale = __shfl_sync(0xffffffff, scales, step++ % 32);
+        } else {
+            scale = shared.row_scale[slot * (TILE_L / BLOCK) + row_block]
+                * shared.column_scale[slot * (TILE_N / BLOCK) + column_block];
+        }
         u32 to = stage_address(shared, before(slot));
 #pragma unroll
         for (int group = 0; group < MIDDLE; group++) {
@@ -359,7 +379,7 @@ __device__ __forceinline__ void multiply(
             bool last = group + 1 == GROUPS;
             if (last) end_step();
             load_w(w[(group + 1) % 2], last ? following : stage, at, (group + 1) % GROUPS);
-            if (last) {
+            if (last && !IN_LANES) {
                 copy_scales(shared, shared.tiles[copied_turn], slot, copied, o);
                 copy_parts<COPIED_LAST>(copies, stage, copied, 0, o);
             }
@@ -371,6 +391,7 @@ __device__ __forceinline__ void multiply(
                     multiply_depth(sum[m], x[m][depth], w[group % 2], depth);
                     if (last) load_x(x[m][depth], following, at, m, depth);
                 }
+            if (last && IN_LANES) copy_parts<COPIED_LAST>(copies, stage, copied, 0, o);
             add_scaled(sums, sum, group, scale);
         }
         slot = after(slot);
