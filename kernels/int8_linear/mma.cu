@@ -539,8 +539,12 @@ __device__ __forceinline__ void store(
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % 4;
     int first_row = warp / WARPS_N * WARP_L + lane / 4;
     int first_column = warp % WARPS_N * WARP_N;
-    const u16* residual = o.residual + (long long)tile.sample * o.residual_b + tile.column;
-    u16* out = o.out + (long long)tile.sample * o.out_b + tile.column;
+    int own = first_column + 8 * pair;  // first column of those it stores
+    // The thread's first place. Where others are from there is the same for all threads.
+    const u16* residual = o.residual + (long long)tile.sample * o.residual_b + tile.column
+        + (long long)(tile.row + first_row) * o.residual_l + own;
+    u16* out = o.out + (long long)tile.sample * o.out_b + tile.column
+        + (long long)(tile.row + first_row) * o.out_l + own;
     float squares[ROWS / 2] = {};
 #pragma unroll
     for (int group = 0; group < WARP_N / 32; group++) {
@@ -550,23 +554,22 @@ __device__ __forceinline__ void store(
             factors[j] = factors_of(
                 shared,
                 first_column + 32 * group + (IN_ORDER ? 8 * pair + 2 * j : 8 * j + 2 * pair), o);
-        int column = first_column + 32 * group + 8 * pair;
-        bool column_inside = tile.column + column < o.n;
+        bool column_inside = tile.column + own + 32 * group < o.n;
 #pragma unroll
         for (int m = 0; m < ROWS; m += 2) {
             u32 y[4][4] = {};  // of rows 16 m + 8 half, pairs of 16 bits
             float own_squares[4] = {};
 #pragma unroll
             for (int half = 0; WITH_RESIDUAL && half < 4; half++) {
-                int row = tile.row + first_row + 16 * m + 8 * half;
-                if (row < o.length && column_inside)
+                int down = 16 * m + 8 * half;
+                if (tile.row + first_row + down < o.length && column_inside)
                     *reinterpret_cast<uint4*>(y[half]) = *reinterpret_cast<const uint4*>(
-                        residual + (long long)row * o.residual_l + column);
+                        residual + (long long)down * o.residual_l + 32 * group);
             }
 #pragma unroll
             for (int half = 0; half < 4; half++) {
-                int in_tile = first_row + 16 * m + 8 * half, row = tile.row + in_tile;
-                float scale = BLOCKS ? 1.0f : shared.row_scale[in_tile];
+                int down = 16 * m + 8 * half;
+                float scale = BLOCKS ? 1.0f : shared.row_scale[first_row + down];
                 if (WITH_RESIDUAL && !IN_ORDER) transpose(y[half]);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
@@ -583,9 +586,8 @@ __device__ __forceinline__ void store(
                     y[half][j] = packed_pair(x, BF16);
                 }
                 if (!IN_ORDER) transpose(y[half]);
-                if (row < o.length && column_inside)
-                    *reinterpret_cast<uint4*>(out + (long long)row * o.out_l + column) =
-                        make_uint4(y[half][0], y[half][1], y[half][2], y[half][3]);
+                if (tile.row + first_row + down < o.length && column_inside)
+                    store_16(out + (long long)down * o.out_l + 32 * group, y[half]);
             }
             if (WITH_SQUARES) squares[m / 2] += sum_of_four(own_squares);
         }
