@@ -332,15 +332,10 @@ __device__ __forceinline__ void mma_mix(float (&sums)[32], const u32 (&a)[4], u6
 // e^x of the row less its maximum, times the normalizer, in place; the factor of the row's product.
 // Both count in `unit`s.
 __device__ __forceinline__ float weigh(
-    u32 (&packed)[16], const float* normalizer, float unit, int pair
+    u32 (&packed)[16], u32 highs, const float* normalizer, float unit, int pair
 ) {
-    float high = -1e30f;
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        float2 x = unpack(packed[i]);
-        high = fmaxf(high, fmaxf(x.x, x.y));
-    }
-    float shift = -row_max(high) * LOG2E, plain = 0, total = 0;
+    float2 high = unpack(highs);
+    float shift = -row_max(fmaxf(high.x, high.y)) * LOG2E, plain = 0, total = 0;
 #pragma unroll
     for (int m = 0; m < 4; m++) {
         const float4* z = reinterpret_cast<const float4*>(normalizer + 32 * m + 8 * pair);
@@ -625,8 +620,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
         load_rows(raw, head_rows, x_l / 8, row, pair, next_inside);
         store_half(to, upper, factor, bias, stride, row, 64 + 8 * pair, inside);
 #else
-        float factor[2] = {weigh(packed[0], shared.normalizer, unit, pair),
-                           weigh(packed[1], shared.normalizer, unit, pair)};
+        float factor[2] = {weigh(packed[0], highs[0], shared.normalizer, unit, pair),
+                           weigh(packed[1], highs[1], shared.normalizer, unit, pair)};
         store_mixed(shared, to, packed, factor, bias, stride, row, lane, inside);
 #endif
 #else
