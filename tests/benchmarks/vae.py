@@ -6,6 +6,7 @@
     ... vae.py --sizes 1280x720x81 --kernels        where TurboVAE's time goes
     ... vae.py --cudnn                              TurboVAE by torch's convolutions and attention
     ... vae.py --fastvae                            beside the package fastvae, through diffusers
+    ... vae.py --same-convolution fp64              both convolve by one function: what else differs
 
 Full width, random weights in bf16. Prints for decode and encode: a first run of 9 frames, the
 median of runs as a node sees them (memory to memory), TurboVAE's model alone, the highest memory
@@ -29,12 +30,14 @@ arguments, sys.argv = sys.argv, sys.argv[:1]
 import in_comfyui  # noqa: E402, F401 - starts ComfyUI
 import older_cards  # noqa: E402
 import pack  # noqa: E402, F401
+from comfy import ops  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.model import pytorch_attention  # noqa: E402
 from comfy.ldm.wan.vae import WanVAE  # noqa: E402
 from comfy.model_management import load_models_gpu  # noqa: E402
 from comfy.sd import VAE  # noqa: E402
 from gpu_timing import kernel_times  # noqa: E402
 from tiny_models import VAE_CONFIG, vae_tensor  # noqa: E402
+from torch.nn import functional  # noqa: E402
 from turbodiffusion_pack.turbo_core.host import causal_vae  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.turbo_vae import TurboVAE, accelerate_vae  # noqa: E402
 
@@ -109,6 +112,30 @@ def measure_fastvae(latents: torch.Tensor, runs: int) -> None:
     say(f"  decode fastvae   {median:6.2f} s (at first {first:.2f}), peak {peak:.2f} GB")
 
 
+def convolve_alike(sums: str) -> None:
+    """Let ComfyUI and TurboVAE convolve by one function, and attend by torch's.
+
+    sums: "fp64", rounded once, whose order does not show; or "cudnn" for what cuDNN makes of
+    tensors of one size and layout. The bias is added to the rounded sums.
+    """
+
+    def alike(convolution: Callable) -> Callable:
+        def run(x, weight, bias=None, stride=1, padding=0, *_):
+            sides = padding if isinstance(padding, tuple) else (padding,) * (x.ndim - 2)
+            x = functional.pad(x, [n for side in reversed(sides) for n in (side, side)])
+            dtype = torch.float64 if sums == "fp64" else x.dtype
+            y = convolution(x.to(dtype).contiguous(), weight.to(dtype), None, stride).to(x.dtype)
+            return y if bias is None else y + bias.unflatten(0, (-1, *[1] * (x.ndim - 2)))
+
+        return run
+
+    functional.conv2d, functional.conv3d = alike(functional.conv2d), alike(functional.conv3d)
+    ops.NVIDIA_MEMORY_CONV_BUG_WORKAROUND = False  # it would call cuDNN by itself
+    causal_vae.left_to_cudnn = lambda *_: "not asked for"
+    causal_vae.attention_by_products = pytorch_attention
+    causal_vae.AT_ONCE = 1  # as ComfyUI
+
+
 def in_strips(turbo: TurboVAE, direction: str, x: torch.Tensor, count: int) -> Callable:
     run = getattr(turbo, f"_{direction}")
     x = x if direction == "decode" else x.unsqueeze(0)
@@ -132,7 +159,9 @@ def measure(host: VAE, turbo: TurboVAE, direction: str, x: torch.Tensor, options
         results.append(out)
         seconds.append(median)
     apart, times = psnr(results[1], results[0]), seconds[0] / seconds[1]
+    equal = 100 * float((results[1] == results[0]).float().mean())
     say(f"  {direction} TurboVAE {times:.2f} times as fast as ComfyUI, {apart:.1f} dB from it")
+    say(f"    {equal:.2f} % of the values are equal")
     if direction == "decode" and x.shape[2] >= 5:
         frames = [psnr(*(out[:, t] for out in results)) for t in (0, 4, 16, -1)]
         say(f"    frames 1, 5, 17 and the last: {', '.join(f'{dB:.0f}' for dB in frames)}")
@@ -176,11 +205,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--cudnn", action="store_true")
+    parser.add_argument("--same-convolution", choices=("fp64", "cudnn"))
     parser.add_argument("--fastvae", action="store_true")
     parser.add_argument("--card", help="as on an older card, see tests/support/older_cards.py")
     options = parser.parse_args(arguments[1:])
     if options.card:
         older_cards.play(options.card)
+    if options.same_convolution:
+        convolve_alike(options.same_convolution)
     if options.cudnn:
         causal_vae.left_to_cudnn = lambda *_: "not asked for"
         causal_vae.attention_by_products = pytorch_attention
