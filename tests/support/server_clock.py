@@ -64,11 +64,15 @@ def busy_bytes(told: list[dict], prompt: dict) -> float:
 
 
 def emptied(server: ComfyServer, forget: bool = True) -> dict[str, int]:
-    """What is taken once the server has given up its models and, to `forget`, its cache."""
-    server.post("/free", {"unload_models": True, "free_memory": forget})
+    """What is taken once the server has given up its models and, to `forget`, its cache.
+
+    It is asked again and again: the host does not hear it just after a prompt, but with the next.
+    """
     deadline, before, after = time.monotonic() + FREED_SECONDS, None, now(server)
     while time.monotonic() < deadline and not _same(before, after):
-        time.sleep(0.3)
+        for _ in range(2):
+            server.post("/free", {"unload_models": True, "free_memory": forget})
+            time.sleep(0.3)
         before, after = after, now(server)
     return after
 
