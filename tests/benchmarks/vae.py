@@ -30,14 +30,13 @@ arguments, sys.argv = sys.argv, sys.argv[:1]
 import in_comfyui  # noqa: E402, F401 - starts ComfyUI
 import older_cards  # noqa: E402
 import pack  # noqa: E402, F401
-from comfy import ops  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.model import pytorch_attention  # noqa: E402
 from comfy.ldm.wan.vae import WanVAE  # noqa: E402
 from comfy.model_management import load_models_gpu  # noqa: E402
 from comfy.sd import VAE  # noqa: E402
 from gpu_timing import kernel_times  # noqa: E402
+from one_convolution import convolve_alike  # noqa: E402
 from tiny_models import VAE_CONFIG, vae_tensor  # noqa: E402
-from torch.nn import functional  # noqa: E402
 from turbodiffusion_pack.turbo_core.host import causal_vae  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.turbo_vae import TurboVAE, accelerate_vae  # noqa: E402
 
@@ -110,30 +109,6 @@ def measure_fastvae(latents: torch.Tensor, runs: int) -> None:
     first = timed(run, 1)[1]
     _, median, peak = timed(run, runs)
     say(f"  decode fastvae   {median:6.2f} s (at first {first:.2f}), peak {peak:.2f} GB")
-
-
-def convolve_alike(sums: str) -> None:
-    """Let ComfyUI and TurboVAE convolve by one function, and attend by torch's.
-
-    sums: "fp64", rounded once, whose order does not show; or "cudnn" for what cuDNN makes of
-    tensors of one size and layout. The bias is added to the rounded sums.
-    """
-
-    def alike(convolution: Callable) -> Callable:
-        def run(x, weight, bias=None, stride=1, padding=0, *_):
-            sides = padding if isinstance(padding, tuple) else (padding,) * (x.ndim - 2)
-            x = functional.pad(x, [n for side in reversed(sides) for n in (side, side)])
-            dtype = torch.float64 if sums == "fp64" else x.dtype
-            y = convolution(x.to(dtype).contiguous(), weight.to(dtype), None, stride).to(x.dtype)
-            return y if bias is None else y + bias.unflatten(0, (-1, *[1] * (x.ndim - 2)))
-
-        return run
-
-    functional.conv2d, functional.conv3d = alike(functional.conv2d), alike(functional.conv3d)
-    ops.NVIDIA_MEMORY_CONV_BUG_WORKAROUND = False  # it would call cuDNN by itself
-    causal_vae.left_to_cudnn = lambda *_: "not asked for"
-    causal_vae.attention_by_products = pytorch_attention
-    causal_vae.AT_ONCE = 1  # as ComfyUI
 
 
 def in_strips(turbo: TurboVAE, direction: str, x: torch.Tensor, count: int) -> Callable:

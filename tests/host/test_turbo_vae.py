@@ -13,6 +13,7 @@ from comfy.ldm.wan.vae import WanVAE
 from comfy.sd import VAE as HostVAE  # noqa: N811
 from comfy_extras.nodes_wan import WanImageToVideo
 from in_comfyui import DEVICE, DYNAMIC, comfy
+from one_convolution import convolve_alike
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from turbodiffusion_pack.kernels import dispatch
@@ -167,6 +168,18 @@ def test_bfloat16_is_the_hosts_bit_for_bit_where_the_convolution_is(monkeypatch)
     assert torch.equal(turbo.encode(x), vae.encode(x))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("sums", ["fp64", "cudnn"])
+def test_on_a_gpu_nothing_but_the_convolution_is_another(wide, monkeypatch, sums):
+    """Kernels round as ComfyUI's layers do, one step after the other."""
+    convolve_alike(sums, monkeypatch.setattr)
+    host, turbo = wide[0], accelerate_vae(wide[0])
+    z, x = latents(9, 16, 24), video(9, 128, 192)
+    assert psnr(turbo.decode(z), host.decode(z)) >= 60
+    exact = host.encode(x)
+    assert psnr(turbo.encode(x) / exact.std(), exact / exact.std()) >= 60
+
+
 def test_bfloat16_is_as_near_to_float32_as_the_hosts(vae):
     """A CPU sums channels in another order where they are last, and random weights amplify it."""
     half = random_vae(torch.bfloat16)
@@ -307,11 +320,25 @@ def test_latents_of_something_else_are_refused(turbo):
         turbo.decode(torch.zeros(1, 4, 8, 8))
 
 
-def test_memory_that_never_suffices_is_an_error(turbo, monkeypatch):
-    def short(self, samples, count):
-        raise comfy.model_management.OOM_EXCEPTION("out of memory")
+def out_of_memory(*_, **__):
+    raise comfy.model_management.OOM_EXCEPTION("out of memory")
 
-    monkeypatch.setattr(TurboVAE, "_decode", short)
+
+def test_where_no_strips_fit_it_goes_on_in_the_hosts_tiles(vae, turbo, monkeypatch, caplog):
+    for name in ("_decode", "_encode"):
+        monkeypatch.setattr(TurboVAE, name, out_of_memory)
+    z, videos = latents(5, 2, 40, batch=2), [video(5, 16, 320, seed=n) for n in range(2)]
+    expected = vae.decode_tiled(z, tile_x=32, tile_y=32, overlap=8)
+    torch.testing.assert_close(turbo.decode(z), expected, rtol=0, atol=ATOL)
+    assert caplog.text.count("goes on in ComfyUI's tiles") == 1
+    expected = [vae.encode_tiled(x, tile_x=256, tile_y=256, overlap=64) for x in videos]
+    encoded = turbo.encode(torch.stack(videos))
+    torch.testing.assert_close(encoded, torch.cat(expected), rtol=ATOL, atol=ATOL)
+
+
+def test_memory_that_never_suffices_is_an_error(turbo, monkeypatch):
+    monkeypatch.setattr(TurboVAE, "_decode", out_of_memory)
+    monkeypatch.setattr(HostVAE, "decode_tiled_3d", out_of_memory)
     with pytest.raises(comfy.model_management.OOM_EXCEPTION):
         turbo.decode(latents())
 
@@ -470,6 +497,23 @@ def test_full_width_on_a_gpu(wide):
     wanted = exact.decode(z), exact.encode(x)
     assert psnr(pixels, wanted[0]) >= psnr(half.decode(z), wanted[0]) - 0.5
     assert psnr(encoded, wanted[1]) >= psnr(half.encode(x), wanted[1]) - 0.5
+
+
+@pytest.mark.gpu
+@no_streaming
+def test_weights_that_stay_in_ram_give_the_same(wide, monkeypatch):
+    """As with --novram: each comes when its layer runs."""
+    turbo, z, x = accelerate_vae(wide[0]), latents(5, 12, 20), video(5, 96, 160)
+    expected = turbo.decode(z), turbo.encode(x)
+    comfy.model_management.unload_all_models()
+    monkeypatch.setattr(
+        comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM
+    )
+    outs = turbo.decode(z), turbo.encode(x)
+    weight = wide[0].first_stage_model.decoder.conv1.weight
+    assert weight.device.type == "cpu"
+    comfy.model_management.unload_all_models()
+    assert all(torch.equal(out, wanted) for out, wanted in zip(outs, expected, strict=True))
 
 
 @pytest.mark.gpu
