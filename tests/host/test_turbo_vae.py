@@ -143,6 +143,20 @@ def test_a_batch_is_its_videos(vae, turbo):
     torch.testing.assert_close(turbo.encode(torch.stack(videos)), expected, rtol=ATOL, atol=ATOL)
 
 
+def test_a_batch_of_images_is_no_video(vae, monkeypatch):
+    """As ComfyUI takes it of the image models that use this VAE."""
+    monkeypatch.setattr(vae, "not_video", True)
+    pictures = torch.stack([video(1, seed=n)[0] for n in range(3)])
+    expected = vae.encode(pictures)
+    assert expected.shape == (3, 16, 1, 3, 5)
+    torch.testing.assert_close(accelerate_vae(vae).encode(pictures), expected, rtol=ATOL, atol=ATOL)
+
+
+def test_what_is_left_over_of_a_size_is_cropped(vae, turbo):
+    x = video(6, 25, 43)
+    torch.testing.assert_close(turbo.encode(x), vae.encode(x), rtol=ATOL, atol=ATOL)
+
+
 def channels_first(convolution):
     return lambda x, *rest: convolution(x.contiguous(), *rest)
 
