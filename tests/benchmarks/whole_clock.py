@@ -87,6 +87,21 @@ def measure(server: ComfyServer, video: Video, way: str, turbo_vae: bool, option
     return found | {"bits": bits, "log": lines[-1:], "copied": copied}
 
 
+def measured(server: ComfyServer, *of, ahead: int) -> dict:
+    """The same while a thread of the server copies to the GPU, so many copies ahead, unless 0."""
+    if not ahead:
+        return measure(server, *of)
+    try:
+        link = server_clock.keep_link_busy(server, ahead)
+        say(f"  {link}")
+        return measure(server, *of) | {"link": link}
+    except TimeoutError as error:
+        return {"failed": f"{error!r}\n{server.log_tail()}"}
+    finally:
+        with contextlib.suppress(TimeoutError):
+            server_clock.keep_link_busy(server, 0)
+
+
 def check(files: list[Path], video: Video) -> None:
     (file,) = (file for file in files if file.suffix == ".mp4")
     made, wanted = play(file), (video.shape.frames, video.shape.width, video.shape.height)
@@ -156,9 +171,9 @@ def in_numbers(result: dict) -> str:
 def in_words(result: dict) -> str:
     """How busy the link was."""
     copied = [f"{value / GB:.1f}" for value in result["copied"]]
-    alone, left = (result["link"][name] / GB for name in ("alone", "left"))
-    told = f"busy link: {left:.1f} of {alone:.1f} GB/s left, the other thread copied"
-    return f"{told} {', '.join(copied)} GB/s from start to latents"
+    alone, left, other = (result["link"][name] / GB for name in ("alone", "left", "other"))
+    told = f"busy link: {left:.1f} of {alone:.1f} GB/s left, the other thread copied {other:.1f} by"
+    return f"{told} itself and {', '.join(copied)} GB/s from start to latents"
 
 
 def cards(options) -> Iterator[tuple[float, int]]:
@@ -234,10 +249,7 @@ def run_way(comfyui: Path, base: Path, models: Path, way: str, options, leave) -
                         say(f"{title}: no time left")
                         continue
                     leave(free)
-                    link = server_clock.keep_link_busy(server, ahead) if ahead else {}
-                    result = measure(server, video, way, turbo_vae, options) | {"link": link}
-                    if ahead:
-                        server_clock.keep_link_busy(server, 0)
+                    result = measured(server, video, way, turbo_vae, options, ahead=ahead)
                     show(title, result)
                     yield {"host": f"{host} {options.server}", "title": title, **result}
                     server_clock.emptied(server, forget=False)

@@ -343,7 +343,7 @@ def test_a_thread_keeps_the_link_busy_while_a_video_is_made(server):
     options = CLOCK.parse_options(["--runs", "0", "--free", "0", "12", "--busy-link", "12"])
     assert list(CLOCK.cards(options)) == [(0, 0), (12, 0), (12, 2)]
     link = server_clock.keep_link_busy(server, 2)
-    assert link.keys() == {"alone", "left"}
+    assert link["other"] > 0 and link["alone"] > 0 and link["left"] > 0
     busy = CLOCK.measure(server, VIDEO, "ours", False, options)
     assert busy["copied"][0] > 0
     assert "GB/s left" in CLOCK.in_numbers(busy | {"link": link})

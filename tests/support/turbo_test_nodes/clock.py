@@ -6,12 +6,12 @@ copy to the GPU, or no longer, see `Copier`. The first prompt begins as on the o
 TURBO_TEST_CARD names, if it does.
 """
 
+import asyncio
 import gc
 import os
 import re
 import threading
 import time
-from collections import deque
 from pathlib import Path
 
 import comfy.model_management as memory
@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 OUTCOMES = "execution_success", "execution_error", "execution_interrupted"
 TOLD = "execution_start", "executing", *OUTCOMES
 PIECE = 1 << 26  # bytes of a copy
-COPIES = 32  # by which the link is measured
 STATUS = Path("/proc/self/status")
 
 host_loads = memory.load_models_gpu
@@ -203,7 +202,7 @@ def hear(event: str, told: dict) -> None:
 class Copier(threading.Thread):
     """Keeps the link to the GPU busy, on a stream of its own, until it is told to stop.
 
-    ahead: copies of pinned memory that are queued at once; one more as soon as the first is done.
+    ahead: copies of pinned memory that it asks for at once, and waits for before it asks again.
     copied: bytes of those that are done.
     """
 
@@ -213,26 +212,23 @@ class Copier(threading.Thread):
 
     def run(self) -> None:
         here, there = on_both_sides(PIECE)
-        queued = deque()
         with torch.cuda.stream(torch.cuda.Stream() if on_gpu() else None):
             while not self.stopped.is_set():
-                there.copy_(here, non_blocking=True)
-                queued.append(Mark())
-                if len(queued) == self.ahead:
-                    queued.popleft().wait()
-                    self.copied += PIECE
-            for mark in queued:
-                mark.wait()
+                for _ in range(self.ahead):
+                    there.copy_(here, non_blocking=True)
+                Mark().wait()
+                self.copied += self.ahead * PIECE
 
     def stop(self) -> None:
         self.stopped.set()
-        self.join()
+        self.join(timeout=5)
 
 
 def keep_link_busy(ahead: int) -> dict[str, float]:
     """Have a thread copy from now on, or none of `ahead` 0.
 
-    Bytes per second of copies in the thread that asks: alone, and beside that other one.
+    Bytes per second of copies in the thread that asks, alone and beside that other one, and of the
+    other one alone.
     """
     if Clock.copier:
         Clock.copier.stop()
@@ -241,20 +237,23 @@ def keep_link_busy(ahead: int) -> dict[str, float]:
     if ahead:
         Clock.copier = Copier(ahead)
         Clock.copier.start()
-        while not Clock.copier.copied and Clock.copier.is_alive():
-            time.sleep(0.01)
+        time.sleep(1)  # it is under way
+        before = Clock.copier.copied
+        time.sleep(1)
+        speeds["other"] = Clock.copier.copied - before
     return speeds | {"left": link_speed()}
 
 
 def link_speed() -> float:
-    """Bytes per second of copies to the GPU, each waited for: a single long one would have the link
-    to itself once it has begun."""
+    """Bytes per second of copies to the GPU in a second, each waited for: a single long one would
+    have the link to itself once it has begun."""
     here, there = on_both_sides(PIECE)
-    start = time.perf_counter()
-    for _ in range(COPIES):
+    start, copies = time.perf_counter(), 0
+    while time.perf_counter() - start < 1:
         there.copy_(here, non_blocking=True)
         Mark().wait()
-    return COPIES * PIECE / (time.perf_counter() - start)
+        copies += 1
+    return copies * PIECE / (time.perf_counter() - start)
 
 
 def on_both_sides(size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -315,4 +314,5 @@ def install() -> None:
 
     @server.routes.post("/turbo_clock/busy_link")
     async def keep_busy(request):
-        return web.json_response(keep_link_busy((await request.json())["ahead"]))
+        ahead = (await request.json())["ahead"]
+        return web.json_response(await asyncio.to_thread(keep_link_busy, ahead))
