@@ -181,13 +181,14 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--cudnn", action="store_true")
     parser.add_argument("--same-convolution", choices=("fp64", "cudnn"))
+    parser.add_argument("--same-norms", action="store_true", help="and torch's in between")
     parser.add_argument("--fastvae", action="store_true")
     parser.add_argument("--card", help="as on an older card, see tests/support/older_cards.py")
     options = parser.parse_args(arguments[1:])
     if options.card:
         older_cards.play(options.card)
     if options.same_convolution:
-        convolve_alike(options.same_convolution)
+        convolve_alike(options.same_convolution, norms=options.same_norms)
     if options.cudnn:
         causal_vae.left_to_cudnn = lambda *_: "not asked for"
         causal_vae.attention_by_products = pytorch_attention

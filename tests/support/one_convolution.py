@@ -1,6 +1,7 @@
 """Lets ComfyUI's VAE and TurboVAE convolve by one function, to see what else differs."""
 
 from collections.abc import Callable
+from functools import partial
 
 import in_comfyui  # noqa: F401 - starts ComfyUI
 import pack  # noqa: F401
@@ -11,13 +12,14 @@ from torch.nn import functional
 from turbodiffusion_pack.turbo_core.host import causal_vae
 
 
-def convolve_alike(sums: str, patch: Callable = setattr) -> None:
+def convolve_alike(sums: str, patch: Callable = setattr, norms: bool = False) -> None:
     """Have both convolve by one function, and attend by torch's.
 
     Args:
         sums: "fp64", rounded once, whose order does not show; or "cudnn" for what cuDNN makes of
             tensors of one size and layout. The bias is added to the rounded sums, as on a GPU.
         patch: sets an attribute, as setattr does.
+        norms: have torch do what is between the convolutions, with a norm's squares summed in fp64.
     """
     for name in ("conv2d", "conv3d"):
         patch(functional, name, alike(getattr(functional, name), sums))
@@ -25,6 +27,15 @@ def convolve_alike(sums: str, patch: Callable = setattr) -> None:
     patch(causal_vae, "left_to_cudnn", lambda *_: "not asked for")
     patch(causal_vae, "attention_by_products", pytorch_attention)
     patch(causal_vae, "AT_ONCE", 1)  # as ComfyUI
+    if norms:
+        patch(torch.linalg, "vector_norm", partial(summed_in_fp64, torch.linalg.vector_norm))
+        for name in ("causal_frames", "resample_frames"):
+            patch(causal_vae, name, partial(getattr(causal_vae, name), backend="reference"))
+
+
+def summed_in_fp64(norm: Callable, x, *args, dtype=None, **kwargs):
+    """torch.linalg.vector_norm, which torch.norm calls, too."""
+    return norm(x.double(), *args, **kwargs).to(dtype or x.dtype)
 
 
 def alike(convolution: Callable, sums: str) -> Callable:
