@@ -53,7 +53,7 @@ def keep_link_busy(server: ComfyServer, ahead: int) -> dict[str, float]:
 
     Bytes per second of others' copies: "alone", and what is "left" of it, and of its "other" own.
     """
-    return server.post(f"{CLOCK}/busy_link", {"ahead": ahead})
+    return server.post(f"{CLOCK}/busy_link", {"ahead": ahead}, timeout=20)
 
 
 def busy_bytes(told: list[dict], prompt: dict) -> float:
