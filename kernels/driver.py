@@ -14,6 +14,8 @@ import torch
 _stream_on = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
 
+OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
 _recorder = contextvars.ContextVar("launch_recorder", default=None)
 recorder = _recorder.get  # the tape's Recorder that hears of launches now, or None
 
@@ -48,12 +50,15 @@ def check(code: int) -> None:
     """Raise what a call of the driver gave.
 
     Raises:
+        torch.OutOfMemoryError: of the GPU's memory, as torch and ComfyUI know it: there was none
+            left for a kernel's code, say.
         RuntimeError: the driver refused.
     """
     if code:
         text = ctypes.c_char_p()
         driver().cuGetErrorString(code, ctypes.byref(text))
-        raise RuntimeError(f"the CUDA driver failed: {(text.value or b'unknown').decode()}")
+        kind = torch.OutOfMemoryError if code == OUT_OF_MEMORY else RuntimeError
+        raise kind(f"the CUDA driver failed: {(text.value or b'unknown').decode()}")
 
 
 def start(

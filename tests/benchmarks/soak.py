@@ -126,23 +126,32 @@ def in_words(sizes: dict[str, int]) -> str:
 
 def soak(server: ComfyServer, videos: Soak, runs: int, seed: int, vae: bool) -> bool:
     """A row of videos; whether memory is as it was before."""
-    rng = random.Random(seed)
+    rng, start = random.Random(seed), time.monotonic()
     for kind in videos.kinds():
         for size in videos.sizes:
-            for lora in (False, True):
-                made(server, videos.prompt(kind, size, 0, lora, vae))
+            lora = size is videos.sizes[-1]  # what it compiles does not go by the size
+            made(server, videos.prompt(kind, size, 0, lora, vae))
+            say(f"{time.monotonic() - start:5.0f} s, first of its kind: {title(kind, size, lora)}")
     before, start, outcomes = server_clock.emptied(server), time.monotonic(), []
     for number in range(runs):
-        kind, size = rng.choice(videos.kinds()), rng.choice(videos.sizes)
-        prompt = videos.prompt(kind, size, 1 + number, rng.random() < 0.5, vae)
+        kind, size, lora = rng.choice(videos.kinds()), rng.choice(videos.sizes), rng.random() < 0.5
+        prompt = videos.prompt(kind, size, 1 + number, lora, vae)
         cancel = canceller(server, rng) if rng.random() < CANCELLED else None
         outcomes.append(server.run(prompt, cancel).outcome)
+        told = f"{title(kind, size, lora)}{', to be cancelled' * bool(cancel)}: {outcomes[-1]}"
+        say(f"{time.monotonic() - start:5.0f} s, {told}")
     after = server_clock.emptied(server)
     told = ", ".join(f"{outcomes.count(o)} {o}" for o in sorted(set(outcomes)))
     say(f"{runs} videos in {time.monotonic() - start:.0f} s: {told}")
     more = grown(before, after)
     say(f"memory: {in_words(more)}")
     return "execution_error" not in outcomes and max(more.values()) <= MOST
+
+
+def title(kind: tuple[Shape, str], size: tuple, lora: bool) -> str:
+    shape, way = kind
+    experts = ", two experts" * (shape.in_channels > 16)
+    return f"{way}{experts}, {'x'.join(map(str, size))}{', LoRA' * lora}"
 
 
 def canceller(server: ComfyServer, rng: random.Random) -> Callable[[str, dict], None]:

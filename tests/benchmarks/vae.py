@@ -6,6 +6,7 @@
     ... vae.py --sizes 1280x720x81 --kernels        where TurboVAE's time goes
     ... vae.py --cudnn                              TurboVAE by torch's convolutions and attention
     ... vae.py --fastvae                            beside the package fastvae, through diffusers
+    ... vae.py --same-convolution fp64              both convolve by one function: what else differs
 
 Full width, random weights in bf16. Prints for decode and encode: a first run of 9 frames, the
 median of runs as a node sees them (memory to memory), TurboVAE's model alone, the highest memory
@@ -34,6 +35,7 @@ from comfy.ldm.wan.vae import WanVAE  # noqa: E402
 from comfy.model_management import load_models_gpu  # noqa: E402
 from comfy.sd import VAE  # noqa: E402
 from gpu_timing import kernel_times  # noqa: E402
+from one_convolution import convolve_alike  # noqa: E402
 from tiny_models import VAE_CONFIG, vae_tensor  # noqa: E402
 from turbodiffusion_pack.turbo_core.host import causal_vae  # noqa: E402
 from turbodiffusion_pack.turbo_core.host.turbo_vae import TurboVAE, accelerate_vae  # noqa: E402
@@ -132,7 +134,9 @@ def measure(host: VAE, turbo: TurboVAE, direction: str, x: torch.Tensor, options
         results.append(out)
         seconds.append(median)
     apart, times = psnr(results[1], results[0]), seconds[0] / seconds[1]
+    equal = 100 * float((results[1] == results[0]).float().mean())
     say(f"  {direction} TurboVAE {times:.2f} times as fast as ComfyUI, {apart:.1f} dB from it")
+    say(f"    {equal:.2f} % of the values are equal")
     if direction == "decode" and x.shape[2] >= 5:
         frames = [psnr(*(out[:, t] for out in results)) for t in (0, 4, 16, -1)]
         say(f"    frames 1, 5, 17 and the last: {', '.join(f'{dB:.0f}' for dB in frames)}")
@@ -176,11 +180,15 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--cudnn", action="store_true")
+    parser.add_argument("--same-convolution", choices=("fp64", "cudnn"))
+    parser.add_argument("--same-norms", action="store_true", help="and torch's in between")
     parser.add_argument("--fastvae", action="store_true")
     parser.add_argument("--card", help="as on an older card, see tests/support/older_cards.py")
     options = parser.parse_args(arguments[1:])
     if options.card:
         older_cards.play(options.card)
+    if options.same_convolution:
+        convolve_alike(options.same_convolution, norms=options.same_norms)
     if options.cudnn:
         causal_vae.left_to_cudnn = lambda *_: "not asked for"
         causal_vae.attention_by_products = pytorch_attention

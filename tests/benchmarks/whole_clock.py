@@ -2,6 +2,7 @@
 
     COMFYUI_DIR=/path/ComfyUI python tests/benchmarks/whole_clock.py --models 1.3B-480P 14B-480P
     ... whole_clock.py --models A14B-I2V-720P --ways ours --free 0 12 6    as on smaller cards
+    ... whole_clock.py --models A14B-I2V-720P --ways ours --free 12 --busy-link 12
     ... whole_clock.py --models 14B-480P --ways ours --vae both --text umt5 --from-disk
     ... whole_clock.py --models 14B-480P --ways ours --card 8.9    as on an older card
     ... whole_clock.py --told A.json B.json    one table of what --json wrote, no server
@@ -65,7 +66,7 @@ for line in sys.stdin:
 
 def measure(server: ComfyServer, video: Video, way: str, turbo_vae: bool, options) -> dict:
     """One way of making one video: the first run and the medians of the others, by part."""
-    start, runs, bits = len(server.log_text()), [], []
+    start, runs, bits, copied = len(server.log_text()), [], [], []
     for seed in range(1 + options.runs):
         prompt = video.prompt(way, seed, turbo_vae)
         run = server.run(prompt)
@@ -74,14 +75,31 @@ def measure(server: ComfyServer, video: Video, way: str, turbo_vae: bool, option
         if "sampler" in run.cached:
             raise SystemExit("ComfyUI has kept these latents: add --server=--cache-classic")
         bits += run.outputs["bits"]["bits"]
-        runs.append(server_clock.parts(server_clock.readings(server), prompt))
-        if seed == 0:
+        readings = server_clock.readings(server)
+        runs.append(server_clock.parts(readings, prompt))
+        copied.append(server_clock.busy_bytes(readings, prompt))
+        if seed == 0 and video.file_too:
             check(run.files, video)
         if runs[0]["whole"].seconds > options.longest or time.monotonic() > options.deadline:
             break
     lines = re.findall(r"TurboDiffusion: .*passes?;.*", server.log_text()[start:])
     found = {"first": runs[0], "warm": warm(runs[1:]), "runs": len(runs) - 1}
-    return found | {"bits": bits, "log": lines[-1:]}
+    return found | {"bits": bits, "log": lines[-1:], "copied": copied}
+
+
+def measured(server: ComfyServer, *of, ahead: int) -> dict:
+    """The same while a thread of the server copies to the GPU, so many copies ahead, unless 0."""
+    if not ahead:
+        return measure(server, *of)
+    try:
+        link = server_clock.keep_link_busy(server, ahead)
+        say(f"  {link}")
+        return measure(server, *of) | {"link": link}
+    except TimeoutError as error:
+        return {"failed": f"{error!r}\n{server.log_tail()}"}
+    finally:
+        with contextlib.suppress(TimeoutError):
+            server_clock.keep_link_busy(server, 0)
 
 
 def check(files: list[Path], video: Video) -> None:
@@ -118,6 +136,8 @@ def show(title: str, result: dict) -> None:
         memory = f" | {'  '.join(told[:3])} | {'  '.join(told[3:])}" if any(told) else ""
         say(f"  {name:16} {' '.join(times)}{memory}")
     say(f"  bits of the latents: {' '.join(result['bits'])}")
+    if result.get("link"):
+        say(f"  {in_words(result)}")
     for line in result["log"]:
         say(f"  {line}")
 
@@ -144,7 +164,24 @@ def in_numbers(result: dict) -> str:
     memory = most.peak, told["decode"].peak, most.card, most.resident
     taken = " ".join(f"{value / GB:9.2f}" for value in memory)
     how = "" if result["warm"] else " (all of the first run)"
+    how += f"; {in_words(result)}" if result.get("link") else ""
     return f"{seconds} | {taken} | {' '.join(result['bits'])}{how}"
+
+
+def in_words(result: dict) -> str:
+    """How busy the link was."""
+    copied = [f"{value / GB:.1f}" for value in result["copied"]]
+    alone, left, other = (result["link"][name] / GB for name in ("alone", "left", "other"))
+    told = f"busy link: {left:.1f} of {alone:.1f} GB/s left, the other thread copied {other:.1f} by"
+    return f"{told} itself and {', '.join(copied)} GB/s from start to latents"
+
+
+def cards(options) -> Iterator[tuple[float, int]]:
+    """GB of the card, and copies ahead on the link, 0 where nothing keeps it busy."""
+    for free in options.free:
+        yield free, 0
+        for ahead in options.ahead if free in options.busy_link else ():
+            yield free, ahead
 
 
 @contextlib.contextmanager
@@ -201,20 +238,18 @@ def run_way(comfyui: Path, base: Path, models: Path, way: str, options, leave) -
         played = f", our kernels as on a card of {options.card}" if options.card else ""
         say(f"server up in {time.monotonic() - start:.1f} s{played}")
         host = f"ComfyUI {server.get('/system_stats')['system']['comfyui_version']}"
-        if options.busy_link:
-            left = server_clock.keep_link_busy(server, True)
-            say(f"a thread copies to the GPU all the time, {left / GB:.1f} GB/s are left")
         for model in options.models:
-            video = Video(MODELS[model], options.steps, options.text)
+            video = Video(MODELS[model], options.steps, options.text, not options.no_file)
             for turbo_vae in vaes(server, way, options.vae):
-                for free in options.free:
+                for free, ahead in cards(options):
                     title = f"{model}, {way}, {'TurboVAE' if turbo_vae else 'its own VAE'}"
-                    title += f", {free:g} GB" * bool(free) + ", busy link" * options.busy_link
+                    title += f", {free:g} GB" * bool(free)
+                    title += f", link busy by {ahead}" * bool(ahead)
                     if time.monotonic() > options.deadline:
                         say(f"{title}: no time left")
                         continue
                     leave(free)
-                    result = measure(server, video, way, turbo_vae, options)
+                    result = measured(server, video, way, turbo_vae, options, ahead=ahead)
                     show(title, result)
                     yield {"host": f"{host} {options.server}", "title": title, **result}
                     server_clock.emptied(server, forget=False)
@@ -252,7 +287,17 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         default=[0.0],
         help="GB of the GPU that are left to the server, one size after the other; 0: all",
     )
-    parser.add_argument("--busy-link", action="store_true", help="a thread copies to the GPU")
+    parser.add_argument(
+        "--busy-link",
+        nargs="+",
+        type=float,
+        default=[],
+        help="those of --free that come once more, while a thread of the server copies to the GPU",
+    )
+    parser.add_argument(
+        "--ahead", nargs="+", type=int, default=[2], help="its copies of 64 MiB that are queued"
+    )
+    parser.add_argument("--no-file", action="store_true", help="up to the pixels only")
     parser.add_argument("--from-disk", action="store_true", help="files out of the page cache")
     parser.add_argument("--server", default="", help="further options of ComfyUI's main.py")
     parser.add_argument("--folder", type=Path, help="for the models, which are kept there")

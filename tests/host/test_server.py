@@ -338,6 +338,19 @@ def test_the_clock_takes_a_video_apart(server):
         assert parts["step 1"].resident > parts["step 1"].mapped > 0
 
 
+def test_a_thread_keeps_the_link_busy_while_a_video_is_made(server):
+    """whole_clock.py --busy-link; without a GPU its copies go from RAM to RAM."""
+    options = CLOCK.parse_options(["--runs", "0", "--free", "0", "12", "--busy-link", "12"])
+    assert list(CLOCK.cards(options)) == [(0, 0), (12, 0), (12, 2)]
+    link = server_clock.keep_link_busy(server, 2)
+    assert link["other"] > 0 and link["alone"] > 0 and link["left"] > 0
+    busy = CLOCK.measure(server, VIDEO, "ours", False, options)
+    assert busy["copied"][0] > 0
+    assert "GB/s left" in CLOCK.in_numbers(busy | {"link": link})
+    server_clock.keep_link_busy(server, 0)
+    assert CLOCK.measure(server, VIDEO, "stock + pack", False, options)["copied"] == [0]
+
+
 def test_clocks_are_told_in_one_table(server, tmp_path, capsys):
     """whole_clock.py --told, of two files."""
     tiny_models.write_picture(server.base / "input" / PICTURE, 128, 96)

@@ -13,6 +13,7 @@ from comfy.ldm.wan.vae import WanVAE
 from comfy.sd import VAE as HostVAE  # noqa: N811
 from comfy_extras.nodes_wan import WanImageToVideo
 from in_comfyui import DEVICE, DYNAMIC, comfy
+from one_convolution import convolve_alike, summed_in_fp64
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from turbodiffusion_pack.kernels import dispatch
@@ -142,12 +143,22 @@ def test_a_batch_is_its_videos(vae, turbo):
     torch.testing.assert_close(turbo.encode(torch.stack(videos)), expected, rtol=ATOL, atol=ATOL)
 
 
+def test_a_batch_of_images_is_no_video(vae, monkeypatch):
+    """As ComfyUI takes it of the image models that use this VAE."""
+    monkeypatch.setattr(vae, "not_video", True)
+    pictures = torch.stack([video(1, seed=n)[0] for n in range(3)])
+    expected = vae.encode(pictures)
+    assert expected.shape == (3, 16, 1, 3, 5)
+    torch.testing.assert_close(accelerate_vae(vae).encode(pictures), expected, rtol=ATOL, atol=ATOL)
+
+
+def test_what_is_left_over_of_a_size_is_cropped(vae, turbo):
+    x = video(6, 25, 43)
+    torch.testing.assert_close(turbo.encode(x), vae.encode(x), rtol=ATOL, atol=ATOL)
+
+
 def channels_first(convolution):
     return lambda x, *rest: convolution(x.contiguous(), *rest)
-
-
-def summed_in_float64(norm, x, *args, dtype=None, **kwargs):
-    return norm(x.double(), *args, **kwargs).to(dtype or x.dtype)
 
 
 @on_cpu
@@ -160,11 +171,21 @@ def test_bfloat16_is_the_hosts_bit_for_bit_where_the_convolution_is(monkeypatch)
         patched = channels_first(getattr(torch.nn.functional, name))
         monkeypatch.setattr(causal_vae.functional, name, patched)
     # torch.norm calls it too. How a CPU sums the squares depends on where the channels are.
-    in_float64 = partial(summed_in_float64, torch.linalg.vector_norm)
+    in_float64 = partial(summed_in_fp64, torch.linalg.vector_norm)
     monkeypatch.setattr(torch.linalg, "vector_norm", in_float64)
     assert psnr(turbo.decode(z), vae.decode(z)) >= 60
     assert torch.equal(turbo.decode(z), vae.decode(z))
     assert torch.equal(turbo.encode(x), vae.encode(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sums", ["fp64", "cudnn"])
+def test_by_one_function_both_convolve_alike_on_a_gpu(wide, monkeypatch, sums):
+    """Kernels round as ComfyUI's layers do, one step after the other; a norm's squares are summed
+    in another order, which the encoder's last layers spread over the frames."""
+    convolve_alike(sums, monkeypatch.setattr)
+    z = latents(9, 16, 24)
+    assert psnr(accelerate_vae(wide[0]).decode(z), wide[0].decode(z)) >= 60
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_hosts(vae):
@@ -307,11 +328,25 @@ def test_latents_of_something_else_are_refused(turbo):
         turbo.decode(torch.zeros(1, 4, 8, 8))
 
 
-def test_memory_that_never_suffices_is_an_error(turbo, monkeypatch):
-    def short(self, samples, count):
-        raise comfy.model_management.OOM_EXCEPTION("out of memory")
+def out_of_memory(*_, **__):
+    raise comfy.model_management.OOM_EXCEPTION("out of memory")
 
-    monkeypatch.setattr(TurboVAE, "_decode", short)
+
+def test_where_no_strips_fit_it_goes_on_in_the_hosts_tiles(vae, turbo, monkeypatch, caplog):
+    for name in ("_decode", "_encode"):
+        monkeypatch.setattr(TurboVAE, name, out_of_memory)
+    z, videos = latents(5, 2, 40, batch=2), [video(5, 16, 320, seed=n) for n in range(2)]
+    expected = vae.decode_tiled(z, tile_x=32, tile_y=32, overlap=8)
+    torch.testing.assert_close(turbo.decode(z), expected, rtol=0, atol=ATOL)
+    assert caplog.text.count("goes on in ComfyUI's tiles") == 1
+    expected = [vae.encode_tiled(x, tile_x=256, tile_y=256, overlap=64) for x in videos]
+    encoded = turbo.encode(torch.stack(videos))
+    torch.testing.assert_close(encoded, torch.cat(expected), rtol=ATOL, atol=ATOL)
+
+
+def test_memory_that_never_suffices_is_an_error(turbo, monkeypatch):
+    monkeypatch.setattr(TurboVAE, "_decode", out_of_memory)
+    monkeypatch.setattr(HostVAE, "decode_tiled_3d", out_of_memory)
     with pytest.raises(comfy.model_management.OOM_EXCEPTION):
         turbo.decode(latents())
 
@@ -470,6 +505,23 @@ def test_full_width_on_a_gpu(wide):
     wanted = exact.decode(z), exact.encode(x)
     assert psnr(pixels, wanted[0]) >= psnr(half.decode(z), wanted[0]) - 0.5
     assert psnr(encoded, wanted[1]) >= psnr(half.encode(x), wanted[1]) - 0.5
+
+
+@pytest.mark.gpu
+@no_streaming
+def test_weights_that_stay_in_ram_give_the_same(wide, monkeypatch):
+    """As with --novram: each comes when its layer runs."""
+    turbo, z, x = accelerate_vae(wide[0]), latents(5, 12, 20), video(5, 96, 160)
+    expected = turbo.decode(z), turbo.encode(x)
+    comfy.model_management.unload_all_models()
+    monkeypatch.setattr(
+        comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM
+    )
+    outs = turbo.decode(z), turbo.encode(x)
+    weight = wide[0].first_stage_model.decoder.conv1.weight
+    assert weight.device.type == "cpu"
+    comfy.model_management.unload_all_models()
+    assert all(torch.equal(out, wanted) for out, wanted in zip(outs, expected, strict=True))
 
 
 @pytest.mark.gpu

@@ -188,16 +188,24 @@ def test_threads_do_not_share_what_they_pack_into(started, monkeypatch):
     assert [s["with"][0] for s in started] == [other.data_ptr(), x.data_ptr()]
 
 
-def test_what_the_driver_refuses_is_raised(monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "name", "kind"),
+    [
+        (98, "invalid device function", RuntimeError),
+        (2, "out of memory", torch.OutOfMemoryError),  # which ComfyUI makes room for
+    ],
+)
+def test_what_the_driver_refuses_is_raised(monkeypatch, code, name, kind):
     def describe(code, text):
-        text._obj.value = b"invalid device function"
+        text._obj.value = name.encode()
 
-    fake = types.SimpleNamespace(cuLaunchKernel=lambda *_: 98, cuGetErrorString=describe)
+    fake = types.SimpleNamespace(cuLaunchKernel=lambda *_: code, cuGetErrorString=describe)
     monkeypatch.setattr(driver, "driver", lambda: fake)
     monkeypatch.setattr(driver, "_current_device", lambda: 0)
     monkeypatch.setattr(driver, "_stream_on", lambda device: 0)
-    with pytest.raises(RuntimeError, match="the CUDA driver failed: invalid device function"):
+    with pytest.raises(RuntimeError, match=f"the CUDA driver failed: {name}") as refused:
         driver.start(ctypes.c_void_p(1), (1, 1, 1), 32, 0, 0, (ctypes.c_void_p * 1)())
+    assert refused.type is kind
 
 
 @launching.launched

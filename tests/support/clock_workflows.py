@@ -37,8 +37,8 @@ def node(class_type: str, **inputs) -> dict:
 class Video:
     """Which video, of which files, for one API prompt after the other."""
 
-    def __init__(self, shape: Shape, steps: int, text: str = "noise"):
-        self.shape, self.steps, self.text = shape, steps, text
+    def __init__(self, shape: Shape, steps: int, text: str = "noise", file: bool = True):
+        self.shape, self.steps, self.text, self.file_too = shape, steps, text, file
         self.from_picture = shape.in_channels > 16
         self.vae_dim = VAE_DIM if shape.dim >= 1536 else 8
         self.vae = f"clock_vae_{self.vae_dim}.safetensors"
@@ -80,13 +80,17 @@ class Video:
             prompt |= self._sampled_in_two(seed)
         else:
             prompt |= self._sampled_by_host(seed)
-        images = node("VAEDecode", samples=["sampler", 0], vae=vae)
-        file = {"filename_prefix": "clock", "format": "auto", "codec": "auto"}
-        return prompt | {
-            "images": images,
-            "video": node("CreateVideo", images=["images", 0], fps=16.0),
-            "file": node("SaveVideo", video=["video", 0], **file),
+        prompt |= {
+            "images": node("VAEDecode", samples=["sampler", 0], vae=vae),
             "bits": node("TurboTestLatentBits", samples=["sampler", 0], images=["images", 0]),
+        }
+        return prompt | self._file() if self.file_too else prompt
+
+    def _file(self) -> dict:
+        how = {"filename_prefix": "clock", "format": "auto", "codec": "auto"}
+        return {
+            "video": node("CreateVideo", images=["images", 0], fps=16.0),
+            "file": node("SaveVideo", video=["video", 0], **how),
         }
 
     def _text(self) -> dict:

@@ -159,13 +159,13 @@ class ComfyServer:
                 raise
             raise ServerError(f"GET {path}: HTTP {error.code}\n{self.log_tail(80)}") from None
 
-    def post(self, path: str, body: dict) -> dict:
+    def post(self, path: str, body: dict, timeout: float = 60) -> dict:
         request = urllib.request.Request(
             f"http://{self.address}{path}",
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
             return json.loads(response.read() or b"{}")
 
     def object_info(self, node: str = "") -> dict:

@@ -48,17 +48,31 @@ def run_short(server: ComfyServer, node: str, value: int, operations: int, room:
     server.post(CLOCK, where)
 
 
-def keep_link_busy(server: ComfyServer, busy: bool) -> float:
-    """Whether a thread of the server copies to the GPU; bytes per second that others' copies do."""
-    return server.post(f"{CLOCK}/busy_link", {"busy": busy})["left"]
+def keep_link_busy(server: ComfyServer, ahead: int) -> dict[str, float]:
+    """Have a thread of the server copy to the GPU, so many copies ahead; none of 0.
+
+    Bytes per second of others' copies: "alone", and what is "left" of it, and of its "other" own.
+    """
+    return server.post(f"{CLOCK}/busy_link", {"ahead": ahead}, timeout=20)
+
+
+def busy_bytes(told: list[dict], prompt: dict) -> float:
+    """Bytes per second that this thread has copied from the sampler's start to the latents."""
+    start = next(r for r in told if _class_part(r, prompt) == "sampler")
+    end = _ends(told, prompt, "sampler")[-1]
+    return (end["copied"] - start["copied"]) / (end["seconds"] - start["seconds"])
 
 
 def emptied(server: ComfyServer, forget: bool = True) -> dict[str, int]:
-    """What is taken once the server has given up its models and, to `forget`, its cache."""
-    server.post("/free", {"unload_models": True, "free_memory": forget})
+    """What is taken once the server has given up its models and, to `forget`, its cache.
+
+    It is asked again and again: the host does not hear it just after a prompt, but with the next.
+    """
     deadline, before, after = time.monotonic() + FREED_SECONDS, None, now(server)
     while time.monotonic() < deadline and not _same(before, after):
-        time.sleep(0.3)
+        for _ in range(2):
+            server.post("/free", {"unload_models": True, "free_memory": forget})
+            time.sleep(0.3)
         before, after = after, now(server)
     return after
 

@@ -41,6 +41,7 @@ from .versions import is_out_of_memory, on_device, pixels_dtype
 log = logging.getLogger(__name__)
 
 FRAMES = 4  # for one frame of the latents, but for the first
+TILE = 32  # latents in a row of a tile, as the host takes them where its memory has run out
 
 
 def accelerate_vae(vae):
@@ -129,20 +130,21 @@ class TurboVAE(comfy.sd.VAE):
 
         Raises:
             ValueError: these are not latents of a Wan video.
-            out of memory: if the smallest strips do not fit either.
+            out of memory: if the host's tiles do not fit either.
         """
         if samples_in.ndim != 5 or samples_in.shape[1] != self.latent_channels:
             raise ValueError(
                 f"the Wan 2.1 VAE decodes latents [B, {self.latent_channels}, T, H, W], got "
                 f"{list(samples_in.shape)}: connect the latents of a Wan model."
             )
-        return self._in_strips(self._decode, samples_in, self._decode_bytes, samples_in.shape)
+        ways = self._decode, self._decode_in_tiles
+        return self._in_strips(*ways, samples_in, self._decode_bytes, samples_in.shape)
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
         """Video [T, H, W, C] or [B, T, H, W, C] in [0, 1] as latents [B, Z, (T + 3) / 4, ...].
 
         Raises:
-            out of memory: if the smallest strips do not fit either.
+            out of memory: if the host's tiles do not fit either.
         """
         channels = self.first_stage_model.encoder.conv1.in_channels
         videos = pixel_samples
@@ -152,22 +154,37 @@ class TurboVAE(comfy.sd.VAE):
         pixels = self.vae_encode_crop_pixels(videos.flatten(0, 1))[..., :channels]
         pixels = pixels.unflatten(0, videos.shape[:2])
         shape = pixels.movedim(-1, 1).shape
-        return self._in_strips(self._encode, pixels, self._encode_bytes, shape)
+        ways = self._encode, self._encode_in_tiles
+        return self._in_strips(*ways, pixels, self._encode_bytes, shape)
 
-    def _in_strips(self, run: Callable, x: Tensor, need: Callable, shape: tuple) -> Tensor:
-        """run(x, strips) in as few strips as memory allows, in more where it does not after all."""
+    def _in_strips(
+        self, run: Callable, in_tiles: Callable, x: Tensor, need: Callable, shape: tuple
+    ) -> Tensor:
+        """run(x, strips) in as few strips as memory allows, in more where it does not after all,
+        and in_tiles(x) where it does not in the most."""
         with on_device(self.device):
             count = self._load(need, shape)
             while True:
                 try:
                     return run(x, count)
                 except Exception as error:
-                    if count == MOST_STRIPS or not is_out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                 # Here and not above: the exception would keep what it interrupted.
+                comfy.model_management.soft_empty_cache()
+                if count == MOST_STRIPS:
+                    log.warning("Out of memory: TurboVAE goes on in ComfyUI's tiles.")
+                    return in_tiles(x)
                 count = min(2 * count, MOST_STRIPS)
                 log.warning("Out of memory: TurboVAE tries again in %d strips.", count)
-                comfy.model_management.soft_empty_cache()
+
+    def _decode_in_tiles(self, samples: Tensor) -> Tensor:
+        return self.decode_tiled(samples, tile_x=TILE, tile_y=TILE, overlap=TILE // 4)
+
+    def _encode_in_tiles(self, pixels: Tensor) -> Tensor:
+        """Video by video, as 0.3.75 takes no batch."""
+        size = {"tile_x": LATENT * TILE, "tile_y": LATENT * TILE, "overlap": LATENT * TILE // 4}
+        return torch.cat([self.encode_tiled(video, **size) for video in pixels])
 
     def _load(self, need: Callable, shape: tuple) -> int:
         """Load the model, and say how many strips fit beside it."""

@@ -2,10 +2,11 @@
 
 GET /turbo_clock tells of the last prompt and of now, see `readings` and `now`. POST /turbo_clock
 lets memory run out in the next prompt, see `Shortage`. POST /turbo_clock/busy_link has a thread
-copy to the GPU, or no longer. The first prompt begins as on the older card that TURBO_TEST_CARD
-names, if it does.
+copy to the GPU, or no longer, see `Copier`. The first prompt begins as on the older card that
+TURBO_TEST_CARD names, if it does.
 """
 
+import asyncio
 import gc
 import os
 import re
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 OUTCOMES = "execution_success", "execution_error", "execution_interrupted"
 TOLD = "execution_start", "executing", *OUTCOMES
-COPIES = 32  # by which the link is measured
+PIECE = 1 << 26  # bytes of a copy
 STATUS = Path("/proc/self/status")
 
 host_loads = memory.load_models_gpu
@@ -46,8 +47,13 @@ class Mark:
         """Seconds from `other` to here by the GPU's clock; without a GPU by the wall's."""
         if self.event is None:
             return self.wall - other.wall
-        self.event.synchronize()
+        self.wait()
         return other.event.elapsed_time(self.event) / 1000
+
+    def wait(self) -> None:
+        """Until the GPU is here."""
+        if self.event:
+            self.event.synchronize()
 
 
 class Reading:
@@ -57,6 +63,7 @@ class Reading:
         self.event, self.told = event, told
         self.memory, self.mark = taken(), Mark()
         self.loads = len(Clock.loads)
+        self.copied = Clock.copier.copied if Clock.copier else 0
         if on_gpu():
             torch.cuda.reset_peak_memory_stats()
 
@@ -67,7 +74,7 @@ class Clock:
     readings: list[Reading] = []
     loads: list[tuple[Mark, Mark]] = []  # starts and ends of the host's bringing models to the GPU
     shortage = None  # the Shortage to come, or the one that is on
-    no_copies = threading.Event()  # ends the thread that keeps the link busy
+    copier = None  # the Copier that keeps the link busy
 
 
 class Shortage(TorchDispatchMode):
@@ -150,10 +157,10 @@ def now() -> dict[str, int]:
 
 
 def readings() -> list[dict]:
-    """Of the last prompt in order: event, node, value of max, seconds, loading, memory.
+    """Of the last prompt in order: event, node, value of max, seconds, loading, copied, memory.
 
     `seconds` count from its start; a step's are those when the GPU was done with it. `loading` are
-    those that went by so far while the host brought models to the GPU.
+    those that went by so far while the host brought models to the GPU, `copied` what a Copier has.
     """
     told, node = [], None
     loads = [end.since(start) for start, end in Clock.loads]
@@ -171,6 +178,7 @@ def readings() -> list[dict]:
                 "max": reading.told.get("max", 0),
                 "seconds": seconds - Clock.readings[0].mark.wall,
                 "loading": sum(loads[: reading.loads]),
+                "copied": reading.copied,
                 **reading.memory,
             }
         )
@@ -191,41 +199,67 @@ def hear(event: str, told: dict) -> None:
         shortage.end()
 
 
-def copy_on(stop: threading.Event, begun: threading.Event) -> None:
-    """To the GPU, from pinned memory, two copies of 64 MiB at a time, until `stop`."""
-    here, there = on_both_sides(1 << 26)
-    with torch.cuda.stream(torch.cuda.Stream(there.device)):
-        while not stop.is_set():
-            there.copy_(here, non_blocking=True)
-            there.copy_(here, non_blocking=True)
-            torch.cuda.current_stream().synchronize()
-            begun.set()
+class Copier(threading.Thread):
+    """Keeps the link to the GPU busy, on a stream of its own, until it is told to stop.
+
+    ahead: copies of pinned memory that it asks for at once, and waits for before it asks again.
+    copied: bytes of those that are done.
+    """
+
+    def __init__(self, ahead: int):
+        super().__init__(daemon=True)  # it ends with the server
+        self.ahead, self.copied, self.stopped = ahead, 0, threading.Event()
+
+    def run(self) -> None:
+        here, there = on_both_sides(PIECE)
+        with torch.cuda.stream(torch.cuda.Stream() if on_gpu() else None):
+            while not self.stopped.is_set():
+                for _ in range(self.ahead):
+                    there.copy_(here, non_blocking=True)
+                Mark().wait()
+                self.copied += self.ahead * PIECE
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.join(timeout=5)
 
 
-def keep_link_busy(busy: bool) -> None:
-    """Whether a thread copies to the GPU from now on."""
-    Clock.no_copies.set()
-    if busy:
-        Clock.no_copies, begun = threading.Event(), threading.Event()
-        threading.Thread(target=copy_on, args=(Clock.no_copies, begun), daemon=True).start()
-        begun.wait(timeout=10)
+def keep_link_busy(ahead: int) -> dict[str, float]:
+    """Have a thread copy from now on, or none of `ahead` 0.
+
+    Bytes per second of copies in the thread that asks, alone and beside that other one, and of the
+    other one alone.
+    """
+    if Clock.copier:
+        Clock.copier.stop()
+        Clock.copier = None
+    speeds = {"alone": link_speed()}
+    if ahead:
+        Clock.copier = Copier(ahead)
+        Clock.copier.start()
+        time.sleep(1)  # it is under way
+        before = Clock.copier.copied
+        time.sleep(1)
+        speeds["other"] = Clock.copier.copied - before
+    return speeds | {"left": link_speed()}
 
 
-def bytes_left() -> float:
-    """Bytes per second of copies to the GPU in the thread that asks, one waited for after the
-    other: a single long one would have the link to itself once it has begun."""
-    here, there = on_both_sides(1 << 26)
-    stream, start = torch.cuda.current_stream(there.device), time.perf_counter()
-    for _ in range(COPIES):
+def link_speed() -> float:
+    """Bytes per second of copies to the GPU in a second, each waited for: a single long one would
+    have the link to itself once it has begun."""
+    here, there = on_both_sides(PIECE)
+    start, copies = time.perf_counter(), 0
+    while time.perf_counter() - start < 1:
         there.copy_(here, non_blocking=True)
-        stream.synchronize()
-    return COPIES * here.numel() / (time.perf_counter() - start)
+        Mark().wait()
+        copies += 1
+    return copies * PIECE / (time.perf_counter() - start)
 
 
 def on_both_sides(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """So many bytes in pinned memory and on the GPU."""
-    here = torch.zeros(size, dtype=torch.uint8).pin_memory()
-    return here, here.to(memory.get_torch_device())
+    here = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu())
+    return here, here.to(memory.get_torch_device(), copy=True)
 
 
 def play_card() -> None:
@@ -280,5 +314,5 @@ def install() -> None:
 
     @server.routes.post("/turbo_clock/busy_link")
     async def keep_busy(request):
-        keep_link_busy((await request.json())["busy"])
-        return web.json_response({"left": bytes_left()})
+        ahead = (await request.json())["ahead"]
+        return web.json_response(await asyncio.to_thread(keep_link_busy, ahead))
