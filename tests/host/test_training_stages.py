@@ -447,20 +447,6 @@ def test_balance_weighs_each_point_by_a_power_of_its_loss(run):
         torch.testing.assert_close(after, before * loss**-1.5, rtol=1e-4, atol=1e-9)
 
 
-def test_blocks_teach_less_and_less(run):
-    """Beside the velocity, whose loss alone is told; at the last steps they have no say."""
-    plain, losses = gradients_at_points(sampled_sla(run))
-    training = sampled_sla(run, block_weight=0.5, steps=10, fall=0.5)
-    weights = [float(training._block_weight(n)) for n in (0, 5, 6, 9, 10)]
-    assert weights == pytest.approx([0.5, 0.5, 0.4, 0.1, 0.0])
-    with_blocks, told = gradients_at_points(training)
-    assert told == pytest.approx(losses)
-    for before, after in zip(plain, with_blocks, strict=True):
-        assert (after - before).norm() > 0.05 * before.norm()
-    network = training.learner.network
-    assert not any(block._forward_hooks for block in [*network.blocks, *training.teacher.blocks])
-
-
 @pytest.mark.parametrize("told", [{}, {"rollout": "2", "sigma_max": "100.0"}])
 def test_the_student_says_where_its_sampler_goes(tmp_path, told):
     """rcm --set rollout=2, which is no setting of the stage sla."""

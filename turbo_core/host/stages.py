@@ -38,7 +38,7 @@ Tensors = dict[str, torch.Tensor]
 MODEL = "model.safetensors"
 # What folders of earlier versions do not tell, as those ran.
 SINCE = {
-    "sla": {"sla.after_rcm": False, "sla.balance": 0.0, "sla.block_weight": 0.0},
+    "sla": {"sla.after_rcm": False, "sla.balance": 0.0},
     "rcm": {"rcm.sampler_angles": False},
 }
 SHOWN = 8  # videos in the grid of samples

@@ -31,17 +31,6 @@ def sla_regression(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
     return _squared(student.float() - teacher.float()).mean()
 
 
-def block_regression(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
-    """Mean over the blocks of |x_sla - x_dense|^2 / |x_dense|^2, in float32, [].
-
-    Of what each block puts out, [B, L, C]: each then hears at once what sparse attention lost in
-    it, and not through all that come after.
-    """
-    pairs = zip(student, teacher, strict=True)
-    shares = [_squared(a.float() - b.float()).mean() / b.float().square().mean() for a, b in pairs]
-    return torch.stack(shares).mean()
-
-
 def flow_matching(velocity: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Mean of (v - (noise - x0))^2, in float32: how Wan was trained.
 

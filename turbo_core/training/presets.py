@@ -115,8 +115,6 @@ class SLA:
         fall: share of the steps, the last ones, over which the learning rate falls to 0.
         balance: power p of the weight loss^-p that each point's loss has. At 0 the first points,
             whose errors are large, teach nearly alone; the last ones draw what is seen.
-        block_weight: beside 1 of the velocity's loss, of the difference between the networks'
-            blocks, see block_regression; it falls to 0 with the learning rate.
     """
 
     steps: int
@@ -137,7 +135,6 @@ class SLA:
     ema_length: float = 0.1
     after_rcm: bool = False
     balance: float = 0.0
-    block_weight: float = 0.0
 
 
 @dataclass(frozen=True)

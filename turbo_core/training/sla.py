@@ -1,14 +1,13 @@
 """SLA fine-tuning (arXiv 2512.16093, section 1.2): regression on the frozen dense network."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .batches import Batch, Data, Draws
 from .initial_weights import still_time_features
 from .learner import Learner, falling_at_last
-from .losses import block_regression, sla_regression
+from .losses import sla_regression
 from .noise_levels import log_normal
 from .presets import SLA
 from .recorded import Backward
@@ -19,7 +18,7 @@ from .trigflow import level_of, over_axes
 from .velocity import mixed, velocity_of
 
 COLUMNS = ("loss", "gradient_norm", "lr")
-LEAST_LOSS = 1e-6  # whose power weights are made of
+LEAST_LOSS = 1e-6  # whose power still is a weight
 
 
 class SLATraining:
@@ -51,14 +50,6 @@ class SLATraining:
         lr = falling_at_last(settings.lr, n, settings.warmup, settings.steps, settings.fall)
         return {**values, "gradient_norm": self.learner.update(lr, n), "lr": lr}
 
-    def _block_weight(self, n: int) -> torch.Tensor | None:
-        """Of what the blocks put out, [], which a recorded pass is given anew; None for none."""
-        weight = self.settings.block_weight
-        if not weight:
-            return None
-        falling = falling_at_last(weight, n, 0, self.settings.steps, self.settings.fall)
-        return torch.full((), falling, device=self.data.device)
-
     def _learn(self, n: int, slot: int, share: float) -> Values:
         settings, draws = self.settings, Draws(self.seed, n, slot, self.data.device)
         batch = draws.batch(self.data, settings.micro_batch)
@@ -66,27 +57,22 @@ class SLATraining:
             settings.micro_batch, settings.level_mean, settings.level_std, draws.generator("level")
         )
         x = mixed(batch.latents, draws.normal("noise", batch.latents), level)
-        return self.learn(share, x, level, batch.context, batch.image, self._block_weight(n))
+        return self.learn(share, x, level, batch.context, batch.image)
 
-    def _loss(self, x, level, context, image, block_weight) -> tuple[torch.Tensor, Values]:
-        _, loss, told = self._compared(x, level, context, image, block_weight)
-        return loss, {"loss": told}
+    def _loss(self, x, level, context, image) -> tuple[torch.Tensor, Values]:
+        _, loss = self._compared(x, level, context, image)
+        return self._weighted(loss), {"loss": loss.detach()}
 
-    def _compared(self, x, level, context, image, block_weight) -> tuple[torch.Tensor, ...]:
-        """The student's velocity at points x with noise `level`, what to learn from and the loss
-        that is told: the velocity's."""
+    def _weighted(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * loss.detach().clamp(min=LEAST_LOSS) ** -self.settings.balance
+
+    def _compared(self, x, level, context, image) -> tuple[torch.Tensor, torch.Tensor]:
+        """The student's velocity and the loss at points x with noise `level`."""
         batch = Batch(x, context, image)
-        asked = block_weight is not None
-        with torch.no_grad(), _blocks_of(self.teacher, asked) as wanted_blocks:
+        with torch.no_grad():
             wanted = velocity_of(self.teacher, batch)(x, level)
-        with _blocks_of(self.learner.network, asked) as blocks:
-            answer = velocity_of(self.learner.network, batch)(x, level)
-        loss = sla_regression(answer, wanted)
-        told = loss.detach()
-        if asked:
-            apart = block_regression(blocks, wanted_blocks)
-            loss = loss + block_weight * told * apart / apart.detach().clamp(min=LEAST_LOSS)
-        return answer, loss * told.clamp(min=LEAST_LOSS) ** -self.settings.balance, told
+        answer = velocity_of(self.learner.network, batch)(x, level)
+        return answer, sla_regression(answer, wanted)
 
     def exported(self) -> dict[str, torch.Tensor]:
         """The averaged weights by parameter name."""
@@ -145,16 +131,15 @@ class SampledSLATraining(SLATraining):
             noise = draws.normal(f"noise {place}", x0)
             levels = torch.full((count,), level, dtype=torch.float64, device=x0.device)
             x = mixed(x0, noise, levels)
-            given = x, levels, batch.context, batch.image, self._block_weight(n)
-            values = self.learn(share / len(self.angles), *given)
+            values = self.learn(share / len(self.angles), x, levels, batch.context, batch.image)
             x0 = values.pop("x0")
             told.append(values["loss"])
         return {"loss": torch.stack(told).mean()}
 
-    def _loss(self, x, level, context, image, block_weight) -> tuple[torch.Tensor, Values]:
-        answer, loss, told = self._compared(x, level, context, image, block_weight)
+    def _loss(self, x, level, context, image) -> tuple[torch.Tensor, Values]:
+        answer, loss = self._compared(x, level, context, image)
         x0 = x - over_axes(level, x).to(x.dtype) * answer.detach()
-        return loss, {"loss": told, "x0": x0}
+        return self._weighted(loss), {"loss": loss.detach(), "x0": x0}
 
     @torch.no_grad()
     def exported(self) -> dict[str, torch.Tensor]:
@@ -170,16 +155,3 @@ class SampledSLATraining(SLATraining):
         """Latents of the batch's prompts in the student's steps, with the weights as they are."""
         between = torch.Generator(noise.device).manual_seed(self.seed)
         return few_steps(velocity_of(self.learner.network, batch), noise, self.angles, between)
-
-
-@contextlib.contextmanager
-def _blocks_of(network: torch.nn.Module, asked: bool) -> Iterator[list[torch.Tensor]]:
-    """A list that gets what each of the network's blocks puts out in a pass, where it is asked for:
-    it would keep all of them in memory."""
-    out, blocks = [], network.blocks if asked else []
-    hooks = [b.register_forward_hook(lambda *call: out.append(call[2])) for b in blocks]
-    try:
-        yield out
-    finally:
-        for hook in hooks:
-            hook.remove()
