@@ -405,6 +405,48 @@ def assert_gradients_of_the_mean(sparse, dense, points) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-9)
 
 
+def sampled_sla(run, **settings) -> SampledSLATraining:
+    """Of the toy-cpu preset on the teacher as student, with another one's weights to start from."""
+    preset = PRESETS["toy-cpu"]
+    sparse = build_network(preset.sizes, sla={"topk": 0.4, "block_q": 64, "block_k": 64})
+    dense = build_network(preset.sizes)
+    weights = load_file(run / "teacher" / MODEL)
+    make = torch.Generator().manual_seed(0)
+    load_weights(dense, weights)
+    load_weights(
+        sparse, {n: w + 0.02 * torch.randn(w.shape, generator=make) for n, w in weights.items()}
+    )
+    settings = dataclasses.replace(preset.sla, batch=2, micro_batch=2, **settings)
+    angles, data = rcm_angles(4, 80.0)[:-1], Data(run / "latents", CPU)
+    return SampledSLATraining(sparse, dense.requires_grad_(False), None, angles, data, settings, 0)
+
+
+def gradients_at_points(training: SampledSLATraining) -> tuple[list, list[float]]:
+    """Of update 0, what each point adds to the first block's gradients, and each point's loss."""
+    weight, found, told = training.learner.network.blocks[0].ffn[0].weight, [], []
+    learn = training.learn
+
+    def seen(share, *given):
+        weight.grad = None
+        values = learn(share, *given)
+        found.append(weight.grad.clone())
+        told.append(float(values["loss"]))
+        return values
+
+    training.learn = seen
+    training._learn(0, 0, 1.0)
+    return found, told
+
+
+def test_balance_weighs_each_point_by_a_power_of_its_loss(run):
+    plain, losses = gradients_at_points(sampled_sla(run))
+    balanced, told = gradients_at_points(sampled_sla(run, balance=1.5))
+    assert told == losses and len(told) == 4
+    assert max(losses) > 1.1 * min(losses)
+    for before, after, loss in zip(plain, balanced, losses, strict=True):
+        torch.testing.assert_close(after, before * loss**-1.5, rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("told", [{}, {"rollout": "2", "sigma_max": "100.0"}])
 def test_the_student_says_where_its_sampler_goes(tmp_path, told):
     """rcm --set rollout=2, which is no setting of the stage sla."""

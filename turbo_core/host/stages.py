@@ -37,7 +37,10 @@ from .wan_network import WanNetwork, build_network, load_weights, wan_tensors
 Tensors = dict[str, torch.Tensor]
 MODEL = "model.safetensors"
 # What folders of earlier versions do not tell, as those ran.
-SINCE = {"sla": {"sla.after_rcm": False}, "rcm": {"rcm.sampler_angles": False}}
+SINCE = {
+    "sla": {"sla.after_rcm": False, "sla.balance": 0.0},
+    "rcm": {"rcm.sampler_angles": False},
+}
 SHOWN = 8  # videos in the grid of samples
 
 

@@ -113,6 +113,8 @@ class SLA:
         feature_map: of the linear branch.
         guidance: of the samples that are shown while training.
         fall: share of the steps, the last ones, over which the learning rate falls to 0.
+        balance: power p of the weight loss^-p that each point's loss has. At 0 the first points,
+            whose errors are large, teach nearly alone; the last ones draw what is seen.
     """
 
     steps: int
@@ -132,6 +134,7 @@ class SLA:
     fall: float = 0.0
     ema_length: float = 0.1
     after_rcm: bool = False
+    balance: float = 0.0
 
 
 @dataclass(frozen=True)

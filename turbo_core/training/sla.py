@@ -18,6 +18,7 @@ from .trigflow import level_of, over_axes
 from .velocity import mixed, velocity_of
 
 COLUMNS = ("loss", "gradient_norm", "lr")
+LEAST_LOSS = 1e-6  # whose power still is a weight
 
 
 class SLATraining:
@@ -60,7 +61,10 @@ class SLATraining:
 
     def _loss(self, x, level, context, image) -> tuple[torch.Tensor, Values]:
         _, loss = self._compared(x, level, context, image)
-        return loss, {"loss": loss.detach()}
+        return self._weighted(loss), {"loss": loss.detach()}
+
+    def _weighted(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * loss.detach().clamp(min=LEAST_LOSS) ** -self.settings.balance
 
     def _compared(self, x, level, context, image) -> tuple[torch.Tensor, torch.Tensor]:
         """The student's velocity and the loss at points x with noise `level`."""
@@ -135,7 +139,7 @@ class SampledSLATraining(SLATraining):
     def _loss(self, x, level, context, image) -> tuple[torch.Tensor, Values]:
         answer, loss = self._compared(x, level, context, image)
         x0 = x - over_axes(level, x).to(x.dtype) * answer.detach()
-        return loss, {"loss": loss.detach(), "x0": x0}
+        return self._weighted(loss), {"loss": loss.detach(), "x0": x0}
 
     @torch.no_grad()
     def exported(self) -> dict[str, torch.Tensor]:
