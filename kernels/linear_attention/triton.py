@@ -107,36 +107,38 @@ def apply_state_kernel(
     tl.store(out_ptr + place + channel[None, :], rows, mask=row < length)
 
 
+@launched
 @triton.jit
-def projected(state_ptr, weight_ptr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS of a state, at state_ptr [ROWS, 1], times the transpose of the weight [D, D]."""
+def project_state_kernel(
+    state_ptr, normalizer_ptr, weight_ptr, places_ptr, mix_ptr, scale,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, SMALLEST: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     out = tl.arange(0, HEAD_DIM)
+    state_ptr += head * (HEAD_DIM * HEAD_DIM) + row * HEAD_DIM
+    mix_ptr += head * (HEAD_DIM * (HEAD_DIM + SUMS))
     mix = tl.zeros((ROWS, HEAD_DIM), tl.float32)
     for first in range(0, HEAD_DIM, 32):
         channel = first + tl.arange(0, 32)[None, :]
         state = tl.load(state_ptr + channel)  # [ROWS, 32]
         weight = tl.load(weight_ptr + out[:, None] * HEAD_DIM + channel)  # [D, 32]
         mix = tl.dot(state, tl.trans(weight.to(tl.float32)), mix, input_precision="tf32x3")
-    return mix
-
-
-@launched
-@triton.jit
-def project_state_kernel(
-    state_ptr, normalizer_ptr, weight_ptr, places_ptr, mix_ptr,
-    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, SMALLEST: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    out = tl.arange(0, HEAD_DIM)
-    state_ptr += head * (HEAD_DIM * HEAD_DIM) + row * HEAD_DIM
-    mix = projected(state_ptr, weight_ptr, HEAD_DIM, ROWS)
     normalizer = tl.load(normalizer_ptr + head * HEAD_DIM + row)  # [ROWS, 1]
-    mix = (mix / larger(normalizer, SMALLEST)).to(mix_ptr.dtype.element_ty)
     place = row * HEAD_DIM + out[None, :]
     if places_ptr is not None:
         place = tl.load(places_ptr + place)
-    tl.store(mix_ptr + head * (HEAD_DIM * HEAD_DIM) + place, mix)
+    if SUMS == 0:
+        mix = mix / larger(normalizer, SMALLEST)
+    else:
+        mix *= scale
+        total = (normalizer + 1e-5) * scale
+        high = total.to(mix_ptr.dtype.element_ty)
+        low = (total - high.to(tl.float32)).to(mix_ptr.dtype.element_ty)
+        column = tl.arange(0, SUMS)[None, :]
+        beside = tl.load(places_ptr + HEAD_DIM * HEAD_DIM + row * SUMS + column)
+        tl.store(mix_ptr + beside, tl.where(column % 2 == 0, high, low))
+    tl.store(mix_ptr + place, mix.to(mix_ptr.dtype.element_ty))
 
 
 def project_state(
@@ -156,31 +158,10 @@ def project_state(
     batch, heads, dim, _ = state.shape
     mix = torch.empty_like(state, dtype=dtype, memory_format=torch.contiguous_format)
     project_state_kernel[dim // STATE_ROWS, batch * heads](
-        state.contiguous(), normalizer.contiguous(), proj_weight.contiguous(), places, mix,
-        HEAD_DIM=dim, ROWS=STATE_ROWS, SMALLEST=SMALLEST, **PROJECT_LAUNCH,
+        state.contiguous(), normalizer.contiguous(), proj_weight.contiguous(), places, mix, 1.0,
+        HEAD_DIM=dim, ROWS=STATE_ROWS, SMALLEST=SMALLEST, SUMS=0, **PROJECT_LAUNCH,
     )  # fmt: skip
     return mix
-
-
-@launched
-@triton.jit
-def project_state_and_sums_kernel(
-    state_ptr, normalizer_ptr, weight_ptr, places_ptr, mix_ptr, scale,
-    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    mix_ptr += head * (HEAD_DIM * (HEAD_DIM + SUMS))
-    state_ptr += head * (HEAD_DIM * HEAD_DIM) + row * HEAD_DIM
-    mix = projected(state_ptr, weight_ptr, HEAD_DIM, ROWS) * scale
-    place = tl.load(places_ptr + row * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :])
-    tl.store(mix_ptr + place, mix.to(mix_ptr.dtype.element_ty))
-    total = (tl.load(normalizer_ptr + head * HEAD_DIM + row) + 1e-5) * scale  # [ROWS, 1]
-    high = total.to(mix_ptr.dtype.element_ty)
-    low = (total - high.to(tl.float32)).to(mix_ptr.dtype.element_ty)
-    column = tl.arange(0, SUMS)[None, :]
-    place = tl.load(places_ptr + HEAD_DIM * HEAD_DIM + row * SUMS + column)
-    tl.store(mix_ptr + place, tl.where(column % 2 == 0, high, low))
 
 
 def project_state_and_sums(
@@ -200,9 +181,10 @@ def project_state_and_sums(
     """
     batch, heads, dim, _ = state.shape
     mix = torch.empty(batch, heads, dim * (dim + SUMS), dtype=dtype, device=state.device)
-    project_state_and_sums_kernel[dim // STATE_ROWS, batch * heads](
+    project_state_kernel[dim // STATE_ROWS, batch * heads](
         state.contiguous(), normalizer.contiguous(), proj_weight.contiguous(), places, mix,
-        MEAN / length, HEAD_DIM=dim, ROWS=STATE_ROWS, SUMS=SUMS, **PROJECT_LAUNCH,
+        MEAN / length, HEAD_DIM=dim, ROWS=STATE_ROWS, SMALLEST=SMALLEST, SUMS=SUMS,
+        **PROJECT_LAUNCH,
     )  # fmt: skip
     return mix
 
