@@ -38,6 +38,10 @@ constexpr int PENDING = STAGES - 2;               // steps on their way when the
 // faster one where it is. So it is with the bytes of a row that come into L2 at a time.
 constexpr bool IN_ORDER = BLOCKS ? STAGES == 2 : RESIDUAL;
 constexpr int FETCHED = BLOCKS || RESIDUAL ? 128 : 256;
+// And with the places in a tile's end: how far each is from the thread's first one, which is the same
+// for all threads, or each by itself. The preprocessor chooses, as what the assembler makes of it
+// hangs on how it is said.
+#define FROM_FIRST !(RESIDUAL || SQUARES)
 // If BLOCKS, where a step's scale comes from: a lane of the warp, of 32 steps, or the step's stage.
 // Copied stage by stage they cost the warps more right where they meet, which two stages feel; three
 // do without the wait for them. So it is with the last copies of a step, behind its products or not.
@@ -539,12 +543,16 @@ __device__ __forceinline__ void store(
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % 4;
     int first_row = warp / WARPS_N * WARP_L + lane / 4;
     int first_column = warp % WARPS_N * WARP_N;
+#if FROM_FIRST
     int own = first_column + 8 * pair;  // first column of those it stores
-    // The thread's first place. Where others are from there is the same for all threads.
     const u16* residual = o.residual + (long long)tile.sample * o.residual_b + tile.column
         + (long long)(tile.row + first_row) * o.residual_l + own;
     u16* out = o.out + (long long)tile.sample * o.out_b + tile.column
         + (long long)(tile.row + first_row) * o.out_l + own;
+#else
+    const u16* residual = o.residual + (long long)tile.sample * o.residual_b + tile.column;
+    u16* out = o.out + (long long)tile.sample * o.out_b + tile.column;
+#endif
     float squares[ROWS / 2] = {};
 #pragma unroll
     for (int group = 0; group < WARP_N / 32; group++) {
@@ -554,22 +562,38 @@ __device__ __forceinline__ void store(
             factors[j] = factors_of(
                 shared,
                 first_column + 32 * group + (IN_ORDER ? 8 * pair + 2 * j : 8 * j + 2 * pair), o);
+#if FROM_FIRST
         bool column_inside = tile.column + own + 32 * group < o.n;
+#else
+        int column = first_column + 32 * group + 8 * pair;
+        bool column_inside = tile.column + column < o.n;
+#endif
 #pragma unroll
         for (int m = 0; m < ROWS; m += 2) {
             u32 y[4][4] = {};  // of rows 16 m + 8 half, pairs of 16 bits
             float own_squares[4] = {};
 #pragma unroll
             for (int half = 0; WITH_RESIDUAL && half < 4; half++) {
+#if FROM_FIRST
                 int down = 16 * m + 8 * half;
                 if (tile.row + first_row + down < o.length && column_inside)
                     *reinterpret_cast<uint4*>(y[half]) = *reinterpret_cast<const uint4*>(
                         residual + (long long)down * o.residual_l + 32 * group);
+#else
+                int row = tile.row + first_row + 16 * m + 8 * half;
+                if (row < o.length && column_inside)
+                    *reinterpret_cast<uint4*>(y[half]) = *reinterpret_cast<const uint4*>(
+                        residual + (long long)row * o.residual_l + column);
+#endif
             }
 #pragma unroll
             for (int half = 0; half < 4; half++) {
-                int down = 16 * m + 8 * half;
-                float scale = BLOCKS ? 1.0f : shared.row_scale[first_row + down];
+#if FROM_FIRST
+                int down = 16 * m + 8 * half, in_tile = first_row + down;
+#else
+                int in_tile = first_row + 16 * m + 8 * half, row = tile.row + in_tile;
+#endif
+                float scale = BLOCKS ? 1.0f : shared.row_scale[in_tile];
                 if (WITH_RESIDUAL && !IN_ORDER) transpose(y[half]);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
@@ -586,8 +610,14 @@ __device__ __forceinline__ void store(
                     y[half][j] = packed_pair(x, BF16);
                 }
                 if (!IN_ORDER) transpose(y[half]);
+#if FROM_FIRST
                 if (tile.row + first_row + down < o.length && column_inside)
                     store_16(out + (long long)down * o.out_l + 32 * group, y[half]);
+#else
+                if (row < o.length && column_inside)
+                    *reinterpret_cast<uint4*>(out + (long long)row * o.out_l + column) =
+                        make_uint4(y[half][0], y[half][1], y[half][2], y[half][3]);
+#endif
             }
             if (WITH_SQUARES) squares[m / 2] += sum_of_four(own_squares);
         }
