@@ -113,8 +113,9 @@ class SLA:
         feature_map: of the linear branch.
         guidance: of the samples that are shown while training.
         fall: share of the steps, the last ones, over which the learning rate falls to 0.
-        balance: power p of the weight loss^-p that each point's loss has. At 0 the first points,
-            whose errors are large, teach nearly alone; the last ones draw what is seen.
+        balance: with after_rcm, power p of the weight loss^-p that a point's loss has, by
+            micro-batch. At 0 the first points, whose errors are large, teach nearly alone; the last
+            ones draw what is seen.
     """
 
     steps: int
