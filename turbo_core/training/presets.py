@@ -250,15 +250,16 @@ TOY = Preset(
     evaluate=Evaluation(),
     teacher=Teacher(steps=12000, batch=64, micro_batch=64, lr=8e-4, level_mean=0.8),
     sla=SLA(
-        steps=8400,
+        steps=11500,
         batch=16,
         micro_batch=16,
-        lr=4e-4,
+        lr=8e-4,
         topk=0.3,
         block_q=128,
         guidance=2.5,
         fall=0.7,
         after_rcm=True,
+        balance=1.0,
     ),
     rcm=RCM(
         steps=2400,
@@ -287,8 +288,15 @@ TOY = Preset(
 I2V = dataclasses.replace(
     TOY,
     sizes=Sizes(dim=128, ffn_dim=256, num_layers=4, in_channels=36),
-    sla=dataclasses.replace(
-        TOY.sla, steps=3000, batch=48, micro_batch=48, topk=0.2, fall=0.6, after_rcm=False
+    sla=SLA(
+        steps=3000,
+        batch=48,
+        micro_batch=48,
+        lr=4e-4,
+        topk=0.2,
+        block_q=128,
+        guidance=2.5,
+        fall=0.6,
     ),
     rcm=dataclasses.replace(TOY.rcm, steps=2400, shift=5.0, sampler_angles=False),
 )
