@@ -113,8 +113,9 @@ class SLA:
         feature_map: of the linear branch.
         guidance: of the samples that are shown while training.
         fall: share of the steps, the last ones, over which the learning rate falls to 0.
-        balance: power p of the weight loss^-p that each point's loss has. At 0 the first points,
-            whose errors are large, teach nearly alone; the last ones draw what is seen.
+        balance: with after_rcm, power p of the weight loss^-p that a point's loss has, by
+            micro-batch. At 0 the first points, whose errors are large, teach nearly alone; the last
+            ones draw what is seen.
     """
 
     steps: int
@@ -249,15 +250,16 @@ TOY = Preset(
     evaluate=Evaluation(),
     teacher=Teacher(steps=12000, batch=64, micro_batch=64, lr=8e-4, level_mean=0.8),
     sla=SLA(
-        steps=8400,
+        steps=11500,
         batch=16,
         micro_batch=16,
-        lr=4e-4,
+        lr=8e-4,
         topk=0.3,
         block_q=128,
         guidance=2.5,
         fall=0.7,
         after_rcm=True,
+        balance=1.0,
     ),
     rcm=RCM(
         steps=2400,
@@ -286,8 +288,15 @@ TOY = Preset(
 I2V = dataclasses.replace(
     TOY,
     sizes=Sizes(dim=128, ffn_dim=256, num_layers=4, in_channels=36),
-    sla=dataclasses.replace(
-        TOY.sla, steps=3000, batch=48, micro_batch=48, topk=0.2, fall=0.6, after_rcm=False
+    sla=SLA(
+        steps=3000,
+        batch=48,
+        micro_batch=48,
+        lr=4e-4,
+        topk=0.2,
+        block_q=128,
+        guidance=2.5,
+        fall=0.6,
     ),
     rcm=dataclasses.replace(TOY.rcm, steps=2400, shift=5.0, sampler_angles=False),
 )

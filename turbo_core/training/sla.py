@@ -61,10 +61,7 @@ class SLATraining:
 
     def _loss(self, x, level, context, image) -> tuple[torch.Tensor, Values]:
         _, loss = self._compared(x, level, context, image)
-        return self._weighted(loss), {"loss": loss.detach()}
-
-    def _weighted(self, loss: torch.Tensor) -> torch.Tensor:
-        return loss * loss.detach().clamp(min=LEAST_LOSS) ** -self.settings.balance
+        return loss, {"loss": loss.detach()}
 
     def _compared(self, x, level, context, image) -> tuple[torch.Tensor, torch.Tensor]:
         """The student's velocity and the loss at points x with noise `level`."""
@@ -139,7 +136,9 @@ class SampledSLATraining(SLATraining):
     def _loss(self, x, level, context, image) -> tuple[torch.Tensor, Values]:
         answer, loss = self._compared(x, level, context, image)
         x0 = x - over_axes(level, x).to(x.dtype) * answer.detach()
-        return self._weighted(loss), {"loss": loss.detach(), "x0": x0}
+        told = loss.detach()
+        weight = told.clamp(min=LEAST_LOSS) ** -self.settings.balance
+        return weight * loss, {"loss": told, "x0": x0}
 
     @torch.no_grad()
     def exported(self) -> dict[str, torch.Tensor]:
