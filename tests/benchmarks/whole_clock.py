@@ -306,6 +306,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--told", nargs="+", type=Path, help="only one table of such files")
     options = older_cards.parse_for_a_server(parser, arguments)
+    if left_out := set(options.busy_link) - set(options.free):
+        parser.error(f"--busy-link takes sizes of --free, and {sorted(left_out)} are none")
     options.deadline = time.monotonic() + options.seconds
     return options
 

@@ -338,6 +338,12 @@ def test_the_clock_takes_a_video_apart(server):
         assert parts["step 1"].resident > parts["step 1"].mapped > 0
 
 
+def test_a_link_is_kept_busy_for_sizes_that_are_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        CLOCK.parse_options(["--free", "0", "--busy-link", "12"])
+    assert "[12.0] are none" in capsys.readouterr().err
+
+
 def test_a_thread_keeps_the_link_busy_while_a_video_is_made(server):
     """whole_clock.py --busy-link; without a GPU its copies go from RAM to RAM."""
     options = CLOCK.parse_options(["--runs", "0", "--free", "0", "12", "--busy-link", "12"])
