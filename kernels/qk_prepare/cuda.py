@@ -45,6 +45,9 @@ def unfit(
     # The only one that models were trained with.
     if branch is not None and branch.feature_map != "softmax":
         return f"the feature map is {branch.feature_map}"
+    # Sums are scaled by the keys' number alone there: a channel's that few keys use get lost.
+    if branch is not None and x.dtype == torch.float16 and capability(x.device) == HOPPER:
+        return "float16 has no room for the linear branch's sums"
     if not (in_steps_of_16_bytes(x) and (out is x or in_steps_of_16_bytes(out))):
         return "rows do not begin at multiples of 16 bytes"
     if max(*x.stride(), *cos.stride(), *sin.stride()) >= 2**31:

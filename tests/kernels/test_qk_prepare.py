@@ -225,6 +225,17 @@ def test_cuda_equals_triton(batch, length, heads, own_angles, block, quantize, d
     assert goldens.relative_error(out, exact) <= 6e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float16_keeps_small_sums_of_the_linear_branch(dtype, monkeypatch):
+    """Of which the kernel of Hopper alone would lose bits, so it does not take them."""
+    x, _, cos, sin = random_projection(1, 70, 2, 128, dtype)
+    branch = LinearBranch(*(torch.zeros(1, device=DEVICE) for _ in range(4)))
+    for card, refuses in ((dispatch.HOPPER, dtype == torch.float16), ((8, 9), False)):
+        monkeypatch.setattr(cuda, "capability", lambda device, card=card: card)
+        assert cuda.unfit(x, cos, sin, x, None) is None
+        assert bool(cuda.unfit(x, cos, sin, x, branch)) == refuses
+
+
 @pytest.mark.gpu
 def test_long_videos_do_not_overflow_float16():
     """A channel's normalizer, a sum over all keys, may exceed float16's 65504."""

@@ -245,11 +245,9 @@ def attention_products(card: Card) -> set[str]:
 
 
 def prepare_products(card: Card) -> set[str]:
-    """Of block means, and of the linear branch."""
-    products = {"HMMA.16816.F32"}
-    if card == HOPPER:
-        products |= {"HGMMA.64x64x16.F32", "HGMMA.64x72x16.F32"}
-    return products | {f"{product}.BF16" for product in products}
+    """Of block means, and of the linear branch, which Hopper's kernel takes in bfloat16 alone."""
+    branch = {"HGMMA.64x64x16.F32.BF16", "HGMMA.64x72x16.F32.BF16"}
+    return {"HMMA.16816.F32", "HMMA.16816.F32.BF16"} | (branch if card == HOPPER else set())
 
 
 # Of attention on Hopper: scores, and weights with values.
