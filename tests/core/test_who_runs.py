@@ -283,6 +283,12 @@ REFUSALS = [
         "the feature map is elu",
         lambda: prepare(heads(), branch=branch(feature_map="elu")),
     ),
+    (
+        "prepare",
+        TRITON,
+        "float16 has no room for the linear branch's sums",
+        lambda: prepare(heads(dtype=torch.float16), branch=branch()),
+    ),
     ("prepare", TRITON, "multiples of 16 bytes", lambda: prepare(heads(spare=4))),
     (
         "prepare",
