@@ -27,6 +27,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_backward",
     "linear_attention_jvp",
+    "state_of_int8_keys",
 ]
 
 
@@ -86,6 +87,23 @@ def key_value_state_and_maximum(
     """
     kernels = _kernels(k, v, feature_map, backend)
     return kernels.key_value_state_and_maximum(k, v, feature_map, of_heads)
+
+
+def state_of_int8_keys(
+    integers: torch.Tensor,
+    scale: torch.Tensor,
+    center: torch.Tensor,
+    v: torch.Tensor,
+    of_heads: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`key_value_state_and_maximum` of keys as `prepare_keys` leaves them, on Hopper.
+
+    Args:
+        integers, scale, center: see `Int8Keys`; int8 [B, H, N * 64, D], float32 [B, H, N] and, in
+            v's dtype, [B, H, D], of some heads of larger tensors if B is 1.
+        v, of_heads: see `key_value_state`; phi is "softmax".
+    """
+    return hopper.state_of_int8_keys(integers, scale, center, v, of_heads)
 
 
 def _kernels(k, v, feature_map, backend):

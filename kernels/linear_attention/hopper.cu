@@ -1,10 +1,11 @@
 // Sums over keys for Hopper: softmax(k)^T v, softmax(k), and the largest |v|.
 //
 // A program takes some rows of one head, TILE of them after another, which one thread has copied
-// STAGES - 1 tiles ahead. Eight lanes take the softmax of a key where it lies in shared memory.
-// Then each of two warpgroups multiplies 64 of k's channels with all of v's.
+// STAGES - 1 tiles ahead. Eight lanes take the softmax of a key where it lies in shared memory; of
+// int8, whose scale and center make a key, beside it. Then each of two warpgroups multiplies 64 of
+// k's channels with all of v's.
 
-// Defined is BF16, whether k and v are bfloat16, else float16.
+// Defined are BF16, whether v is bfloat16, else float16; INT8, whether k is int8, else as v.
 
 #include "hopper.cuh"
 #include "mma.cuh"
@@ -16,10 +17,15 @@ constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 constexpr int HALF = TILE * 64;  // values of half the channels, whose rows are wide as a swizzle
 constexpr int CHUNKS = HEAD_DIM / 8;         // of 16 bytes, of a row
+constexpr float LOG2E = 1.4426950408889634f;
 constexpr int READ_ROWS = THREADS / CHUNKS;  // of v that all threads look at, at once
 
 struct Stage {
+#if INT8
+    i8 k[2 * HALF];  // [TILE, HEAD_DIM], swizzled
+#else
     u16 k[2 * HALF];  // [2, TILE, 64], swizzled; then their softmax
+#endif
     u16 v[2 * HALF];
 };
 
@@ -34,6 +40,10 @@ struct Shared {
         Stage stages[STAGES];
         Ends ends;
     };
+#if INT8
+    u16 phi[2][2 * HALF];  // [2, TILE, 64], swizzled, the softmax of keys
+    float4 center[4][8];   // log2(e) times it, in the order of a key's eight lanes
+#endif
     u64 full[STAGES];
 };
 
@@ -42,11 +52,21 @@ struct alignas(64) TensorMap {
 };
 
 struct Operands {
-    TensorMap k_map, v_map;  // of k and v [B, L, H D], TILE rows of 64 channels
+    TensorMap v_map;  // of v [B, L, H D], TILE rows of 64 channels
+#if INT8
+    const i8* k;          // [B, K_HEADS, N TILE, D], swizzled
+    const float* k_scale;  // [B, K_HEADS, N]
+    const u16* center;    // [B, K_HEADS, D]
+#else
+    TensorMap k_map;
+#endif
     float* state;       // [splits, B, H, D (of k), D (of v)]
     float* normalizer;  // [splits, B, H, D]
     float* maxima;      // [splits, B, H, D]
     int length, heads, heads_in_all, rows;  // rows of a program
+#if INT8
+    int k_heads, k_blocks;  // N
+#endif
 };
 
 static_assert(SHARED_BYTES == SWIZZLE_ALIGNMENT + sizeof(Shared));
@@ -69,10 +89,19 @@ __device__ __forceinline__ void copy_tile(
     Stage& stage = shared.stages[slot];
     u64* full = &shared.full[slot];
     barrier_expect(full, sizeof(Stage));
+#if INT8
+    long long block = (sample * (long long)o.k_heads + head) * o.k_blocks + row / TILE;
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        ::"r"(shared_address(stage.k)), "l"(o.k + block * sizeof(stage.k)),
+          "n"(sizeof(stage.k)), "r"(shared_address(full)) : "memory");
+#endif
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int channel = head * HEAD_DIM + 64 * half;
+#if !INT8
         copy_half(stage.k + half * HALF, o.k_map, channel, row, sample, full);
+#endif
         copy_half(stage.v + half * HALF, o.v_map, channel, row, sample, full);
     }
 }
@@ -109,20 +138,58 @@ __device__ __forceinline__ void unpack(float* x, const uint4& raw) {
     }
 }
 
-// The softmax of this lane's key, in its place; of those past the end zeros.
-__device__ __forceinline__ void weigh_key(
-    Stage& stage, float (&normalizer)[16], int row, int eighth, bool inside
+#if INT8
+// Of a key's eighth the exponents, as chunks go: of base 2.
+__device__ __forceinline__ void exponents(
+    float (&x)[16], const Shared& shared, const Stage& stage, float scale, int row, int eighth
 ) {
-    const float log2e = 1.4426950408889634f;
-    float x[16], high = -1e30f, sum = 0;
+    const i8* from = stage.k + row * HEAD_DIM + (eighth ^ row % 8) * 16;
+    uint4 raw = *reinterpret_cast<const uint4*>(from);
+    bool upper = eighth / 4;
+    const u32 quads[4] = {upper ? raw.z : raw.x, upper ? raw.w : raw.y,
+                          upper ? raw.x : raw.z, upper ? raw.y : raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float4 center = shared.center[i][eighth];
+        const float centers[4] = {center.x, center.y, center.z, center.w};
+        u32 quad = quads[i] ^ 0x80808080;  // each integer plus 128
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float n = __uint_as_float(__byte_perm(quad, 0x4b000000, 0x7540 + j));  // plus 2^23
+            x[4 * i + j] = fmaf(n - (8388608.0f + 128.0f), scale, centers[j]);
+        }
+    }
+}
+
+// log2(e) times the center, in shared memory; by 32 threads.
+__device__ __forceinline__ void load_center(Shared& shared, const u16* center) {
+    int i = threadIdx.x / 8, eighth = threadIdx.x % 8;
+    const uint2* from = reinterpret_cast<const uint2*>(center + 8 * chunk_of(eighth, i / 2));
+    uint2 raw = from[i % 2];
+    float2 low = pair_of(raw.x, BF16), high = pair_of(raw.y, BF16);
+    shared.center[i][eighth] =
+        make_float4(LOG2E * low.x, LOG2E * low.y, LOG2E * high.x, LOG2E * high.y);
+}
+#else
+__device__ __forceinline__ void exponents(float (&x)[16], Stage& stage, int row, int eighth) {
 #pragma unroll
     for (int i = 0; i < 2; i++) unpack(x + 8 * i, chunk_at(stage.k, row, chunk_of(eighth, i)));
+}
+#endif
+
+// The softmax of this lane's key, of whose exponents it has an eighth, to a tile; of keys past the end
+// zeros.
+__device__ __forceinline__ void weigh_key(
+    u16* phi, float (&x)[16], float (&normalizer)[16], int row, int eighth, bool inside
+) {
+    const float unit = INT8 ? 1.0f : LOG2E;
+    float high = -1e30f, sum = 0;
 #pragma unroll
     for (int i = 0; i < 16; i++) high = fmaxf(high, x[i]);
-    float shift = -key_max(high) * log2e;
+    float shift = -key_max(high) * unit;
 #pragma unroll
     for (int i = 0; i < 16; i++) {
-        x[i] = exp2_fast(fmaf(x[i], log2e, shift));
+        x[i] = exp2_fast(fmaf(x[i], unit, shift));
         sum += x[i];
     }
     sum = key_sum(sum);
@@ -138,7 +205,7 @@ __device__ __forceinline__ void weigh_key(
 #pragma unroll
         for (int j = 0; j < 4; j++)
             pairs[j] = packed_pair({x[8 * i + 2 * j], x[8 * i + 2 * j + 1]}, BF16);
-        chunk_at(stage.k, row, chunk_of(eighth, i)) =
+        chunk_at(phi, row, chunk_of(eighth, i)) =
             make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
 }
@@ -242,6 +309,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
         for (int i = 0; i < min(STAGES - 1, tiles); i++)
             copy_tile(shared, o, i, begin + i * TILE, head, sample);
     }
+#if INT8
+    long long k_head = sample * (long long)o.k_heads + head;
+    const float* scales = o.k_scale + k_head * o.k_blocks + begin / TILE;
+    float next_scale = *scales;
+    if (threadIdx.x < 32) load_center(shared, o.center + k_head * HEAD_DIM);
+#endif
     __syncthreads();
     float sums[64];
     hold(sums);
@@ -253,10 +326,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
     for (int tile = 0; tile < tiles; tile++, ring.next()) {
         Stage& stage = shared.stages[ring.stage];
         int left = end - begin - tile * TILE;  // rows
+#if INT8
+        u16* phi = shared.phi[tile % 2];
+        float scale = LOG2E * next_scale;
+        if (tile + 1 < tiles) next_scale = scales[tile + 1];
+#else
+        u16* phi = stage.k;
+#endif
         barrier_wait(&shared.full[ring.stage], ring.parity);
 #pragma unroll
-        for (int row = key; row < TILE; row += TILE / 2)
-            weigh_key(stage, normalizer, row, eighth, row < left);
+        for (int row = key; row < TILE; row += TILE / 2) {
+            float x[16];
+#if INT8
+            exponents(x, shared, stage, scale, row, eighth);
+#else
+            exponents(x, stage, row, eighth);
+#endif
+            weigh_key(phi, x, normalizer, row, eighth, row < left);
+        }
         raise_maxima(maxima, stage);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         mma_wait<0>();
@@ -265,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
         if (threadIdx.x == 0 && tile + STAGES - 1 < tiles)
             copy_tile(shared, o, ring.stage ? ring.stage - 1 : STAGES - 1,
                       begin + (tile + STAGES - 1) * TILE, head, sample);
-        u64 a = by_channels(stage.k + own), b = by_channels(stage.v);
+        u64 a = by_channels(phi + own), b = by_channels(stage.v);
         hold(sums);
         mma_begin();
 #pragma unroll

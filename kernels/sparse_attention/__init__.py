@@ -1,5 +1,6 @@
 """Softmax attention over the selected key blocks, in float and in low bits."""
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "Int8Blocks",
     "attend_quantized",
     "default_pv",
+    "reads_int8_keys",
     "room_for_values",
     "sage_attention",
     "sage_kernels",
@@ -247,11 +249,28 @@ def sage_kernels(
     )  # fmt: skip
 
 
-def room_for_values(k: torch.Tensor, pv: str, block_k: int = 64) -> torch.Tensor:
-    """What takes the values that belong to keys k [B, L, H, D]: [B, H, N, D, block_k]."""
-    batch, length, heads, dim = k.shape
+def reads_int8_keys(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    pv: str | None = None,
+    backend: str = "auto",
+) -> bool:
+    """Whether attention in low bits to keys and values of `dtype` runs where `prepare_keys` of
+    qk_prepare may make the keys: in CUDA C++ on Hopper."""
+    if capability(device) != HOPPER or backend != "auto" or dtype == torch.float32:
+        return False
+    pv = pv or default_pv(device)
+    return hopper.unfit(head_dim, *hopper.SHAPE[1:], pv) is None and not cuda_unavailable(device)
+
+
+def room_for_values(
+    shape: Sequence[int], pv: str, device: torch.device, block_k: int = 64
+) -> torch.Tensor:
+    """What takes the values that belong to keys of `shape` [B, L, H, D]: [B, H, N, D, block_k]."""
+    batch, length, heads, dim = shape
     shape = batch, heads, -(-length // block_k), dim, block_k
-    return torch.empty(shape, dtype=PV_DTYPES[pv], device=k.device)
+    return torch.empty(shape, dtype=PV_DTYPES[pv], device=device)
 
 
 def attend_quantized(

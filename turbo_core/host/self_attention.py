@@ -13,7 +13,7 @@ from ...kernels.qk_prepare import norms_of_squares, prepare
 from ...kernels.room import in_whole_blocks
 from ...kernels.rope import apply_rope
 from ...kernels.sla import Norms, sla, sla_from_projections
-from ...kernels.sparse_attention import default_pv
+from ...kernels.sparse_attention import default_pv, reads_int8_keys
 from .. import run_report
 from ..activation_memory import values_in_halves
 from ..sla_settings import SLASettings
@@ -102,9 +102,13 @@ def attend(
     in_16_bits = why_dense or settings.attention == "sla"
     # What lives longer comes before what it is made of, see activation_memory.py.
     shape = x.shape[0], freqs.shape[1], len(range(attn.dim)[channels])
-    halved = some is None and not in_16_bits and values_in_halves(*shape)
-    widths = {"v": shape[2] // (1 + halved), "k": shape[2]}
-    widths |= {"q": shape[2]} if in_16_bits else {}
+    # Where k's int8 is all that is left of it, v takes k's memory, and then q.
+    after_k = not in_16_bits and reads_int8_keys(
+        x.device, x.dtype, attn.head_dim, backend=settings.backend
+    )
+    halved = some is None and not in_16_bits and not after_k and values_in_halves(*shape)
+    widths = {} if after_k else {"v": shape[2] // (1 + halved)}
+    widths |= {"k": shape[2]} | ({"q": shape[2]} if in_16_bits else {})
     rooms = {y: in_whole_blocks(*shape[:2], w, x.dtype, x.device) for y, w in widths.items()}
     n, parts = quantized(), attn._modules
 
