@@ -94,16 +94,22 @@ def state_of_int8_keys(
     scale: torch.Tensor,
     center: torch.Tensor,
     v: torch.Tensor,
+    values: torch.Tensor,
+    highest: torch.Tensor,
     of_heads: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`key_value_state_and_maximum` of keys as `prepare_keys` leaves them, on Hopper.
+    """`key_value_state_and_maximum` of keys as `prepare_keys` leaves them, and v in fp8, on Hopper.
 
     Args:
         integers, scale, center: see `Int8Keys`; int8 [B, H, N * 64, D], float32 [B, H, N] and, in
-            v's dtype, [B, H, D], of some heads of larger tensors if B is 1.
-        v, of_heads: see `key_value_state`; phi is "softmax".
+            v's dtype, [B, H, D]. Where B is 1 they may be some heads of larger tensors.
+        v, of_heads: see `key_value_state`; phi is "softmax", D 128, heads lie side by side.
+        values: takes v in e4m3 [B, H, N, D, 64] as attention on Hopper reads it; some heads of a
+            larger tensor where the keys are.
+        highest: float32 [B, H, D], what of v becomes e4m3's largest number; what is larger becomes
+            that, too, which the maximum tells.
     """
-    return hopper.state_of_int8_keys(integers, scale, center, v, of_heads)
+    return hopper.state_of_int8_keys(integers, scale, center, v, values, highest, of_heads)
 
 
 def _kernels(k, v, feature_map, backend):

@@ -15,7 +15,7 @@ HEAD_DIM, TILE, STAGES = 128, 64, 3
 THREADS = 256
 # Alignment and hopper.cu's Shared; that of keys in int8.
 SHARED_BYTES = 1024 + STAGES * (2 * TILE * HEAD_DIM * 2 + 8)
-INT8_SHARED_BYTES = 1024 + STAGES * (3 * TILE * HEAD_DIM + 8) + (4 * TILE + 4) * HEAD_DIM + 8
+INT8_SHARED_BYTES = 1024 + STAGES * (3 * TILE * HEAD_DIM + 8) + (4 * TILE + 9) * HEAD_DIM + 8
 Operands = nvrtc.operands(
     maps="v_map k_map",
     pointers="state normalizer maxima",
@@ -23,7 +23,7 @@ Operands = nvrtc.operands(
 )
 Int8Operands = nvrtc.operands(
     maps="v_map",
-    pointers="k k_scale center state normalizer maxima",
+    pointers="k k_scale center values highest state normalizer maxima",
     integers="length heads heads_in_all rows k_heads k_blocks",
 )
 
@@ -63,13 +63,13 @@ def state_of_int8_keys(
     scale: torch.Tensor,
     center: torch.Tensor,
     v: torch.Tensor,
+    values: torch.Tensor,
+    highest: torch.Tensor,
     of_heads: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`key_value_state_and_maximum` of keys in int8 blocks [B, H, N * TILE, D] with a scale
-    [B, H, N], around a center [B, H, D] in v's dtype, swizzled as attention reads them; those of
-    some heads may be part of a larger tensor."""
+    """See `state_of_int8_keys` of the package."""
     k_heads = integers.stride(0) // integers.stride(1) if len(v) > 1 else v.shape[2]
-    keys = tuple(map(nvrtc.address, (integers, scale, center)))
+    keys = tuple(map(nvrtc.address, (integers, scale, center, values, highest)))
     v_map = nvrtc.tensor_map(v.flatten(2), (1, TILE, HEAD_DIM // 2))
     blocks = scale.shape[2]
     return _sums(

@@ -247,7 +247,7 @@ def _keys(
 
 
 def _branch(
-    rows: torch.Tensor | Int8Keys,
+    rows: torch.Tensor,
     v: torch.Tensor,
     proj: Pair | None,
     feature_map: str,
@@ -261,9 +261,6 @@ def _branch(
     if not low_bit:
         sums = key_value_state(rows, v, feature_map, backend, of_heads)
         return LinearBranch(*sums, *proj, feature_map), None
-    if isinstance(rows, Int8Keys):
-        *sums, v_max = state_of_int8_keys(*rows.blocks, rows.center, v, of_heads)
-        return LinearBranch(*sums, *proj), v_max
     *sums, v_max = key_value_state_and_maximum(rows, v, feature_map, backend, of_heads)
     return LinearBranch(*sums, *proj, feature_map), v_max
 
@@ -297,8 +294,13 @@ def _in_low_bits(
         else:
             check_heads(k=rows, v=v)
             kernels = sage_kernels(rows, v, pv=pv, backend=backend)
-        branch, v_max = _branch(rows, v, proj, "softmax", True, backend, of_heads)
-        _, scale = kernels.quantize_values(v, PV_DTYPES[pv], BLOCK_K, v_max, out=out)
+        if in_int8 and proj is not None:
+            highest = kernels.highest_of_some(v)
+            *sums, v_max = state_of_int8_keys(*rows.blocks, rows.center, v, out, highest, of_heads)
+            branch, scale = LinearBranch(*sums, *proj), kernels.mend_values(v, v_max, highest, out)
+        else:
+            branch, v_max = _branch(rows, v, proj, "softmax", True, backend, of_heads)
+            _, scale = kernels.quantize_values(v, PV_DTYPES[pv], BLOCK_K, v_max, out=out)
         branches.append(branch)
         scales.append(scale)
     if heads.stop != k.shape[2]:

@@ -13,6 +13,11 @@ from ..tuning import attention_launch
 from .reference import VALUE_LIMIT, Int8Blocks, Quantized, score_scale
 
 LAUNCH = {"num_warps": 8, "num_stages": 1}  # of what only moves data, the same on every card
+SOME_ROWS = 512  # of values that tell how large all may be, at most
+ROWS_AT_ONCE = 128  # of them
+HEADROOM = 4.0  # times what they tell: e4m3 loses nothing by it, a range of 2^14 is left
+MENDED = 16  # blocks of a program that mends values
+SOME_LAUNCH = {"num_warps": 8, "num_stages": 2}
 # Four numbers as e4m3, which sm_89 and newer cards round to in one instruction.
 TO_E4M3 = tl.constexpr("""{
     .reg .b16 low, high;
@@ -267,19 +272,33 @@ def quantize_values_kernel(
     SWIZZLED: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
-    block = head * tl.num_programs(0) + tl.program_id(0)
+    channel = tl.arange(0, HEAD_DIM)
+    amax = larger(tl.load(amax_ptr + head * HEAD_DIM + channel), 1e-8)  # [D]
+    if tl.program_id(0) == 0:
+        tl.store(scales_ptr + head * HEAD_DIM + channel, amax * per_limit)
+    v_ptr += head // heads * stride_vb + head % heads * stride_vh
+    values_ptr += head * tl.num_programs(0) * (HEAD_DIM * BLOCK)
+    quantize_block_of_values(
+        v_ptr, values_ptr, amax, tl.program_id(0), length, limit, stride_vl,
+        BLOCK, HEAD_DIM, ITEM, CUT, SWIZZLED, EIGHTS,
+    )  # fmt: skip
+
+
+@triton.jit
+def quantize_block_of_values(
+    v_ptr, values_ptr, amax, block, length, limit, stride_vl,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ITEM: tl.constexpr, CUT: tl.constexpr,
+    SWIZZLED: tl.constexpr, EIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Write a block of a head's values [L, D], so that amax [D] becomes `limit`."""
     offset = tl.arange(0, BLOCK)
     key = offset
     if SWIZZLED and ITEM == 1:
         # Of 32 keys a thread holds the weights of 2 in each 8, and multiplies 4 and 4 at once.
         key = offset // 16 * 16 + offset // 2 % 2 * 8 + offset // 4 % 4 * 2 + offset % 2
-    row = tl.program_id(0) * BLOCK + key.to(tl.int64)[:, None]
+    row = block * BLOCK + key.to(tl.int64)[:, None]
     channel = tl.arange(0, HEAD_DIM)
-    v_ptr += head // heads * stride_vb + head % heads * stride_vh
     v = tl.load(v_ptr + row * stride_vl + channel[None, :], mask=row < length, other=0.0)
-    amax = larger(tl.load(amax_ptr + head * HEAD_DIM + channel), 1e-8)  # [D]
-    if tl.program_id(0) == 0:
-        tl.store(scales_ptr + head * HEAD_DIM + channel, amax * per_limit)
     factor = tl.div_rn(tl.full([HEAD_DIM], 1.0, tl.float32), amax) * limit
     scaled = tl.clamp(v.to(tl.float32) * factor[None, :], -limit, limit)
     scaled = rounded_once(scaled, values_ptr.dtype.element_ty, CUT)
@@ -288,7 +307,51 @@ def quantize_values_kernel(
         # Of 32 columns thread t of four gets 2 t and 2 t + 1 of each 8: channels 8 t and on.
         column = channel // 32 * 32 + channel % 8 // 2 * 8 + channel // 8 % 4 * 2 + channel % 2
     place = place_in_block(column[:, None], offset[None, :], BLOCK, ITEM, SWIZZLED)
-    tl.store(values_ptr + block * (HEAD_DIM * BLOCK) + place, tl.trans(scaled))  # [D, BLOCK]
+    values_ptr += tl.cast(block, tl.int64) * (HEAD_DIM * BLOCK)
+    tl.store(values_ptr + place, tl.trans(scaled))  # [D, BLOCK]
+
+
+@launched
+@triton.jit(do_not_specialize=["count", "step", "heads"])
+def highest_of_some_kernel(
+    v_ptr, highest_ptr, count, step, heads, stride_vb, stride_vl, stride_vh,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, TIMES: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, HEAD_DIM)
+    v_ptr += head // heads * stride_vb + head % heads * stride_vh
+    highest = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    for first in range(0, count, ROWS):
+        place = first + tl.arange(0, ROWS)[:, None]
+        row = place.to(tl.int64) * step
+        v = tl.load(v_ptr + row * stride_vl + channel[None, :], mask=place < count, other=0.0)
+        highest = larger(highest, tl.abs(v.to(tl.float32)))
+    highest = larger(TIMES * largest(highest, 0), 1e-8)
+    tl.store(highest_ptr + head * HEAD_DIM + channel, highest)
+
+
+@launched
+@triton.jit(do_not_specialize=["length", "heads", "blocks"])
+def mend_values_kernel(
+    v_ptr, amax_ptr, highest_ptr, values_ptr, scales_ptr, length, heads, blocks, limit, per_limit,
+    stride_vb, stride_vl, stride_vh, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, HEAD_DIM)
+    amax = larger(tl.load(amax_ptr + head * HEAD_DIM + channel), 1e-8)  # [D]
+    highest = tl.load(highest_ptr + head * HEAD_DIM + channel)
+    exceeding = tl.sum(tl.where(amax <= highest, 0, 1))  # NaN does, too
+    if tl.program_id(0) == 0:
+        reached = tl.where(exceeding > 0, amax, highest)
+        tl.store(scales_ptr + head * HEAD_DIM + channel, reached * per_limit)
+    if exceeding > 0:
+        v_ptr += head // heads * stride_vb + head % heads * stride_vh
+        values_ptr += head * blocks * (HEAD_DIM * BLOCK)
+        for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+            quantize_block_of_values(
+                v_ptr, values_ptr, amax, block, length, limit, stride_vl,
+                BLOCK, HEAD_DIM, 1, False, True, True,
+            )  # fmt: skip
 
 
 def sparse_attention(
@@ -437,6 +500,35 @@ def quantize_values(
         CUT=cuts_e4m3(v.device), **LAUNCH,
     )  # fmt: skip
     return values, scales
+
+
+def highest_of_some(v: torch.Tensor) -> torch.Tensor:
+    """What no |v| of [B, L, H, D] is likely to exceed, float32 [B, H, D]: a multiple of the largest
+    of a few hundred rows."""
+    batch, length, heads, dim = v.shape
+    highest = torch.empty(batch, heads, dim, dtype=torch.float32, device=v.device)
+    step = -(-length // SOME_ROWS)
+    highest_of_some_kernel[(batch * heads,)](
+        v, highest, -(-length // step), step, heads, *v.stride()[:3],
+        ROWS=ROWS_AT_ONCE, HEAD_DIM=dim, TIMES=HEADROOM, **SOME_LAUNCH,
+    )  # fmt: skip
+    return highest
+
+
+def mend_values(
+    v: torch.Tensor, amax: torch.Tensor, highest: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """The scales [B, H, D] of e4m3 values [B, H, N, D, 64], swizzled, made of v [B, L, H, D] so
+    that `highest` [B, H, D] became VALUE_LIMIT; heads where amax [B, H, D], max |v|, is higher are
+    made again."""
+    batch, length, heads, dim = v.shape
+    blocks, block = values.shape[2], values.shape[4]
+    scales = torch.empty_like(highest)
+    mend_values_kernel[-(-blocks // MENDED), batch * heads](
+        v, amax, highest, values, scales, length, heads, blocks, VALUE_LIMIT, 1 / VALUE_LIMIT,
+        *v.stride()[:3], BLOCK=block, HEAD_DIM=dim, **LAUNCH,
+    )  # fmt: skip
+    return scales
 
 
 def channel_max(v: torch.Tensor, rows: int) -> torch.Tensor:
