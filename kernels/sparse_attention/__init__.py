@@ -258,7 +258,7 @@ def reads_int8_keys(
 ) -> bool:
     """Whether attention in low bits to keys and values of `dtype` runs where `prepare_keys` of
     qk_prepare may make the keys: in CUDA C++ on Hopper."""
-    if capability(device) != HOPPER or backend != "auto" or dtype == torch.float32:
+    if capability(device) != HOPPER or backend == "reference" or dtype == torch.float32:
         return False
     pv = pv or default_pv(device)
     return hopper.unfit(head_dim, *hopper.SHAPE[1:], pv) is None and not cuda_unavailable(device)
