@@ -40,7 +40,7 @@ class Int8Keys(NamedTuple):
     """A normalized and rotated k [B, L, H, D] of which no row is kept, see `prepare_keys`."""
 
     shape: torch.Size
-    means: torch.Tensor  # float32 [B, H, N, D], of the blocks of rows
+    means: torch.Tensor  # float32 [B, H, N, D], of the blocks of rows, less `center`
     blocks: Int8Blocks  # of rows less `center`, laid out as Hopper's attention reads them
     center: torch.Tensor  # [B, H, D] in k's dtype
 
@@ -121,9 +121,9 @@ def prepare_keys(
     """`prepare` of keys that nothing but attention in low bits reads, with one reading of k and no
     rows written; None on all cards but Hopper.
 
-    The int8 is of rows less the mean of a few hundred of them, which may be anything that is near:
-    softmax does not see what is subtracted from every key. Their difference is rounded to k's
-    dtype.
+    The int8 and the means are of rows less the mean of a few hundred of them, which may be anything
+    that is near: softmax and the order of blocks do not see what is subtracted from every key. For
+    the int8 their difference is rounded to k's dtype.
 
     Args:
         k, weight, cos, sin, eps, block, row_norms, backend: see `prepare`; k stays as it is.

@@ -630,7 +630,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
                 for (int i = 0; i < BLOCK / 16; i++)
                     sum += shared.sums[told][part * (BLOCK / 16) + i]
                                       [threadIdx.x / 32 * SUMS_STRIDE + lane];
-                o.means[(whole_head * blocks + block) * HEAD_DIM + threadIdx.x] = sum / many;
+                float mean = sum / many;
+#if CENTERED
+                u32 center = shared.center[head - first_head][threadIdx.x];
+                mean -= unpack(center).x;
+#endif
+                o.means[(whole_head * blocks + block) * HEAD_DIM + threadIdx.x] = mean;
             }
         }
 #if QUANTIZE

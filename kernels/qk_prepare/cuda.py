@@ -152,7 +152,7 @@ def prepare_keys(
     row_norms: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Means of k's blocks, its int8 blocks with their scales, laid out as attention on Hopper reads
-    them, and what was subtracted from all rows before, in k's dtype [B, H, D]."""
+    them, and what was subtracted from all rows, in k's dtype [B, H, D]."""
     norms, weight = given_or_own_norms(k, eps, row_norms), aligned_copy(weight)
     center = mean_of_some(k, norms, weight, cos, sin)
     made = means, integers, scales = block_outputs(k, block, True)

@@ -222,8 +222,8 @@ class _Keys(NamedTuple):
 
     rows: torch.Tensor | None  # [B, L, H, D]; None where they were quantized
     v: torch.Tensor | None  # [B, L, H, D], likewise
-    means: torch.Tensor  # float32 [B, H, N, D], of blocks, less `mean`
-    mean: torch.Tensor  # float32 [B, H, D], of all rows
+    means: torch.Tensor  # float32 [B, H, N, D], of blocks, less what is near that of all rows
+    mean: torch.Tensor | None  # float32 [B, H, D], of all rows; None where they were in int8
     branch: LinearBranch | None  # None without a projection
     v_max: torch.Tensor | None  # float32 [B, H, D], max |v|; in low bits with a branch
 
@@ -279,9 +279,11 @@ def _in_low_bits(
 
     Whoever calls holds k, which the last heads of v have to be summed up with.
     """
-    means, mean = center_means(means, k.shape[1], BLOCK_K, backend)
+    in_int8, mean = isinstance(k, Int8Keys), None
+    if not in_int8:
+        means, mean = center_means(means, k.shape[1], BLOCK_K, backend)
     room = room_for_values(k.shape, pv, means.device)
-    branches, scales, heads, in_int8 = [], [], slice(0, 0), isinstance(k, Int8Keys)
+    branches, scales, heads = [], [], slice(0, 0)
     for v in parts:
         heads = slice(heads.stop, heads.stop + v.shape[2])
         if v.shape == k.shape:
