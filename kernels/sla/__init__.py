@@ -315,7 +315,7 @@ def _in_low_bits(
 
 
 def _like_keys(v: torch.Tensor, keys: Int8Keys) -> torch.Tensor:
-    """v if it belongs to these keys, as a tensor map can describe it."""
+    """v if it belongs to these keys; a copy where no tensor map can say how it lies."""
     check_heads(v=v)
     check_shape("v", v, tuple(keys.shape))
     if v.dtype != keys.center.dtype:
