@@ -99,17 +99,8 @@ def attend(
     settings, why_dense = choose(attn, index, transformer_options)
     rotation = rotation_of(freqs, transformer_options)
     channels = slice(None) if some is None else some.channels
-    in_16_bits = why_dense or settings.attention == "sla"
-    # What lives longer comes before what it is made of, see activation_memory.py.
     shape = x.shape[0], freqs.shape[1], len(range(attn.dim)[channels])
-    # Where k's int8 is all that is left of it, v takes k's memory, and then q.
-    after_k = not in_16_bits and reads_int8_keys(
-        x.device, x.dtype, attn.head_dim, backend=settings.backend
-    )
-    halved = some is None and not in_16_bits and not after_k and values_in_halves(*shape)
-    widths = {} if after_k else {"v": shape[2] // (1 + halved)}
-    widths |= {"k": shape[2]} | ({"q": shape[2]} if in_16_bits else {})
-    rooms = {y: in_whole_blocks(*shape[:2], w, x.dtype, x.device) for y, w in widths.items()}
+    rooms = _rooms(attn, x, shape, None if why_dense else settings, some is None)
     n, parts = quantized(), attn._modules
 
     def projected(name: str, **squares):
@@ -145,6 +136,20 @@ def attend(
         lambda: last(with_row_norms("q")), lambda: with_row_norms("k"), lambda: heads("v"),
         norms, rotation, _projection(attn, freqs.device), **_sla_options(settings),
     ).flatten(2)  # fmt: skip
+
+
+def _rooms(
+    attn, x: torch.Tensor, shape: tuple[int, ...], sparse: SLASettings | None, whole: bool
+) -> dict[str, torch.Tensor]:
+    """What takes v, k and q of `shape` [B, L, C], of all heads if `whole`: what lives longer comes
+    before what it is made of, see activation_memory.py."""
+    if sparse is None or sparse.attention == "sla":  # in 16 bits
+        widths = dict.fromkeys("vkq", shape[2])
+    elif reads_int8_keys(x.device, x.dtype, attn.head_dim, backend=sparse.backend):
+        widths = {"k": shape[2]}  # whose memory v takes, and then q
+    else:
+        widths = {"v": shape[2] // (1 + (whole and values_in_halves(*shape))), "k": shape[2]}
+    return {y: in_whole_blocks(*shape[:2], w, x.dtype, x.device) for y, w in widths.items()}
 
 
 def _in_heads(attn, y: torch.Tensor) -> torch.Tensor:
