@@ -469,10 +469,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
 #endif
             store_key(phi, x, row, eighth);
         }
-#if INT8
-        store_values(maxima, stage, shared.factor,
-                     o.values + (first_block + tile) * (long long)(TILE * HEAD_DIM), warp, lane);
-#else
+#if !INT8
         raise_maxima(maxima, stage);
 #endif
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -501,6 +498,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
         hold(sums);
 #if INT8
         hold(total);
+        // Not before the fence, which would wait until all of it is stored.
+        store_values(maxima, stage, shared.factor,
+                     o.values + (first_block + tile) * (long long)(TILE * HEAD_DIM), warp, lane);
 #endif
     }
     mma_wait<0>();
