@@ -7,12 +7,11 @@ import triton.language as tl
 from ..launching import launched
 from ..linear_attention import LinearBranch
 from ..linear_attention.triton import linear_attention
-from ..sparse_attention.triton import round_block
+from ..sparse_attention.triton import SOME_ROWS, round_block, some_row
 
 HEADS = 8  # of one program, which reads its cosines from memory once
 NORM_ROWS = 128  # of a program that adds up their squares
-SOME_ROWS = 512  # of which there is a mean, at most
-MEAN_ROWS = 64  # of them that a program takes at a time
+MEAN_ROWS = 64  # of some that a program takes at a time
 MEAN_LAUNCH = {"num_warps": 8, "num_stages": 2}
 ROW_LAUNCH = {"num_warps": 4, "num_stages": 1}  # bandwidth-bound, the same on every card
 
@@ -83,9 +82,9 @@ def rotate(x, cos, sin, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @launched
-@triton.jit(do_not_specialize=["count", "step", "length", "heads"])
+@triton.jit(do_not_specialize=["count", "length", "heads"])
 def mean_of_some_kernel(
-    x_ptr, norms_ptr, weight_ptr, cos_ptr, sin_ptr, mean_ptr, count, step, length, heads,
+    x_ptr, norms_ptr, weight_ptr, cos_ptr, sin_ptr, mean_ptr, count, length, heads,
     stride_xb, stride_xl, stride_xh, stride_cos_b, stride_cos_l, stride_sin_b, stride_sin_l,
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +98,7 @@ def mean_of_some_kernel(
     total = tl.zeros((ROWS, HEAD_DIM), tl.float32)
     for first in range(0, count, ROWS):
         place = first + tl.arange(0, ROWS)[:, None]
-        inside, row = place < count, place.to(tl.int64) * step
+        inside, row = place < count, some_row(place, count, length)
         x = tl.load(x_ptr + row * stride_xl + channel, mask=inside, other=0.0)  # [ROWS, D]
         norm = tl.load(norms_ptr + sample * length + row, mask=inside, other=0.0)
         # [ROWS, D / 2] both.
@@ -213,14 +212,13 @@ def mean_of_some(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> torch.Tensor:
-    """The mean of a few hundred normalized and rotated rows of x [B, L, H, D], in its dtype
+    """The mean of at most SOME_ROWS normalized and rotated rows of x [B, L, H, D], in its dtype
     [B, H, D]; norms float32 [B, L], weight float32 [H D]."""
     batch, length, heads, dim = x.shape
-    step = -(-length // SOME_ROWS)
     mean = torch.empty(batch, heads, dim, dtype=x.dtype, device=x.device)
     cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
     mean_of_some_kernel[heads, batch](
-        x, norms, weight, cos, sin, mean, -(-length // step), step, length, heads,
+        x, norms, weight, cos, sin, mean, min(SOME_ROWS, length), length, heads,
         *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
         HEAD_DIM=dim, ROWS=MEAN_ROWS, **MEAN_LAUNCH,
     )  # fmt: skip

@@ -318,6 +318,8 @@ def _like_keys(v: torch.Tensor, keys: Int8Keys) -> torch.Tensor:
     """v if it belongs to these keys; a copy where no tensor map can say how it lies."""
     check_heads(v=v)
     check_shape("v", v, tuple(keys.shape))
+    if v.device != keys.center.device:
+        raise ValueError(f"v must be on {keys.center.device} like k, got {v.device}")
     if v.dtype != keys.center.dtype:
         raise TypeError(f"v must be {keys.center.dtype} like k, got {v.dtype}")
     mapped = v.stride(3) == 1 and v.stride(2) == v.shape[3] and in_steps_of_16_bytes(v)

@@ -13,7 +13,7 @@ from ..tuning import attention_launch
 from .reference import VALUE_LIMIT, Int8Blocks, Quantized, score_scale
 
 LAUNCH = {"num_warps": 8, "num_stages": 1}  # of what only moves data, the same on every card
-SOME_ROWS = 512  # of values that tell how large all may be, at most
+SOME_ROWS = 512  # that stand for all, at most
 ROWS_AT_ONCE = 128  # of them
 HEADROOM = 4.0  # times what they tell: e4m3 loses nothing by it, a range of 2^14 is left
 MENDED = 16  # blocks of a program that mends values
@@ -311,10 +311,19 @@ def quantize_block_of_values(
     tl.store(values_ptr + place, tl.trans(scaled))  # [D, BLOCK]
 
 
+@triton.jit
+def some_row(place, count, length):
+    """The row at this place of `count` rows that stand for all: all of them, or some by the golden
+    ratio, as steps of one length would meet a video in a single column."""
+    place = place.to(tl.int64)
+    spread = (place * 2654435769 & 0xFFFFFFFF) * length >> 32
+    return tl.where(count == length, place, spread)
+
+
 @launched
-@triton.jit(do_not_specialize=["count", "step", "heads"])
+@triton.jit(do_not_specialize=["count", "length", "heads"])
 def highest_of_some_kernel(
-    v_ptr, highest_ptr, count, step, heads, stride_vb, stride_vl, stride_vh,
+    v_ptr, highest_ptr, count, length, heads, stride_vb, stride_vl, stride_vh,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -323,7 +332,7 @@ def highest_of_some_kernel(
     highest = tl.zeros((ROWS, HEAD_DIM), tl.float32)
     for first in range(0, count, ROWS):
         place = first + tl.arange(0, ROWS)[:, None]
-        row = place.to(tl.int64) * step
+        row = some_row(place, count, length)
         v = tl.load(v_ptr + row * stride_vl + channel[None, :], mask=place < count, other=0.0)
         highest = larger(highest, tl.abs(v.to(tl.float32)))
     highest = larger(TIMES * largest(highest, 0), 1e-8)
@@ -340,16 +349,16 @@ def mend_values_kernel(
     channel = tl.arange(0, HEAD_DIM)
     amax = larger(tl.load(amax_ptr + head * HEAD_DIM + channel), 1e-8)  # [D]
     highest = tl.load(highest_ptr + head * HEAD_DIM + channel)
-    exceeding = tl.sum(tl.where(amax <= highest, 0, 1))  # NaN does, too
+    reached = tl.where(amax <= highest, highest, amax)  # NaN exceeds
+    exceeding = tl.sum(tl.where(amax <= highest, 0, 1))
     if tl.program_id(0) == 0:
-        reached = tl.where(exceeding > 0, amax, highest)
         tl.store(scales_ptr + head * HEAD_DIM + channel, reached * per_limit)
     if exceeding > 0:
         v_ptr += head // heads * stride_vb + head % heads * stride_vh
         values_ptr += head * blocks * (HEAD_DIM * BLOCK)
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             quantize_block_of_values(
-                v_ptr, values_ptr, amax, block, length, limit, stride_vl,
+                v_ptr, values_ptr, reached, block, length, limit, stride_vl,
                 BLOCK, HEAD_DIM, 1, False, True, True,
             )  # fmt: skip
 
@@ -507,9 +516,8 @@ def highest_of_some(v: torch.Tensor) -> torch.Tensor:
     of a few hundred rows."""
     batch, length, heads, dim = v.shape
     highest = torch.empty(batch, heads, dim, dtype=torch.float32, device=v.device)
-    step = -(-length // SOME_ROWS)
     highest_of_some_kernel[(batch * heads,)](
-        v, highest, -(-length // step), step, heads, *v.stride()[:3],
+        v, highest, min(SOME_ROWS, length), length, heads, *v.stride()[:3],
         ROWS=ROWS_AT_ONCE, HEAD_DIM=dim, TIMES=HEADROOM, **SOME_LAUNCH,
     )  # fmt: skip
     return highest
@@ -519,8 +527,8 @@ def mend_values(
     v: torch.Tensor, amax: torch.Tensor, highest: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
     """The scales [B, H, D] of e4m3 values [B, H, N, D, 64], swizzled, made of v [B, L, H, D] so
-    that `highest` [B, H, D] became VALUE_LIMIT; heads where amax [B, H, D], max |v|, is higher are
-    made again."""
+    that `highest` [B, H, D] became VALUE_LIMIT; channels where amax [B, H, D], max |v|, is higher
+    are made again."""
     batch, length, heads, dim = v.shape
     blocks, block = values.shape[2], values.shape[4]
     scales = torch.empty_like(highest)

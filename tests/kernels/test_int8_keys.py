@@ -44,6 +44,27 @@ def as_rows(keys, length):
     return rows[:, :, :length].transpose(1, 2)
 
 
+def some_rows(length, count):
+    """Which of `length` rows stand for all."""
+    place = torch.arange(min(length, count), dtype=torch.int64)
+    return place if length <= count else (place * 2654435769 & 0xFFFFFFFF) * length >> 32
+
+
+def unseen_row(length):
+    """One that does not stand for others, of more than 512."""
+    return min(set(range(length)) - set(some_rows(length, 512).tolist()))
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(16, 32, 32), (21, 30, 52), (11, 24, 40)])
+def test_some_rows_are_of_all_columns_and_frames(frames, height, width):
+    """512 at even steps may be of one column, whose channels RoPE has not turned."""
+    rows = some_rows(frames * height * width, 512)
+    assert rows.unique().numel() >= 500
+    for period, size in ((width, 1), (height, width), (frames, height * width)):
+        seen = (rows // size % period).bincount(minlength=period)
+        assert seen.min() > 0 and seen.max() <= 3 * 512 / period + 2
+
+
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize("length", [1, 70, 300])
 def test_the_mean_of_some_rows(length, dtype, monkeypatch):
@@ -52,7 +73,7 @@ def test_the_mean_of_some_rows(length, dtype, monkeypatch):
     rows = prepare(x.double().float(), weight, *rotation, backend="reference").rows
     norms = prepare_triton.given_or_own_norms(x, 1e-6, None)
     found = prepare_triton.mean_of_some(x, norms, weight, *rotation)
-    expected = rows[:, :: -(-length // 100)].mean(1)
+    expected = rows[:, some_rows(length, 100)].mean(1)
     assert found.dtype == dtype
     assert goldens.relative_error(found, expected) <= max(torch.finfo(dtype).eps, 1e-5)
 
@@ -63,7 +84,7 @@ def test_what_no_value_is_likely_to_exceed(length, monkeypatch):
     _, _, v = random_qkv(2, length, 3, 64, torch.float16)
     v[:, :, 1, 5] = 0
     found = sparse_triton.highest_of_some(v)
-    some = v[:, :: -(-length // 100)].float().abs().amax(1)
+    some = v[:, some_rows(length, 100)].float().abs().amax(1)
     assert torch.equal(found, (sparse_triton.HEADROOM * some).clamp_min(1e-8))
 
 
@@ -117,10 +138,53 @@ def test_sums_over_keys_in_int8(batch, length, heads, dtype, times, hopper):
     assert torch.equal(values.view(torch.int8), expected.view(torch.int8))
 
 
+def as_channels(values):
+    """Bytes of e4m3 values [B, H, N, D, 64] by channel, [B, H, D, N * 64], on the CPU."""
+    channel = torch.arange(128)
+    column = channel // 32 * 32 + channel % 8 // 2 * 8 + channel // 8 % 4 * 2 + channel % 2
+    return values.cpu().view(torch.int8)[:, :, :, column].transpose(2, 3).flatten(3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_what_is_not_finite_spoils_what_it_reaches(where, value, hopper):
+    """And nothing else; in a row that does not stand for others."""
+    k, *others = projection(1, 700, 3, torch.bfloat16)
+    v, norms = torch.randn_like(k), torch.ones(1, 700, device=DEVICE)
+    row = unseen_row(700)
+
+    def summed(k, v):
+        keys = prepare_keys(k, *others, row_norms=norms)
+        values = room_for_values(v.shape, "fp8", v.device)
+        highest = sparse_triton.highest_of_some(v)
+        *sums, maximum = state_of_int8_keys(*keys.blocks, keys.center, v, values, highest)
+        scales = sparse_triton.mend_values(v, maximum, highest, values)
+        return *sums, scales, as_channels(values)
+
+    clean = summed(k, v)
+    spoiled = {"k": k.clone(), "v": v.clone()}
+    spoiled[where][0, row, 1, 5] = value
+    state, normalizer, scales, values = summed(**spoiled)
+    bad = torch.zeros(1, 3, 128, 128, dtype=torch.bool, device=DEVICE)
+    bad[0, 1, :, slice(None) if where == "k" else 5] = True
+    assert not state[bad].isfinite().any() and torch.equal(state[~bad], clean[0][~bad])
+    if where == "k":
+        assert not normalizer[0, 1].isfinite().any()
+        assert torch.equal(normalizer[:, ::2], clean[1][:, ::2])
+        assert torch.equal(scales, clean[2]) and torch.equal(values, clean[3])
+    else:
+        assert torch.equal(normalizer, clean[1]) and not scales[0, 1, 5].isfinite()
+        same = torch.ones(1, 3, 128, dtype=torch.bool)
+        same[0, 1, 5] = False
+        assert torch.equal(values[same], clean[3][same])
+        assert torch.equal(scales.cpu()[same], clean[2].cpu()[same])
+
+
 @pytest.mark.gpu
 def test_values_beyond_what_some_tell_are_made_again(hopper):
     _, _, v = random_qkv(1, 3000, 3, 128, torch.bfloat16)
-    v[0, 7, 1, 9] = 500
+    v[0, unseen_row(3000), 1, 9] = 500
     highest, amax = sparse_triton.highest_of_some(v), v.float().abs().amax(1)
     options = {"swizzled": True, "eights": True}
     e4m3 = torch.float8_e4m3fn
@@ -128,11 +192,14 @@ def test_values_beyond_what_some_tell_are_made_again(hopper):
     before = values.clone()
     scales = sparse_triton.mend_values(v, amax, highest, values)
     expected, of_all = sparse_triton.quantize_values(v, e4m3, 64, amax, **options)
-    assert torch.equal(values[:, 1].view(torch.int8), expected[:, 1].view(torch.int8))
-    assert torch.equal(scales[:, 1], of_all[:, 1])
-    others = [0, 2]
-    assert torch.equal(values[:, others].view(torch.int8), before[:, others].view(torch.int8))
-    torch.testing.assert_close(scales[:, others], highest[:, others] / 448, atol=0, rtol=1e-6)
+    mended = torch.zeros(3, 128, dtype=torch.bool)
+    mended[1, 9] = True
+    rows = [as_channels(x)[0] for x in (values, before, expected)]
+    assert torch.equal(rows[0][mended], rows[2][mended])
+    assert torch.equal(rows[0][~mended], rows[1][~mended])
+    assert torch.equal(scales[0, 1, 9], of_all[0, 1, 9])
+    others = ~mended.to(DEVICE)
+    torch.testing.assert_close(scales[0][others], highest[0][others] / 448, atol=0, rtol=1e-6)
 
 
 def low_bit_inputs(batch, length, heads):
@@ -163,6 +230,17 @@ def test_attention_to_such_keys(batch, length, heads, branch, hopper):
     strided = torch.stack((v, v), -1)[..., 0]
     again = sla_from_projections(q.clone(), k, strided, *weights, proj, **options)
     assert torch.equal(again, found)
+
+
+@pytest.mark.gpu
+def test_values_must_be_where_the_keys_are(hopper):
+    q, k, v, *rest = low_bit_inputs(1, 300, 2)
+    for wrong, kind, told in (
+        (v.cpu(), ValueError, "must be on"),
+        (v.half(), TypeError, "must be"),
+    ):
+        with pytest.raises(kind, match=told):
+            sla_from_projections(q, k, wrong, *rest, low_bit=True, pv="fp8")
 
 
 @pytest.mark.gpu
