@@ -95,7 +95,7 @@ def state_of_int8_keys(
     center: torch.Tensor,
     v: torch.Tensor,
     values: torch.Tensor,
-    highest: torch.Tensor,
+    bound: torch.Tensor,
     of_heads: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`key_value_state_and_maximum` of keys as `prepare_keys` leaves them, and v in fp8, on Hopper.
@@ -106,10 +106,25 @@ def state_of_int8_keys(
         v, of_heads: see `key_value_state`; phi is "softmax", D 128, heads lie side by side.
         values: takes v in e4m3 [B, H, N, D, 64] as attention on Hopper reads it; some heads of a
             larger tensor where the keys are.
-        highest: float32 [B, H, D], what of v becomes e4m3's largest number; what is larger becomes
-            that, too, which the maximum tells.
+        bound: float32 [B, H, D], what maps to 448; larger |v| saturates, and shows in the maximum.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit, or this is no Hopper.
     """
-    return hopper.state_of_int8_keys(integers, scale, center, v, values, highest, of_heads)
+    batch, length, heads, dim = v.shape
+    blocks, rows = -(-length // hopper.TILE), hopper.TILE
+    check_shape("integers", integers, (batch, heads, blocks * rows, dim))
+    check_shape("scale", scale, (batch, heads, blocks))
+    check_shape("center", center, (batch, heads, dim))
+    check_shape("values", values, (batch, heads, blocks, dim, rows))
+    check_shape("bound", bound, (batch, heads, dim))
+    if center.dtype != v.dtype:
+        raise TypeError(f"center must be {v.dtype} like v, got {center.dtype}")
+    if _kernels(v, v, "softmax", "auto") is not hopper:
+        raise ValueError(
+            "keys in int8 are summed up by Hopper's kernel, which does not take this v"
+        )
+    return hopper.state_of_int8_keys(integers, scale, center, v, values, bound, of_heads)
 
 
 def _kernels(k, v, feature_map, backend):

@@ -65,7 +65,7 @@ struct Operands {
     const float* k_scale;  // [B, K_HEADS, N]
     const u16* center;     // [B, K_HEADS, D]
     i8* values;            // [B, K_HEADS, N, D, TILE] e4m3, swizzled
-    const float* highest;  // [B, H, D], what becomes e4m3's largest number
+    const float* bound;    // [B, H, D], what becomes e4m3's largest number
 #else
     TensorMap k_map;
 #endif
@@ -420,8 +420,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
     float next_scale = o.k_scale[first_block];
     if (threadIdx.x < 32) load_center(shared, o.center + k_head * HEAD_DIM);
     if (threadIdx.x < HEAD_DIM) {
-        float highest = o.highest[(long long)whole_head * HEAD_DIM + threadIdx.x];
-        shared.factor[threadIdx.x] = __fdiv_rn(1.0f, highest) * E4M3_LIMIT;
+        float bound = o.bound[(long long)whole_head * HEAD_DIM + threadIdx.x];
+        shared.factor[threadIdx.x] = __fdiv_rn(1.0f, bound) * E4M3_LIMIT;
         if (threadIdx.x < 64) shared.ones[threadIdx.x] = BF16 ? 0x3f80 : 0x3c00;
     }
     u32 maxima[2] = {};

@@ -23,7 +23,7 @@ Operands = nvrtc.operands(
 )
 Int8Operands = nvrtc.operands(
     maps="v_map",
-    pointers="k k_scale center values highest state normalizer maxima",
+    pointers="k k_scale center values bound state normalizer maxima",
     integers="length heads heads_in_all rows k_heads k_blocks",
 )
 
@@ -64,12 +64,12 @@ def state_of_int8_keys(
     center: torch.Tensor,
     v: torch.Tensor,
     values: torch.Tensor,
-    highest: torch.Tensor,
+    bound: torch.Tensor,
     of_heads: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `state_of_int8_keys` of the package."""
     k_heads = integers.stride(0) // integers.stride(1) if len(v) > 1 else v.shape[2]
-    keys = tuple(map(nvrtc.address, (integers, scale, center, values, highest)))
+    keys = tuple(map(nvrtc.address, (integers, scale, center, values, bound)))
     v_map = nvrtc.tensor_map(v.flatten(2), (1, TILE, HEAD_DIM // 2))
     blocks = scale.shape[2]
     return _sums(

@@ -91,7 +91,8 @@ def prepare(
     Raises:
         ValueError, TypeError: a shape, block size or dtype does not fit.
     """
-    _check_projection(x, weight, cos, sin, block, row_norms)
+    check_block_size(block)
+    _check_projection(x, weight, cos, sin, row_norms)
     out = torch.empty(*x.shape, dtype=x.dtype, device=x.device) if out is None else out
     check_shape("out", out, tuple(x.shape))
     if out.dtype != x.dtype or not out.is_contiguous():
@@ -114,30 +115,29 @@ def prepare_keys(
     cos: torch.Tensor,
     sin: torch.Tensor,
     eps: float = 1e-6,
-    block: int = 64,
     row_norms: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Int8Keys | None:
-    """`prepare` of keys that nothing but attention in low bits reads, with one reading of k and no
-    rows written; None on all cards but Hopper.
+    """`prepare` of keys that nothing but attention in low bits reads, in blocks of 64, with one
+    reading of k and no rows written; None on all cards but Hopper.
 
     The int8 and the means are of rows less the mean of a few hundred of them, which may be anything
     that is near: softmax and the order of blocks do not see what is subtracted from every key. For
-    the int8 their difference is rounded to k's dtype.
+    the int8 their difference is rounded to k's dtype. The linear branch sums up what the int8
+    stands for, so a huge row coarsens that of its 64.
 
     Args:
-        k, weight, cos, sin, eps, block, row_norms, backend: see `prepare`; k stays as it is.
+        k, weight, cos, sin, eps, row_norms, backend: see `prepare`; k stays as it is.
 
     Raises:
-        ValueError, TypeError: a shape, block size or dtype does not fit.
+        ValueError, TypeError: a shape or dtype does not fit.
     """
     if capability(k.device) != HOPPER:
         return None
-    _check_projection(k, weight, cos, sin, block, row_norms)
+    _check_projection(k, weight, cos, sin, row_norms)
     if _kernels(k, cos, sin, k, None, backend) is not cuda:
         return None
-    made = cuda.prepare_keys(k, weight, cos, sin, eps, block, row_norms)
-    means, integers, scale, center = made
+    means, integers, scale, center = cuda.prepare_keys(k, weight, cos, sin, eps, row_norms)
     return Int8Keys(k.shape, means, Int8Blocks(integers, scale), center)
 
 
@@ -212,12 +212,10 @@ def _check_projection(
     weight: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    block: int,
     row_norms: torch.Tensor | None,
 ) -> None:
     """What is asked of a projection of q or k, and of what it is normed and rotated by."""
     check_heads(x=x)
-    check_block_size(block)
     check_shape("weight", weight, (x.shape[2] * x.shape[3],))
     check_angles(x, cos, sin)
     if row_norms is not None:

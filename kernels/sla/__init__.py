@@ -23,10 +23,12 @@ from ..sparse_attention import (
     Int8Blocks,
     attend_quantized,
     default_pv,
+    mend_values,
     reads_int8_keys,
     room_for_values,
     sage_attention,
     sage_kernels,
+    sampled_bound,
     sparse_attention,
 )
 from .autograd import Options, SparseLinearAttention
@@ -96,11 +98,11 @@ def sla(
         if asked_for(q, k, v, *(proj or ())):
             options = Options(topk, feature_map, block_q, block_k, backend)
             return _differentiable(q, k, v, proj, low_bit, block_map, options)
-        shape = low_bit, feature_map, block_q, block_k
-        if shape == (True, "softmax", BLOCK_Q, BLOCK_K) and q.dtype == torch.bfloat16:
+        as_trained = (feature_map, block_q, block_k) == ("softmax", BLOCK_Q, BLOCK_K)
+        if low_bit and as_trained and q.dtype == torch.bfloat16:
             pv = pv or default_pv(q.device)
             if reads_int8_keys(q.device, q.dtype, q.shape[3], pv, backend):
-                return _in_few_passes(q, k, v, proj, topk, block_map, pv, backend)
+                return _by_passes_of_projections(q, k, v, proj, topk, block_map, pv, backend)
         k_means = block_means(k, block_k, backend)
         keys = _keys(k, v, k_means, proj, feature_map, low_bit, block_k, backend)
         queries = Prepared(q, None, block_means(q, block_q, backend), None)
@@ -117,7 +119,7 @@ def _differentiable(q, k, v, proj, low_bit, block_map, options: Options) -> torc
     return SparseLinearAttention.apply(q, k, v, *(proj or (None, None)), block_map, options)[0]
 
 
-def _in_few_passes(q, k, v, proj, topk, block_map, pv, backend) -> torch.Tensor:
+def _by_passes_of_projections(q, k, v, proj, topk, block_map, pv, backend) -> torch.Tensor:
     """`sla` in low bits by the passes that norm and rotate, here by 1 and not at all: q is read
     once for its means, int8 and linear branch, k once for its means and int8."""
     batch, length, heads, dim = q.shape
@@ -186,18 +188,18 @@ def _from_projections(
     q_norm, k_norm, eps, heads = norms if isinstance(norms, Norms) else Norms(*norms)
     k, row_norms = k() if callable(k) else (k, None)
     _check_inputs(k, k, k, proj, topk, BLOCK_Q, BLOCK_K)
-    shape, weights = k.shape, (k_norm, *rotation, eps, BLOCK_K)
+    shape, of_k = k.shape, (k_norm, *rotation, eps)
     if low_bit:
         pv = pv or default_pv(k.device)
         if reads_int8_keys(k.device, k.dtype, shape[3], pv, backend):
-            k = prepare_keys(k, *weights, row_norms, backend) or k
+            k = prepare_keys(k, *of_k, row_norms, backend) or k
     v = v() if callable(v) else v
     if isinstance(k, Int8Keys):
         means = k.means
     else:
         check_heads(k=k, v=v if isinstance(v, torch.Tensor) else k)
         out = {"out": k} if in_place else {}
-        k, _, means, _ = prepare(k, *weights, **out, row_norms=row_norms, backend=backend)
+        k, _, means, _ = prepare(k, *of_k, BLOCK_K, **out, row_norms=row_norms, backend=backend)
         del out
     if low_bit:
         v = iter([v]) if isinstance(v, torch.Tensor) else v
@@ -297,9 +299,9 @@ def _in_low_bits(
             check_heads(k=rows, v=v)
             kernels = sage_kernels(rows, v, pv=pv, backend=backend)
         if in_int8 and proj is not None:
-            highest = kernels.highest_of_some(v)
-            *sums, v_max = state_of_int8_keys(*rows.blocks, rows.center, v, out, highest, of_heads)
-            branch, scale = LinearBranch(*sums, *proj), kernels.mend_values(v, v_max, highest, out)
+            bound = sampled_bound(v)
+            *sums, v_max = state_of_int8_keys(*rows.blocks, rows.center, v, out, bound, of_heads)
+            branch, scale = LinearBranch(*sums, *proj), mend_values(v, v_max, bound, out)
         else:
             branch, v_max = _branch(rows, v, proj, "softmax", True, backend, of_heads)
             _, scale = kernels.quantize_values(v, PV_DTYPES[pv], BLOCK_K, v_max, out=out)

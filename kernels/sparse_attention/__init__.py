@@ -24,10 +24,12 @@ __all__ = [
     "Int8Blocks",
     "attend_quantized",
     "default_pv",
+    "mend_values",
     "reads_int8_keys",
     "room_for_values",
     "sage_attention",
     "sage_kernels",
+    "sampled_bound",
     "sparse_attention",
     "sparse_attention_backward",
     "sparse_attention_jvp",
@@ -256,8 +258,7 @@ def reads_int8_keys(
     pv: str | None = None,
     backend: str = "auto",
 ) -> bool:
-    """Whether attention in low bits to keys and values of `dtype` runs where `prepare_keys` of
-    qk_prepare may make the keys: in CUDA C++ on Hopper."""
+    """Whether low-bit attention on `device` takes keys from `prepare_keys`: CUDA C++ on Hopper."""
     if capability(device) != HOPPER or backend == "reference" or dtype == torch.float32:
         return False
     pv = pv or default_pv(device)
@@ -271,6 +272,20 @@ def room_for_values(
     batch, length, heads, dim = shape
     shape = batch, heads, -(-length // block_k), dim, block_k
     return torch.empty(shape, dtype=PV_DTYPES[pv], device=device)
+
+
+def sampled_bound(v: torch.Tensor) -> torch.Tensor:
+    """A bound of |v|, [B, L, H, D], from a sample, float32 [B, H, D]; for `state_of_int8_keys` of
+    linear_attention, on Hopper."""
+    return hopper.sampled_bound(v)
+
+
+def mend_values(
+    v: torch.Tensor, maximum: torch.Tensor, bound: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """The scales float32 [B, H, D] of what `state_of_int8_keys` made of v [B, L, H, D] by the
+    `bound`; channels whose `maximum` is beyond it are quantized again in `values`."""
+    return hopper.mend_values(v, maximum, bound, values)
 
 
 def attend_quantized(

@@ -55,7 +55,7 @@ def quantize(
 quantize_keys = functools.partial(triton_kernels.quantize_keys, swizzled=True)
 quantize_values = functools.partial(triton_kernels.quantize_values, swizzled=True, eights=True)
 # Around `state_of_int8_keys` of linear_attention, which quantizes the values that it sums up.
-highest_of_some, mend_values = triton_kernels.highest_of_some, triton_kernels.mend_values
+sampled_bound, mend_values = triton_kernels.sampled_bound, triton_kernels.mend_values
 
 
 def sage_attention(

@@ -322,35 +322,35 @@ def some_row(place, count, length):
 
 @launched
 @triton.jit(do_not_specialize=["count", "length", "heads"])
-def highest_of_some_kernel(
-    v_ptr, highest_ptr, count, length, heads, stride_vb, stride_vl, stride_vh,
+def sampled_bound_kernel(
+    v_ptr, bound_ptr, count, length, heads, stride_vb, stride_vl, stride_vh,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, HEAD_DIM)
     v_ptr += head // heads * stride_vb + head % heads * stride_vh
-    highest = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    bound = tl.zeros((ROWS, HEAD_DIM), tl.float32)
     for first in range(0, count, ROWS):
         place = first + tl.arange(0, ROWS)[:, None]
         row = some_row(place, count, length)
         v = tl.load(v_ptr + row * stride_vl + channel[None, :], mask=place < count, other=0.0)
-        highest = larger(highest, tl.abs(v.to(tl.float32)))
-    highest = larger(TIMES * largest(highest, 0), 1e-8)
-    tl.store(highest_ptr + head * HEAD_DIM + channel, highest)
+        bound = larger(bound, tl.abs(v.to(tl.float32)))
+    bound = larger(TIMES * largest(bound, 0), 1e-8)
+    tl.store(bound_ptr + head * HEAD_DIM + channel, bound)
 
 
 @launched
 @triton.jit(do_not_specialize=["length", "heads", "blocks"])
 def mend_values_kernel(
-    v_ptr, amax_ptr, highest_ptr, values_ptr, scales_ptr, length, heads, blocks, limit, per_limit,
+    v_ptr, amax_ptr, bound_ptr, values_ptr, scales_ptr, length, heads, blocks, limit, per_limit,
     stride_vb, stride_vl, stride_vh, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, HEAD_DIM)
     amax = larger(tl.load(amax_ptr + head * HEAD_DIM + channel), 1e-8)  # [D]
-    highest = tl.load(highest_ptr + head * HEAD_DIM + channel)
-    reached = tl.where(amax <= highest, highest, amax)  # NaN exceeds
-    exceeding = tl.sum(tl.where(amax <= highest, 0, 1))
+    bound = tl.load(bound_ptr + head * HEAD_DIM + channel)
+    reached = tl.where(amax <= bound, bound, amax)  # NaN exceeds
+    exceeding = tl.sum(tl.where(amax <= bound, 0, 1))
     if tl.program_id(0) == 0:
         tl.store(scales_ptr + head * HEAD_DIM + channel, reached * per_limit)
     if exceeding > 0:
@@ -511,29 +511,29 @@ def quantize_values(
     return values, scales
 
 
-def highest_of_some(v: torch.Tensor) -> torch.Tensor:
-    """What no |v| of [B, L, H, D] is likely to exceed, float32 [B, H, D]: a multiple of the largest
-    of a few hundred rows."""
+def sampled_bound(v: torch.Tensor) -> torch.Tensor:
+    """A bound of |v|, [B, L, H, D], from a sample of rows, float32 [B, H, D]: a multiple of the
+    largest."""
     batch, length, heads, dim = v.shape
-    highest = torch.empty(batch, heads, dim, dtype=torch.float32, device=v.device)
-    highest_of_some_kernel[(batch * heads,)](
-        v, highest, min(SOME_ROWS, length), length, heads, *v.stride()[:3],
+    bound = torch.empty(batch, heads, dim, dtype=torch.float32, device=v.device)
+    sampled_bound_kernel[(batch * heads,)](
+        v, bound, min(SOME_ROWS, length), length, heads, *v.stride()[:3],
         ROWS=ROWS_AT_ONCE, HEAD_DIM=dim, TIMES=HEADROOM, **SOME_LAUNCH,
     )  # fmt: skip
-    return highest
+    return bound
 
 
 def mend_values(
-    v: torch.Tensor, amax: torch.Tensor, highest: torch.Tensor, values: torch.Tensor
+    v: torch.Tensor, amax: torch.Tensor, bound: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
     """The scales [B, H, D] of e4m3 values [B, H, N, D, 64], swizzled, made of v [B, L, H, D] so
-    that `highest` [B, H, D] became VALUE_LIMIT; channels where amax [B, H, D], max |v|, is higher
+    that `bound` [B, H, D] became VALUE_LIMIT; channels where amax [B, H, D], max |v|, is higher
     are made again."""
     batch, length, heads, dim = v.shape
     blocks, block = values.shape[2], values.shape[4]
-    scales = torch.empty_like(highest)
+    scales = torch.empty_like(bound)
     mend_values_kernel[-(-blocks // MENDED), batch * heads](
-        v, amax, highest, values, scales, length, heads, blocks, VALUE_LIMIT, 1 / VALUE_LIMIT,
+        v, amax, bound, values, scales, length, heads, blocks, VALUE_LIMIT, 1 / VALUE_LIMIT,
         *v.stride()[:3], BLOCK=block, HEAD_DIM=dim, **LAUNCH,
     )  # fmt: skip
     return scales

@@ -16,7 +16,7 @@ KEY_GRADIENTS_SPILLS = 16
 # for sm_90, sm_100 and sm_120, cards that were new to it.
 OLDER_COMPILERS_SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 64
 # Around the CUDA kernels of a card.
-OF_HOPPER = {"mean_of_some_kernel", "highest_of_some_kernel", "mend_values_kernel"}
+OF_HOPPER = {"mean_of_some_kernel", "sampled_bound_kernel", "mend_values_kernel"}
 TO_FP8 = "cvt.rn.satfinite.e4m3x2.f32"
 INT8_PRODUCTS = ".s8.s8", "kind::i8"
 

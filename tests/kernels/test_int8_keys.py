@@ -83,7 +83,7 @@ def test_what_no_value_is_likely_to_exceed(length, monkeypatch):
     monkeypatch.setattr(sparse_triton, "SOME_ROWS", 100)
     _, _, v = random_qkv(2, length, 3, 64, torch.float16)
     v[:, :, 1, 5] = 0
-    found = sparse_triton.highest_of_some(v)
+    found = sparse_triton.sampled_bound(v)
     some = v[:, some_rows(length, 100)].float().abs().amax(1)
     assert torch.equal(found, (sparse_triton.HEADROOM * some).clamp_min(1e-8))
 
@@ -157,7 +157,7 @@ def test_what_is_not_finite_spoils_what_it_reaches(where, value, hopper):
     def summed(k, v):
         keys = prepare_keys(k, *others, row_norms=norms)
         values = room_for_values(v.shape, "fp8", v.device)
-        highest = sparse_triton.highest_of_some(v)
+        highest = sparse_triton.sampled_bound(v)
         *sums, maximum = state_of_int8_keys(*keys.blocks, keys.center, v, values, highest)
         scales = sparse_triton.mend_values(v, maximum, highest, values)
         return *sums, scales, as_channels(values)
@@ -185,7 +185,7 @@ def test_what_is_not_finite_spoils_what_it_reaches(where, value, hopper):
 def test_values_beyond_what_some_tell_are_made_again(hopper):
     _, _, v = random_qkv(1, 3000, 3, 128, torch.bfloat16)
     v[0, unseen_row(3000), 1, 9] = 500
-    highest, amax = sparse_triton.highest_of_some(v), v.float().abs().amax(1)
+    highest, amax = sparse_triton.sampled_bound(v), v.float().abs().amax(1)
     options = {"swizzled": True, "eights": True}
     e4m3 = torch.float8_e4m3fn
     values, _ = sparse_triton.quantize_values(v, e4m3, 64, highest, **options)
@@ -230,6 +230,34 @@ def test_attention_to_such_keys(batch, length, heads, branch, hopper):
     strided = torch.stack((v, v), -1)[..., 0]
     again = sla_from_projections(q.clone(), k, strided, *weights, proj, **options)
     assert torch.equal(again, found)
+
+
+@pytest.mark.gpu
+def test_attention_to_values_beyond_what_some_tell(hopper):
+    q, k, v, *weights, proj = low_bit_inputs(1, 2000, 3)
+    v[0, unseen_row(2000), 1, 9] = 500
+    chosen = random_map(1, 2000, 3, 128, 64, share=1.0)
+    options = {"low_bit": True, "pv": "fp8", "block_map": chosen}
+    found = sla_from_projections(q.clone(), k, v, *weights, proj, **options)
+    rows = (x.float() for x in (q, k, v))
+    exact = sla_from_projections(*rows, *weights, proj, block_map=chosen, backend="reference")
+    assert goldens.relative_error(found, exact) <= 4.8e-2
+    some_heads = iter(v.split([1, 2], 2))
+    parts = sla_from_projections(q.clone(), k, lambda: some_heads, *weights, proj, **options)
+    assert torch.equal(parts, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [300, 5000])
+def test_the_linear_branch_hardly_sees_the_int8_of_keys(length, hopper):
+    x, weight, *rotation = projection(1, length, 3, torch.bfloat16)
+    keys, v = prepare_keys(x, weight, *rotation), torch.randn_like(x) + 1
+    rows = prepare(x, weight, *rotation, block=64).rows
+    values, bound = room_for_values(v.shape, "fp8", v.device), sparse_triton.sampled_bound(v)
+    found = state_of_int8_keys(*keys.blocks, keys.center, v, values, bound)[:2]
+    exact = sums.key_value_state(rows.double(), v.double(), "softmax")
+    means = [state / normalizer[..., None] for state, normalizer in (found, exact)]
+    assert goldens.relative_error(*means) <= 1e-3
 
 
 @pytest.mark.gpu
