@@ -97,13 +97,15 @@ def state_of_int8_keys(
     values: torch.Tensor,
     bound: torch.Tensor,
     of_heads: int | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`key_value_state_and_maximum` of keys as `prepare_keys` leaves them, and v in fp8, on Hopper.
 
     Args:
         integers, scale, center: see `Int8Keys`; int8 [B, H, N * 64, D], float32 [B, H, N] and, in
             v's dtype, [B, H, D]. Where B is 1 they may be some heads of larger tensors.
-        v, of_heads: see `key_value_state`; phi is "softmax", D 128, heads lie side by side.
+        v, of_heads, backend: see `key_value_state`; phi is "softmax", D 128, v's heads lie side by
+            side.
         values: takes v in e4m3 [B, H, N, D, 64] as attention on Hopper reads it; some heads of a
             larger tensor where the keys are.
         bound: float32 [B, H, D], what maps to 448; larger |v| saturates, and shows in the maximum.
@@ -120,7 +122,7 @@ def state_of_int8_keys(
     check_shape("bound", bound, (batch, heads, dim))
     if center.dtype != v.dtype:
         raise TypeError(f"center must be {v.dtype} like v, got {center.dtype}")
-    if _kernels(v, v, "softmax", "auto") is not hopper:
+    if _kernels(v, v, "softmax", backend) is not hopper:
         raise ValueError(
             "keys in int8 are summed up by Hopper's kernel, which does not take this v"
         )

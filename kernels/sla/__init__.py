@@ -300,7 +300,8 @@ def _in_low_bits(
             kernels = sage_kernels(rows, v, pv=pv, backend=backend)
         if in_int8 and proj is not None:
             bound = sampled_bound(v)
-            *sums, v_max = state_of_int8_keys(*rows.blocks, rows.center, v, out, bound, of_heads)
+            given = *rows.blocks, rows.center, v, out, bound
+            *sums, v_max = state_of_int8_keys(*given, of_heads, backend)
             branch, scale = LinearBranch(*sums, *proj), mend_values(v, v_max, bound, out)
         else:
             branch, v_max = _branch(rows, v, proj, "softmax", True, backend, of_heads)

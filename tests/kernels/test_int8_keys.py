@@ -66,19 +66,19 @@ def test_some_rows_are_of_all_columns_and_frames(frames, height, width):
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
-@pytest.mark.parametrize("length", [1, 70, 300])
+@pytest.mark.parametrize("length", [1, 70, 300, 16384])
 def test_the_mean_of_some_rows(length, dtype, monkeypatch):
     monkeypatch.setattr(prepare_triton, "SOME_ROWS", 100)
     x, weight, *rotation = projection(2, length, 3, dtype, 64)
     rows = prepare(x.double().float(), weight, *rotation, backend="reference").rows
-    norms = prepare_triton.given_or_own_norms(x, 1e-6, None)
+    norms = torch.rsqrt(x.float().flatten(2).square().mean(-1) + 1e-6)
     found = prepare_triton.mean_of_some(x, norms, weight, *rotation)
     expected = rows[:, some_rows(length, 100)].mean(1)
     assert found.dtype == dtype
     assert goldens.relative_error(found, expected) <= max(torch.finfo(dtype).eps, 1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 70, 300])
+@pytest.mark.parametrize("length", [1, 70, 300, 16384])
 def test_what_no_value_is_likely_to_exceed(length, monkeypatch):
     monkeypatch.setattr(sparse_triton, "SOME_ROWS", 100)
     _, _, v = random_qkv(2, length, 3, 64, torch.float16)

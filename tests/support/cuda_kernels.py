@@ -189,7 +189,8 @@ def every_state(card):
             integers = values = zeros(1, 1, 128, 128, dtype=torch.int8)
             of_channels = zeros(1, 1, 128)
             keys = integers, zeros(1, 1, 2), of_channels.to(dtype)
-            state_of_int8_keys(*keys, heads, values.view(1, 1, 2, 128, 64), of_channels)
+            values = values.view(1, 1, 2, 128, 64)
+            state_of_int8_keys(*keys, heads, values, of_channels, backend="triton")
 
 
 def every_convolution(card):
