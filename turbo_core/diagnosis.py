@@ -41,8 +41,9 @@ SLOWER = {
 
 Choice = tuple[str, str, str | None]  # op, what it runs in, why not in what is faster
 
-# How far a kernel may be from its reference: the low bits of the attention are the widest.
-TRIAL_BOUND = 2e-2
+# How far a kernel may be from its reference. In low bits weights are rounded against another
+# maximum and, on Hopper, keys around another center: played on a CPU 1.3e-2 and, both, 2.03e-2.
+TRIAL_BOUND, LOW_BIT_BOUND = 2e-2, 3e-2
 
 GIB = 2**30
 
@@ -165,7 +166,8 @@ def trial_line(name: str, run: Callable[[str], torch.Tensor]) -> str:
     except Exception as problem:  # what a compiler or a driver raises is what is asked for
         log.warning("TurboDiffusion: the trial of %s failed", name, exc_info=True)
         return f"Trial of {name}: failed with {type(problem).__name__}, the log has all of it"
-    state = "ok" if error <= TRIAL_BOUND else "WRONG"
+    bound = LOW_BIT_BOUND if name == "sagesla" else TRIAL_BOUND
+    state = "ok" if error <= bound else "WRONG"
     return f"Trial of {name}: {state}, {error:.1e} from the torch reference"
 
 

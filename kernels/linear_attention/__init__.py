@@ -27,6 +27,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_backward",
     "linear_attention_jvp",
+    "state_of_int8_keys",
 ]
 
 
@@ -86,6 +87,46 @@ def key_value_state_and_maximum(
     """
     kernels = _kernels(k, v, feature_map, backend)
     return kernels.key_value_state_and_maximum(k, v, feature_map, of_heads)
+
+
+def state_of_int8_keys(
+    integers: torch.Tensor,
+    scale: torch.Tensor,
+    center: torch.Tensor,
+    v: torch.Tensor,
+    values: torch.Tensor,
+    bound: torch.Tensor,
+    of_heads: int | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`key_value_state_and_maximum` of keys as `prepare_keys` leaves them, and v in fp8, on Hopper.
+
+    Args:
+        integers, scale, center: see `Int8Keys`; int8 [B, H, N * 64, D], float32 [B, H, N] and, in
+            v's dtype, [B, H, D]. Where B is 1 they may be some heads of larger tensors.
+        v, of_heads, backend: see `key_value_state`; phi is "softmax", D 128, v's heads lie side by
+            side.
+        values: takes v in e4m3 [B, H, N, D, 64] as attention on Hopper reads it; some heads of a
+            larger tensor where the keys are.
+        bound: float32 [B, H, D], what maps to 448; larger |v| saturates, and shows in the maximum.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit, or this is no Hopper.
+    """
+    batch, length, heads, dim = v.shape
+    blocks, rows = -(-length // hopper.TILE), hopper.TILE
+    check_shape("integers", integers, (batch, heads, blocks * rows, dim))
+    check_shape("scale", scale, (batch, heads, blocks))
+    check_shape("center", center, (batch, heads, dim))
+    check_shape("values", values, (batch, heads, blocks, dim, rows))
+    check_shape("bound", bound, (batch, heads, dim))
+    if center.dtype != v.dtype:
+        raise TypeError(f"center must be {v.dtype} like v, got {center.dtype}")
+    if _kernels(v, v, "softmax", backend) is not hopper:
+        raise ValueError(
+            "keys in int8 are summed up by Hopper's kernel, which does not take this v"
+        )
+    return hopper.state_of_int8_keys(integers, scale, center, v, values, bound, of_heads)
 
 
 def _kernels(k, v, feature_map, backend):

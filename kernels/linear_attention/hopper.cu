@@ -1,10 +1,11 @@
 // Sums over keys for Hopper: softmax(k)^T v, softmax(k), and the largest |v|.
 //
 // A program takes some rows of one head, TILE of them after another, which one thread has copied
-// STAGES - 1 tiles ahead. Eight lanes take the softmax of a key where it lies in shared memory.
-// Then each of two warpgroups multiplies 64 of k's channels with all of v's.
+// STAGES - 1 tiles ahead. Eight lanes take the softmax of a key where it lies in shared memory; of
+// int8, whose scale and center make a key, beside it. Then each of two warpgroups multiplies 64 of
+// k's channels with all of v's. Beside keys in int8 v becomes fp8, as attention reads it.
 
-// Defined is BF16, whether k and v are bfloat16, else float16.
+// Defined are BF16, whether v is bfloat16, else float16; INT8, whether k is int8, else as v.
 
 #include "hopper.cuh"
 #include "mma.cuh"
@@ -16,10 +17,17 @@ constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 constexpr int HALF = TILE * 64;  // values of half the channels, whose rows are wide as a swizzle
 constexpr int CHUNKS = HEAD_DIM / 8;         // of 16 bytes, of a row
+constexpr float E4M3_LIMIT = 448.0f;
+constexpr float SAFE_EXPONENT = 64.0f;  // sums of powers of 2 and their inverses stay in float32
+constexpr float LOG2E = 1.4426950408889634f;
 constexpr int READ_ROWS = THREADS / CHUNKS;  // of v that all threads look at, at once
 
 struct Stage {
+#if INT8
+    i8 k[2 * HALF];  // [TILE, HEAD_DIM], swizzled
+#else
     u16 k[2 * HALF];  // [2, TILE, 64], swizzled; then their softmax
+#endif
     u16 v[2 * HALF];
 };
 
@@ -30,10 +38,19 @@ struct Ends {
 };
 
 struct Shared {
+#if INT8
+    Stage stages[STAGES];
+    u16 phi[2][2 * HALF];  // [2, TILE, 64], swizzled, the softmax of keys
+    float4 center[4][8];   // log2(e) times it, in the order of a key's eight lanes
+    float factor[HEAD_DIM];  // that v's channels are multiplied by
+    u16 ones[64];
+    float farthest;  // of the center
+#else
     union {
         Stage stages[STAGES];
         Ends ends;
     };
+#endif
     u64 full[STAGES];
 };
 
@@ -42,11 +59,23 @@ struct alignas(64) TensorMap {
 };
 
 struct Operands {
-    TensorMap k_map, v_map;  // of k and v [B, L, H D], TILE rows of 64 channels
+    TensorMap v_map;  // of v [B, L, H D], TILE rows of 64 channels
+#if INT8
+    const i8* k;           // [B, K_HEADS, N TILE, D], swizzled
+    const float* k_scale;  // [B, K_HEADS, N]
+    const u16* center;     // [B, K_HEADS, D]
+    i8* values;            // [B, K_HEADS, N, D, TILE] e4m3, swizzled
+    const float* bound;    // [B, H, D], what becomes e4m3's largest number
+#else
+    TensorMap k_map;
+#endif
     float* state;       // [splits, B, H, D (of k), D (of v)]
     float* normalizer;  // [splits, B, H, D]
     float* maxima;      // [splits, B, H, D]
     int length, heads, heads_in_all, rows;  // rows of a program
+#if INT8
+    int k_heads, k_blocks;  // N
+#endif
 };
 
 static_assert(SHARED_BYTES == SWIZZLE_ALIGNMENT + sizeof(Shared));
@@ -69,10 +98,19 @@ __device__ __forceinline__ void copy_tile(
     Stage& stage = shared.stages[slot];
     u64* full = &shared.full[slot];
     barrier_expect(full, sizeof(Stage));
+#if INT8
+    long long block = (sample * (long long)o.k_heads + head) * o.k_blocks + row / TILE;
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        ::"r"(shared_address(stage.k)), "l"(o.k + block * (TILE * HEAD_DIM)),
+          "n"(sizeof(stage.k)), "r"(shared_address(full)) : "memory");
+#endif
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int channel = head * HEAD_DIM + 64 * half;
+#if !INT8
         copy_half(stage.k + half * HALF, o.k_map, channel, row, sample, full);
+#endif
         copy_half(stage.v + half * HALF, o.v_map, channel, row, sample, full);
     }
 }
@@ -109,20 +147,84 @@ __device__ __forceinline__ void unpack(float* x, const uint4& raw) {
     }
 }
 
-// The softmax of this lane's key, in its place; of those past the end zeros.
-__device__ __forceinline__ void weigh_key(
-    Stage& stage, float (&normalizer)[16], int row, int eighth, bool inside
+#if INT8
+// Of a key's eighth the exponents, as chunks go: of base 2.
+__device__ __forceinline__ void exponents(
+    float (&x)[16], const Shared& shared, const Stage& stage, float scale, int row, int eighth
 ) {
-    const float log2e = 1.4426950408889634f;
-    float x[16], high = -1e30f, sum = 0;
+    const i8* from = stage.k + row * HEAD_DIM + (eighth ^ row % 8) * 16;
+    uint4 raw = *reinterpret_cast<const uint4*>(from);
+    bool upper = eighth / 4;
+    const u32 quads[4] = {upper ? raw.z : raw.x, upper ? raw.w : raw.y,
+                          upper ? raw.x : raw.z, upper ? raw.y : raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float4 center = shared.center[i][eighth];
+        const float centers[4] = {center.x, center.y, center.z, center.w};
+        u32 quad = quads[i] ^ 0x80808080;  // each integer plus 128
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float n = __uint_as_float(__byte_perm(quad, 0x4b000000, 0x7540 + j));  // plus 2^23
+            x[4 * i + j] = fmaf(n - (8388608.0f + 128.0f), scale, centers[j]);
+        }
+    }
+}
+
+// log2(e) times the center, in shared memory, and its largest number; by one warp.
+__device__ __forceinline__ void load_center(Shared& shared, const u16* center) {
+    int i = threadIdx.x / 8, eighth = threadIdx.x % 8;
+    const uint2* from = reinterpret_cast<const uint2*>(center + 8 * chunk_of(eighth, i / 2));
+    uint2 raw = from[i % 2];
+    float2 low = pair_of(raw.x, BF16), high = pair_of(raw.y, BF16);
+    shared.center[i][eighth] =
+        make_float4(LOG2E * low.x, LOG2E * low.y, LOG2E * high.x, LOG2E * high.y);
+    float far = fmaxf(fmaxf(fabsf(low.x), fabsf(low.y)), fmaxf(fabsf(high.x), fabsf(high.y)));
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2)
+        far = fmaxf(far, __shfl_xor_sync(0xffffffff, far, distance));
+    shared.farthest = LOG2E * far;
+}
+#else
+__device__ __forceinline__ void exponents(float (&x)[16], Stage& stage, int row, int eighth) {
 #pragma unroll
     for (int i = 0; i < 2; i++) unpack(x + 8 * i, chunk_at(stage.k, row, chunk_of(eighth, i)));
+}
+#endif
+
+#if INT8
+// The softmax of this lane's key, of whose exponents it has an eighth; only `far` ones have to be
+// taken less their maximum.
+__device__ __forceinline__ void weigh_key(float (&x)[16], bool far, bool inside) {
+    float sum = 0;
+    if (far) {
+        float high = -1e30f;
 #pragma unroll
-    for (int i = 0; i < 16; i++) high = fmaxf(high, x[i]);
-    float shift = -key_max(high) * log2e;
+        for (int i = 0; i < 16; i++) high = fmaxf(high, x[i]);
+        high = key_max(high);
+#pragma unroll
+        for (int i = 0; i < 16; i++) x[i] -= high;
+    }
 #pragma unroll
     for (int i = 0; i < 16; i++) {
-        x[i] = exp2_fast(fmaf(x[i], log2e, shift));
+        x[i] = exp2_fast(x[i]);
+        sum += x[i];
+    }
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(key_sum(sum)));
+    inverse = inside ? inverse : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 16; i++) x[i] *= inverse;
+}
+#else
+// The softmax of this lane's key, of which it has an eighth.
+__device__ __forceinline__ void weigh_key(float (&x)[16], float (&normalizer)[16], bool inside) {
+    float high = -1e30f, sum = 0;
+#pragma unroll
+    for (int i = 0; i < 16; i++) high = fmaxf(high, x[i]);
+    float shift = -key_max(high) * LOG2E;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        x[i] = exp2_fast(fmaf(x[i], LOG2E, shift));
         sum += x[i];
     }
     sum = key_sum(sum);
@@ -132,17 +234,66 @@ __device__ __forceinline__ void weigh_key(
         x[i] *= factor;
         normalizer[i] += x[i];
     }
+}
+#endif
+
+__device__ __forceinline__ void store_key(u16* phi, const float (&x)[16], int row, int eighth) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         u32 pairs[4];
 #pragma unroll
         for (int j = 0; j < 4; j++)
             pairs[j] = packed_pair({x[8 * i + 2 * j], x[8 * i + 2 * j + 1]}, BF16);
-        chunk_at(stage.k, row, chunk_of(eighth, i)) =
+        chunk_at(phi, row, chunk_of(eighth, i)) =
             make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
 }
 
+#if INT8
+// A warp's 16 channels of v to fp8, and their maxima: of channels 16 warp + 8 i + lane / 4.
+__device__ __forceinline__ void store_values(
+    u32 (&maxima)[2], Stage& stage, const float* factors, i8* values, int warp, int lane
+) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int chunk = 2 * warp + i, of_eight = lane / 4;
+        float factor = factors[8 * chunk + of_eight];
+        u32 bytes[4];  // of keys 16 j + 2 (lane % 4) + {0, 1, 8, 9}
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            u32 pairs[4];
+            load_matrices_transposed(
+                pairs, shared_address(&chunk_at(stage.v, 32 * half + lane, chunk)));
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                maxima[i] = max_of_pairs(maxima[i], pairs[j] & 0x7fff7fff, BF16);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float2 low = pair_of(pairs[2 * j], BF16), high = pair_of(pairs[2 * j + 1], BF16);
+                bytes[2 * half + j] = packed_fp8(low.x * factor, low.y * factor,
+                                                 high.x * factor, high.y * factor);
+            }
+        }
+        transpose(bytes);  // 16 keys of a channel
+        int column = chunk / 4 * 32 + of_eight / 2 * 8 + chunk % 4 * 2 + of_eight % 2;
+        store_16(values + column * TILE + (lane % 4 ^ column / 2 % 4) * 16, bytes);
+    }
+}
+
+// The largest |v| of a channel, of what four lanes have.
+__device__ __forceinline__ void store_maxima(
+    const u32 (&maxima)[2], float* to, int warp, int lane
+) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float2 both = pair_of(maxima[i], BF16);
+        float highest = max_or_nan(both.x, both.y);
+        highest = max_or_nan(highest, __shfl_xor_sync(0xffffffff, highest, 1));
+        highest = max_or_nan(highest, __shfl_xor_sync(0xffffffff, highest, 2));
+        if (lane % 4 == 0) to[16 * warp + 8 * i + lane / 4] = highest;
+    }
+}
+#else
 __device__ __forceinline__ void raise_maxima(u32 (&maxima)[4], Stage& stage) {
 #pragma unroll
     for (int i = 0; i < TILE / READ_ROWS; i++) {
@@ -154,6 +305,7 @@ __device__ __forceinline__ void raise_maxima(u32 (&maxima)[4], Stage& stage) {
             maxima[j] = max_of_pairs(maxima[j], pairs[j] & 0x7fff7fff, BF16);
     }
 }
+#endif
 
 // Descriptor of a tile whose rows are keys, that a product takes by channels: 64 of them are as
 // wide as a swizzle, the next 64 lie HALF further.
@@ -184,6 +336,24 @@ __device__ __forceinline__ void mma_keys(float (&sums)[64], u64 phi, u64 v, int 
         : "l"(phi), "l"(v), "r"(add));
 }
 
+#if INT8
+// total [64 channels of k, 8 times] (+)= phi^T 1 of 16 keys
+__device__ __forceinline__ void mma_ones(float (&total)[4], u64 phi, u64 ones, int add) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %6, 0;\n"
+#if BF16
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+#else
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 "
+#endif
+        "{%0, %1, %2, %3}, %4, %5, p, 1, 1, 1, 0;\n"
+        "}\n"
+        : F4(total, 0) : "l"(phi), "l"(ones), "r"(add));
+}
+#endif
+
 __device__ __forceinline__ void store_state(const float (&sums)[64], float* state) {
     int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     float2* to = reinterpret_cast<float2*>(state + row * HEAD_DIM) + threadIdx.x % 4;
@@ -194,6 +364,7 @@ __device__ __forceinline__ void store_state(const float (&sums)[64], float* stat
     }
 }
 
+#if !INT8
 // The four keys of a warp, then all warps.
 __device__ __forceinline__ void store_ends(
     Ends& ends, float (&normalizer)[16], const u32 (&maxima)[4], const Operands& o, int warp,
@@ -223,6 +394,7 @@ __device__ __forceinline__ void store_ends(
         o.maxima[at] = threadIdx.x % 2 ? both.y : both.x;
     }
 }
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
     const __grid_constant__ Operands o
@@ -242,40 +414,110 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
         for (int i = 0; i < min(STAGES - 1, tiles); i++)
             copy_tile(shared, o, i, begin + i * TILE, head, sample);
     }
+#if INT8
+    int k_head = sample * o.k_heads + head;
+    int first_block = k_head * o.k_blocks + begin / TILE;
+    float next_scale = o.k_scale[first_block];
+    if (threadIdx.x < 32) load_center(shared, o.center + k_head * HEAD_DIM);
+    if (threadIdx.x < HEAD_DIM) {
+        float bound = o.bound[(long long)whole_head * HEAD_DIM + threadIdx.x];
+        shared.factor[threadIdx.x] = __fdiv_rn(1.0f, bound) * E4M3_LIMIT;
+        if (threadIdx.x < 64) shared.ones[threadIdx.x] = BF16 ? 0x3f80 : 0x3c00;
+    }
+    u32 maxima[2] = {};
+    // Whichever chunk of 8 keys it takes of 8 columns, it finds ones.
+    u64 ones = (shared_address(shared.ones) & 0x3FFFF) >> 4;
+#else
+    u32 maxima[4] = {};
+#endif
     __syncthreads();
     float sums[64];
     hold(sums);
+#if INT8
+    float total[4];  // of 64 channels of k, of rows as in `sums`
+    hold(total);
+#else
     float normalizer[16] = {};
-    u32 maxima[4] = {};
+#endif
     int own = warp / 4 * HALF;  // of k, the warpgroup's
     Ring<STAGES> ring;
 #pragma unroll 1
     for (int tile = 0; tile < tiles; tile++, ring.next()) {
         Stage& stage = shared.stages[ring.stage];
         int left = end - begin - tile * TILE;  // rows
+#if INT8
+        u16* phi = shared.phi[tile % 2];
+        float scale = LOG2E * next_scale;
+        bool far = !(fmaf(127.0f, scale, shared.farthest) < SAFE_EXPONENT);
+        if (tile + 1 < tiles) next_scale = o.k_scale[first_block + tile + 1];
+#else
+        u16* phi = stage.k;
+#endif
         barrier_wait(&shared.full[ring.stage], ring.parity);
 #pragma unroll
-        for (int row = key; row < TILE; row += TILE / 2)
-            weigh_key(stage, normalizer, row, eighth, row < left);
+        for (int row = key; row < TILE; row += TILE / 2) {
+            float x[16];
+#if INT8
+            exponents(x, shared, stage, scale, row, eighth);
+#else
+            exponents(x, stage, row, eighth);
+#endif
+#if INT8
+            weigh_key(x, far, row < left);
+#else
+            weigh_key(x, normalizer, row < left);
+#endif
+            store_key(phi, x, row, eighth);
+        }
+#if !INT8
         raise_maxima(maxima, stage);
+#endif
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         mma_wait<0>();
         hold(sums);
+#if INT8
+        hold(total);
+#endif
         __syncthreads();  // all weights are there, and all are done with the last tile
         if (threadIdx.x == 0 && tile + STAGES - 1 < tiles)
             copy_tile(shared, o, ring.stage ? ring.stage - 1 : STAGES - 1,
                       begin + (tile + STAGES - 1) * TILE, head, sample);
-        u64 a = by_channels(stage.k + own), b = by_channels(stage.v);
+        u64 a = by_channels(phi + own), b = by_channels(stage.v);
         hold(sums);
+#if INT8
+        hold(total);
+#endif
         mma_begin();
 #pragma unroll
         for (int i = 0; i < TILE / 16; i++) mma_keys(sums, a + 128 * i, b + 128 * i, tile + i);
+#if INT8
+#pragma unroll
+        for (int i = 0; i < TILE / 16; i++) mma_ones(total, a + 128 * i, ones, tile + i);
+#endif
         mma_commit();
         hold(sums);
+#if INT8
+        hold(total);
+        // Not before the fence, which would wait until all of it is stored.
+        store_values(maxima, stage, shared.factor,
+                     o.values + (first_block + tile) * (long long)(TILE * HEAD_DIM), warp, lane);
+#endif
     }
     mma_wait<0>();
     hold(sums);
+#if INT8
+    hold(total);
+#endif
     store_state(sums, o.state + (long long)blockIdx.x * HEAD_DIM * HEAD_DIM);
+#if INT8
+    long long at = (long long)blockIdx.x * HEAD_DIM;
+    store_maxima(maxima, o.maxima + at, warp, lane);
+    if (lane % 4 == 0) {
+        float* to = o.normalizer + at + 16 * warp + lane / 4;
+        to[0] = total[0], to[8] = total[2];
+    }
+#else
     __syncthreads();
     store_ends(shared.ends, normalizer, maxima, o, warp, lane);
+#endif
 }

@@ -1,5 +1,6 @@
 """The linear branch's sums over keys on Hopper, in CUDA C++: see hopper.cu."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,12 +13,18 @@ SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90a"
 HEAD_DIM, TILE, STAGES = 128, 64, 3
 THREADS = 256
-# Alignment and hopper.cu's Shared.
+# Alignment and hopper.cu's Shared; that of keys in int8.
 SHARED_BYTES = 1024 + STAGES * (2 * TILE * HEAD_DIM * 2 + 8)
+INT8_SHARED_BYTES = 1024 + STAGES * (3 * TILE * HEAD_DIM + 8) + (4 * TILE + 9) * HEAD_DIM + 8
 Operands = nvrtc.operands(
-    maps="k_map v_map",
+    maps="v_map k_map",
     pointers="state normalizer maxima",
     integers="length heads heads_in_all rows",
+)
+Int8Operands = nvrtc.operands(
+    maps="v_map",
+    pointers="k k_scale center values bound state normalizer maxima",
+    integers="length heads heads_in_all rows k_heads k_blocks",
 )
 
 
@@ -46,17 +53,43 @@ def key_value_state_and_maximum(
     k: torch.Tensor, v: torch.Tensor, feature_map: str, of_heads: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`key_value_state_and_maximum` of the Triton file, of what is not `unfit`."""
-    batch, length, heads, _ = k.shape
-    rows, state, normalizer = room_for_sums(k, of_heads, TILE)
-    maximum = torch.empty_like(normalizer)
     box = 1, TILE, HEAD_DIM // 2
-    operands = Operands(
-        nvrtc.tensor_map(k.flatten(2), box), nvrtc.tensor_map(v.flatten(2), box),
-        *map(nvrtc.address, (state, normalizer, maximum)), length, heads, batch * heads, rows,
+    maps = (nvrtc.tensor_map(x.flatten(2), box) for x in (v, k))
+    return _sums(v, of_heads, lambda made, sizes: Operands(*maps, *made, *sizes))
+
+
+def state_of_int8_keys(
+    integers: torch.Tensor,
+    scale: torch.Tensor,
+    center: torch.Tensor,
+    v: torch.Tensor,
+    values: torch.Tensor,
+    bound: torch.Tensor,
+    of_heads: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `state_of_int8_keys` of the package."""
+    k_heads = integers.stride(0) // integers.stride(1) if len(v) > 1 else v.shape[2]
+    keys = tuple(map(nvrtc.address, (integers, scale, center, values, bound)))
+    v_map = nvrtc.tensor_map(v.flatten(2), (1, TILE, HEAD_DIM // 2))
+    blocks = scale.shape[2]
+    return _sums(
+        v, of_heads, lambda made, sizes: Int8Operands(v_map, *keys, *made, *sizes, k_heads, blocks),
+        int8=True,
     )  # fmt: skip
+
+
+def _sums(
+    v: torch.Tensor, of_heads: int | None, operands: Callable, int8: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """State, normalizer and the largest |v|, of keys that `operands` adds to what there is."""
+    batch, length, heads, _ = v.shape
+    rows, state, normalizer = room_for_sums(v, of_heads, TILE)
+    maximum = torch.empty_like(normalizer)
+    made = map(nvrtc.address, (state, normalizer, maximum))
+    arguments = operands(tuple(made), (length, heads, batch * heads, rows))
     kernel = nvrtc.load(
-        SOURCE, "key_value_state", TARGET, SHARED_BYTES, Operands, k.device.index,
-        BF16=int(k.dtype == torch.bfloat16),
+        SOURCE, "key_value_state", TARGET, INT8_SHARED_BYTES if int8 else SHARED_BYTES,
+        type(arguments), v.device.index, BF16=int(v.dtype == torch.bfloat16), INT8=int(int8),
     )  # fmt: skip
-    kernel.launch(len(state) * batch * heads, THREADS, operands)
+    kernel.launch(len(state) * batch * heads, THREADS, arguments)
     return state.sum(0), normalizer.sum(0), maximum.amax(0)

@@ -14,7 +14,8 @@ ROWS = 128  # queries of one program
 STATE_ROWS = 64  # of the state, that a program projects
 SMALLEST = 1e-30  # to divide by: float32 stays finite
 SUMS = 8  # columns of the normalizer beside a projected state: as narrow as a product may be
-MEAN = 128.0  # what a normalizer is at most, scaled: sums over any number of keys fit float16
+# A normalizer is at most this, scaled: sums over any number of keys fit float16.
+MEAN = 128.0
 STATE_LAUNCH = {"num_warps": 8, "num_stages": 3}  # both the same on every card
 LAUNCH = {"num_warps": 8, "num_stages": 2}
 PROJECT_LAUNCH = {"num_warps": 8, "num_stages": 1}  # with 4 some cards spill

@@ -1,11 +1,12 @@
 """From a projection of q or k to what sparse-linear attention reads, with one writing."""
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from ..checks import check_block_size, check_heads, check_shape, float32_on_gpu, not_contiguous
-from ..dispatch import choose, has_triton
+from ..dispatch import HOPPER, capability, choose, has_triton
 from ..linear_attention import LinearBranch, check_branch
 from ..sparse_attention import Int8Blocks
 from . import reference
@@ -16,7 +17,14 @@ if has_triton():
 else:
     cuda = triton_kernels = None
 
-__all__ = ["Prepared", "norms_of_squares", "prepare", "square_sums"]
+__all__ = [
+    "Int8Keys",
+    "Prepared",
+    "norms_of_squares",
+    "prepare",
+    "prepare_keys",
+    "square_sums",
+]
 
 
 class Prepared(NamedTuple):
@@ -26,6 +34,21 @@ class Prepared(NamedTuple):
     linear: torch.Tensor | None  # [B, L, H, D], their linear branch; None if not asked for
     means: torch.Tensor  # float32 [B, H, N, D]
     blocks: Int8Blocks | None  # None if not asked for
+
+
+class Int8Keys(NamedTuple):
+    """A normalized and rotated k [B, L, H, D] of which no row is kept, see `prepare_keys`."""
+
+    shape: torch.Size
+    means: torch.Tensor  # float32 [B, H, N, D], of the blocks of rows, less `center`
+    blocks: Int8Blocks  # of rows less `center`, laid out as Hopper's attention reads them
+    center: torch.Tensor  # [B, H, D] in k's dtype
+
+    def of(self, heads: slice) -> "Int8Keys":
+        """Those of some heads; views."""
+        shape = *self.shape[:2], len(range(self.shape[2])[heads]), self.shape[3]
+        blocks = Int8Blocks(*(x[:, heads] for x in self.blocks))
+        return Int8Keys(shape, self.means[:, heads], blocks, self.center[:, heads])
 
 
 def prepare(
@@ -68,10 +91,8 @@ def prepare(
     Raises:
         ValueError, TypeError: a shape, block size or dtype does not fit.
     """
-    check_heads(x=x)
     check_block_size(block)
-    check_shape("weight", weight, (x.shape[2] * x.shape[3],))
-    check_angles(x, cos, sin)
+    _check_projection(x, weight, cos, sin, row_norms)
     out = torch.empty(*x.shape, dtype=x.dtype, device=x.device) if out is None else out
     check_shape("out", out, tuple(x.shape))
     if out.dtype != x.dtype or not out.is_contiguous():
@@ -79,20 +100,61 @@ def prepare(
             f"out must be contiguous and {x.dtype}, "
             f"got {out.dtype} with strides {list(out.stride())}"
         )
-    if row_norms is not None:
-        check_shape("row_norms", row_norms, tuple(x.shape[:2]))
-        _check_float32("row_norms", row_norms)
     if branch is not None:
         check_branch(x, branch)
-    kernels = choose(
-        "prepare", backend, x, reference, triton_kernels, cuda, cuda,
-        unsupported=(not_contiguous(x), None if branch is None else float32_on_gpu(x)),
-        operands=(x, cos, sin, out, branch),
-    )  # fmt: skip
+    kernels = _kernels(x, cos, sin, out, branch, backend)
     arguments = x, weight, cos, sin, eps, block, quantize, out, branch, row_norms
     means, *blocks = kernels.prepare(*arguments)
     rows, linear = (out, None) if branch is None else (None, out)
     return Prepared(rows, linear, means, Int8Blocks(*blocks) if quantize else None)
+
+
+def prepare_keys(
+    k: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    row_norms: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> Int8Keys | None:
+    """`prepare` of keys that nothing but attention in low bits reads, in blocks of 64, with one
+    reading of k and no rows written; None on all cards but Hopper.
+
+    The int8 and the means are of rows less the mean of a few hundred of them, which may be anything
+    that is near: softmax and the order of blocks do not see what is subtracted from every key. For
+    the int8 their difference is rounded to k's dtype. The linear branch sums up what the int8
+    stands for, so a huge row coarsens that of its 64.
+
+    Args:
+        k, weight, cos, sin, eps, row_norms, backend: see `prepare`; k stays as it is.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+    """
+    if capability(k.device) != HOPPER:
+        return None
+    _check_projection(k, weight, cos, sin, row_norms)
+    if _kernels(k, cos, sin, k, None, backend) is not cuda:
+        return None
+    means, integers, scale, center = cuda.prepare_keys(k, weight, cos, sin, eps, row_norms)
+    return Int8Keys(k.shape, means, Int8Blocks(integers, scale), center)
+
+
+def _kernels(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    out: torch.Tensor,
+    branch: LinearBranch | None,
+    backend: str,
+) -> ModuleType:
+    """The module that prepares x, once all is known to fit."""
+    return choose(
+        "prepare", backend, x, reference, triton_kernels, cuda, cuda,
+        unsupported=(not_contiguous(x), None if branch is None else float32_on_gpu(x)),
+        operands=(x, cos, sin, out, branch),
+    )  # fmt: skip
 
 
 def square_sums(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
@@ -143,6 +205,22 @@ def norms_of_squares(
         raise TypeError(f"squares must be float32 or float64, got {squares.dtype}")
     kernels = choose("norms_of_squares", backend, squares, reference, triton_kernels)
     return kernels.norms_of_squares(squares, channels, eps)
+
+
+def _check_projection(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    row_norms: torch.Tensor | None,
+) -> None:
+    """What is asked of a projection of q or k, and of what it is normed and rotated by."""
+    check_heads(x=x)
+    check_shape("weight", weight, (x.shape[2] * x.shape[3],))
+    check_angles(x, cos, sin)
+    if row_norms is not None:
+        check_shape("row_norms", row_norms, tuple(x.shape[:2]))
+        _check_float32("row_norms", row_norms)
 
 
 def _check_float32(name: str, x: torch.Tensor) -> None:

@@ -1,4 +1,5 @@
-// RMSNorm, RoPE, block means, and for q also int8 blocks and the linear branch, in one pass.
+// RMSNorm, RoPE, block means, and for q also int8 blocks and the linear branch, in one pass; for k on
+// Hopper int8 blocks around a center in place of the rows.
 //
 // A program takes ROWS rows of several heads, whose weights wait in shared memory, as the rows leave
 // the cache no room for them. So do cosines and sines, but on cards that have too little of it. A
@@ -7,9 +8,9 @@
 // other factor comes in the matching order, see `order` in cuda.py.
 
 // Defined are ROWS, 64 or 128; BLOCK, rows of a block, at most ROWS; QUANTIZE, whether to make int8
-// blocks; LINEAR, whether `out` gets the linear branch in place of the rows; HOPPER, whether cosines
-// and sines wait in shared memory, and warpgroups multiply; BF16, whether rows are bfloat16, else
-// float16.
+// blocks; LINEAR, whether `out` gets the linear branch in place of the rows; CENTERED, whether there
+// are int8 blocks of rows less a center and nothing else, swizzled; HOPPER, whether cosines and sines
+// wait in shared memory, and warpgroups multiply; BF16, whether rows are bfloat16, else float16.
 
 #include "hopper.cuh"
 #include "mma.cuh"
@@ -35,6 +36,9 @@ struct Shared {
 #endif
     float weight[MOST_HEADS][HEAD_DIM];  // of the program's heads
     float bias[HEAD_DIM];
+#if CENTERED
+    u16 center[MOST_HEADS][HEAD_DIM];
+#endif
 #if LINEAR
     // In the order of products. On Hopper two halves of the channels in [2, HALF_ROWS, 64], swizzled,
     // from the first multiple of 1024 bytes on: of 64 channels out, of the normalizer eight times, its
@@ -65,6 +69,7 @@ struct Operands {
     const u16* mix;           // [B, H] as Shared's, but for MIX_STRIDE
     const float* normalizer;  // [B, H, D]; not on Hopper
     const float* bias;        // [D]
+    const u16* center;        // [B, H, D]
     int x_b, x_l, x_h, cos_b, cos_l, sin_b, sin_l;
     int length, heads, blocks, heads_each;
 };
@@ -237,6 +242,45 @@ __device__ __forceinline__ float largest(u32 (&highs)[2], const u32 (&packed)[2]
     return unpack(__reduce_max_sync(0xffffffff, max(high & 0xffff, high >> 16))).x;
 }
 
+#if CENTERED
+// x less the center if there is a row, else 0.
+__device__ __forceinline__ u32 less(u32 x, u32 center, u32 minus_one_or_zero) {
+    u32 d;
+#if BF16
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(center), "r"(minus_one_or_zero), "r"(x));
+#else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(center), "r"(minus_one_or_zero), "r"(x));
+#endif
+    return d;
+}
+
+__device__ __forceinline__ void subtract(
+    u32 (&packed)[2][16], const u16* center, int row, int pair, int inside
+) {
+    constexpr u32 MINUS_ONE = BF16 ? 0xbf80bf80 : 0xbc00bc00;
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        uint4 quad = *reinterpret_cast<const uint4*>(center + 32 * m + 8 * pair);
+        const u32 centers[4] = {quad.x, quad.y, quad.z, quad.w};
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                packed[half][4 * m + i] = less(packed[half][4 * m + i], centers[i],
+                                               row + 8 * half < inside ? MINUS_ONE : 0);
+    }
+}
+#endif
+
+// Where channels 32 m + 8 pair + {0 .. 7} of a row of integers lie.
+__device__ __forceinline__ int place_of(int row, int m, int pair) {
+#if CENTERED
+    return row * HEAD_DIM + (2 * m + pair / 2 ^ row % 8) * 16 + pair % 2 * 8;
+#else
+    return row * HEAD_DIM + 32 * m + 8 * pair;
+#endif
+}
+
 __device__ __forceinline__ void store_integers(
     i8* integers, const u32 (&packed)[2][16], float factor, int row, int pair
 ) {
@@ -258,7 +302,7 @@ __device__ __forceinline__ void store_integers(
                 bytes[i] = __byte_perm(__byte_perm(n[0], n[1], 0x0040),
                                        __byte_perm(n[2], n[3], 0x0040), 0x5410);
             }
-            *reinterpret_cast<uint2*>(integers + (row + 8 * half) * HEAD_DIM + 32 * m + 8 * pair) =
+            *reinterpret_cast<uint2*>(integers + place_of(row + 8 * half, m, pair)) =
                 make_uint2(bytes[0], bytes[1]);
         }
 }
@@ -291,6 +335,8 @@ __device__ __forceinline__ void load_mix(Shared& shared, const u16* mix) {
         "r"(shared_address(&shared.mix_there)) : "memory");
 }
 
+static_assert(BF16);  // see `unfit` in cuda.py
+
 // sums [64 rows of a warpgroup, 72 or 64 columns] (+)= weights [64, 16] mix^T, which is in shared
 // memory
 __device__ __forceinline__ void mma_mix(float (&sums)[36], const u32 (&a)[4], u64 mix, int add) {
@@ -298,11 +344,7 @@ __device__ __forceinline__ void mma_mix(float (&sums)[36], const u32 (&a)[4], u6
         "{\n"
         ".reg .pred p;\n"
         "setp.ne.b32 p, %41, 0;\n"
-#if BF16
         "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
-#else
-        "wgmma.mma_async.sync.aligned.m64n72k16.f32.f16.f16 "
-#endif
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35}, {%36, %37, %38, %39}, %40, p, 1, 1, 0;\n"
@@ -316,11 +358,7 @@ __device__ __forceinline__ void mma_mix(float (&sums)[32], const u32 (&a)[4], u6
         "{\n"
         ".reg .pred p;\n"
         "setp.ne.b32 p, %37, 0;\n"
-#if BF16
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-#else
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-#endif
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
         "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n"
@@ -487,9 +525,9 @@ __device__ __forceinline__ void load_turns(
         shared.norms[threadIdx.x] = threadIdx.x < inside ? norms[threadIdx.x] : 0;
 }
 
-// Those of the program's heads, and the bias.
+// Those of the program's heads, their centers, and the bias.
 __device__ __forceinline__ void load_weights(
-    Shared& shared, const Operands& o, int first_head, int many
+    Shared& shared, const Operands& o, int first_head, int many, int sample
 ) {
     if (threadIdx.x < many * HEAD_DIM / 4)
         copy_16(shared_address(shared.weight) + 16 * threadIdx.x,
@@ -497,6 +535,11 @@ __device__ __forceinline__ void load_weights(
 #if LINEAR
     if (threadIdx.x < HEAD_DIM / 4)
         copy_16(shared_address(shared.bias) + 16 * threadIdx.x, o.bias + 4 * threadIdx.x);
+#endif
+#if CENTERED
+    if (threadIdx.x < many * HEAD_DIM / 8)
+        copy_16(shared_address(shared.center) + 16 * threadIdx.x,
+                o.center + (sample * (long long)o.heads + first_head) * HEAD_DIM + 8 * threadIdx.x);
 #endif
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
@@ -524,7 +567,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
     int first_head = group * o.heads_each, head = first_head;
     const uint4* head_rows = reinterpret_cast<const uint4*>(rows + (long long)head * x_h);
     load_rows(raw, head_rows, x_l / 8, row, pair, inside);
-    load_weights(shared, o, head, last - head);
+    load_weights(shared, o, head, last - head, sample);
     load_turns(shared, o.norms + sample * (long long)length + first, angles, inside);
 #if LINEAR && HOPPER
     u32 parity = 0;
@@ -561,6 +604,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
         load_rows(raw, head_rows, x_l / 8, row, pair, next_inside);
 #endif
         add_up(shared, packed, told, warp, lane);
+#if CENTERED
+        subtract(packed, shared.center[head - first_head], row, pair, inside);
+#endif
 #if QUANTIZE || LINEAR
         u32 highs[2];
         float amax_of_warp = largest(highs, packed);
@@ -584,7 +630,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
                 for (int i = 0; i < BLOCK / 16; i++)
                     sum += shared.sums[told][part * (BLOCK / 16) + i]
                                       [threadIdx.x / 32 * SUMS_STRIDE + lane];
-                o.means[(whole_head * blocks + block) * HEAD_DIM + threadIdx.x] = sum / many;
+                float mean = sum / many;
+#if CENTERED
+                u32 center = shared.center[head - first_head][threadIdx.x];
+                mean -= unpack(center).x;
+#endif
+                o.means[(whole_head * blocks + block) * HEAD_DIM + threadIdx.x] = mean;
             }
         }
 #if QUANTIZE
@@ -602,8 +653,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
             }
         }
 #endif
-        u16* to = out_rows + head * HEAD_DIM;
 #if LINEAR
+        u16* to = out_rows + head * HEAD_DIM;
         const float* bias = shared.bias;
         long long stride = (long long)heads * HEAD_DIM;
 #if HOPPER
@@ -624,8 +675,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
                            weigh(packed[1], highs[1], shared.normalizer, unit, pair)};
         store_mixed(shared, to, packed, factor, bias, stride, row, lane, inside);
 #endif
-#else
-        store_rows(to, packed, (long long)heads * HEAD_DIM, row, pair, inside);
+#elif !CENTERED
+        store_rows(out_rows + head * HEAD_DIM, packed, (long long)heads * HEAD_DIM, row, pair,
+                   inside);
 #endif
         if (HEADS_TOLD == 1) __syncthreads();
     }

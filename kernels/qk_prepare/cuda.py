@@ -12,20 +12,22 @@ from ..linear_attention import LinearBranch
 from ..linear_attention.triton import SUMS, project_state, project_state_and_sums
 from ..tape import constant
 from ..tuning import PREPARE_HEADS, of_card
-from .triton import block_outputs, given_or_own_norms
+from .triton import block_outputs, given_or_own_norms, mean_of_some
 
 SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90a"
 HEAD_DIM = 128
 ROWS = 128  # of a program, at most
+KEY_BLOCK = 64  # rows that share a scale where attention on Hopper reads keys
 MOST_HEADS = 8  # of a program
 # Of cuda.cu's Shared: weights and bias; cosines and sines, which on other cards stay in the cache.
 WEIGHT_BYTES = (MOST_HEADS + 1) * 128 * 4
 HOPPER_BYTES = 128 * 128 * 4
 LINEAR_BYTES = 128 * 136 * 2 + 128 * 4  # what its linear branch adds
 HOPPER_LINEAR_BYTES = 128 * (128 + SUMS) * 2 + 1024 + 8
+CENTER_BYTES = MOST_HEADS * 128 * 2
 Operands = nvrtc.operands(
-    pointers="x norms weight cos sin out means integers scales mix normalizer bias",
+    pointers="x norms weight cos sin out means integers scales mix normalizer bias center",
     integers="x_b x_l x_h cos_b cos_l sin_b sin_l length heads blocks heads_each",
 )
 
@@ -131,23 +133,58 @@ def prepare(
     row_norms: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """`prepare` of the Triton file, of what is not `unfit`."""
-    batch, length, heads, _ = x.shape
     norms, weight = given_or_own_norms(x, eps, row_norms), aligned_copy(weight)
     means, integers, scales = block_outputs(x, block, quantize)
     mixed = None, None, None
     if branch is not None:
-        mixed = *_mix(branch, x.dtype, length), aligned_copy(branch.proj_bias)
+        mixed = *_mix(branch, x.dtype, x.shape[1]), aligned_copy(branch.proj_bias)
+    made = out, means, integers, scales
+    _launch(x, norms, weight, cos, sin, made, (*mixed, None), block, LINEAR=branch is not None)
+    return means, integers, scales
+
+
+def prepare_keys(
+    k: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    row_norms: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Means of k's blocks, its int8 blocks with their scales, laid out as attention on Hopper reads
+    them, and what was subtracted from all rows, in k's dtype [B, H, D]."""
+    norms, weight = given_or_own_norms(k, eps, row_norms), aligned_copy(weight)
+    center = mean_of_some(k, norms, weight, cos, sin)
+    made = means, integers, scales = block_outputs(k, KEY_BLOCK, True)
+    inputs = k, norms, weight, cos, sin
+    _launch(*inputs, (None, *made), (None, None, None, center), KEY_BLOCK, CENTERED=True)
+    return means, integers, scales, center
+
+
+def _launch(
+    x: torch.Tensor,
+    norms: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    made: tuple[torch.Tensor | None, ...],
+    others: tuple[torch.Tensor | None, ...],
+    block: int,
+    **flags: bool,
+) -> None:
+    """What is `made` of x, with the `others` that its kernel takes."""
+    batch, length, heads, _ = x.shape
+    card, means, integers = capability(x.device), made[1], made[2]
     cos, sin = aligned_pairs(cos), aligned_pairs(sin)
-    groups = -(-heads // of_card(PREPARE_HEADS, capability(x.device)))
-    tensors = x, norms, weight, cos, sin, out, means, integers, scales, *mixed
+    groups = -(-heads // of_card(PREPARE_HEADS, card))
     operands = Operands(
-        *map(nvrtc.address, tensors), *x.stride()[:3], *angle_strides(cos), *angle_strides(sin),
+        *map(nvrtc.address, (x, norms, weight, cos, sin, *made, *others)),
+        *x.stride()[:3], *angle_strides(cos), *angle_strides(sin),
         length, heads, means.shape[2], -(-heads // groups),
     )  # fmt: skip
-    rows = rows_of_program(capability(x.device), block)
-    kernel = _kernel(x, rows, block, quantize, branch is not None)
+    rows = rows_of_program(card, block)
+    kernel = _kernel(x, rows, block, QUANTIZE=integers is not None, **flags)
     kernel.launch(groups * -(-length // rows) * batch, 2 * rows, operands)
-    return means, integers, scales
 
 
 def _mix(
@@ -166,21 +203,25 @@ def rows_of_program(card: tuple[int, int], block: int) -> int:
     return ROWS if card == HOPPER else block
 
 
-def shared_bytes(rows: int, hopper: bool, linear: bool) -> int:
+def shared_bytes(rows: int, hopper: bool, linear: bool, centered: bool = False) -> int:
     """cuda.cu's Shared: weights, norms, sums and maxima, what waits there on Hopper, the linear
-    branch."""
+    branch, centers."""
     told = 1 if linear and not hopper else 2
     own = WEIGHT_BYTES + rows * 4 + told * rows // 16 * (HEAD_DIM + 9) * 4
+    own += centered * CENTER_BYTES
     if hopper:
         return own + HOPPER_BYTES + linear * HOPPER_LINEAR_BYTES
     return own + linear * LINEAR_BYTES
 
 
-def _kernel(x: torch.Tensor, rows: int, block: int, quantize: bool, linear: bool) -> nvrtc.Kernel:
+def _kernel(x: torch.Tensor, rows: int, block: int, **flags: bool) -> nvrtc.Kernel:
     card = capability(x.device)
     hopper, bf16 = card == HOPPER, x.dtype == torch.bfloat16
-    flags = {"ROWS": rows, "BLOCK": block, "QUANTIZE": quantize, "LINEAR": linear}
-    flags = {k: int(v) for k, v in (flags | {"HOPPER": hopper, "BF16": bf16}).items()}
-    shared = shared_bytes(rows, hopper, linear)
+    flags = {"LINEAR": False, "CENTERED": False, "HOPPER": hopper, "BF16": bf16} | flags
+    shared = shared_bytes(rows, hopper, flags["LINEAR"], flags["CENTERED"])
+    flags = {name: int(flag) for name, flag in flags.items()}
     target = TARGET if hopper else nvrtc.target_of(card, x.device)
-    return nvrtc.load(SOURCE, "prepare", target, shared, Operands, x.device.index, **flags)
+    return nvrtc.load(
+        SOURCE, "prepare", target, shared, Operands, x.device.index,
+        ROWS=rows, BLOCK=block, **flags,
+    )  # fmt: skip

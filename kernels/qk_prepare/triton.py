@@ -7,10 +7,12 @@ import triton.language as tl
 from ..launching import launched
 from ..linear_attention import LinearBranch
 from ..linear_attention.triton import linear_attention
-from ..sparse_attention.triton import round_block
+from ..sparse_attention.triton import SOME_ROWS, round_block, some_row
 
 HEADS = 8  # of one program, which reads its cosines from memory once
 NORM_ROWS = 128  # of a program that adds up their squares
+MEAN_ROWS = 64  # of some that a program takes at a time
+MEAN_LAUNCH = {"num_warps": 8, "num_stages": 2}
 ROW_LAUNCH = {"num_warps": 4, "num_stages": 1}  # bandwidth-bound, the same on every card
 
 
@@ -77,6 +79,34 @@ def rotate(x, cos, sin, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Rotate the channel pairs (2i, 2i + 1) of x [R, D] by angles [R, D / 2]."""
     a, b = tl.split(x.reshape(ROWS, HEAD_DIM // 2, 2))
     return tl.join(a * cos - b * sin, a * sin + b * cos).reshape(ROWS, HEAD_DIM)
+
+
+@launched
+@triton.jit(do_not_specialize=["count", "length", "heads"])
+def mean_of_some_kernel(
+    x_ptr, norms_ptr, weight_ptr, cos_ptr, sin_ptr, mean_ptr, count, length, heads,
+    stride_xb, stride_xl, stride_xh, stride_cos_b, stride_cos_l, stride_sin_b, stride_sin_l,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    head, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, HEAD_DIM)[None, :]
+    pair = tl.arange(0, HEAD_DIM // 2)[None, :]
+    x_ptr += sample * stride_xb + head * stride_xh
+    cos_ptr += sample * stride_cos_b
+    sin_ptr += sample * stride_sin_b
+    weight = tl.load(weight_ptr + head * HEAD_DIM + channel)
+    total = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    for first in range(0, count, ROWS):
+        place = first + tl.arange(0, ROWS)[:, None]
+        inside, row = place < count, some_row(place, count, length)
+        x = tl.load(x_ptr + row * stride_xl + channel, mask=inside, other=0.0)  # [ROWS, D]
+        norm = tl.load(norms_ptr + sample * length + row, mask=inside, other=0.0)
+        # [ROWS, D / 2] both.
+        cos = tl.load(cos_ptr + row * stride_cos_l + pair, mask=inside, other=0.0)
+        sin = tl.load(sin_ptr + row * stride_sin_l + pair, mask=inside, other=0.0)
+        total += rotate(x.to(tl.float32) * norm * weight, cos, sin, ROWS, HEAD_DIM)
+    mean = (tl.sum(total, 0) / count).to(mean_ptr.dtype.element_ty)
+    tl.store(mean_ptr + (sample * heads + head) * HEAD_DIM + tl.arange(0, HEAD_DIM), mean)
 
 
 @launched
@@ -173,6 +203,26 @@ def norms_of_squares(squares: torch.Tensor, channels: int, eps: float) -> torch.
         PARTS=1 << (parts - 1).bit_length(), ROWS=NORM_ROWS, **ROW_LAUNCH,
     )  # fmt: skip
     return norms
+
+
+def mean_of_some(
+    x: torch.Tensor,
+    norms: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> torch.Tensor:
+    """The mean of at most SOME_ROWS normalized and rotated rows of x [B, L, H, D], in its dtype
+    [B, H, D]; norms float32 [B, L], weight float32 [H D]."""
+    batch, length, heads, dim = x.shape
+    mean = torch.empty(batch, heads, dim, dtype=x.dtype, device=x.device)
+    cos, sin = (contiguous_pairs(angles).expand(batch, -1, -1) for angles in (cos, sin))
+    mean_of_some_kernel[heads, batch](
+        x, norms, weight, cos, sin, mean, min(SOME_ROWS, length), length, heads,
+        *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
+        HEAD_DIM=dim, ROWS=MEAN_ROWS, **MEAN_LAUNCH,
+    )  # fmt: skip
+    return mean
 
 
 def block_outputs(

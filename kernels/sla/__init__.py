@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..block_map import block_means, center_means, check_topk, select_blocks, selected_count
-from ..checks import check_block_shape, check_heads, check_shape
+from ..checks import check_block_shape, check_heads, check_shape, in_steps_of_16_bytes
 from ..derivatives import asked_for
 from ..linear_attention import (
     LinearBranch,
@@ -15,16 +15,20 @@ from ..linear_attention import (
     key_value_state,
     key_value_state_and_maximum,
     linear_attention,
+    state_of_int8_keys,
 )
-from ..qk_prepare import Prepared, prepare
+from ..qk_prepare import Int8Keys, Prepared, prepare, prepare_keys
 from ..sparse_attention import (
     PV_DTYPES,
     Int8Blocks,
     attend_quantized,
     default_pv,
+    mend_values,
+    reads_int8_keys,
     room_for_values,
     sage_attention,
     sage_kernels,
+    sampled_bound,
     sparse_attention,
 )
 from .autograd import Options, SparseLinearAttention
@@ -94,6 +98,11 @@ def sla(
         if asked_for(q, k, v, *(proj or ())):
             options = Options(topk, feature_map, block_q, block_k, backend)
             return _differentiable(q, k, v, proj, low_bit, block_map, options)
+        as_trained = (feature_map, block_q, block_k) == ("softmax", BLOCK_Q, BLOCK_K)
+        if low_bit and as_trained and q.dtype == torch.bfloat16:
+            pv = pv or default_pv(q.device)
+            if reads_int8_keys(q.device, q.dtype, q.shape[3], pv, backend):
+                return _by_passes_of_projections(q, k, v, proj, topk, block_map, pv, backend)
         k_means = block_means(k, block_k, backend)
         keys = _keys(k, v, k_means, proj, feature_map, low_bit, block_k, backend)
         queries = Prepared(q, None, block_means(q, block_q, backend), None)
@@ -108,6 +117,21 @@ def _differentiable(q, k, v, proj, low_bit, block_map, options: Options) -> torc
             "trained in 16 bits runs in low bits"
         )
     return SparseLinearAttention.apply(q, k, v, *(proj or (None, None)), block_map, options)[0]
+
+
+def _by_passes_of_projections(q, k, v, proj, topk, block_map, pv, backend) -> torch.Tensor:
+    """`sla` in low bits by the passes that norm and rotate, here by 1 and not at all: q is read
+    once for its means, int8 and linear branch, k once for its means and int8."""
+    batch, length, heads, dim = q.shape
+    options = {"dtype": torch.float32, "device": q.device}
+    row_norms, weight = (torch.ones(n, **options) for n in ((batch, length), heads * dim))
+    cos = torch.ones(1, length, dim // 2, **options)
+    given = (lambda: (q, row_norms)), (lambda: (k, row_norms))
+    rotation, low_bit, in_place = (cos, torch.zeros_like(cos)), True, False
+    return _from_projections(
+        *given, v, Norms(weight, weight), rotation, proj, topk, low_bit, block_map, pv, backend,
+        in_place,
+    )  # fmt: skip
 
 
 def sla_from_projections(
@@ -125,17 +149,18 @@ def sla_from_projections(
 ) -> torch.Tensor:
     """`sla` of what Wan's projections give, `sla(apply_rope(rms_norm(q)), ..., v)`, for inference.
 
-    Block means and the int8 of q come out of the same pass as the norm and the rotation. q and k
-    are overwritten, which saves the memory of two activations; in low bits the result is q's
-    memory.
+    Block means and the int8 of q, on Hopper that of k too, come out of the same pass as the norm
+    and the rotation. q and k may be overwritten, which saves the memory of two activations; in low
+    bits the result is q's memory.
 
     Args:
         q, k: [B, L, H, D], the projections, contiguous; float32, float16 or bfloat16.
         v: [B, L, H, D] of the same dtype. All three may be functions that give them, called for k,
-            v and q in turn: in low bits k and v are then freed before there is a q. Those of q and
-            k give two things, the second one its `row_norms`, see `prepare`, or None. That of v may
-            in low bits give an iterator: of one sample, some heads after the others, each of which
-            is quantized before the next is asked for.
+            v and q in turn: in low bits k and v are then freed before there is a q, and k before
+            there is a v where its int8 is all that is left of it, see `prepare_keys`. Those of q
+            and k give two things, the second one its `row_norms`, see `prepare`, or None. That of v
+            may in low bits give an iterator: of one sample, some heads after the others, each of
+            which is quantized before the next is asked for.
         norms: see `Norms`; what comes of some heads is what it is among all, bit for bit.
         rotation: cos and sin [1 or B, L, D / 2] float32; see `apply_rope`. Pairs that lie side by
             side (stride 1) save a copy.
@@ -148,17 +173,36 @@ def sla_from_projections(
     Raises:
         ValueError, TypeError: a shape, dtype or option does not fit.
     """
+    in_place = True
+    return _from_projections(
+        q, k, v, norms, rotation, proj, topk, low_bit, block_map, pv, backend, in_place
+    )
+
+
+def _from_projections(
+    q, k, v, norms, rotation, proj, topk, low_bit, block_map, pv, backend, in_place: bool
+) -> torch.Tensor:
+    """`sla_from_projections`, that leaves q and k as they are unless `in_place`."""
     # The kernels need pairs side by side; copied here, so that q and k share the copy.
     rotation = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in rotation)
     q_norm, k_norm, eps, heads = norms if isinstance(norms, Norms) else Norms(*norms)
     k, row_norms = k() if callable(k) else (k, None)
+    _check_inputs(k, k, k, proj, topk, BLOCK_Q, BLOCK_K)
+    shape, of_k = k.shape, (k_norm, *rotation, eps)
+    if low_bit:
+        pv = pv or default_pv(k.device)
+        if reads_int8_keys(k.device, k.dtype, shape[3], pv, backend):
+            k = prepare_keys(k, *of_k, row_norms, backend) or k
     v = v() if callable(v) else v
-    shape = k.shape
-    _check_inputs(k, k, v if isinstance(v, torch.Tensor) else k, proj, topk, BLOCK_Q, BLOCK_K)
-    means = prepare(k, k_norm, *rotation, eps, BLOCK_K, False, k, None, row_norms, backend).means
+    if isinstance(k, Int8Keys):
+        means = k.means
+    else:
+        check_heads(k=k, v=v if isinstance(v, torch.Tensor) else k)
+        out = {"out": k} if in_place else {}
+        k, _, means, _ = prepare(k, *of_k, BLOCK_K, **out, row_norms=row_norms, backend=backend)
+        del out
     if low_bit:
         v = iter([v]) if isinstance(v, torch.Tensor) else v
-        pv = pv or default_pv(k.device)
         kernels, keys, k, v = _in_low_bits(k, v, means, proj, pv, backend, heads or shape[2])
     else:
         keys = _keys(k, v, means, proj, "softmax", False, BLOCK_K, backend, heads)
@@ -166,11 +210,13 @@ def sla_from_projections(
     check_shape("q", q, shape)
     # In 16 bits attention reads the rotated q, which then cannot make room for its linear branch.
     branch = keys.branch if low_bit else None
-    queries = prepare(q, q_norm, *rotation, eps, BLOCK_Q, low_bit, q, branch, row_norms, backend)
+    out = q if in_place else None
+    queries = prepare(q, q_norm, *rotation, eps, BLOCK_Q, low_bit, out, branch, row_norms, backend)
     if not low_bit:
         return _attend(queries, keys, topk, False, block_map, None, BLOCK_Q, BLOCK_K, backend)
     block_map = _block_map(queries, keys, topk, block_map, backend)
-    return attend_quantized(kernels, queries.blocks, k, v, block_map, q, branch is not None)
+    out = queries.rows if branch is None else queries.linear
+    return attend_quantized(kernels, queries.blocks, k, v, block_map, out, branch is not None)
 
 
 class _Keys(NamedTuple):
@@ -178,8 +224,8 @@ class _Keys(NamedTuple):
 
     rows: torch.Tensor | None  # [B, L, H, D]; None where they were quantized
     v: torch.Tensor | None  # [B, L, H, D], likewise
-    means: torch.Tensor  # float32 [B, H, N, D], of blocks, less `mean`
-    mean: torch.Tensor  # float32 [B, H, D], of all rows
+    means: torch.Tensor  # float32 [B, H, N, D], of blocks, less what is near that of all rows
+    mean: torch.Tensor | None  # float32 [B, H, D], of all rows; None where they were in int8
     branch: LinearBranch | None  # None without a projection
     v_max: torch.Tensor | None  # float32 [B, H, D], max |v|; in low bits with a branch
 
@@ -222,7 +268,7 @@ def _branch(
 
 
 def _in_low_bits(
-    k: torch.Tensor,
+    k: torch.Tensor | Int8Keys,
     parts: Iterator[torch.Tensor],
     means: torch.Tensor,
     proj: Pair | None,
@@ -235,25 +281,52 @@ def _in_low_bits(
 
     Whoever calls holds k, which the last heads of v have to be summed up with.
     """
-    means, mean = center_means(means, k.shape[1], BLOCK_K, backend)
-    room, branches, scales, heads = room_for_values(k, pv), [], [], slice(0, 0)
+    in_int8, mean = isinstance(k, Int8Keys), None
+    if not in_int8:
+        means, mean = center_means(means, k.shape[1], BLOCK_K, backend)
+    room = room_for_values(k.shape, pv, means.device)
+    branches, scales, heads = [], [], slice(0, 0)
     for v in parts:
         heads = slice(heads.stop, heads.stop + v.shape[2])
-        whole = v.shape == k.shape
-        rows, out = (k, room) if whole else (k[:, :, heads], room[:, heads])
-        check_heads(k=rows, v=v)
-        kernels = sage_kernels(rows, v, pv=pv, backend=backend)
-        branch, v_max = _branch(rows, v, proj, "softmax", True, backend, of_heads)
-        _, scale = kernels.quantize_values(v, PV_DTYPES[pv], BLOCK_K, v_max, out=out)
+        if v.shape == k.shape:
+            rows, out = k, room
+        else:
+            rows, out = k.of(heads) if in_int8 else k[:, :, heads], room[:, heads]
+        if in_int8:
+            v = _like_keys(v, rows)
+            kernels = sage_kernels(v, pv=pv, backend=backend)
+        else:
+            check_heads(k=rows, v=v)
+            kernels = sage_kernels(rows, v, pv=pv, backend=backend)
+        if in_int8 and proj is not None:
+            bound = sampled_bound(v)
+            given = *rows.blocks, rows.center, v, out, bound
+            *sums, v_max = state_of_int8_keys(*given, of_heads, backend)
+            branch, scale = LinearBranch(*sums, *proj), mend_values(v, v_max, bound, out)
+        else:
+            branch, v_max = _branch(rows, v, proj, "softmax", True, backend, of_heads)
+            _, scale = kernels.quantize_values(v, PV_DTYPES[pv], BLOCK_K, v_max, out=out)
         branches.append(branch)
         scales.append(scale)
     if heads.stop != k.shape[2]:
         raise ValueError(f"v must have the {k.shape[2]} heads of k, got {heads.stop}")
     del v
     keys = _Keys(None, None, means, mean, _of_all_heads(branches), None)
-    blocks = kernels.quantize_keys(k, BLOCK_K, mean)
+    blocks = k.blocks if in_int8 else kernels.quantize_keys(k, BLOCK_K, mean)
     scales = scales[0] if len(scales) == 1 else torch.cat(scales, 1)
     return kernels, keys, blocks, (room, scales)
+
+
+def _like_keys(v: torch.Tensor, keys: Int8Keys) -> torch.Tensor:
+    """v if it belongs to these keys; a copy where no tensor map can say how it lies."""
+    check_heads(v=v)
+    check_shape("v", v, tuple(keys.shape))
+    if v.device != keys.center.device:
+        raise ValueError(f"v must be on {keys.center.device} like k, got {v.device}")
+    if v.dtype != keys.center.dtype:
+        raise TypeError(f"v must be {keys.center.dtype} like k, got {v.dtype}")
+    mapped = v.stride(3) == 1 and v.stride(2) == v.shape[3] and in_steps_of_16_bytes(v)
+    return v if mapped else v.clone(memory_format=torch.contiguous_format)
 
 
 def _of_all_heads(branches: list[LinearBranch | None]) -> LinearBranch | None:

@@ -1,5 +1,6 @@
 """Softmax attention over the selected key blocks, in float and in low bits."""
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -23,9 +24,12 @@ __all__ = [
     "Int8Blocks",
     "attend_quantized",
     "default_pv",
+    "mend_values",
+    "reads_int8_keys",
     "room_for_values",
     "sage_attention",
     "sage_kernels",
+    "sampled_bound",
     "sparse_attention",
     "sparse_attention_backward",
     "sparse_attention_jvp",
@@ -247,11 +251,41 @@ def sage_kernels(
     )  # fmt: skip
 
 
-def room_for_values(k: torch.Tensor, pv: str, block_k: int = 64) -> torch.Tensor:
-    """What takes the values that belong to keys k [B, L, H, D]: [B, H, N, D, block_k]."""
-    batch, length, heads, dim = k.shape
+def reads_int8_keys(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    pv: str | None = None,
+    backend: str = "auto",
+) -> bool:
+    """Whether low-bit attention on `device` takes keys from `prepare_keys`: CUDA C++ on Hopper."""
+    if capability(device) != HOPPER or backend == "reference" or dtype == torch.float32:
+        return False
+    pv = pv or default_pv(device)
+    return hopper.unfit(head_dim, *hopper.SHAPE[1:], pv) is None and not cuda_unavailable(device)
+
+
+def room_for_values(
+    shape: Sequence[int], pv: str, device: torch.device, block_k: int = 64
+) -> torch.Tensor:
+    """What takes the values that belong to keys of `shape` [B, L, H, D]: [B, H, N, D, block_k]."""
+    batch, length, heads, dim = shape
     shape = batch, heads, -(-length // block_k), dim, block_k
-    return torch.empty(shape, dtype=PV_DTYPES[pv], device=k.device)
+    return torch.empty(shape, dtype=PV_DTYPES[pv], device=device)
+
+
+def sampled_bound(v: torch.Tensor) -> torch.Tensor:
+    """A bound of |v|, [B, L, H, D], from a sample, float32 [B, H, D]; for `state_of_int8_keys` of
+    linear_attention, on Hopper."""
+    return hopper.sampled_bound(v)
+
+
+def mend_values(
+    v: torch.Tensor, maximum: torch.Tensor, bound: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """The scales float32 [B, H, D] of what `state_of_int8_keys` made of v [B, L, H, D] by the
+    `bound`; channels whose `maximum` is beyond it are quantized again in `values`."""
+    return hopper.mend_values(v, maximum, bound, values)
 
 
 def attend_quantized(

@@ -13,6 +13,11 @@ from ..tuning import attention_launch
 from .reference import VALUE_LIMIT, Int8Blocks, Quantized, score_scale
 
 LAUNCH = {"num_warps": 8, "num_stages": 1}  # of what only moves data, the same on every card
+SOME_ROWS = 512  # that stand for all, at most
+ROWS_AT_ONCE = 128  # of them
+HEADROOM = 4.0  # times what they tell: by a power of two e4m3 rounds the same, but near 0
+MENDED = 16  # blocks of a program that mends values
+SOME_LAUNCH = {"num_warps": 8, "num_stages": 2}
 # Four numbers as e4m3, which sm_89 and newer cards round to in one instruction.
 TO_E4M3 = tl.constexpr("""{
     .reg .b16 low, high;
@@ -267,19 +272,33 @@ def quantize_values_kernel(
     SWIZZLED: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
-    block = head * tl.num_programs(0) + tl.program_id(0)
+    channel = tl.arange(0, HEAD_DIM)
+    amax = larger(tl.load(amax_ptr + head * HEAD_DIM + channel), 1e-8)  # [D]
+    if tl.program_id(0) == 0:
+        tl.store(scales_ptr + head * HEAD_DIM + channel, amax * per_limit)
+    v_ptr += head // heads * stride_vb + head % heads * stride_vh
+    values_ptr += head * tl.num_programs(0) * (HEAD_DIM * BLOCK)
+    quantize_block_of_values(
+        v_ptr, values_ptr, amax, tl.program_id(0), length, limit, stride_vl,
+        BLOCK, HEAD_DIM, ITEM, CUT, SWIZZLED, EIGHTS,
+    )  # fmt: skip
+
+
+@triton.jit
+def quantize_block_of_values(
+    v_ptr, values_ptr, amax, block, length, limit, stride_vl,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ITEM: tl.constexpr, CUT: tl.constexpr,
+    SWIZZLED: tl.constexpr, EIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Write a block of a head's values [L, D], so that amax [D] becomes `limit`."""
     offset = tl.arange(0, BLOCK)
     key = offset
     if SWIZZLED and ITEM == 1:
         # Of 32 keys a thread holds the weights of 2 in each 8, and multiplies 4 and 4 at once.
         key = offset // 16 * 16 + offset // 2 % 2 * 8 + offset // 4 % 4 * 2 + offset % 2
-    row = tl.program_id(0) * BLOCK + key.to(tl.int64)[:, None]
+    row = block * BLOCK + key.to(tl.int64)[:, None]
     channel = tl.arange(0, HEAD_DIM)
-    v_ptr += head // heads * stride_vb + head % heads * stride_vh
     v = tl.load(v_ptr + row * stride_vl + channel[None, :], mask=row < length, other=0.0)
-    amax = larger(tl.load(amax_ptr + head * HEAD_DIM + channel), 1e-8)  # [D]
-    if tl.program_id(0) == 0:
-        tl.store(scales_ptr + head * HEAD_DIM + channel, amax * per_limit)
     factor = tl.div_rn(tl.full([HEAD_DIM], 1.0, tl.float32), amax) * limit
     scaled = tl.clamp(v.to(tl.float32) * factor[None, :], -limit, limit)
     scaled = rounded_once(scaled, values_ptr.dtype.element_ty, CUT)
@@ -288,7 +307,60 @@ def quantize_values_kernel(
         # Of 32 columns thread t of four gets 2 t and 2 t + 1 of each 8: channels 8 t and on.
         column = channel // 32 * 32 + channel % 8 // 2 * 8 + channel // 8 % 4 * 2 + channel % 2
     place = place_in_block(column[:, None], offset[None, :], BLOCK, ITEM, SWIZZLED)
-    tl.store(values_ptr + block * (HEAD_DIM * BLOCK) + place, tl.trans(scaled))  # [D, BLOCK]
+    values_ptr += tl.cast(block, tl.int64) * (HEAD_DIM * BLOCK)
+    tl.store(values_ptr + place, tl.trans(scaled))  # [D, BLOCK]
+
+
+@triton.jit
+def some_row(place, count, length):
+    """The row at this place of `count` rows that stand for all: all of them, or some by the golden
+    ratio, as steps of one length would meet a video in a single column."""
+    place = place.to(tl.int64)
+    spread = (place * 2654435769 & 0xFFFFFFFF) * length >> 32
+    return tl.where(count == length, place, spread)
+
+
+@launched
+@triton.jit(do_not_specialize=["count", "length", "heads"])
+def sampled_bound_kernel(
+    v_ptr, bound_ptr, count, length, heads, stride_vb, stride_vl, stride_vh,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, TIMES: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, HEAD_DIM)
+    v_ptr += head // heads * stride_vb + head % heads * stride_vh
+    bound = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    for first in range(0, count, ROWS):
+        place = first + tl.arange(0, ROWS)[:, None]
+        row = some_row(place, count, length)
+        v = tl.load(v_ptr + row * stride_vl + channel[None, :], mask=place < count, other=0.0)
+        bound = larger(bound, tl.abs(v.to(tl.float32)))
+    bound = larger(TIMES * largest(bound, 0), 1e-8)
+    tl.store(bound_ptr + head * HEAD_DIM + channel, bound)
+
+
+@launched
+@triton.jit(do_not_specialize=["length", "heads", "blocks"])
+def mend_values_kernel(
+    v_ptr, amax_ptr, bound_ptr, values_ptr, scales_ptr, length, heads, blocks, limit, per_limit,
+    stride_vb, stride_vl, stride_vh, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, HEAD_DIM)
+    amax = larger(tl.load(amax_ptr + head * HEAD_DIM + channel), 1e-8)  # [D]
+    bound = tl.load(bound_ptr + head * HEAD_DIM + channel)
+    reached = tl.where(amax <= bound, bound, amax)  # NaN exceeds
+    exceeding = tl.sum(tl.where(amax <= bound, 0, 1))
+    if tl.program_id(0) == 0:
+        tl.store(scales_ptr + head * HEAD_DIM + channel, reached * per_limit)
+    if exceeding > 0:
+        v_ptr += head // heads * stride_vb + head % heads * stride_vh
+        values_ptr += head * blocks * (HEAD_DIM * BLOCK)
+        for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+            quantize_block_of_values(
+                v_ptr, values_ptr, reached, block, length, limit, stride_vl,
+                BLOCK, HEAD_DIM, 1, False, True, True,
+            )  # fmt: skip
 
 
 def sparse_attention(
@@ -437,6 +509,34 @@ def quantize_values(
         CUT=cuts_e4m3(v.device), **LAUNCH,
     )  # fmt: skip
     return values, scales
+
+
+def sampled_bound(v: torch.Tensor) -> torch.Tensor:
+    """A bound of |v|, [B, L, H, D], from a sample of rows, float32 [B, H, D]: a multiple of the
+    largest."""
+    batch, length, heads, dim = v.shape
+    bound = torch.empty(batch, heads, dim, dtype=torch.float32, device=v.device)
+    sampled_bound_kernel[(batch * heads,)](
+        v, bound, min(SOME_ROWS, length), length, heads, *v.stride()[:3],
+        ROWS=ROWS_AT_ONCE, HEAD_DIM=dim, TIMES=HEADROOM, **SOME_LAUNCH,
+    )  # fmt: skip
+    return bound
+
+
+def mend_values(
+    v: torch.Tensor, amax: torch.Tensor, bound: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """The scales [B, H, D] of e4m3 values [B, H, N, D, 64], swizzled, made of v [B, L, H, D] so
+    that `bound` [B, H, D] became VALUE_LIMIT; channels where amax [B, H, D], max |v|, is higher
+    are made again."""
+    batch, length, heads, dim = v.shape
+    blocks, block = values.shape[2], values.shape[4]
+    scales = torch.empty_like(bound)
+    mend_values_kernel[-(-blocks // MENDED), batch * heads](
+        v, amax, bound, values, scales, length, heads, blocks, VALUE_LIMIT, 1 / VALUE_LIMIT,
+        *v.stride()[:3], BLOCK=block, HEAD_DIM=dim, **LAUNCH,
+    )  # fmt: skip
+    return scales
 
 
 def channel_max(v: torch.Tensor, rows: int) -> torch.Tensor:

@@ -217,6 +217,22 @@ def test_cuda_equals_triton(batch, length, heads, own_angles, block, quantize, d
         assert differ.max() <= 1
         assert differ.float().mean() <= 1e-3
         torch.testing.assert_close(found[2], expected[2], atol=0, rtol=8e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize(("batch", "length", "heads"), [(1, 1, 1), (2, 300, 3), (2, 200, 11)])
+def test_cuda_makes_the_linear_branch(batch, length, heads, block, quantize, dtype):
+    if CARD != dispatch.HOPPER and CARD[0] not in dispatch.BY_MMA_SYNC:
+        pytest.skip("needs a Hopper GPU or one of mma.sync")
+    if CARD == dispatch.HOPPER and dtype == torch.float16:
+        pytest.skip("on Hopper Triton's kernel makes it in float16")
+    x, *angles = random_projection(batch, length, heads, 128, dtype)
+    arguments = x, *angles, 1e-6, block, quantize
+    rows, out = (torch.empty_like(x.contiguous()) for _ in range(2))
+    triton_kernels.prepare(*arguments, rows, None)
     state = key_value_state(rows, torch.randn_like(rows))
     proj = torch.randn(128, 128, device=DEVICE) / 11, torch.randn(128, device=DEVICE)
     branch = LinearBranch(*state, *proj)

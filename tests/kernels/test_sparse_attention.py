@@ -262,6 +262,19 @@ def test_cuda_on_hopper_runs_where_it_fits(monkeypatch):
         assert len(calls) == expected
 
 
+@pytest.mark.gpu
+def test_cuda_on_hopper_writes_where_16_bytes_are_not_one():
+    need_hopper()
+    q, k, v = random_qkv(1, 130, 2, 128, torch.bfloat16)
+    block_map = random_map(1, 130, 2, 128, 64)
+    operands = hopper.quantize(q, k, v, k.float().mean(1), PV_DTYPES["fp8"], 128, 64)
+    there = torch.randn(q.numel() + 1, dtype=q.dtype, device=DEVICE)
+    shifted = there[1:].view(q.shape)
+    expected = hopper.sage_attention(operands, block_map, shifted.clone(), True)
+    assert hopper.sage_attention(operands, block_map, shifted, True) is shifted
+    assert torch.equal(shifted, expected)
+
+
 def test_channels_of_values_may_stand_in_eights():
     """A thread of Hopper's product has columns 8 j + 2 t + {0, 1}: channels side by side."""
     v = random_qkv(2, 200, 3, 128, torch.float16)[2]

@@ -25,13 +25,17 @@ from turbodiffusion_pack.kernels.int8_linear import int8_linear, int8_linear_and
 from turbodiffusion_pack.kernels.int8_linear import mma as mma_linear
 from turbodiffusion_pack.kernels.int8_quant import hopper as rows
 from turbodiffusion_pack.kernels.int8_quant import quantize_rows
-from turbodiffusion_pack.kernels.linear_attention import LinearBranch, key_value_state
+from turbodiffusion_pack.kernels.linear_attention import (
+    LinearBranch,
+    key_value_state,
+    state_of_int8_keys,
+)
 from turbodiffusion_pack.kernels.linear_attention import hopper as hopper_state
 from turbodiffusion_pack.kernels.linear_attention import mma as state
 from turbodiffusion_pack.kernels.norm_quant import cuda as layer_norm
 from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
 from turbodiffusion_pack.kernels.qk_prepare import cuda as cuda_prepare
-from turbodiffusion_pack.kernels.qk_prepare import prepare
+from turbodiffusion_pack.kernels.qk_prepare import prepare, prepare_keys
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
 from turbodiffusion_pack.kernels.sparse_attention import mma as mma_attention
 from turbodiffusion_pack.kernels.sparse_attention import sage_attention
@@ -146,6 +150,10 @@ def every_prepare(card):
         launch_prepare(dtype, quantize=True)
         launch_prepare(dtype)
         launch_prepare(dtype, block=64)
+        if card == HOPPER:
+            angles = zeros(1, 70, 64)
+            k = zeros(1, 70, 1, 128, dtype=dtype)
+            prepare_keys(k, zeros(128), angles, angles, backend="triton")
 
 
 def every_linear(card):
@@ -177,6 +185,12 @@ def every_state(card):
     for dtype in DTYPES:
         heads = zeros(1, 70, 1, 128, dtype=dtype)
         key_value_state(heads, heads, backend="triton")
+        if card == HOPPER:
+            integers = values = zeros(1, 1, 128, 128, dtype=torch.int8)
+            of_channels = zeros(1, 1, 128)
+            keys = integers, zeros(1, 1, 2), of_channels.to(dtype)
+            values = values.view(1, 1, 2, 128, 64)
+            state_of_int8_keys(*keys, heads, values, of_channels, backend="triton")
 
 
 def every_convolution(card):
@@ -297,7 +311,9 @@ KERNELS = {
     ),
     "linear_attention/hopper.cu": Kernel(
         every_state, (HOPPER,), 128,
-        products=lambda card: {"HGMMA.64x128x16.F32", "HGMMA.64x128x16.F32.BF16"},
+        products=lambda card: {
+            f"HGMMA.64x{n}x16.F32{kind}" for n in (8, 128) for kind in ("", ".BF16")
+        },
         sizes={name: getattr(hopper_state, name) for name in ("HEAD_DIM", "TILE", "STAGES")},
     ),
     "linear_attention/mma.cu": Kernel(

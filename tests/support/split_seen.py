@@ -8,6 +8,10 @@ from turbodiffusion_pack.kernels import sla
 from turbodiffusion_pack.turbo_core.host import block
 
 OF_TOKENS = "scale of n", "scale of y"
+NOTED = (
+    "select_blocks", "center_means", "key_value_state", "key_value_state_and_maximum",
+    "state_of_int8_keys", "mend_values", "attend_quantized",
+)  # fmt: skip
 
 
 class Seen:
@@ -34,8 +38,7 @@ class Seen:
             return y, scale
 
         patches = [mock.patch.object(block, "split_attend", attended)]
-        for name in ("select_blocks", "center_means", "key_value_state", "attend_quantized",
-                     "key_value_state_and_maximum"):  # fmt: skip
+        for name in NOTED:
             patches.append(mock.patch.object(sla, name, self._noting(name)))
         with contextlib.ExitStack() as stack:
             for patch in patches:

@@ -13,7 +13,7 @@ from ...kernels.qk_prepare import norms_of_squares, prepare
 from ...kernels.room import in_whole_blocks
 from ...kernels.rope import apply_rope
 from ...kernels.sla import Norms, sla, sla_from_projections
-from ...kernels.sparse_attention import default_pv
+from ...kernels.sparse_attention import default_pv, reads_int8_keys
 from .. import run_report
 from ..activation_memory import values_in_halves
 from ..sla_settings import SLASettings
@@ -99,13 +99,8 @@ def attend(
     settings, why_dense = choose(attn, index, transformer_options)
     rotation = rotation_of(freqs, transformer_options)
     channels = slice(None) if some is None else some.channels
-    in_16_bits = why_dense or settings.attention == "sla"
-    # What lives longer comes before what it is made of, see activation_memory.py.
     shape = x.shape[0], freqs.shape[1], len(range(attn.dim)[channels])
-    halved = some is None and not in_16_bits and values_in_halves(*shape)
-    widths = {"v": shape[2] // (1 + halved), "k": shape[2]}
-    widths |= {"q": shape[2]} if in_16_bits else {}
-    rooms = {y: in_whole_blocks(*shape[:2], w, x.dtype, x.device) for y, w in widths.items()}
+    rooms = _rooms(attn, x, shape, None if why_dense else settings, some is None)
     n, parts = quantized(), attn._modules
 
     def projected(name: str, **squares):
@@ -141,6 +136,20 @@ def attend(
         lambda: last(with_row_norms("q")), lambda: with_row_norms("k"), lambda: heads("v"),
         norms, rotation, _projection(attn, freqs.device), **_sla_options(settings),
     ).flatten(2)  # fmt: skip
+
+
+def _rooms(
+    attn, x: torch.Tensor, shape: tuple[int, ...], sparse: SLASettings | None, whole: bool
+) -> dict[str, torch.Tensor]:
+    """What takes v, k and q of `shape` [B, L, C], of all heads if `whole`: what lives longer comes
+    before what it is made of, see activation_memory.py."""
+    if sparse is None or sparse.attention == "sla":  # in 16 bits
+        widths = dict.fromkeys("vkq", shape[2])
+    elif reads_int8_keys(x.device, x.dtype, attn.head_dim, backend=sparse.backend):
+        widths = {"k": shape[2]}  # whose memory v takes, and then q
+    else:
+        widths = {"v": shape[2] // (1 + (whole and values_in_halves(*shape))), "k": shape[2]}
+    return {y: in_whole_blocks(*shape[:2], w, x.dtype, x.device) for y, w in widths.items()}
 
 
 def _in_heads(attn, y: torch.Tensor) -> torch.Tensor:
