@@ -115,6 +115,13 @@ __device__ __forceinline__ void mma_fp8_short(
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]));
 }
 
+// The multiprocessor's clock.
+__device__ __forceinline__ u32 cycles() {
+    u32 now;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(now) :: "memory");
+    return now;
+}
+
 // ---- arithmetic ----
 
 // The larger of both, NaN where one is: one instruction, like the fmaxf that ignores NaN.

@@ -36,12 +36,11 @@ constexpr int PENDING = STAGES - 2;               // steps on their way when the
 // Whether w's columns are copied in the order that `store` wants, or threads trade them there. That
 // costs a tile's end, but the assembler orders the loops over k better: by measurement, each is the
 // faster one where it is. So it is with the bytes of a row that come into L2 at a time.
-constexpr bool IN_ORDER = BLOCKS ? STAGES == 2 : RESIDUAL;
+constexpr bool IN_ORDER = BLOCKS ? STAGES == 2 : !SQUARES;
 constexpr int FETCHED = BLOCKS || RESIDUAL ? 128 : 256;
-// And with the places in a tile's end: how far each is from the thread's first one, which is the same
-// for all threads, or each by itself. The preprocessor chooses, as what the assembler makes of it
-// hangs on how it is said.
-#define FROM_FIRST !(RESIDUAL || SQUARES)
+// Programs that begin at once end their tiles at once, all asking memory for what they add and write.
+// With a scale for each row they begin within so many cycles.
+constexpr u32 APART = BLOCKS ? 0 : 8000;
 // If BLOCKS, where a step's scale comes from: a lane of the warp, of 32 steps, or the step's stage.
 // Copied stage by stage they cost the warps more right where they meet, which two stages feel; three
 // do without the wait for them. So it is with the last copies of a step, behind its products or not.
@@ -535,6 +534,11 @@ __device__ __forceinline__ void store_squares(
     }
 }
 
+// A tile's end is said in two ways, as the assembler makes of each the faster loop over k where it is:
+// here each place by itself, or if BLOCKS as far as it is from the thread's first one, and below each
+// from the one before.
+#if BLOCKS || SQUARES
+
 // The squares are of what is not rounded yet.
 template <bool WITH_RESIDUAL, bool WITH_SQUARES>
 __device__ __forceinline__ void store(
@@ -543,7 +547,7 @@ __device__ __forceinline__ void store(
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % 4;
     int first_row = warp / WARPS_N * WARP_L + lane / 4;
     int first_column = warp % WARPS_N * WARP_N;
-#if FROM_FIRST
+#if BLOCKS
     int own = first_column + 8 * pair;  // first column of those it stores
     const u16* residual = o.residual + (long long)tile.sample * o.residual_b + tile.column
         + (long long)(tile.row + first_row) * o.residual_l + own;
@@ -562,7 +566,7 @@ __device__ __forceinline__ void store(
             factors[j] = factors_of(
                 shared,
                 first_column + 32 * group + (IN_ORDER ? 8 * pair + 2 * j : 8 * j + 2 * pair), o);
-#if FROM_FIRST
+#if BLOCKS
         bool column_inside = tile.column + own + 32 * group < o.n;
 #else
         int column = first_column + 32 * group + 8 * pair;
@@ -574,7 +578,7 @@ __device__ __forceinline__ void store(
             float own_squares[4] = {};
 #pragma unroll
             for (int half = 0; WITH_RESIDUAL && half < 4; half++) {
-#if FROM_FIRST
+#if BLOCKS
                 int down = 16 * m + 8 * half;
                 if (tile.row + first_row + down < o.length && column_inside)
                     *reinterpret_cast<uint4*>(y[half]) = *reinterpret_cast<const uint4*>(
@@ -588,7 +592,7 @@ __device__ __forceinline__ void store(
             }
 #pragma unroll
             for (int half = 0; half < 4; half++) {
-#if FROM_FIRST
+#if BLOCKS
                 int down = 16 * m + 8 * half, in_tile = first_row + down;
 #else
                 int in_tile = first_row + 16 * m + 8 * half, row = tile.row + in_tile;
@@ -610,7 +614,7 @@ __device__ __forceinline__ void store(
                     y[half][j] = packed_pair(x, BF16);
                 }
                 if (!IN_ORDER) transpose(y[half]);
-#if FROM_FIRST
+#if BLOCKS
                 if (tile.row + first_row + down < o.length && column_inside)
                     store_16(out + (long long)down * o.out_l + 32 * group, y[half]);
 #else
@@ -625,11 +629,77 @@ __device__ __forceinline__ void store(
     if (WITH_SQUARES) store_squares(squares, tile, o);
 }
 
+#else
+
+template <bool WITH_RESIDUAL, bool>
+__device__ __forceinline__ void store(
+    const Sums& sums, const Shared& shared, const Tile& in_shared, const Operands& o
+) {
+    static_assert(IN_ORDER);
+    constexpr int EACH = 2 * ROWS;  // rows of a thread, every eighth
+    Tile tile = in_shared;          // read once: behind every store the compiler would read it again
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int first_row = warp / WARPS_N * WARP_L + lane / 4;
+    int first_column = warp % WARPS_N * WARP_N + 8 * (lane % 4);
+    int row = tile.row + first_row, column = tile.column + first_column;
+    int rows = o.length - row, columns = o.n - column;  // to the end
+    const u16* residual = o.residual + (long long)tile.sample * o.residual_b
+        + (long long)row * o.residual_l + column;
+    u16* out = o.out + (long long)tile.sample * o.out_b + (long long)row * o.out_l + column;
+#pragma unroll
+    for (int group = 0; group < WARP_N / 32; group++) {
+        Factors factors[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            factors[j] = factors_of(shared, first_column + 32 * group + 2 * j, o);
+        bool column_inside = 32 * group < columns;
+        const u16* from = residual + 32 * group;
+        u16* to = out + 32 * group;
+        uint4 added[4];  // of four rows, whose latencies are one
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+#pragma unroll
+            for (int next = i; WITH_RESIDUAL && i % 4 == 0 && next < i + 4; next++) {
+                added[next - i] = make_uint4(0, 0, 0, 0);
+                if (8 * next < rows && column_inside)
+                    added[next - i] = *reinterpret_cast<const uint4*>(from);
+                from += 8ll * o.residual_l;
+            }
+            const u32* add = reinterpret_cast<const u32*>(&added[i % 4]);
+            float scale = shared.row_scale[first_row + 8 * i];
+            u32 y[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int* sum = &sums[i / 2][4 * group + j][i % 2 * 2];
+                float2 x = {fmaf(sum[0] * scale, factors[j].times.x, factors[j].plus.x),
+                            fmaf(sum[1] * scale, factors[j].times.y, factors[j].plus.y)};
+                if (WITH_RESIDUAL) {
+                    float2 pair = pair_of(add[j], BF16);
+                    x.x += pair.x, x.y += pair.y;
+                }
+                y[j] = packed_pair(x, BF16);
+            }
+            if (8 * i < rows && column_inside) store_16(to, y);
+            to += 8ll * o.out_l;
+        }
+    }
+}
+
+#endif
+
+// Waits for this program's turn to begin; one round of tiles has no other end to wait for.
+__device__ __forceinline__ void begin_apart(const Operands& o) {
+    if (APART == 0 || tiles(o) <= gridDim.x) return;
+    u32 wait = blockIdx.x * APART / gridDim.x, first = cycles();
+    while (cycles() - first < wait);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
     const __grid_constant__ Operands o
 ) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
+    begin_apart(o);
     if (threadIdx.x == 0) shared.tiles[0] = tile_of(blockIdx.x, o);
     __syncthreads();
     Copies copies;

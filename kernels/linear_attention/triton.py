@@ -159,7 +159,7 @@ def project_state(
     batch, heads, dim, _ = state.shape
     mix = torch.empty_like(state, dtype=dtype, memory_format=torch.contiguous_format)
     project_state_kernel[dim // STATE_ROWS, batch * heads](
-        state.contiguous(), normalizer.contiguous(), proj_weight.contiguous(), places, mix, 1.0,
+        state.contiguous(), normalizer.contiguous(), proj_weight.contiguous(), places, mix, None,
         HEAD_DIM=dim, ROWS=STATE_ROWS, SMALLEST=SMALLEST, SUMS=0, **PROJECT_LAUNCH,
     )  # fmt: skip
     return mix
