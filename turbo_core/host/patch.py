@@ -29,6 +29,7 @@ from .options import (
     MADE_ONCE,
     PINS,
     PREFETCH,
+    SHORT,
     TEXT,
     THIS_PASS,
 )
@@ -37,6 +38,7 @@ from .patch_owner import is_ours, mark_as_ours, owner_of
 from .prefetch import next_block, queue_of
 from .rope import kept_rotation
 from .self_attention import self_attention
+from .short_memory import give_back_cache, is_short
 from .versions import carry_loader
 
 PLAIN_BLOCKS = (
@@ -188,6 +190,8 @@ def _around_forward(
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     network = executor.class_obj
     _report_forward(network.blocks)
+    if short := is_short(x, network.dim):
+        give_back_cache(x.device)
     text_of_pass = _text_of_pass(executor, context, x.dtype, transformer_options)
     if not text.will_be_known(network):
         text_of_pass()  # else the first block asks, when the GPU is done with the step before
@@ -196,6 +200,7 @@ def _around_forward(
         MADE_ONCE: {},
         BLOCKS: network.blocks,
         TEXT: text_of_pass,
+        SHORT: short,
     }
     options = {**transformer_options, **ours}
     options[PREFETCH] = queue_of(network, x.device, options)

@@ -1,0 +1,145 @@
+"""Where the GPU's memory is short, operations are run again once torch's cache is given back."""
+
+import logging
+import types
+
+import goldens
+import in_comfyui
+import pytest
+import torch
+from in_comfyui import comfy
+from torch.utils._python_dispatch import TorchDispatchMode
+from turbodiffusion_pack.turbo_core.host import block, patch, short_memory
+from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
+from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
+from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
+
+EVERY = 7  # of the operations that allocate finds no memory
+
+
+class Full(TorchDispatchMode):
+    """A GPU that has no room for some operations of blocks until the cache is given back."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.in_a_block, self.full = 0, False, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.in_a_block and not func._schema.is_mutable:
+            self.asked += 1
+            self.full |= self.asked % EVERY == 0
+            if self.full:
+                raise torch.OutOfMemoryError("no room")
+        return func(*args, **(kwargs or {}))
+
+    def give_back(self):
+        self.full = False
+
+
+@pytest.fixture
+def model(tmp_path):
+    return load_turbo_model(str(goldens.unpack_checkpoint("t2v-quant.pth", tmp_path)))
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """As on a GPU with little memory; gives what was done before passes."""
+    emptied = []
+    monkeypatch.setattr(patch, "is_short", lambda x, dim: True)
+    monkeypatch.setattr(patch, "give_back_cache", emptied.append)
+    monkeypatch.setattr(short_memory, "_cached", lambda device: 0)
+    return emptied
+
+
+def _run(model):
+    data = goldens.load("rcm")
+    guider = comfy.samplers.CFGGuider(model)
+    prompt = in_comfyui.pad_context(data["t2v.context"])
+    guider.inner_set_conds({"positive": [[prompt, {}]], "negative": [[prompt / 2, {}]]})
+    guider.set_cfg(1.0)
+    noise = data["t2v.noise0"]
+    return guider.sample(
+        noise, torch.zeros_like(noise), rcm_sampler("ode"), rcm_sigmas(2, 80), disable_pbar=True
+    )
+
+
+def _on_a_full_gpu(model, monkeypatch) -> tuple[torch.Tensor, Full]:
+    full, fused = Full(), block._fused
+
+    def noted(*args):
+        full.in_a_block = True
+        try:
+            return fused(*args)
+        finally:
+            full.in_a_block = False
+
+    monkeypatch.setattr(block, "_fused", noted)
+    monkeypatch.setattr(comfy.model_management, "soft_empty_cache", full.give_back)
+    with full:
+        return _run(model), full
+
+
+def test_a_run_goes_on_with_the_same_bits(model, short, monkeypatch, caplog):
+    expected = _run(model)
+    assert short == 2 * [model.load_device]  # before each pass
+    with caplog.at_level(logging.INFO):
+        found, full = _on_a_full_gpu(model, monkeypatch)
+    assert torch.equal(found, expected)
+    times = full.asked // EVERY
+    assert times > 10 and f"memory ran out {times} times, went on with 0.00 GB" in caplog.text
+
+
+def test_where_memory_is_not_short_it_ends_the_run(model, monkeypatch):
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        _on_a_full_gpu(model, monkeypatch)
+
+
+def test_memory_that_stays_short_ends_the_run(model, short, monkeypatch):
+    monkeypatch.setattr(Full, "give_back", lambda self: None)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        _on_a_full_gpu(model, monkeypatch)
+
+
+class Once(TorchDispatchMode):
+    """The first operation finds no memory."""
+
+    ran = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ran += 1
+        if self.ran == 1:
+            raise torch.OutOfMemoryError
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", ["in place", "capturing"])
+def test_what_may_have_begun_is_not_run_again(short, monkeypatch, case):
+    x = torch.zeros(3)
+    monkeypatch.setattr(short_memory, "_is_capturing", lambda: case == "capturing")
+    monkeypatch.setattr(comfy.model_management, "soft_empty_cache", lambda: None)
+    with Once() as once, short_memory.TriedAgain(x.device), pytest.raises(torch.OutOfMemoryError):
+        x.add_(1) if case == "in place" else x.add(1)
+    assert once.ran == 1
+    monkeypatch.setattr(short_memory, "_is_capturing", lambda: False)
+    with Once() as once, short_memory.TriedAgain(x.device):
+        assert x.add(1).sum() == 3
+    assert once.ran >= 2
+
+
+def test_less_than_two_passes_take_is_short(monkeypatch):
+    free = {}
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", free.get)
+    x = types.SimpleNamespace(shape=(1, 16, 21, 90, 160), device=torch.device("cuda"))
+    for gigabytes, short in ((7.5, True), (8, False)):
+        free[x.device] = gigabytes * 1e9
+        assert short_memory.is_short(x, 5120) == short
+    assert not short_memory.is_short(torch.empty(x.shape), 5120)
+
+
+def test_little_of_a_cache_is_left_where_it_is(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(comfy.model_management, "soft_empty_cache", lambda: emptied.append(True))
+    for cached in (short_memory.CACHED - 1, short_memory.CACHED):
+        monkeypatch.setattr(short_memory, "_cached", lambda device, cached=cached: cached)
+        short_memory.give_back_cache("cuda")
+    assert emptied == [True]
