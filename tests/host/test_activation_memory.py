@@ -32,7 +32,6 @@ from turbodiffusion_pack.turbo_core.host.operations import Linear, TurboOperatio
 from turbodiffusion_pack.turbo_core.host.options import (
     ATTENTION,
     MADE_ONCE,
-    SHORT,
     SPLIT,
     TEXT,
     THIS_PASS,
@@ -80,17 +79,17 @@ def _fill(op, int8):
     op.granularity = "rows"
 
 
-def _peak(wan, latent, batch, attention, allocator=None, passes=1, **more):
-    """Bytes alive at the peak of forward passes of one prompt, their inputs among them; `more` are
-    options of a pass."""
+def _peak(wan, latent, batch, attention, allocator=None, passes=1, around=None):
+    """Bytes alive at the peak of forward passes of one prompt, their inputs among them; `around`
+    gives a context of each."""
     with torch.inference_mode(), live_memory.LiveBytes(allocator) as live, per_run.keep():
         for _ in range(passes):
             x = meta(batch, 16, *latent, dtype=torch.bfloat16)
             context = meta(batch, 512, 4096, dtype=torch.bfloat16)
             made = per_run.made("text", lambda: _room_for_texts(wan, batch))
             options = {THIS_PASS: (SLASettings(attention), -1), MADE_ONCE: {}, TEXT: _given(made)}
-            options |= more
-            wan(x, meta(batch), context, transformer_options=options)
+            with around() if around else contextlib.nullcontext():
+                wan(x, meta(batch), context, transformer_options=options)
             del x, context, options
     return live.peak
 
@@ -177,7 +176,7 @@ def test_an_allocator_that_gives_nothing_back_by_itself_fits_too(alive, monkeypa
     allocator = live_memory.Allocator(room, itself=False)
     monkeypatch.setattr(comfy.model_management, "soft_empty_cache", allocator.give_back)
     monkeypatch.setattr(short_memory, "_cached", lambda device: 0)
-    played(allocator, **{SHORT: True})
+    played(allocator, around=lambda: short_memory.TriedAgain(torch.device("meta")))
 
 
 def test_a_weight_that_the_allocator_asks_for_alone_takes_whole_pieces():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from in_comfyui import comfy
 from torch.utils._python_dispatch import TorchDispatchMode
-from turbodiffusion_pack.turbo_core.host import block, patch, short_memory
+from turbodiffusion_pack.turbo_core.host import patch, short_memory
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
@@ -18,14 +18,14 @@ EVERY = 7  # of the operations that allocate finds no memory
 
 
 class Full(TorchDispatchMode):
-    """A GPU that has no room for some operations of blocks until the cache is given back."""
+    """A GPU that has no room for some operations until the cache is given back."""
 
     def __init__(self):
         super().__init__()
-        self.asked, self.in_a_block, self.full = 0, False, False
+        self.asked, self.in_a_pass, self.full = 0, False, False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.in_a_block and not func._schema.is_mutable:
+        if self.in_a_pass and not func._schema.is_mutable:
             self.asked += 1
             self.full |= self.asked % EVERY == 0
             if self.full:
@@ -43,12 +43,9 @@ def model(tmp_path):
 
 @pytest.fixture
 def short(monkeypatch):
-    """As on a GPU with little memory; gives what was done before passes."""
-    emptied = []
-    monkeypatch.setattr(patch, "is_short", lambda x, dim: True)
-    monkeypatch.setattr(patch, "give_back_cache", emptied.append)
+    """As on a GPU with little memory, of which torch has nothing that no tensor has."""
+    monkeypatch.setattr(short_memory, "_is_short", lambda x, dim: True)
     monkeypatch.setattr(short_memory, "_cached", lambda device: 0)
-    return emptied
 
 
 def _run(model):
@@ -64,16 +61,16 @@ def _run(model):
 
 
 def _on_a_full_gpu(model, monkeypatch) -> tuple[torch.Tensor, Full]:
-    full, fused = Full(), block._fused
+    full, forward = Full(), patch._forward
 
     def noted(*args):
-        full.in_a_block = True
+        full.in_a_pass = True
         try:
-            return fused(*args)
+            return forward(*args)
         finally:
-            full.in_a_block = False
+            full.in_a_pass = False
 
-    monkeypatch.setattr(block, "_fused", noted)
+    monkeypatch.setattr(patch, "_forward", noted)
     monkeypatch.setattr(comfy.model_management, "soft_empty_cache", full.give_back)
     with full:
         return _run(model), full
@@ -81,7 +78,6 @@ def _on_a_full_gpu(model, monkeypatch) -> tuple[torch.Tensor, Full]:
 
 def test_a_run_goes_on_with_the_same_bits(model, short, monkeypatch, caplog):
     expected = _run(model)
-    assert short == 2 * [model.load_device]  # before each pass
     with caplog.at_level(logging.INFO):
         found, full = _on_a_full_gpu(model, monkeypatch)
     assert torch.equal(found, expected)
@@ -132,14 +128,26 @@ def test_less_than_two_passes_take_is_short(monkeypatch):
     x = types.SimpleNamespace(shape=(1, 16, 21, 90, 160), device=torch.device("cuda"))
     for gigabytes, short in ((7.5, True), (8, False)):
         free[x.device] = gigabytes * 1e9
-        assert short_memory.is_short(x, 5120) == short
-    assert not short_memory.is_short(torch.empty(x.shape), 5120)
+        assert short_memory._is_short(x, 5120) == short
+    assert not short_memory._is_short(torch.empty(x.shape), 5120)
 
 
-def test_little_of_a_cache_is_left_where_it_is(monkeypatch):
+def _compiled(executor, *args, **kwargs):
+    return executor(*args, **kwargs)
+
+
+@pytest.mark.parametrize("case", ["", "not short", "little is cached", "compiled"])
+def test_a_cache_goes_back_before_each_pass_of_a_short_memory(model, short, monkeypatch, case):
     emptied = []
     monkeypatch.setattr(comfy.model_management, "soft_empty_cache", lambda: emptied.append(True))
-    for cached in (short_memory.CACHED - 1, short_memory.CACHED):
-        monkeypatch.setattr(short_memory, "_cached", lambda device, cached=cached: cached)
-        short_memory.give_back_cache("cuda")
-    assert emptied == [True]
+    cached = short_memory.CACHED - (case == "little is cached")
+    monkeypatch.setattr(short_memory, "_cached", lambda device: cached)
+    if case == "not short":
+        monkeypatch.setattr(short_memory, "_is_short", lambda x, dim: False)
+    if case == "compiled":
+        wrappers = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+        model.add_wrapper_with_key(wrappers, "torch.compile", _compiled)
+    before, forward = [], patch._forward
+    monkeypatch.setattr(patch, "_forward", lambda *a: before.append(len(emptied)) or forward(*a))
+    _run(model)
+    assert before[1] - before[0] == int(case == "")

@@ -4,7 +4,6 @@ Stands in for WanAttentionBlock.forward of ComfyUI's model, and steps aside for 
 in the run's log line, wherever it could not honour what is there.
 """
 
-import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -27,11 +26,10 @@ from .gradients import GRADIENTS, records_graph
 from .int8_tensor import is_int8
 from .once import once
 from .operations import Linear, int8_product, int8_weights, of_channels, small_int8_weights
-from .options import BLOCKS, SHORT, SPLIT, TEXT
+from .options import BLOCKS, SPLIT, TEXT
 from .patch_owner import is_hooked, is_ours, is_stock
 from .prefetch import next_block
 from .self_attention import attend, host_attention, missing_parts
-from .short_memory import TriedAgain
 from .split_block import split_attend
 from .text import KeysValues
 from .versions import unrecorded
@@ -67,8 +65,7 @@ def _unless_it_steps_aside(
         run_report.note_unfused(index, reason)
         return None
     run_report.note_fused(index)
-    short = transformer_options.get(SHORT)
-    with unrecorded(), TriedAgain(x.device) if short else contextlib.nullcontext():
+    with unrecorded():
         return _fused(block, index, x, e, freqs, context, transformer_options)
 
 

@@ -23,10 +23,6 @@ TEXT = "turbodiffusion.text"
 # In the transformer_options of one forward pass: the host's queue of weights, see prefetch.py.
 PREFETCH = "turbodiffusion.prefetch"
 
-# In the transformer_options of one forward pass: whether the GPU's memory is short, see
-# short_memory.py.
-SHORT = "turbodiffusion.short"
-
 # In the transformer_options of one forward pass that several GPUs share: its Split, see
 # split_block.py. The DIFFUSION_MODEL wrapper that puts it there goes by the same key.
 SPLIT = "turbodiffusion.split"

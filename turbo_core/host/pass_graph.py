@@ -29,7 +29,6 @@ from .options import (
     EXPERT_BOUNDARY,
     MADE_ONCE,
     PREFETCH,
-    SHORT,
     SIGMA_MAX,
     TEXT,
     THIS_PASS,
@@ -53,8 +52,7 @@ OUR_WRAPPERS = {ATTENTION, TIMESTEP}
 KNOWN_OPTIONS = {
     "callbacks", "cond_or_uncond", "patches", "patches_replace", "prefetch_dynamic_vbars",
     "sample_sigmas", "sigmas", "uuids", "wrappers",
-    ATTENTION, BLOCKS, EXPERT_BOUNDARY, MADE_ONCE, PREFETCH, SHORT, SIGMA_MAX, TEXT,
-    THIS_PASS,
+    ATTENTION, BLOCKS, EXPERT_BOUNDARY, MADE_ONCE, PREFETCH, SIGMA_MAX, TEXT, THIS_PASS,
 }  # fmt: skip
 EMPTY_OPTIONS = "patches", "patches_replace", "prefetch_dynamic_vbars", PREFETCH
 PLAIN = (type(None), bool, int, float, str)

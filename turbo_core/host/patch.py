@@ -29,7 +29,6 @@ from .options import (
     MADE_ONCE,
     PINS,
     PREFETCH,
-    SHORT,
     TEXT,
     THIS_PASS,
 )
@@ -38,7 +37,7 @@ from .patch_owner import is_ours, mark_as_ours, owner_of
 from .prefetch import next_block, queue_of
 from .rope import kept_rotation
 from .self_attention import self_attention
-from .short_memory import give_back_cache, is_short
+from .short_memory import tried_again
 from .versions import carry_loader
 
 PLAIN_BLOCKS = (
@@ -190,9 +189,15 @@ def _around_forward(
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     network = executor.class_obj
     _report_forward(network.blocks)
-    if short := is_short(x, network.dim):
-        give_back_cache(x.device)
-    text_of_pass = _text_of_pass(executor, context, x.dtype, transformer_options)
+    given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
+    with tried_again(x, network.dim, transformer_options), kept_rotation(network):
+        return _forward(executor, given | rest, transformer_options)
+
+
+@torch.compiler.disable(recursive=False)
+def _forward(executor, given: dict, transformer_options: dict) -> torch.Tensor:
+    network, x = executor.class_obj, given["x"]
+    text_of_pass = _text_of_pass(executor, given["context"], x.dtype, transformer_options)
     if not text.will_be_known(network):
         text_of_pass()  # else the first block asks, when the GPU is done with the step before
     ours = {
@@ -200,13 +205,10 @@ def _around_forward(
         MADE_ONCE: {},
         BLOCKS: network.blocks,
         TEXT: text_of_pass,
-        SHORT: short,
     }
     options = {**transformer_options, **ours}
     options[PREFETCH] = queue_of(network, x.device, options)
-    given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
-    with kept_rotation(network):
-        out = pass_graph.forward(executor, options, given | rest)
+    out = pass_graph.forward(executor, options, given)
     next_block(options, None, x.device)
     return out
 

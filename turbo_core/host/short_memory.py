@@ -6,8 +6,12 @@ Where the GPU has no more it neither waits for what is free only once kernels ar
 back what it has free. So an operation that found no room is run again after both: it had not begun.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import comfy.model_management
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import run_report
@@ -16,20 +20,29 @@ ACTIVATIONS = 10  # of bf16; with less than twice what a pass works in memory is
 CACHED = 2**28  # bytes of torch's cache that are worth waiting for the GPU
 
 
-def is_short(x: torch.Tensor, dim: int) -> bool:
-    """Whether a pass of the latents x [B, C, T, H, W] through `dim` channels may find no room."""
+@contextlib.contextmanager
+def tried_again(x: torch.Tensor, dim: int, transformer_options: dict) -> Iterator[None]:
+    """Around a pass of the latents x [B, C, T, H, W] through `dim` channels.
+
+    Not where a node wraps the pass, torch.compile perhaps: it compiles nothing below such a mode.
+    """
+    wrappers = transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    if any(wrappers.values()) or not _is_short(x, dim):
+        yield
+        return
+    if _cached(x.device) >= CACHED:  # nothing of the pass before is left in between
+        comfy.model_management.soft_empty_cache()
+    with TriedAgain(x.device):
+        yield
+
+
+def _is_short(x: torch.Tensor, dim: int) -> bool:
     if x.device.type != "cuda":
         return False
     batch, _, frames, height, width = x.shape
     tokens = batch * frames * -(-height // 2) * -(-width // 2)
     free = comfy.model_management.get_free_memory(x.device)
     return free < ACTIVATIONS * 2 * tokens * dim
-
-
-def give_back_cache(device: torch.device) -> None:
-    """Before a pass, when nothing of the one before is left in between."""
-    if _cached(device) >= CACHED:
-        comfy.model_management.soft_empty_cache()
 
 
 def _cached(device: torch.device) -> int:
