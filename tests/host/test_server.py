@@ -353,7 +353,9 @@ def test_a_thread_keeps_the_link_busy_while_a_video_is_made(server):
     busy = CLOCK.measure(server, VIDEO, "ours", False, options)
     assert busy["copied"][0] > 0
     assert "GB/s left" in CLOCK.in_numbers(busy | {"link": link})
-    server_clock.keep_link_busy(server, 0)
+    with pytest.raises(TimeoutError):
+        server_clock.keep_link_busy(server, 2, timeout=0.5)
+    server_clock.keep_link_busy(server, 0)  # whoever was not waited for copies no more
     assert CLOCK.measure(server, VIDEO, "stock + pack", False, options)["copied"] == [0]
 
 

@@ -48,12 +48,12 @@ def run_short(server: ComfyServer, node: str, value: int, operations: int, room:
     server.post(CLOCK, where)
 
 
-def keep_link_busy(server: ComfyServer, ahead: int) -> dict[str, float]:
+def keep_link_busy(server: ComfyServer, ahead: int, timeout: float = 20) -> dict[str, float]:
     """Have a thread of the server copy to the GPU, so many copies ahead; none of 0.
 
     Bytes per second of others' copies: "alone", and what is "left" of it, and of its "other" own.
     """
-    return server.post(f"{CLOCK}/busy_link", {"ahead": ahead}, timeout=20)
+    return server.post(f"{CLOCK}/busy_link", {"ahead": ahead}, timeout=timeout)
 
 
 def busy_bytes(told: list[dict], prompt: dict) -> float:

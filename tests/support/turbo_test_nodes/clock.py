@@ -26,6 +26,7 @@ TOLD = "execution_start", "executing", *OUTCOMES
 PIECE = 1 << 26  # bytes of a copy
 STATUS = Path("/proc/self/status")
 
+one_at_a_time = threading.Lock()
 host_loads = memory.load_models_gpu
 host_moves_bar = comfy.utils.ProgressBar.update_absolute
 
@@ -228,8 +229,15 @@ def keep_link_busy(ahead: int) -> dict[str, float]:
     """Have a thread copy from now on, or none of `ahead` 0.
 
     Bytes per second of copies in the thread that asks, alone and beside that other one, and of the
-    other one alone.
+    other one alone. What is asked last holds, also where a client did not wait for the one before.
     """
+    if Clock.copier:
+        Clock.copier.stopped.set()
+    with one_at_a_time:
+        return _keep_link_busy(ahead)
+
+
+def _keep_link_busy(ahead: int) -> dict[str, float]:
     if Clock.copier:
         Clock.copier.stop()
         Clock.copier = None
