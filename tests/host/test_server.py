@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import sys
+import types
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -336,6 +337,16 @@ def test_the_clock_takes_a_video_apart(server):
         assert len(result["bits"]) == 1
         assert ("picture" in parts) == (video is EXPERTS)
         assert parts["step 1"].resident > parts["step 1"].mapped > 0
+
+
+def test_a_server_is_emptied_once_it_has_heard_all_that_it_was_asked(monkeypatch):
+    """What it has not heard while it gave up its models it would do after the next prompt."""
+    told = [(9, 0), (9, 1), (9, 1), (4, 1), (4, 0), (4, 0)]  # bytes, unheard
+    told = iter([{"tensors": n << 30, "resident": n << 30, "unheard": m} for n, m in told])
+    server = types.SimpleNamespace(post=lambda *_: None, get=lambda _: {"now": next(told)})
+    monkeypatch.setattr(server_clock.time, "sleep", lambda seconds: None)
+    assert server_clock.emptied(server)["tensors"] == 4 << 30
+    assert len(list(told)) == 1
 
 
 def test_a_link_is_kept_busy_for_sizes_that_are_asked_for(capsys):

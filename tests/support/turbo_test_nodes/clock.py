@@ -149,11 +149,13 @@ def resident() -> dict[str, int]:
 
 
 def now() -> dict[str, int]:
-    """`taken` at this moment, and bytes of all tensors that Python holds, wherever they are."""
+    """`taken` at this moment, bytes of all tensors that Python holds, wherever they are, and how
+    much ComfyUI was asked to give up and has not heard of yet."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
-    held = taken() | {"tensors": sum(storages.values())}
+    unheard = len(PromptServer.instance.prompt_queue.flags)
+    held = taken() | {"tensors": sum(storages.values()), "unheard": unheard}
     return held | {"reserved": torch.cuda.memory_reserved()} if on_gpu() else held
 
 
