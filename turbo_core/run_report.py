@@ -240,6 +240,11 @@ def note_out_of_memory(given_back: int) -> None:
     if counts := _counts():
         counts.ran_out += 1
         counts.given_back += given_back
+    else:
+        log.info(
+            "TurboDiffusion: memory ran out, goes on with %.2f GB of torch's cache",
+            given_back / 1e9,
+        )
 
 
 def _ranges(blocks: set[int]) -> str:

@@ -1,39 +1,18 @@
 """Where the GPU's memory is short, operations are run again once torch's cache is given back."""
 
 import logging
-import types
 
 import goldens
 import in_comfyui
 import pytest
 import torch
+from full_gpu import FullGPU
 from in_comfyui import comfy
 from torch.utils._python_dispatch import TorchDispatchMode
 from turbodiffusion_pack.turbo_core.host import patch, short_memory
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.sampler import rcm_sampler
 from turbodiffusion_pack.turbo_core.rcm import rcm_sigmas
-
-EVERY = 7  # of the operations that allocate finds no memory
-
-
-class Full(TorchDispatchMode):
-    """A GPU that has no room for some operations until the cache is given back."""
-
-    def __init__(self):
-        super().__init__()
-        self.asked, self.in_a_pass, self.full = 0, False, False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.in_a_pass and not func._schema.is_mutable:
-            self.asked += 1
-            self.full |= self.asked % EVERY == 0
-            if self.full:
-                raise torch.OutOfMemoryError("no room")
-        return func(*args, **(kwargs or {}))
-
-    def give_back(self):
-        self.full = False
 
 
 @pytest.fixture
@@ -44,7 +23,7 @@ def model(tmp_path):
 @pytest.fixture
 def short(monkeypatch):
     """As on a GPU with little memory, of which torch has nothing that no tensor has."""
-    monkeypatch.setattr(short_memory, "_is_short", lambda x, dim: True)
+    monkeypatch.setattr(short_memory, "_is_short", lambda device, needed: True)
     monkeypatch.setattr(short_memory, "_cached", lambda device: 0)
 
 
@@ -60,17 +39,9 @@ def _run(model):
     )
 
 
-def _on_a_full_gpu(model, monkeypatch) -> tuple[torch.Tensor, Full]:
-    full, forward = Full(), patch._forward
-
-    def noted(*args):
-        full.in_a_pass = True
-        try:
-            return forward(*args)
-        finally:
-            full.in_a_pass = False
-
-    monkeypatch.setattr(patch, "_forward", noted)
+def _on_a_full_gpu(model, monkeypatch) -> tuple[torch.Tensor, FullGPU]:
+    full = FullGPU()
+    monkeypatch.setattr(patch, "_forward", full.during(patch._forward))
     monkeypatch.setattr(comfy.model_management, "soft_empty_cache", full.give_back)
     with full:
         return _run(model), full
@@ -81,7 +52,7 @@ def test_a_run_goes_on_with_the_same_bits(model, short, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         found, full = _on_a_full_gpu(model, monkeypatch)
     assert torch.equal(found, expected)
-    times = full.asked // EVERY
+    times = full.asked // full.EVERY
     assert times > 10 and f"memory ran out {times} times, went on with 0.00 GB" in caplog.text
 
 
@@ -91,7 +62,7 @@ def test_where_memory_is_not_short_it_ends_the_run(model, monkeypatch):
 
 
 def test_memory_that_stays_short_ends_the_run(model, short, monkeypatch):
-    monkeypatch.setattr(Full, "give_back", lambda self: None)
+    monkeypatch.setattr(FullGPU, "give_back", lambda self: None)
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         _on_a_full_gpu(model, monkeypatch)
 
@@ -122,14 +93,20 @@ def test_what_may_have_begun_is_not_run_again(short, monkeypatch, case):
     assert once.ran >= 2
 
 
-def test_less_than_two_passes_take_is_short(monkeypatch):
-    free = {}
+def test_less_than_twice_what_is_needed_is_short(monkeypatch):
+    free, gpu = {}, torch.device("cuda")
     monkeypatch.setattr(comfy.model_management, "get_free_memory", free.get)
-    x = types.SimpleNamespace(shape=(1, 16, 21, 90, 160), device=torch.device("cuda"))
     for gigabytes, short in ((7.5, True), (8, False)):
-        free[x.device] = gigabytes * 1e9
-        assert short_memory._is_short(x, 5120) == short
-    assert not short_memory._is_short(torch.empty(x.shape), 5120)
+        free[gpu] = gigabytes * 1e9
+        assert short_memory._is_short(gpu, 4e9 - 1e8) == short
+    assert not short_memory._is_short(torch.device("cpu"), 1e15)
+
+
+def test_a_pass_needs_five_activations(monkeypatch):
+    needed = []
+    monkeypatch.setattr(short_memory, "_is_short", lambda device, size: needed.append(size))
+    with short_memory.around_pass(torch.empty(1, 16, 21, 90, 160, device="meta"), 5120, {}):
+        assert needed == [5 * 2 * 75600 * 5120]
 
 
 def _compiled(executor, *args, **kwargs):
@@ -143,7 +120,7 @@ def test_a_cache_goes_back_before_each_pass_of_a_short_memory(model, short, monk
     cached = short_memory.CACHED - (case == "little is cached")
     monkeypatch.setattr(short_memory, "_cached", lambda device: cached)
     if case == "not short":
-        monkeypatch.setattr(short_memory, "_is_short", lambda x, dim: False)
+        monkeypatch.setattr(short_memory, "_is_short", lambda device, needed: False)
     if case == "compiled":
         wrappers = comfy.patcher_extension.WrappersMP.APPLY_MODEL
         model.add_wrapper_with_key(wrappers, "torch.compile", _compiled)

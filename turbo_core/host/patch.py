@@ -37,7 +37,7 @@ from .patch_owner import is_ours, mark_as_ours, owner_of
 from .prefetch import next_block, queue_of
 from .rope import kept_rotation
 from .self_attention import self_attention
-from .short_memory import tried_again
+from .short_memory import around_pass
 from .versions import carry_loader
 
 PLAIN_BLOCKS = (
@@ -190,7 +190,7 @@ def _around_forward(
     network = executor.class_obj
     _report_forward(network.blocks)
     given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
-    with tried_again(x, network.dim, transformer_options), kept_rotation(network):
+    with around_pass(x, network.dim, transformer_options), kept_rotation(network):
         return _forward(executor, given | rest, transformer_options)
 
 

@@ -1,4 +1,4 @@
-"""A GPU whose memory is short: torch's cache goes back to it before a pass, and where memory ends.
+"""A GPU whose memory is short: torch's cache goes back to it first, and where memory ends.
 
 The allocator that the host has torch use, cudaMallocAsync, cannot give a tensor what is free in
 pieces between others, and takes more of the GPU for it: 3.7 GB of tensors took 4.3 to 5.2 GB of it.
@@ -16,33 +16,41 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import run_report
 
-ACTIVATIONS = 10  # of bf16; with less than twice what a pass works in memory is short
+ENOUGH = 2  # times what is needed; with less memory is short
+ACTIVATIONS = 5  # of bf16, that a pass needs
 CACHED = 2**28  # bytes of torch's cache that are worth waiting for the GPU
 
 
 @contextlib.contextmanager
-def tried_again(x: torch.Tensor, dim: int, transformer_options: dict) -> Iterator[None]:
-    """Around a pass of the latents x [B, C, T, H, W] through `dim` channels.
+def tried_again(device: torch.device, needed: float) -> Iterator[None]:
+    """Around what works in so many bytes of `device`."""
+    if not _is_short(device, needed):
+        yield
+        return
+    if _cached(device) >= CACHED:  # nothing of what was before is left in between
+        comfy.model_management.soft_empty_cache()
+    with TriedAgain(device):
+        yield
+
+
+def around_pass(
+    x: torch.Tensor, dim: int, transformer_options: dict
+) -> contextlib.AbstractContextManager:
+    """The same around a pass of the latents x [B, C, T, H, W] through `dim` channels.
 
     Not where a node wraps the pass, torch.compile perhaps: it compiles nothing below such a mode.
     """
     wrappers = transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-    if any(wrappers.values()) or not _is_short(x, dim):
-        yield
-        return
-    if _cached(x.device) >= CACHED:  # nothing of the pass before is left in between
-        comfy.model_management.soft_empty_cache()
-    with TriedAgain(x.device):
-        yield
-
-
-def _is_short(x: torch.Tensor, dim: int) -> bool:
-    if x.device.type != "cuda":
-        return False
+    if any(wrappers.values()):
+        return contextlib.nullcontext()
     batch, _, frames, height, width = x.shape
     tokens = batch * frames * -(-height // 2) * -(-width // 2)
-    free = comfy.model_management.get_free_memory(x.device)
-    return free < ACTIVATIONS * 2 * tokens * dim
+    return tried_again(x.device, ACTIVATIONS * 2 * tokens * dim)
+
+
+def _is_short(device: torch.device, needed: float) -> bool:
+    free = comfy.model_management.get_free_memory
+    return device.type == "cuda" and free(device) < ENOUGH * needed
 
 
 def _cached(device: torch.device) -> int:
