@@ -4,10 +4,13 @@ import contextlib
 import contextvars
 import ctypes
 import functools
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+
+log = logging.getLogger(__name__)
 
 # Numbers of torch's current stream on a device and of its current device, which Triton asks for as
 # well: what torch.cuda makes of them takes ten times as long. A torch without CUDA has neither.
@@ -59,6 +62,33 @@ def check(code: int) -> None:
         driver().cuGetErrorString(code, ctypes.byref(text))
         kind = torch.OutOfMemoryError if code == OUT_OF_MEMORY else RuntimeError
         raise kind(f"the CUDA driver failed: {(text.value or b'unknown').decode()}")
+
+
+def with_room(load: Callable):
+    """load(), which brings a kernel's code to the GPU; where that has no memory left for it, once
+    more behind what torch keeps there for later given back.
+
+    Raises:
+        torch.OutOfMemoryError: there is none then either. Triton raises a plain RuntimeError.
+    """
+    try:
+        return load()
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+    log.info("TurboDiffusion: torch's cache on the GPU is given back for a kernel's code")
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    try:
+        return load()
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def start(

@@ -14,7 +14,7 @@ import torch
 
 from .checks import Remembered
 from .dispatch import launching_on
-from .driver import recorder, start
+from .driver import recorder, start, with_room
 
 SLOT = 8  # bytes of an argument
 # By Triton's types of numbers: what packs one, and what it is in PTX.
@@ -143,7 +143,7 @@ class Launched:
             tape.refuse("Triton launches a kernel for the first time")
         devices = [x.get_device() for x in tensors if x is not None]
         with launching_on(tensors[0]):
-            compiled = self.kernel[grid](*arguments, **constants)
+            compiled = with_room(lambda: self.kernel[grid](*arguments, **constants))
         usual = together % 16 == 0 and len(set(devices)) == 1 and devices[0] >= 0
         if usual and self.only_triton is None:
             self.only_triton = why_triton(compiled)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .checks import Remembered
-from .driver import check, driver, recorder, start
+from .driver import check, driver, recorder, start, with_room
 
 # What the kernels include.
 HEADER_NAMES = "arithmetic.cuh", "hopper.cuh", "mma.cuh", "rows.cuh"
@@ -197,7 +197,7 @@ def _on_device(binary: bytes, name: str, shared_bytes: int, device: int) -> Kern
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # torch makes its context here at the latest
-        check(driver().cuModuleLoadData(ctypes.byref(module), binary))
+        with_room(lambda: check(driver().cuModuleLoadData(ctypes.byref(module), binary)))
         check(driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
         most_dynamic_shared_bytes = 8
         check(driver().cuFuncSetAttribute(function, most_dynamic_shared_bytes, shared_bytes))

@@ -29,6 +29,8 @@ class Counts:
         self.gpus = set()  # "on 2 GPUs", or on one, and why
         self.kernels = set()  # what `dispatch.choose` tells: (op, name, why)
         self.streamed = 0  # bytes of weights that came to the GPU to be used
+        self.ran_out = 0  # operations that found no memory until torch's cache was given back
+        self.given_back = 0  # bytes of it, then
         self.waits = []  # (start, end) of waiting for them, as events with elapsed_time
 
     def text(self) -> str:
@@ -45,7 +47,14 @@ class Counts:
         parts += [f"fused in {_ranges(self.fused)}"] if self.fused else []
         parts += [f"not fused in {_ranges(blocks)}: {why}" for why, blocks in self.unfused.items()]
         parts += [f"INT8 {how} in {count(len(of), 'linear')}" for how, of in self.int8.items()]
-        return "; ".join(parts + self._streaming() + self._kernel_parts())
+        return "; ".join(parts + self._streaming() + self._memory() + self._kernel_parts())
+
+    def _memory(self) -> list[str]:
+        """How often memory ended, and what there was then."""
+        if not self.ran_out:
+            return []
+        told = f"memory ran out {count(self.ran_out, 'time')}, went on with"
+        return [f"{told} {self.given_back / 1e9:.2f} GB of torch's cache"]
 
     def _streaming(self) -> list[str]:
         """How many bytes of weights were streamed, and how long the GPU waited for them."""
@@ -223,6 +232,19 @@ def note_streamed(size: int, start, end) -> None:
         counts.streamed += size
         if start is not None:
             counts.waits.append((start, end))
+
+
+def note_out_of_memory(given_back: int) -> None:
+    """An operation found no memory, and is run again now that torch's cache of so many bytes is
+    the GPU's."""
+    if counts := _counts():
+        counts.ran_out += 1
+        counts.given_back += given_back
+    else:
+        log.info(
+            "TurboDiffusion: memory ran out, goes on with %.2f GB of torch's cache",
+            given_back / 1e9,
+        )
 
 
 def _ranges(blocks: set[int]) -> str:

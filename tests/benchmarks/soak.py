@@ -114,10 +114,11 @@ def with_lora(prompt: dict) -> dict:
 
 def grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
     """Bytes by which each kind of memory has grown, mapped files left out."""
+    left_out = "mapped", "peak", "unheard"
     before, after = (
         {**taken, "resident": taken["resident"] - taken["mapped"]} for taken in (before, after)
     )
-    return {name: after[name] - before[name] for name in after if name not in ("mapped", "peak")}
+    return {name: after[name] - before[name] for name in after if name not in left_out}
 
 
 def in_words(sizes: dict[str, int]) -> str:

@@ -71,7 +71,7 @@ def measure(server: ComfyServer, video: Video, way: str, turbo_vae: bool, option
         prompt = video.prompt(way, seed, turbo_vae)
         run = server.run(prompt)
         if run.outcome != "execution_success":
-            return {"failed": run.message or run.outcome}
+            return {"failed": run.message or run.outcome, "log": told_since(server, start)}
         if "sampler" in run.cached:
             raise SystemExit("ComfyUI has kept these latents: add --server=--cache-classic")
         bits += run.outputs["bits"]["bits"]
@@ -82,9 +82,13 @@ def measure(server: ComfyServer, video: Video, way: str, turbo_vae: bool, option
             check(run.files, video)
         if runs[0]["whole"].seconds > options.longest or time.monotonic() > options.deadline:
             break
-    lines = re.findall(r"TurboDiffusion: .*passes?;.*", server.log_text()[start:])
     found = {"first": runs[0], "warm": warm(runs[1:]), "runs": len(runs) - 1}
-    return found | {"bits": bits, "log": lines[-1:], "copied": copied}
+    return found | {"bits": bits, "log": told_since(server, start), "copied": copied}
+
+
+def told_since(server: ComfyServer, start: int) -> list[str]:
+    """The pack's last line on what ran in a log from `start` on."""
+    return re.findall(r"TurboDiffusion: .*passes?;.*", server.log_text()[start:])[-1:]
 
 
 def measured(server: ComfyServer, *of, ahead: int) -> dict:
@@ -125,6 +129,8 @@ def show(title: str, result: dict) -> None:
     say(title)
     if "failed" in result:
         say(f"  failed: {result['failed'][:300]}")
+        for line in result.get("log", ()):
+            say(f"  {line}")
         return
     first, later = result["first"], result["warm"]
     say(f"  {'':16}    first     warm | GB of tensors  torch's  card | host  mapped  pinned")

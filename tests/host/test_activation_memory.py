@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
+import sys
 import types
 
 import goldens
@@ -22,6 +23,7 @@ from turbodiffusion_pack.turbo_core.host import (
     patch,
     per_run,
     self_attention,
+    short_memory,
     text,
 )
 from turbodiffusion_pack.turbo_core.host.gradients import GRADIENTS
@@ -77,15 +79,17 @@ def _fill(op, int8):
     op.granularity = "rows"
 
 
-def _peak(wan, latent, batch, attention, allocator=None, passes=1):
-    """Bytes alive at the peak of forward passes of one prompt, their inputs among them."""
+def _peak(wan, latent, batch, attention, allocator=None, passes=1, around=None):
+    """Bytes alive at the peak of forward passes of one prompt, their inputs among them; `around`
+    gives a context of each."""
     with torch.inference_mode(), live_memory.LiveBytes(allocator) as live, per_run.keep():
         for _ in range(passes):
             x = meta(batch, 16, *latent, dtype=torch.bfloat16)
             context = meta(batch, 512, 4096, dtype=torch.bfloat16)
             made = per_run.made("text", lambda: _room_for_texts(wan, batch))
             options = {THIS_PASS: (SLASettings(attention), -1), MADE_ONCE: {}, TEXT: _given(made)}
-            wan(x, meta(batch), context, transformer_options=options)
+            with around() if around else contextlib.nullcontext():
+                wan(x, meta(batch), context, transformer_options=options)
             del x, context, options
     return live.peak
 
@@ -159,6 +163,20 @@ def test_parts_as_long_as_they_may_be_fit(alive, network, latent, monkeypatch):
     asked = fused_bytes(*sizes, topk=0.1)
     wan = _wan(*NETWORKS[network], layers)
     _peak(wan, latent, 1, "sagesla", live_memory.Allocator(asked), passes=2)
+
+
+def test_an_allocator_that_gives_nothing_back_by_itself_fits_too(alive, monkeypatch):
+    """In less than it takes of a GPU without an end, where operations are run again."""
+    latent, wan, boundless = LATENTS["720p"], _wan(*NETWORKS["14B"], layers=4), sys.maxsize
+    played = functools.partial(_peak, wan, latent, 1, "sagesla", passes=2)
+    room = int(1.04 * played(taking := live_memory.Allocator(boundless, itself=False)))
+    assert room < taking.reserved
+    with pytest.raises(torch.OutOfMemoryError):
+        played(live_memory.Allocator(room, itself=False))
+    allocator = live_memory.Allocator(room, itself=False)
+    monkeypatch.setattr(comfy.model_management, "soft_empty_cache", allocator.give_back)
+    monkeypatch.setattr(short_memory, "_cached", lambda device: 0)
+    played(allocator, around=lambda: short_memory.TriedAgain(torch.device("meta")))
 
 
 def test_a_weight_that_the_allocator_asks_for_alone_takes_whole_pieces():

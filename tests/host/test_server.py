@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import sys
+import types
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -338,6 +339,16 @@ def test_the_clock_takes_a_video_apart(server):
         assert parts["step 1"].resident > parts["step 1"].mapped > 0
 
 
+def test_a_server_is_emptied_once_it_has_heard_all_that_it_was_asked(monkeypatch):
+    """What it has not heard while it gave up its models it would do after the next prompt."""
+    told = [(9, 0), (9, 1), (9, 1), (4, 1), (4, 0), (4, 0)]  # bytes, unheard
+    told = iter([{"tensors": n << 30, "resident": n << 30, "unheard": m} for n, m in told])
+    server = types.SimpleNamespace(post=lambda *_: None, get=lambda _: {"now": next(told)})
+    monkeypatch.setattr(server_clock.time, "sleep", lambda seconds: None)
+    assert server_clock.emptied(server)["tensors"] == 4 << 30
+    assert len(list(told)) == 1
+
+
 def test_a_link_is_kept_busy_for_sizes_that_are_asked_for(capsys):
     with pytest.raises(SystemExit):
         CLOCK.parse_options(["--free", "0", "--busy-link", "12"])
@@ -353,7 +364,9 @@ def test_a_thread_keeps_the_link_busy_while_a_video_is_made(server):
     busy = CLOCK.measure(server, VIDEO, "ours", False, options)
     assert busy["copied"][0] > 0
     assert "GB/s left" in CLOCK.in_numbers(busy | {"link": link})
-    server_clock.keep_link_busy(server, 0)
+    with pytest.raises(TimeoutError):
+        server_clock.keep_link_busy(server, 2, timeout=0.5)
+    server_clock.keep_link_busy(server, 0)  # whoever was not waited for copies no more
     assert CLOCK.measure(server, VIDEO, "stock + pack", False, options)["copied"] == [0]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import logging
 import weakref
 from functools import partial
 
@@ -12,6 +13,7 @@ import torch
 from comfy.ldm.wan.vae import WanVAE
 from comfy.sd import VAE as HostVAE  # noqa: N811
 from comfy_extras.nodes_wan import WanImageToVideo
+from full_gpu import FullGPU
 from in_comfyui import DEVICE, DYNAMIC, comfy
 from one_convolution import convolve_alike, summed_in_fp64
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -20,7 +22,7 @@ from turbodiffusion_pack.kernels import dispatch
 from turbodiffusion_pack.kernels.frames_conv import frames_conv
 from turbodiffusion_pack.nodes.vae import TurboVAE as Node
 from turbodiffusion_pack.turbo_core import vae_strips
-from turbodiffusion_pack.turbo_core.host import causal_vae, turbo_vae
+from turbodiffusion_pack.turbo_core.host import causal_vae, short_memory, turbo_vae
 from turbodiffusion_pack.turbo_core.host.turbo_vae import TurboVAE, accelerate_vae
 from turbodiffusion_pack.turbo_core.vae_strips import strips_of
 
@@ -308,6 +310,20 @@ def test_where_memory_runs_out_there_are_more_strips(turbo, monkeypatch, caplog,
     torch.testing.assert_close(turbo.decode(z), expected, rtol=0, atol=ATOL)
     assert tried == [1, 2, 4]
     assert "tries again in 4 strips" in caplog.text
+
+
+def test_where_memory_is_short_one_strip_goes_on(turbo, monkeypatch, caplog):
+    z, full = latents(5, 2, 16), FullGPU()
+    expected = turbo.decode(z)
+    monkeypatch.setattr(TurboVAE, "_decode", full.during(TurboVAE._decode))
+    monkeypatch.setattr(comfy.model_management, "soft_empty_cache", full.give_back)
+    monkeypatch.setattr(short_memory, "_is_short", lambda device, needed: True)
+    monkeypatch.setattr(short_memory, "_cached", lambda device: 0)
+    with full, caplog.at_level(logging.INFO):
+        found = turbo.decode(z)
+    assert torch.equal(found, expected)
+    times = full.asked // full.EVERY
+    assert times > 10 and caplog.text.count("memory ran out, goes on with 0.00 GB") == times
 
 
 def test_another_error_is_not_tried_again(turbo, monkeypatch):

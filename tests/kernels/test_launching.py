@@ -1,5 +1,6 @@
 """A Triton kernel's arguments are packed once a shape, and launched with fresh addresses."""
 
+import contextlib
 import ctypes
 import threading
 import types
@@ -206,6 +207,32 @@ def test_what_the_driver_refuses_is_raised(monkeypatch, code, name, kind):
     with pytest.raises(RuntimeError, match=f"the CUDA driver failed: {name}") as refused:
         driver.start(ctypes.c_void_p(1), (1, 1, 1), 32, 0, 0, (ctypes.c_void_p * 1)())
     assert refused.type is kind
+
+
+@pytest.mark.parametrize(
+    ("errors", "kind"),
+    [
+        (["Triton Error [CUDA]: out of memory"], None),
+        (2 * ["Triton Error [CUDA]: out of memory"], torch.OutOfMemoryError),
+        (["Triton Error [CUDA]: invalid argument"], RuntimeError),
+    ],
+)
+def test_a_first_launch_without_memory_is_done_again(started, monkeypatch, errors, kind):
+    plain, cached, left = Kernel(compiled()), [True], list(errors)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", cached.clear)
+
+    class Full(Kernel):
+        def __getitem__(self, grid):
+            if left:
+                raise RuntimeError(left.pop())
+            return plain[grid]
+
+    with pytest.raises(kind) if kind else contextlib.nullcontext() as refused:
+        launch(launching.launched(Full(None)), rows(3), rows(3, torch.float32))
+    assert kind is None or refused.type is kind
+    assert len(plain.launches) == int(kind is None)
+    assert cached == ([True] if kind is RuntimeError else [])
 
 
 @launching.launched

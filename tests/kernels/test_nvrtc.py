@@ -1,5 +1,6 @@
 """CUDA C++ by NVRTC: it compiles without a GPU, spills nothing, and says what is wrong."""
 
+import contextlib
 import re
 import types
 
@@ -10,7 +11,7 @@ import torch
 from ahead_of_time import HOPPER, SHARED_LIMIT
 from cuda_kernels import KERNELS, captured, zeros
 from devices import DEVICE
-from turbodiffusion_pack.kernels import ceilings, nvrtc
+from turbodiffusion_pack.kernels import ceilings, driver, nvrtc
 from turbodiffusion_pack.kernels.checks import Remembered
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.int8_linear import int8_linear
@@ -188,6 +189,29 @@ def test_a_tensor_map_is_made_once_for_each_place_and_shape(monkeypatch):
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("full", [1, 2])
+def test_a_kernels_code_is_loaded_again_behind_torchs_cache(monkeypatch, full):
+    asked = []
+
+    def load(*_):
+        asked.append("load")
+        return driver.OUT_OF_MEMORY if asked.count("load") <= full else 0
+
+    calls = dict.fromkeys(("cuModuleGetFunction", "cuFuncSetAttribute"), lambda *_: 0)
+    calls |= {"cuModuleLoadData": load, "cuGetErrorString": lambda *_: 0}
+    monkeypatch.setattr(driver, "driver", lambda: types.SimpleNamespace(**calls))
+    monkeypatch.setattr(nvrtc, "driver", driver.driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    stream = types.SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: asked.append(name))
+    again = pytest.raises(torch.OutOfMemoryError) if full == 2 else contextlib.nullcontext()
+    with again:
+        assert nvrtc._on_device(b"", "kernel", 0, 0).device == 0
+    assert asked == ["load", "synchronize", "empty_cache", "load"]
+
+
 def test_constants_are_defined():
     source = 'static_assert(SIZE == 7); extern "C" __global__ void f() {}'
     assert nvrtc.compile_cuda(source, "sm_90", SIZE=7)

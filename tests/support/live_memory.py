@@ -29,11 +29,11 @@ class Allocator:
     """torch's on a GPU of `room` bytes: of equally large pieces the one that was freed first.
 
     `reserved` are bytes that it has of the GPU. Where those end, it gives segments back that are
-    free as a whole, and then raises torch.OutOfMemoryError.
+    free as a whole, unless it is not to do so `itself`, and then raises torch.OutOfMemoryError.
     """
 
-    def __init__(self, room: int):
-        self.room, self.reserved = room, 0
+    def __init__(self, room: int, itself: bool = True):
+        self.room, self.reserved, self.itself = room, 0, itself
         self.free = {True: [], False: []}  # pieces, by whether they are small
 
     def take(self, size: int) -> Piece:
@@ -65,15 +65,19 @@ class Allocator:
                 setattr(other, side, piece)
         free.append(piece)
 
+    def give_back(self) -> None:
+        """The GPU gets the segments that are free as a whole."""
+        for free in self.free.values():
+            whole = [piece for piece in free if piece.before is None and piece.after is None]
+            free[:] = [piece for piece in free if piece not in whole]
+            self.reserved -= sum(piece.size for piece in whole)
+
     def _segment(self, size: int) -> Piece:
         if size < 10 * MB:
             size = 2 * MB if size <= MB else 20 * MB
         size = -(-size // (2 * MB)) * 2 * MB
-        if self.reserved + size > self.room:
-            for free in self.free.values():
-                whole = [piece for piece in free if piece.before is None and piece.after is None]
-                free[:] = [piece for piece in free if piece not in whole]
-                self.reserved -= sum(piece.size for piece in whole)
+        if self.reserved + size > self.room and self.itself:
+            self.give_back()
         if self.reserved + size > self.room:
             raise torch.OutOfMemoryError(f"{size} bytes more than {self.reserved} of {self.room}")
         self.reserved += size

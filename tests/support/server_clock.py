@@ -48,12 +48,12 @@ def run_short(server: ComfyServer, node: str, value: int, operations: int, room:
     server.post(CLOCK, where)
 
 
-def keep_link_busy(server: ComfyServer, ahead: int) -> dict[str, float]:
+def keep_link_busy(server: ComfyServer, ahead: int, timeout: float = 20) -> dict[str, float]:
     """Have a thread of the server copy to the GPU, so many copies ahead; none of 0.
 
     Bytes per second of others' copies: "alone", and what is "left" of it, and of its "other" own.
     """
-    return server.post(f"{CLOCK}/busy_link", {"ahead": ahead}, timeout=20)
+    return server.post(f"{CLOCK}/busy_link", {"ahead": ahead}, timeout=timeout)
 
 
 def busy_bytes(told: list[dict], prompt: dict) -> float:
@@ -66,7 +66,8 @@ def busy_bytes(told: list[dict], prompt: dict) -> float:
 def emptied(server: ComfyServer, forget: bool = True) -> dict[str, int]:
     """What is taken once the server has given up its models and, to `forget`, its cache.
 
-    It is asked again and again: the host does not hear it just after a prompt, but with the next.
+    It is asked again and again: while the host gives something up it hears nothing, and would do
+    it again after the next prompt, in the midst of what is measured.
     """
     deadline, before, after = time.monotonic() + FREED_SECONDS, None, now(server)
     while time.monotonic() < deadline and not _same(before, after):
@@ -78,9 +79,9 @@ def emptied(server: ComfyServer, forget: bool = True) -> dict[str, int]:
 
 
 def _same(before: dict | None, after: dict) -> bool:
-    return before is not None and all(
-        abs(before[name] - after[name]) < 1 << 20 for name in ("tensors", "resident")
-    )
+    if before is None or after["unheard"]:
+        return False
+    return all(abs(before[name] - after[name]) < 1 << 20 for name in ("tensors", "resident"))
 
 
 def parts(told: list[dict], prompt: dict) -> dict[str, Part]:

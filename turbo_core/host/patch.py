@@ -37,6 +37,7 @@ from .patch_owner import is_ours, mark_as_ours, owner_of
 from .prefetch import next_block, queue_of
 from .rope import kept_rotation
 from .self_attention import self_attention
+from .short_memory import around_pass
 from .versions import carry_loader
 
 PLAIN_BLOCKS = (
@@ -188,7 +189,15 @@ def _around_forward(
     """Tell the blocks what holds in this pass, and the report which blocks will not reach us."""
     network = executor.class_obj
     _report_forward(network.blocks)
-    text_of_pass = _text_of_pass(executor, context, x.dtype, transformer_options)
+    given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
+    with around_pass(x, network.dim, transformer_options), kept_rotation(network):
+        return _forward(executor, given | rest, transformer_options)
+
+
+@torch.compiler.disable(recursive=False)
+def _forward(executor, given: dict, transformer_options: dict) -> torch.Tensor:
+    network, x = executor.class_obj, given["x"]
+    text_of_pass = _text_of_pass(executor, given["context"], x.dtype, transformer_options)
     if not text.will_be_known(network):
         text_of_pass()  # else the first block asks, when the GPU is done with the step before
     ours = {
@@ -199,9 +208,7 @@ def _around_forward(
     }
     options = {**transformer_options, **ours}
     options[PREFETCH] = queue_of(network, x.device, options)
-    given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
-    with kept_rotation(network):
-        out = pass_graph.forward(executor, options, given | rest)
+    out = pass_graph.forward(executor, options, given)
     next_block(options, None, x.device)
     return out
 

@@ -35,6 +35,7 @@ from .causal_vae import (
     encoder_levels,
 )
 from .gpu_workers import key_of, running_workers, uninterrupted
+from .short_memory import tried_again
 from .split_vae import pieces_of, shared_pieces, strips_for_all
 from .versions import is_out_of_memory, on_device, pixels_dtype
 
@@ -166,7 +167,8 @@ class TurboVAE(comfy.sd.VAE):
             count = self._load(need, shape)
             while True:
                 try:
-                    return run(x, count)
+                    with tried_again(self.device, need(shape, self.vae_dtype, count)):
+                        return run(x, count)
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise

@@ -26,6 +26,7 @@ TOLD = "execution_start", "executing", *OUTCOMES
 PIECE = 1 << 26  # bytes of a copy
 STATUS = Path("/proc/self/status")
 
+one_at_a_time = threading.Lock()
 host_loads = memory.load_models_gpu
 host_moves_bar = comfy.utils.ProgressBar.update_absolute
 
@@ -148,11 +149,13 @@ def resident() -> dict[str, int]:
 
 
 def now() -> dict[str, int]:
-    """`taken` at this moment, and bytes of all tensors that Python holds, wherever they are."""
+    """`taken` at this moment, bytes of all tensors that Python holds, wherever they are, and how
+    much ComfyUI was asked to give up and has not heard of yet."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
-    held = taken() | {"tensors": sum(storages.values())}
+    unheard = len(PromptServer.instance.prompt_queue.flags)
+    held = taken() | {"tensors": sum(storages.values()), "unheard": unheard}
     return held | {"reserved": torch.cuda.memory_reserved()} if on_gpu() else held
 
 
@@ -228,8 +231,15 @@ def keep_link_busy(ahead: int) -> dict[str, float]:
     """Have a thread copy from now on, or none of `ahead` 0.
 
     Bytes per second of copies in the thread that asks, alone and beside that other one, and of the
-    other one alone.
+    other one alone. What is asked last holds, also where a client did not wait for the one before.
     """
+    if Clock.copier:
+        Clock.copier.stopped.set()
+    with one_at_a_time:
+        return _keep_link_busy(ahead)
+
+
+def _keep_link_busy(ahead: int) -> dict[str, float]:
     if Clock.copier:
         Clock.copier.stop()
         Clock.copier = None
