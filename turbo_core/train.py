@@ -1,10 +1,11 @@
 """Trains: SLA fine-tuning, rCM distillation, their merge; each stage into a folder of one run.
 
-    python turbo_core/train.py STAGE --preset toy --out RUN [--base FILE] [--data FOLDER] ...
-    torchrun --nproc-per-node 2 turbo_core/train.py STAGE ...
+    python turbo_core/train.py STAGE... --preset toy --out RUN [--base FILE] [--data FOLDER] ...
+    torchrun --nproc-per-node 2 turbo_core/train.py STAGE... ...
 
-A stage goes on where it was stopped, by whatever: give the same command again. turbo_core/training
-has a README.md about stages, folders, memory and steps.
+A stage goes on where it was stopped, by whatever: give the same command again. Several run in turn,
+without those that are finished. turbo_core/training has a README.md about stages, folders, memory
+and steps.
 """
 
 import argparse
@@ -35,9 +36,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python turbo_core/train.py",
-        description="Trains one stage of TurboDiffusion; the same command goes on after a stop.",
+        description="Trains stages of TurboDiffusion; the same command goes on after a stop.",
     )
-    parser.add_argument("stage", choices=STAGES, help="what to do, in this order")
+    parser.add_argument("stages", nargs="+", choices=STAGES, help="what to do, in this order")
     parser.add_argument("--preset", required=True, help="see turbo_core/training/presets.py")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--base", type=Path, metavar="FILE", help="checkpoint to start from")
@@ -61,7 +62,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--comfyui", type=Path, metavar="FOLDER", help="default: the one that this pack is in"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if len(args.stages) > 1 and (args.steps is not None or args.set):
+        parser.error("--steps and --set are of one stage: give it alone")
+    return args
 
 
 def _make_importable(comfyui: Path | None) -> None:

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from turbodiffusion_pack.turbo_core import train
 from turbodiffusion_pack.turbo_core.training import command, processes
 from turbodiffusion_pack.turbo_core.training.error import TrainingError
 from turbodiffusion_pack.turbo_core.training.loop import Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
-ARGS = argparse.Namespace(stage="sla", device="cpu")
+ARGS = argparse.Namespace(stages=["sla"], device="cpu")
 
 
 def run(stage) -> int:
@@ -67,7 +68,7 @@ def test_the_first_process_speaks_for_all(monkeypatch, capsys):
 
 
 def test_a_gpu_that_is_not_there(capsys):
-    args = argparse.Namespace(stage="sla", device="cuda:99")
+    args = argparse.Namespace(stages=["sla"], device="cuda:99")
     assert command.run(args, lambda: SimpleNamespace(STAGES={"sla": None})) == 1
     assert capsys.readouterr().err.startswith("error: GPU 99 is asked for, this machine has ")
 
@@ -84,3 +85,31 @@ def test_help_needs_neither_torch_nor_comfyui():
     done = subprocess.run(command_line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "{vae,data,teacher,rcm,sla,merge,evaluate}" in done.stdout
+
+
+def test_stages_run_one_after_the_other_until_one_fails():
+    """And what was compiled for one is gone before the next."""
+    done, compiled = [], []
+    twice = torch.compile(lambda x: 2 * x, backend=lambda graph, _: compiled.append(0) or graph)
+
+    def stage(args, device):
+        done.append(float(twice(torch.ones(2))[0]))
+        if len(done) == 3:
+            raise TrainingError("the disk is full")
+
+    args = argparse.Namespace(stages=["sla", "rcm", "merge", "sla"], device="cpu")
+    stages = SimpleNamespace(STAGES=dict.fromkeys(("sla", "rcm", "merge"), stage))
+    with torch.inference_mode(False):
+        assert command.run(args, lambda: stages) == 1
+    assert done == [2.0] * 3 and len(compiled) == 3
+
+
+@pytest.mark.parametrize("extra", [["--steps", "3"], ["--set", "lr=1"]])
+def test_a_stages_numbers_are_given_to_it_alone(extra, monkeypatch, capsys):
+    line = ["train.py", "--preset", "toy", "--out", "run", *extra]
+    monkeypatch.setattr(sys, "argv", [*line, "sla"])
+    assert train._arguments().stages == ["sla"]
+    monkeypatch.setattr(sys, "argv", [*line, "rcm", "sla"])
+    with pytest.raises(SystemExit):
+        train._arguments()
+    assert "are of one stage" in capsys.readouterr().err

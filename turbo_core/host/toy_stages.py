@@ -13,6 +13,7 @@ from ..training.batches import write_data
 from ..training.loop import train
 from ..training.presets import Preset
 from ..training.processes import say
+from ..training.recorded import wanted
 from ..training.report import Report
 from ..training.toy.clips import UNCONDITIONAL, shards
 from ..training.toy.recipe import recipe
@@ -37,7 +38,8 @@ def vae(args: argparse.Namespace, device: torch.device) -> None:
             return
         torch.manual_seed(preset.seed)
         network = TrainableVAE(settings.dim).to(device)
-        training = VAETraining(network, settings, preset.video, preset.seed)
+        by_graph = wanted(preset, device)
+        training = VAETraining(network, settings, preset.video, preset.seed, by_graph)
         report = Report(folder.path, list(COLUMNS), settings.steps)
         # Few sizes, each met often; the fastest convolution may be one that sums in any order.
         torch.backends.cudnn.benchmark = not preset.deterministic

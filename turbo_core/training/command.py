@@ -1,6 +1,7 @@
-"""What `python turbo_core/train.py` does once torch is there: one stage, errors as one sentence."""
+"""What `python turbo_core/train.py` does once torch is there: stages in turn, errors told."""
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -15,7 +16,7 @@ STOPPED = 130  # exit code of a run that its user stopped, as shells have it for
 
 
 def run(args: argparse.Namespace, stages: Callable[[], ModuleType]) -> int:
-    """Run the stage that `args` name.
+    """Run the stages that `args` name, one after the other.
 
     Args:
         stages: imports the module that has STAGES, {name: function(args, device)}: on the host's
@@ -27,12 +28,23 @@ def run(args: argparse.Namespace, stages: Callable[[], ModuleType]) -> int:
     try:
         with processes(args.device or ("cuda" if torch.cuda.is_available() else "cpu")) as device:
             try:
-                stages().STAGES[args.stage](args, device)
+                for stage in args.stages:
+                    stages().STAGES[stage](args, device)
+                    _forget()
             except Exception as error:
                 return _told(error)
     except TrainingError as error:
         return _told(error)
     return 0
+
+
+def _forget() -> None:
+    """Give back what a stage leaves in the process: networks in circles, compiled code, memory."""
+    if "torch._dynamo" in sys.modules:  # it keeps few versions of a function, by shape
+        torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _told(error: Exception) -> int:
