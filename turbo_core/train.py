@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACK = "turbodiffusion_wan"
 STAGES = ("vae", "data", "teacher", "rcm", "sla", "merge", "evaluate")
+STAGES_HELP = "one or more, run in the order given; they build on each other in this one"
+BASED_OTHERWISE = {"data", "teacher"}  # whose --base is not the one of the stages behind them
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def _arguments() -> argparse.Namespace:
         prog="python turbo_core/train.py",
         description="Trains stages of TurboDiffusion; the same command goes on after a stop.",
     )
-    parser.add_argument("stages", nargs="+", choices=STAGES, help="what to do, in this order")
+    parser.add_argument("stages", nargs="+", choices=STAGES, help=STAGES_HELP)
     parser.add_argument("--preset", required=True, help="see turbo_core/training/presets.py")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--base", type=Path, metavar="FILE", help="checkpoint to start from")
@@ -63,8 +65,11 @@ def _arguments() -> argparse.Namespace:
         "--comfyui", type=Path, metavar="FOLDER", help="default: the one that this pack is in"
     )
     args = parser.parse_args()
-    if len(args.stages) > 1 and (args.steps is not None or args.set):
-        parser.error("--steps and --set are of one stage: give it alone")
+    if len(args.stages) > 1:
+        if args.steps is not None or args.set:
+            parser.error("--steps and --set are of one stage: give it alone")
+        if args.base and BASED_OTHERWISE & set(args.stages):
+            parser.error("--base is not the same for data, teacher and the others: give each alone")
     return args
 
 

@@ -25,6 +25,7 @@ from .toy_evaluate import VAE_FILE, evaluate
 from .wan_vae import LatentVAE, TrainableVAE, latent_statistics
 
 AT_ONCE = 16  # clips that are measured
+MOST_APART = 1000  # steps between checkpoints of the VAE, which takes fewer than the networks
 STORED = torch.bfloat16  # what ComfyUI computes the VAE in on a GPU
 
 
@@ -47,7 +48,7 @@ def vae(args: argparse.Namespace, device: torch.device) -> None:
             with _convolutions(preset.deterministic):
                 return training.step(n)
 
-        every = (preset.save_every, training.sample, preset.sample_every)
+        every = (min(preset.save_every, MOST_APART), training.sample, preset.sample_every)
         train(folder, report, training.state(), step, *every)
         facts = _fit_for_wan(network, preset, device)
         tensors = {name: t.to(STORED) for name, t in network.wan.state_dict().items()}

@@ -1,9 +1,10 @@
 """What `python turbo_core/train.py` does once torch is there: stages in turn, errors told."""
 
 import argparse
+import contextlib
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from .error import TrainingError
 from .loop import Stopped
 from .processes import processes, rank
+from .toy.recipe import check_alone
 
 STOPPED = 130  # exit code of a run that its user stopped, as shells have it for Ctrl-C
 
@@ -28,9 +30,11 @@ def run(args: argparse.Namespace, stages: Callable[[], ModuleType]) -> int:
     try:
         with processes(args.device or ("cuda" if torch.cuda.is_available() else "cpu")) as device:
             try:
+                for stage in args.stages:  # before hours of those in front of it
+                    check_alone(stage)
                 for stage in args.stages:
-                    stages().STAGES[stage](args, device)
-                    _forget()
+                    with _in_a_process_of_its_own():
+                        stages().STAGES[stage](args, device)
             except Exception as error:
                 return _told(error)
     except TrainingError as error:
@@ -38,8 +42,23 @@ def run(args: argparse.Namespace, stages: Callable[[], ModuleType]) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _in_a_process_of_its_own() -> Iterator[None]:
+    """As good as: a stage leaves no settings, networks in circles, compiled code nor memory."""
+    precision = torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+        _forget()
+
+
 def _forget() -> None:
-    """Give back what a stage leaves in the process: networks in circles, compiled code, memory."""
     if "torch._dynamo" in sys.modules:  # it keeps few versions of a function, by shape
         torch.compiler.reset()
     gc.collect()
