@@ -8,7 +8,6 @@ from ..error import TrainingError
 from ..presets import VAE, Clips, Evaluation, Preset, chosen, settings_of
 from ..processes import grouped
 
-
 ALONE = ("vae", "data", "evaluate")
 
 
