@@ -1,10 +1,11 @@
 """Trains: SLA fine-tuning, rCM distillation, their merge; each stage into a folder of one run.
 
-    python turbo_core/train.py STAGE --preset toy --out RUN [--base FILE] [--data FOLDER] ...
-    torchrun --nproc-per-node 2 turbo_core/train.py STAGE ...
+    python turbo_core/train.py STAGE... --preset toy --out RUN [--base FILE] [--data FOLDER] ...
+    torchrun --nproc-per-node 2 turbo_core/train.py STAGE... ...
 
-A stage goes on where it was stopped, by whatever: give the same command again. turbo_core/training
-has a README.md about stages, folders, memory and steps.
+A stage goes on where it was stopped, by whatever: give the same command again. Several run in turn,
+without those that are finished. turbo_core/training has a README.md about stages, folders, memory
+and steps.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACK = "turbodiffusion_wan"
 STAGES = ("vae", "data", "teacher", "rcm", "sla", "merge", "evaluate")
+STAGES_HELP = "one or more, run in the order given; they build on each other in this one"
+BASED_OTHERWISE = {"data", "teacher"}  # whose --base is not the one of the stages behind them
 
 
 def main() -> None:
@@ -35,9 +38,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python turbo_core/train.py",
-        description="Trains one stage of TurboDiffusion; the same command goes on after a stop.",
+        description="Trains stages of TurboDiffusion; the same command goes on after a stop.",
     )
-    parser.add_argument("stage", choices=STAGES, help="what to do, in this order")
+    parser.add_argument("stages", nargs="+", choices=STAGES, help=STAGES_HELP)
     parser.add_argument("--preset", required=True, help="see turbo_core/training/presets.py")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--base", type=Path, metavar="FILE", help="checkpoint to start from")
@@ -61,7 +64,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--comfyui", type=Path, metavar="FOLDER", help="default: the one that this pack is in"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if len(args.stages) > 1:
+        if args.steps is not None or args.set:
+            parser.error("--steps and --set are of one stage: give it alone")
+        if args.base and BASED_OTHERWISE & set(args.stages):
+            parser.error("--base is not the same for data, teacher and the others: give each alone")
+    return args
 
 
 def _make_importable(comfyui: Path | None) -> None:

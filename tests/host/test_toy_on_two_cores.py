@@ -1,7 +1,7 @@
 """All stages of the toy, one after the other by the command, on a CPU and far too short to learn.
 
-In seven commands it is `for s in vae data teacher sla rcm merge evaluate; do python
-turbo_core/train.py $s --preset toy-cpu --out RUN; done`, which takes less than three minutes. Here
+As a command it is `python turbo_core/train.py vae data teacher rcm sla merge evaluate --preset
+toy-cpu --out RUN`, which takes less than three minutes. Here
 clips are smaller than the preset's; test_training_stages.py has its own.
 """
 

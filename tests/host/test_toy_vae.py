@@ -14,6 +14,7 @@ from turbodiffusion_pack.turbo_core.host.wan_vae import (
     TrainableVAE,
     latent_statistics,
 )
+from turbodiffusion_pack.turbo_core.training import recorded as recorded_passes
 from turbodiffusion_pack.turbo_core.training.error import TrainingError
 from turbodiffusion_pack.turbo_core.training.presets import VAE, Clips
 from turbodiffusion_pack.turbo_core.training.toy import vae as toy_vae
@@ -148,6 +149,39 @@ def test_training_learns_and_a_step_depends_on_its_number_alone():
         assert torch.equal(training.step(0)["l1"], first)
         assert training._clips(5, toy_vae.Draws(0, 5, 0, CPU)).shape == (8, 3, 9, 16, 16)
         assert training._clips(6, toy_vae.Draws(0, 6, 0, CPU)).shape == (2, 3, 9, 32, 32)
+
+
+class OneSize:
+    """Recorded without a GPU, which takes no other shapes than the first ones."""
+
+    def __init__(self, work):
+        self.work, self.shapes = work, None
+
+    def __call__(self, *given):
+        shapes = [tensor.shape for tensor in given]
+        self.shapes = self.shapes or shapes
+        assert shapes == self.shapes
+        return self.work(*given)
+
+
+def updates(recorded: bool, device: str = "cpu") -> list[float]:
+    """The losses of the last crops and the first whole frames."""
+    settings = VAE(steps=8, batch=4, crop=16, warmup=1, lr=5e-3, whole=0.5)
+    with torch.inference_mode(False):
+        torch.manual_seed(0)
+        network = TrainableVAE(4).to(device)
+        training = toy_vae.VAETraining(network, settings, (5, 32), seed=0, recorded=recorded)
+        return [float(training.step(n)["loss"]) for n in range(2, 6)]
+
+
+def test_replayed_passes_learn_as_others(monkeypatch):
+    monkeypatch.setattr(recorded_passes, "Recorded", OneSize)
+    assert updates(True) == updates(False)
+
+
+@pytest.mark.gpu
+def test_a_graph_of_the_vae_learns_as_python_does():
+    assert updates(True, "cuda") == pytest.approx(updates(False, "cuda"), rel=0.02)
 
 
 def test_crops_show_the_shape():

@@ -24,6 +24,7 @@ from ..training.merge import STUDENT, merge_files, sha256_of, table
 from ..training.presets import PRESETS, Preset, chosen, settings_of
 from ..training.processes import grouped, rank, say
 from ..training.rcm import RCMTraining
+from ..training.recorded import wanted
 from ..training.report import Report
 from ..training.sharding import shard
 from ..training.sla import SampledSLATraining, SLATraining
@@ -52,7 +53,7 @@ def teacher(args: argparse.Namespace, device: torch.device) -> None:
         seeded = preset.sizes, preset.seed, preset.text_channels
         weights = _base(args, preset) if args.base else initial_weights(*seeded)
         network = _network(preset, device, weights)
-        return TeacherTraining(network, data, preset.teacher, preset.seed, recorded(preset, device))
+        return TeacherTraining(network, data, preset.teacher, preset.seed, wanted(preset, device))
 
     _train(args, device, "teacher", teacher_training.COLUMNS, begin)
 
@@ -65,7 +66,7 @@ def sla(args: argparse.Namespace, device: torch.device) -> None:
 
     def begin(preset: Preset, data: Data) -> SLATraining:
         base, settings = _base(args, preset), preset.sla
-        rest = data, settings, preset.seed, recorded(preset, device)
+        rest = data, settings, preset.seed, wanted(preset, device)
         weights = _student(args, preset) if settings.after_rcm else base
         sparse = _network(preset, device, weights, sla_options(settings))
         dense = _frozen(_network(preset, device, weights))
@@ -85,7 +86,7 @@ def rcm(args: argparse.Namespace, device: torch.device) -> None:
         student, fake = (_network(preset, device, weights) for _ in range(2))
         dense = _frozen(_network(preset, device, weights))
         return RCMTraining(
-            student, fake, dense, data, preset.rcm, preset.seed, recorded(preset, device)
+            student, fake, dense, data, preset.rcm, preset.seed, wanted(preset, device)
         )
 
     _train(args, device, "rcm", rcm_training.COLUMNS, begin)
@@ -251,11 +252,6 @@ def _network(
     network = new_network(preset, device, sla)
     load_weights(network, weights)
     return network
-
-
-def recorded(preset: Preset, device: torch.device) -> bool:
-    """Whether passes of training are replayed as CUDA graphs."""
-    return preset.recorded and device.type == "cuda" and not grouped()
 
 
 def _frozen(network: WanNetwork) -> WanNetwork:

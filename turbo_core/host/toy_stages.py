@@ -1,6 +1,7 @@
 """The stages of the toy world alone: its VAE, its data, and what all its models make of it."""
 
 import argparse
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 from ..checkpoint.write import write_safetensors
 from ..training import run_folder
 from ..training.batches import write_data
-from ..training.loop import train
+from ..training.loop import Values, train
 from ..training.presets import Preset
 from ..training.processes import say
+from ..training.recorded import wanted
 from ..training.report import Report
 from ..training.toy.clips import UNCONDITIONAL, shards
 from ..training.toy.recipe import recipe
@@ -23,6 +25,7 @@ from .toy_evaluate import VAE_FILE, evaluate
 from .wan_vae import LatentVAE, TrainableVAE, latent_statistics
 
 AT_ONCE = 16  # clips that are measured
+MOST_APART = 1000  # steps between checkpoints of the VAE, which takes fewer than the networks
 STORED = torch.bfloat16  # what ComfyUI computes the VAE in on a GPU
 
 
@@ -37,20 +40,16 @@ def vae(args: argparse.Namespace, device: torch.device) -> None:
             return
         torch.manual_seed(preset.seed)
         network = TrainableVAE(settings.dim).to(device)
-        training = VAETraining(network, settings, preset.video, preset.seed)
+        by_graph = wanted(preset, device)
+        training = VAETraining(network, settings, preset.video, preset.seed, by_graph)
         report = Report(folder.path, list(COLUMNS), settings.steps)
-        # Few sizes, each met often; the fastest convolution may be one that sums in any order.
-        torch.backends.cudnn.benchmark = not preset.deterministic
-        torch.backends.cudnn.deterministic = preset.deterministic
-        train(
-            folder,
-            report,
-            training.state(),
-            training.step,
-            preset.save_every,
-            training.sample,
-            preset.sample_every,
-        )
+
+        def step(n: int) -> Values:
+            with _convolutions(preset.deterministic):
+                return training.step(n)
+
+        every = (min(preset.save_every, MOST_APART), training.sample, preset.sample_every)
+        train(folder, report, training.state(), step, *every)
         facts = _fit_for_wan(network, preset, device)
         tensors = {name: t.to(STORED) for name, t in network.wan.state_dict().items()}
         folder.finish(lambda part: write_safetensors(part / VAE_FILE, tensors), **facts)
@@ -90,6 +89,22 @@ STAGES: dict[str, Callable[[argparse.Namespace, torch.device], None]] = {
     "data": data,
     "evaluate": evaluate,
 }
+
+
+@contextlib.contextmanager
+def _convolutions(deterministic: bool) -> Iterator[None]:
+    """Take the fastest of cuDNN's convolutions, which may be one that sums in any order.
+
+    Training has few sizes and meets each often. What is computed a few times is sooner done without
+    trying all of them.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 def _fit_for_wan(network: TrainableVAE, preset: Preset, device: torch.device) -> dict:

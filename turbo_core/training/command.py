@@ -1,8 +1,10 @@
-"""What `python turbo_core/train.py` does once torch is there: one stage, errors as one sentence."""
+"""What `python turbo_core/train.py` does once torch is there: stages in turn, errors told."""
 
 import argparse
+import contextlib
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -10,12 +12,13 @@ import torch
 from .error import TrainingError
 from .loop import Stopped
 from .processes import processes, rank
+from .toy.recipe import check_alone
 
 STOPPED = 130  # exit code of a run that its user stopped, as shells have it for Ctrl-C
 
 
 def run(args: argparse.Namespace, stages: Callable[[], ModuleType]) -> int:
-    """Run the stage that `args` name.
+    """Run the stages that `args` name, one after the other.
 
     Args:
         stages: imports the module that has STAGES, {name: function(args, device)}: on the host's
@@ -27,12 +30,40 @@ def run(args: argparse.Namespace, stages: Callable[[], ModuleType]) -> int:
     try:
         with processes(args.device or ("cuda" if torch.cuda.is_available() else "cpu")) as device:
             try:
-                stages().STAGES[args.stage](args, device)
+                for stage in args.stages:  # before hours of those in front of it
+                    check_alone(stage)
+                for stage in args.stages:
+                    with _in_a_process_of_its_own():
+                        stages().STAGES[stage](args, device)
             except Exception as error:
                 return _told(error)
     except TrainingError as error:
         return _told(error)
     return 0
+
+
+@contextlib.contextmanager
+def _in_a_process_of_its_own() -> Iterator[None]:
+    """As good as: a stage leaves no settings, networks in circles, compiled code nor memory."""
+    precision = torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+        _forget()
+
+
+def _forget() -> None:
+    if "torch._dynamo" in sys.modules:  # it keeps few versions of a function, by shape
+        torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _told(error: Exception) -> int:

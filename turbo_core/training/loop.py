@@ -61,7 +61,7 @@ def train(
                     folder.save(n + 1, state)
                     report.draw()
                     due = False
-            if stop and n + 1 < steps:
+            if stop:
                 raise Stopped(f"stopped at step {n + 1}: the same command goes on from there")
 
 

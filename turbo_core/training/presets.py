@@ -248,7 +248,7 @@ TOY = Preset(
     vae=VAE(steps=2600, batch=8, crop=128),
     data=Clips(samples=10240),
     evaluate=Evaluation(),
-    teacher=Teacher(steps=12000, batch=64, micro_batch=64, lr=8e-4, level_mean=0.8),
+    teacher=Teacher(steps=18000, batch=64, micro_batch=64, lr=8e-4, level_mean=0.8),
     sla=SLA(
         steps=11500,
         batch=16,
@@ -278,8 +278,8 @@ TOY = Preset(
     ),
     compiled=True,
     recorded=True,
-    save_every=2000,
-    sample_every=2000,
+    save_every=5000,
+    sample_every=10000,
     note="17 frames of 256 x 256 in a world of coloured shapes; made for one GPU",
 )
 

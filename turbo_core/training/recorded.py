@@ -8,10 +8,17 @@ from collections.abc import Callable
 
 import torch
 
+from .presets import Preset
+from .processes import grouped
 from .slots import Values
 
 Given = torch.Tensor | None
 WARM_UPS = 3  # runs before it is recorded: kernels are compiled, tuned and loaded in them
+
+
+def wanted(preset: Preset, device: torch.device) -> bool:
+    """Whether passes of training are replayed as CUDA graphs."""
+    return preset.recorded and device.type == "cuda" and not grouped()
 
 
 class Recorded:
@@ -84,10 +91,9 @@ class Backward:
     def _gradients(self, *given: Given) -> list[torch.Tensor]:
         loss, values = self.loss_of(*given)
         gradients = torch.autograd.grad(loss, self.weights, allow_unused=True)
-        pairs = zip(self.weights, gradients, strict=True)
-        self.taught = [weight for weight, gradient in pairs if gradient is not None]
-        self.names = list(values)
-        return [*values.values(), *(gradient for gradient in gradients if gradient is not None)]
+        pairs = [p for p in zip(self.weights, gradients, strict=True) if p[1] is not None]
+        self.taught, self.names = [weight for weight, _ in pairs], list(values)
+        return [*values.values(), *(_laid_out_as(*pair) for pair in pairs)]
 
     def _add(self, gradients: list[torch.Tensor]) -> None:
         pairs = list(zip(self.taught, gradients, strict=True))
@@ -96,3 +102,13 @@ class Backward:
             torch._foreach_add_(*map(list, zip(*there, strict=True)))
         for weight, gradient in pairs:
             weight.grad = gradient if weight.grad is None else weight.grad
+
+
+def _laid_out_as(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient with its weight's strides, as backward() gives it: fused AdamW goes by memory.
+
+    A convolution's may have channels last.
+    """
+    if gradient.stride() == weight.stride():
+        return gradient
+    return torch.empty_like(weight).copy_(gradient)

@@ -8,6 +8,18 @@ from ..error import TrainingError
 from ..presets import VAE, Clips, Evaluation, Preset, chosen, settings_of
 from ..processes import grouped
 
+ALONE = ("vae", "data", "evaluate")
+
+
+def check_alone(stage: str) -> None:
+    """Refuse a stage that several processes cannot share.
+
+    Raises:
+        TrainingError: there are several.
+    """
+    if stage in ALONE and grouped():
+        raise TrainingError(f"the stage {stage} uses one GPU: start it without torchrun", True)
+
 
 def recipe(
     args: argparse.Namespace, stage: str
@@ -20,8 +32,7 @@ def recipe(
         TrainingError: several processes; these stages are short.
         ValueError: no such preset, or one that is no toy.
     """
-    if grouped():
-        raise TrainingError(f"the stage {stage} uses one GPU: start it without torchrun", True)
+    check_alone(stage)
     preset = chosen(args, stage)
     settings = settings_of(preset, stage)
     plain = dataclasses.asdict(settings)

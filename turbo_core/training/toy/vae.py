@@ -10,6 +10,8 @@ from torch.func import functional_call
 from ..batches import Draws
 from ..learner import Learner, cosine
 from ..presets import VAE
+from ..recorded import Backward
+from ..slots import Values
 from .reader import read
 from .world import WORDS, Clips, draw, render, track
 
@@ -25,39 +27,56 @@ class VAETraining:
         settings: the recipe.
         video: frames, and pixels of a frame's edge.
         seed: of the world.
+        recorded: whether a pass is replayed as a CUDA graph.
     """
 
-    def __init__(self, network: torch.nn.Module, settings: VAE, video: tuple[int, int], seed: int):
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        settings: VAE,
+        video: tuple[int, int],
+        seed: int,
+        recorded: bool = False,
+    ):
         self.network, self.settings, self.video, self.seed = network, settings, video, seed
         self.learner = Learner(network, settings.betas, settings.weight_decay)
         self.device = self.learner.weights[0].device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        # One for crops, one for whole frames: what is recorded keeps its shapes.
+        self.learn = [Backward(self._loss, self.learner.weights, recorded) for _ in range(2)]
 
     def step(self, n: int) -> dict[str, torch.Tensor | float]:
         """Update number n, from 0."""
         settings, draws = self.settings, Draws(self.seed, n, 0, self.device)
         clips = self._clips(n, draws)
+        count, _, frames, height, width = clips.shape
+        latent = count, 16, (frames + 3) // 4, height // 8, width // 8
+        noise = draws.normal("latents", clips.new_empty(latent, dtype=self.dtype))
+        values = self.learn[self._whole(n)](1.0, clips, noise)
+        lr = cosine(settings.lr, n, settings.warmup, settings.steps)
+        return {**values, "gradient_norm": self.learner.update(lr, n), "lr": lr}
+
+    def _loss(self, clips: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, Values]:
+        settings = self.settings
         weights = {name: p.to(self.dtype) for name, p in self.network.named_parameters()}
         seen, mean, log_variance = functional_call(
-            self.network, weights, (clips.to(self.dtype), draws.generator("latents"))
+            self.network, weights, (clips.to(self.dtype), noise)
         )
         error = seen.float() - clips
         l1, mse = error.abs().mean(), error.square().mean()
         kl = divergence(mean.float(), log_variance.float()).mean()
         loss = l1 + settings.mse_weight * mse + settings.kl_weight * kl
-        loss.backward()
-        lr = cosine(settings.lr, n, settings.warmup, settings.steps)
-        norm = self.learner.update(lr, n)
         parts = {"loss": loss, "l1": l1, "mse": mse, "kl": kl}
-        return {name: part.detach() for name, part in parts.items()} | {
-            "gradient_norm": norm,
-            "lr": lr,
-        }
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+    def _whole(self, n: int) -> bool:
+        """Whether the update learns whole frames."""
+        return n >= self.settings.steps * (1 - self.settings.whole)
 
     def _clips(self, n: int, draws: Draws) -> torch.Tensor:
         """Crops around the shape; towards the end whole frames, as the VAE will be used."""
         settings, (frames, pixels) = self.settings, self.video
-        whole = n >= settings.steps * (1 - settings.whole)
+        whole = self._whole(n)
         share = (settings.crop / pixels) ** 2 if whole else 1.0
         clips = draw(self.seed, n * settings.batch, max(1, round(share * settings.batch)))
         clips = clips.to(self.device)

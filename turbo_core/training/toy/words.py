@@ -4,6 +4,7 @@ A word is 64 signs taken from its hash, in the first of Wan's 4096 text channels
 channels are zero. Wan's cross-attention has no positions, so a prompt is a bag of words.
 """
 
+import functools
 import hashlib
 import logging
 
@@ -45,6 +46,7 @@ def signs(prompt: str) -> torch.Tensor:
     return features
 
 
+@functools.cache
 def word_signs(word: str) -> torch.Tensor:
     """64 signs, -1 or 1, float32: the first bits of the word's SHA-256."""
     digest = hashlib.sha256(word.encode()).digest()

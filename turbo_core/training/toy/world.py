@@ -4,6 +4,7 @@ Nothing is stored: seed + index is the sample. The numbers of a sample come from
 torch's generator, so it is the same clip on every machine, in every version.
 """
 
+import functools
 import hashlib
 import math
 from typing import NamedTuple
@@ -81,8 +82,9 @@ class Clips(NamedTuple):
     start: torch.Tensor  # float32 [B, 2], x and y in [0, 1) of the places there are, see `places`
 
     def to(self, device: torch.device | str) -> "Clips":
-        """The same clips on `device`."""
-        return Clips(*(tensor.to(device) for tensor in self))
+        """The same clips on `device`; the way to a GPU is not waited for."""
+        ahead = torch.device(device).type != "cpu"
+        return Clips(*(tensor.to(device, non_blocking=ahead) for tensor in self))
 
     def some(self, which: slice | torch.Tensor) -> "Clips":
         """Some of the clips."""
@@ -159,7 +161,7 @@ def room(clips: Clips, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         The upper left and the lower right corner, float32 [B, 2], in frame widths.
     """
-    way = path(frames).to(clips.start)[clips.motion, clips.speed]  # [B, T, 3]
+    way = _path_on(clips.start.device, frames)[clips.motion, clips.speed]  # [B, T, 3]
     biggest = _of(RADII, clips.size) * way[..., 2].amax(1).exp()
     margin = (FURTHEST * biggest + EDGE)[:, None]
     return margin - way[..., :2].amin(1), 1 - margin - way[..., :2].amax(1)
@@ -178,7 +180,7 @@ def places(clips: Clips, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def track(clips: Clips, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The centre [B, frames, 2] and the radius [B, frames] of each clip's shape, float32."""
-    way = path(frames).to(clips.start)[clips.motion, clips.speed]
+    way = _path_on(clips.start.device, frames)[clips.motion, clips.speed]
     first, count = places(clips, frames)
     start = (first + torch.minimum((count * clips.start).floor(), count - 1)) / PLACES
     return start[:, None] + way[..., :2], _of(RADII, clips.size)[:, None] * way[..., 2].exp()
@@ -258,4 +260,14 @@ def _prompt(values: dict[str, int], region: str) -> str:
 
 def _of(table: tuple, indices: torch.Tensor) -> torch.Tensor:
     """The rows of a table of numbers, in float32 on the indices' device."""
-    return torch.tensor(table, dtype=torch.float32, device=indices.device)[indices]
+    return _on(indices.device, table)[indices]
+
+
+@functools.cache  # here and below: a copy to a GPU waits for all that it still has to do
+def _on(device: torch.device, table: tuple) -> torch.Tensor:
+    return torch.tensor(table, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _path_on(device: torch.device, frames: int) -> torch.Tensor:
+    return path(frames).to(device, torch.float32)
