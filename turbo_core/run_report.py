@@ -51,10 +51,7 @@ class Counts:
 
     def _memory(self) -> list[str]:
         """How often memory ended, and what there was then."""
-        if not self.ran_out:
-            return []
-        told = f"memory ran out {count(self.ran_out, 'time')}, went on with"
-        return [f"{told} {self.given_back / 1e9:.2f} GB of torch's cache"]
+        return [_ran_out(self.ran_out, self.given_back)] if self.ran_out else []
 
     def _streaming(self) -> list[str]:
         """How many bytes of weights were streamed, and how long the GPU waited for them."""
@@ -234,17 +231,19 @@ def note_streamed(size: int, start, end) -> None:
             counts.waits.append((start, end))
 
 
-def note_out_of_memory(given_back: int) -> None:
-    """An operation found no memory, and is run again now that torch's cache of so many bytes is
-    the GPU's."""
+def note_out_of_memory(times: int, given_back: int) -> None:
+    """So many operations found no memory, and were run again once torch's cache, of so many bytes
+    in all, was the GPU's."""
     if counts := _counts():
-        counts.ran_out += 1
+        counts.ran_out += times
         counts.given_back += given_back
     else:
-        log.info(
-            "TurboDiffusion: memory ran out, goes on with %.2f GB of torch's cache",
-            given_back / 1e9,
-        )
+        log.info("TurboDiffusion: %s", _ran_out(times, given_back))
+
+
+def _ran_out(times: int, given_back: int) -> str:
+    told = f"memory ran out {count(times, 'time')}, went on with"
+    return f"{told} {given_back / 1e9:.2f} GB of torch's cache"
 
 
 def _ranges(blocks: set[int]) -> str:

@@ -176,6 +176,7 @@ def test_an_allocator_that_gives_nothing_back_by_itself_fits_too(alive, monkeypa
     allocator = live_memory.Allocator(room, itself=False)
     monkeypatch.setattr(comfy.model_management, "soft_empty_cache", allocator.give_back)
     monkeypatch.setattr(short_memory, "_cached", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     played(allocator, around=lambda: short_memory.TriedAgain(torch.device("meta")))
 
 

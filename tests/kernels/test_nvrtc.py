@@ -188,7 +188,6 @@ def test_a_tensor_map_is_made_once_for_each_place_and_shape(monkeypatch):
     assert nvrtc.tensor_map(x, 128)[0] == 1
 
 
-@needs_nvrtc
 @pytest.mark.parametrize("full", [1, 2])
 def test_a_kernels_code_is_loaded_again_behind_torchs_cache(monkeypatch, full):
     asked = []
@@ -212,6 +211,7 @@ def test_a_kernels_code_is_loaded_again_behind_torchs_cache(monkeypatch, full):
     assert asked == ["load", "synchronize", "empty_cache", "load"]
 
 
+@needs_nvrtc
 def test_constants_are_defined():
     source = 'static_assert(SIZE == 7); extern "C" __global__ void f() {}'
     assert nvrtc.compile_cuda(source, "sm_90", SIZE=7)

@@ -190,7 +190,7 @@ def _around_forward(
     network = executor.class_obj
     _report_forward(network.blocks)
     given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
-    with around_pass(x, network.dim, transformer_options), kept_rotation(network):
+    with around_pass(x, network, transformer_options), kept_rotation(network):
         return _forward(executor, given | rest, transformer_options)
 
 

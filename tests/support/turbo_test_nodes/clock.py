@@ -233,8 +233,8 @@ def keep_link_busy(ahead: int) -> dict[str, float]:
     Bytes per second of copies in the thread that asks, alone and beside that other one, and of the
     other one alone. What is asked last holds, also where a client did not wait for the one before.
     """
-    if Clock.copier:
-        Clock.copier.stopped.set()
+    if copier := Clock.copier:
+        copier.stopped.set()
     with one_at_a_time:
         return _keep_link_busy(ahead)
 
