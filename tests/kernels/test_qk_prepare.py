@@ -67,7 +67,8 @@ def test_triton_equals_the_reference(length, heads, dim, block, own_angles, dtyp
     expected = prepare(*arguments, **options, backend="reference")
     eps = torch.finfo(dtype).eps
     assert goldens.relative_error(found.rows, expected.rows) <= 2 * eps
-    torch.testing.assert_close(found.means, expected.means, atol=max(eps, 3e-6), rtol=0)
+    # A block of one row has that row as its mean, which is two roundings away.
+    torch.testing.assert_close(found.means, expected.means, atol=max(eps, 3e-6), rtol=2 * eps)
     found, expected = found.blocks, expected.blocks
     torch.testing.assert_close(found.scale, expected.scale, atol=0, rtol=max(2 * eps, 1e-6))
     assert (found.integers.int() - expected.integers.int()).abs().max() <= 1
