@@ -8,7 +8,7 @@
 // Defined are STAGES; BF16, whether v is bfloat16, else float16; INT8, whether k is int8, else as v.
 // Then FP8, whether values are e4m3, else float16, and VALUE_LIMIT, the largest of them.
 
-#include "mma.cuh"
+#include "keys.cuh"
 
 constexpr int HEAD_DIM = 128;
 constexpr int TILE = 32;
@@ -20,8 +20,6 @@ constexpr int COPY_ROWS = THREADS / CHUNKS;      // that all threads copy at onc
 constexpr int COPIES = TILE / COPY_ROWS;
 constexpr int WARP_K = 32, WARP_V = 64;          // channels of a warp's products
 constexpr int BLOCK = 64;                        // keys that share a scale, and values of a block
-constexpr float SAFE_EXPONENT = 64.0f;  // sums of powers of 2 and their inverses stay in float32
-constexpr float LOG2E = 1.4426950408889634f;
 static_assert(HEAD_DIM / WARP_K * (HEAD_DIM / WARP_V) == WARPS && TILE == 4 * WARPS);
 
 struct Stage {
@@ -121,97 +119,17 @@ __device__ __forceinline__ void copy_tile(
     }
 }
 
-// Over the eight lanes of a key.
-__device__ __forceinline__ float key_max(float x) {
-#pragma unroll
-    for (int distance = 4; distance; distance /= 2)
-        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, distance));
-    return x;
-}
-
-__device__ __forceinline__ float key_sum(float x) {
-#pragma unroll
-    for (int distance = 4; distance; distance /= 2) x += __shfl_xor_sync(0xffffffff, x, distance);
-    return x;
-}
-
 #if INT8
-// The two chunks of an eighth of a key's channels. Lanes of the upper half take them the other way
-// round, so that eight lanes meet all banks.
-__device__ __forceinline__ int chunk_of(int eighth, int i) { return 2 * eighth + (i ^ eighth / 4); }
-
-// log2(e) times the center, in shared memory, and its largest number; by one warp.
-__device__ __forceinline__ void load_center(Shared& shared, const u16* center) {
-    int i = threadIdx.x / 8, eighth = threadIdx.x % 8;
-    const uint2* from = reinterpret_cast<const uint2*>(center + 8 * chunk_of(eighth, i / 2));
-    uint2 raw = from[i % 2];
-    float2 low = pair_of(raw.x, BF16), high = pair_of(raw.y, BF16);
-    shared.center[i][eighth] =
-        make_float4(LOG2E * low.x, LOG2E * low.y, LOG2E * high.x, LOG2E * high.y);
-    float far = fmaxf(fmaxf(fabsf(low.x), fabsf(low.y)), fmaxf(fabsf(high.x), fabsf(high.y)));
-#pragma unroll
-    for (int distance = 16; distance; distance /= 2)
-        far = fmaxf(far, __shfl_xor_sync(0xffffffff, far, distance));
-    shared.farthest = LOG2E * far;
-}
-
-// Of a key's eighth the exponents, as chunks go: of base 2.
-__device__ __forceinline__ void exponents(
-    float (&x)[16], const Shared& shared, const Stage& stage, float scale, int row, int eighth
-) {
-    const i8* from = stage.k + row * HEAD_DIM + (eighth ^ row % 8) * 16;
-    uint4 raw = *reinterpret_cast<const uint4*>(from);
-    bool upper = eighth / 4;
-    const u32 quads[4] = {upper ? raw.z : raw.x, upper ? raw.w : raw.y,
-                          upper ? raw.x : raw.z, upper ? raw.y : raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float4 center = shared.center[i][eighth];
-        const float centers[4] = {center.x, center.y, center.z, center.w};
-        u32 quad = quads[i] ^ 0x80808080;  // each integer plus 128
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float n = __uint_as_float(__byte_perm(quad, 0x4b000000, 0x7540 + j));  // plus 2^23
-            x[4 * i + j] = fmaf(n - (8388608.0f + 128.0f), scale, centers[j]);
-        }
-    }
-}
-
-// Puts the softmax of this lane's key, of which it takes an eighth, into phi; only `far` exponents
-// have to be taken less their maximum. Keys past the end weigh nothing.
-__device__ __forceinline__ void weigh_key(
+// Puts the softmax of this lane's key, of which it takes an eighth, into phi.
+__device__ __forceinline__ void weigh(
     Shared& shared, const Stage& stage, float scale, int row, int eighth, bool inside
 ) {
-    float x[16], sum = 0;
-    exponents(x, shared, stage, scale, row, eighth);
-    bool far = !(fmaf(127.0f, scale, shared.farthest) < SAFE_EXPONENT);
-    if (far) {
-        float high = -1e30f;
+    float x[16];
+    exponents(x, shared.center, stage.k, scale, row, eighth);
+    weigh_key(x, are_far(scale, shared.farthest), inside);
 #pragma unroll
-        for (int i = 0; i < 16; i++) high = fmaxf(high, x[i]);
-        high = key_max(high);
-#pragma unroll
-        for (int i = 0; i < 16; i++) x[i] -= high;
-    }
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        x[i] = exp2_fast(x[i]);
-        sum += x[i];
-    }
-    float inverse;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(key_sum(sum)));
-    inverse = inside ? inverse : 0.0f;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        u32 pairs[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            int at = 8 * i + 2 * j;
-            pairs[j] = packed_pair({x[at] * inverse, x[at + 1] * inverse}, BF16);
-        }
-        chunk_at(shared.phi, row, chunk_of(eighth, i)) =
-            make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    }
+    for (int i = 0; i < 2; i++)
+        chunk_at(shared.phi, row, chunk_of(eighth, i)) = packed_chunk(x + 8 * i);
 }
 
 // Pairs that are at most `high` and at least minus it.
@@ -262,20 +180,6 @@ __device__ __forceinline__ void store_values(
     store_16(block + chunks_on(to, 2 * half), x);
 #endif
 }
-
-// The largest |v| of a channel, of what four lanes have.
-__device__ __forceinline__ void store_maxima(
-    const u32 (&maxima)[2], float* to, int warp, int lane
-) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float2 both = pair_of(maxima[i], BF16);
-        float highest = max_or_nan(both.x, both.y);
-        highest = max_or_nan(highest, __shfl_xor_sync(0xffffffff, highest, 1));
-        highest = max_or_nan(highest, __shfl_xor_sync(0xffffffff, highest, 2));
-        if (lane % 4 == 0) to[16 * warp + 8 * i + lane / 4] = highest;
-    }
-}
 #else
 // The softmax of this lane's key, in its place: channels 8 (lane % 8) + {0 .. 7}, of both halves.
 // Those past the end, zeros, weigh nothing.
@@ -309,14 +213,8 @@ __device__ __forceinline__ void weigh_key(
         normalizer[i] += x[i];
     }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        u32 pairs[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            pairs[i] = packed_pair({x[8 * half + 2 * i], x[8 * half + 2 * i + 1]}, BF16);
-        chunk_at(stage.k, row, eighth + 8 * half) =
-            make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    }
+    for (int half = 0; half < 2; half++)
+        chunk_at(stage.k, row, eighth + 8 * half) = packed_chunk(x + 8 * half);
 }
 
 // Of the values that this thread copied.
@@ -451,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
             copy_tile(shared.stages[i], k, v, begin + i * TILE, end, o);
         copy_commit();
     }
-    if (warp == 0) load_center(shared, o.center + k_head * HEAD_DIM);
+    if (warp == 0) shared.farthest = load_center(shared.center, o.center + k_head * HEAD_DIM);
     float factors[2];
     u32 highs[2];  // of two values, see store_values
 #pragma unroll
@@ -478,7 +376,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
         Stage& free = shared.stages[slot ? slot - 1 : STAGES - 1];
         if (ahead < last) copy_tile(free, k, v, ahead, end, o);
         copy_commit();
-        weigh_key(shared, stage, scale, row, lane % 8, first + row < end);
+        weigh(shared, stage, scale, row, lane % 8, first + row < end);
         store_values(maxima, stage, factors, highs, o.values + (first_block + block) * value_bytes,
                      first / TILE % (BLOCK / TILE), warp, lane);
         __syncthreads();  // all of its weights are there
