@@ -14,7 +14,8 @@ constexpr int HEAD_DIM = 128;
 constexpr int TILE = 32;
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
-constexpr int CHUNKS = HEAD_DIM / 8;             // of 16 bytes, of a row
+constexpr int ROW_BYTES = 2 * HEAD_DIM;
+constexpr int CHUNKS = ROW_BYTES / 16;           // of a row
 constexpr int COPY_ROWS = THREADS / CHUNKS;      // that all threads copy at once
 constexpr int COPIES = TILE / COPY_ROWS;
 constexpr int WARP_K = 32, WARP_V = 64;          // channels of a warp's products
@@ -83,8 +84,11 @@ typedef float Totals[WARP_K / 16][4];  // of the weights, in each of 8 columns
 
 // Where a row's chunk lies: eight rows of the same chunk meet all banks.
 __device__ __forceinline__ u32 swizzled(int row, int chunk) {
-    return row * (2 * HEAD_DIM) + (chunk ^ row % 8) * 16;
+    return row * ROW_BYTES + (chunk ^ row % 8) * 16;
 }
+
+// The address of a chunk `n` after that at `address`, whose number has zeros where n has ones.
+__device__ __forceinline__ u32 chunks_on(u32 address, int n) { return address ^ n * 16; }
 
 __device__ __forceinline__ uint4& chunk_at(u16* tile, int row, int chunk) {
     return *reinterpret_cast<uint4*>(reinterpret_cast<i8*>(tile) + swizzled(row, chunk));
@@ -210,55 +214,52 @@ __device__ __forceinline__ void weigh_key(
     }
 }
 
-__device__ __forceinline__ float limited(float x) {
-    return fminf(fmaxf(x, -VALUE_LIMIT), VALUE_LIMIT);
+// Pairs that are at most `high` and at least minus it.
+__device__ __forceinline__ u32 limited(u32 pair, u32 high, bool bf16) {
+    return max_of_pairs(min_of_pairs(pair, high, bf16), high ^ 0x80008000, bf16);
 }
-
-// Four keys of a channel in pairs, times a factor and within the limit, in e4m3.
-#if FP8
-__device__ __forceinline__ u32 low_bits(u32 first, u32 second, float factor) {
-    float2 low = pair_of(first, BF16), high = pair_of(second, BF16);
-    return packed_fp8(limited(low.x * factor), limited(low.y * factor),
-                      limited(high.x * factor), limited(high.y * factor));
-}
-#else
-__device__ __forceinline__ u32 low_bits(u32 pair, float factor) {
-    float2 both = pair_of(pair, BF16);
-    return packed_pair({limited(both.x * factor), limited(both.y * factor)}, false);
-}
-#endif
 
 // A warp's 16 channels of v in low bits, and their maxima: of channels 16 warp + 8 i + lane / 4.
 // `half` of the block's keys are in this tile.
 __device__ __forceinline__ void store_values(
-    u32 (&maxima)[2], const Stage& stage, const float (&factors)[2], i8* block, int half,
-    int warp, int lane
+    u32 (&maxima)[2], const Stage& stage, const float (&factors)[2], const u32 (&highs)[2],
+    i8* block, int half, int warp, int lane
 ) {
-    u32 bytes[4];
+    u32 from = shared_address(stage.v) + swizzled(lane, 2 * warp);
+    u32 x[4];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         u32 pairs[4];  // of keys 8 j + 2 (lane % 4) + {0, 1}
-        load_matrices_transposed(
-            pairs, shared_address(stage.v) + swizzled(lane, 2 * warp + i));
+        load_matrices_transposed(pairs, chunks_on(from, i));
 #pragma unroll
         for (int j = 0; j < 4; j++)
             maxima[i] = max_of_pairs(maxima[i], pairs[j] & 0x7fff7fff, BF16);
 #if FP8
 #pragma unroll
-        for (int j = 0; j < 2; j++)
-            bytes[2 * i + j] = low_bits(pairs[2 * j], pairs[2 * j + 1], factors[i]);
+        for (int j = 0; j < 2; j++) {
+            float2 first = pair_of(limited(pairs[2 * j], highs[i], BF16), BF16);
+            float2 second = pair_of(limited(pairs[2 * j + 1], highs[i], BF16), BF16);
+            x[2 * i + j] = packed_fp8(first.x * factors[i], first.y * factors[i],
+                                      second.x * factors[i], second.y * factors[i]);
+        }
 #else
 #pragma unroll
-        for (int j = 0; j < 4; j++) bytes[j] = low_bits(pairs[j], factors[i]);
-        transpose(bytes);  // 8 keys of a channel
-        int channel = 16 * warp + 8 * i + lane / 4, chunk = 4 * half + lane % 4;
-        store_16(block + channel * (2 * BLOCK) + (chunk ^ channel % 8) * 16, bytes);
+        for (int j = 0; j < 4; j++) {
+            float2 both = pair_of(pairs[j], BF16);
+            u32 scaled = packed_pair({both.x * factors[i], both.y * factors[i]}, false);
+            x[j] = limited(scaled, highs[i], false);
+        }
+        transpose(x);  // 8 keys of a channel
+        int channel = 16 * warp + 8 * i + lane / 4;
+        u32 to = channel * (2 * BLOCK) + (lane % 4 ^ lane / 4) * 16;
+        store_16(block + chunks_on(to, 4 * half), x);
 #endif
     }
 #if FP8
-    transpose(bytes);  // 16 keys of a channel
-    int channel = 16 * warp + lane % 4 / 2 * 8 + lane / 4, chunk = 2 * half + lane % 2;
-    store_16(block + channel * BLOCK + (chunk ^ channel / 2 % 4) * 16, bytes);
+    transpose(x);  // 16 keys of a channel
+    int channel = 16 * warp + lane % 4 / 2 * 8 + lane / 4;
+    u32 to = channel * BLOCK + (lane % 2 ^ channel / 2 % 4) * 16;
+    store_16(block + chunks_on(to, 2 * half), x);
 #endif
 }
 
@@ -345,13 +346,14 @@ __device__ __forceinline__ void multiply(
 ) {
     int k_chunk = warp / 2 * (WARP_K / 8) + lane / 8 % 2, k_row = lane / 16 * 8 + lane % 8;
     int v_chunk = warp % 2 * (WARP_V / 8) + lane / 16, v_row = lane / 8 % 2 * 8 + lane % 8;
+    u32 k_at = shared_address(weights) + swizzled(k_row, k_chunk);
+    u32 v_at = shared_address(values) + swizzled(v_row, v_chunk);
 #pragma unroll
     for (int key = 0; key < TILE; key += 16) {
         u32 phi[WARP_K / 16][4];
 #pragma unroll
         for (int m = 0; m < WARP_K / 16; m++)
-            load_matrices_transposed(
-                phi[m], shared_address(weights) + swizzled(key + k_row, k_chunk + 2 * m));
+            load_matrices_transposed(phi[m], chunks_on(k_at, 2 * m) + key * ROW_BYTES);
 #if INT8
         const u32 ones = BF16 ? 0x3f803f80 : 0x3c003c00;
 #pragma unroll
@@ -360,8 +362,7 @@ __device__ __forceinline__ void multiply(
 #pragma unroll
         for (int n = 0; n < WARP_V / 8; n += 2) {
             u32 v[4];
-            load_matrices_transposed(
-                v, shared_address(values) + swizzled(key + v_row, v_chunk + n));
+            load_matrices_transposed(v, chunks_on(v_at, n) + key * ROW_BYTES);
 #pragma unroll
             for (int m = 0; m < WARP_K / 16; m++)
 #pragma unroll
@@ -432,7 +433,7 @@ __device__ __forceinline__ void store_ends(
 extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
     const __grid_constant__ Operands o
 ) {
-    extern __shared__ __align__(128) char memory[];
+    extern __shared__ __align__(256) char memory[];  // see chunks_on
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // All heads of some rows run side by side: together they read whole rows.
@@ -452,11 +453,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
     }
     if (warp == 0) load_center(shared, o.center + k_head * HEAD_DIM);
     float factors[2];
+    u32 highs[2];  // of two values, see store_values
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         int channel = 16 * warp + 8 * i + lane / 4;
         float bound = o.bound[whole_head * HEAD_DIM + channel];
         factors[i] = __fdiv_rn(1.0f, bound) * VALUE_LIMIT;
+        highs[i] = FP8 ? packed_pair({bound, bound}, BF16)
+                       : packed_pair({VALUE_LIMIT, VALUE_LIMIT}, false);
     }
     float next_scale = o.k_scale[first_block + begin / BLOCK];
     Sums sums = {};
@@ -475,7 +479,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
         if (ahead < last) copy_tile(free, k, v, ahead, end, o);
         copy_commit();
         weigh_key(shared, stage, scale, row, lane % 8, first + row < end);
-        store_values(maxima, stage, factors, o.values + (first_block + block) * value_bytes,
+        store_values(maxima, stage, factors, highs, o.values + (first_block + block) * value_bytes,
                      first / TILE % (BLOCK / TILE), warp, lane);
         __syncthreads();  // all of its weights are there
         multiply(sums, totals, shared.phi, stage.v, warp, lane);
@@ -489,7 +493,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
 extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
     const __grid_constant__ Operands o
 ) {
-    extern __shared__ __align__(128) char memory[];
+    extern __shared__ __align__(256) char memory[];  // see chunks_on
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // All heads of some rows run side by side: together they read whole rows.

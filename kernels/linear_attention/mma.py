@@ -7,6 +7,7 @@ import torch
 from .. import nvrtc
 from ..checks import in_steps_of_16_bytes
 from ..dispatch import capability
+from ..sparse_attention.mma import VALUE_LIMIT
 from .triton import room_for_sums
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -14,7 +15,6 @@ HEAD_DIM = 128
 THREADS = 256
 STAGES = 3  # two programs share a multiprocessor, which has 100 KB
 TILE, KEY_BLOCK = 32, 64  # keys of a step, and that share a scale
-VALUE_LIMIT = 7  # what values go to, as sparse_attention/mma.py has it
 # mma.cu's Shared; that of keys in int8.
 SHARED_BYTES = STAGES * 2 * TILE * HEAD_DIM * 2
 INT8_SHARED_BYTES = (3 * STAGES + 2) * TILE * HEAD_DIM + 4 * HEAD_DIM + 16
@@ -87,7 +87,7 @@ def state_of_int8_keys(
         SOURCE, "key_value_state", nvrtc.target_of(capability(v.device), v.device),
         INT8_SHARED_BYTES, Int8Operands, v.device.index,
         STAGES=STAGES, BF16=int(v.dtype == torch.bfloat16), INT8=1,
-        FP8=int(values.dtype == torch.float8_e4m3fn), VALUE_LIMIT=VALUE_LIMIT,
+        FP8=int(values.dtype == torch.float8_e4m3fn), VALUE_LIMIT=int(VALUE_LIMIT),
     )  # fmt: skip
     kernel.launch(state.shape[0] * batch * heads, THREADS, operands)
     return state.sum(0), normalizer.sum(0), maximum.amax(0)

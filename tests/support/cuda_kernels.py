@@ -36,9 +36,9 @@ from turbodiffusion_pack.kernels.norm_quant import cuda as layer_norm
 from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
 from turbodiffusion_pack.kernels.qk_prepare import cuda as cuda_prepare
 from turbodiffusion_pack.kernels.qk_prepare import prepare, prepare_keys
+from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES, sage_attention
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
 from turbodiffusion_pack.kernels.sparse_attention import mma as mma_attention
-from turbodiffusion_pack.kernels.sparse_attention import sage_attention
 from turbodiffusion_pack.kernels.text_attention import mma as text
 from turbodiffusion_pack.kernels.text_attention import text_attention
 
@@ -184,12 +184,11 @@ def every_state(card):
     for dtype in DTYPES:
         heads = zeros(1, 70, 1, 128, dtype=dtype)
         key_value_state(heads, heads, backend="triton")
-        if card == HOPPER:
-            integers = values = zeros(1, 1, 128, 128, dtype=torch.int8)
-            of_channels = zeros(1, 1, 128)
-            keys = integers, zeros(1, 1, 2), of_channels.to(dtype)
-            values = values.view(1, 1, 2, 128, 64)
-            state_of_int8_keys(*keys, heads, values, of_channels, backend="triton")
+        for pv in ("fp8",) if card == HOPPER else ("fp16", "fp8") if card >= ADA else ("fp16",):
+            keys = zeros(1, 1, 128, 128, dtype=torch.int8), zeros(1, 1, 2)
+            of_channels, values = zeros(1, 1, 128), zeros(1, 1, 2, 128, 64, dtype=PV_DTYPES[pv])
+            given = *keys, of_channels.to(dtype), heads, values, of_channels
+            state_of_int8_keys(*given, backend="triton")
 
 
 def every_convolution(card):
