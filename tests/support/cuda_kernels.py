@@ -150,10 +150,9 @@ def every_prepare(card):
         launch_prepare(dtype, quantize=True)
         launch_prepare(dtype)
         launch_prepare(dtype, block=64)
-        if card == HOPPER:
-            angles = zeros(1, 70, 64)
-            k = zeros(1, 70, 1, 128, dtype=dtype)
-            prepare_keys(k, zeros(128), angles, angles, backend="triton")
+        angles = zeros(1, 70, 64)
+        k = zeros(1, 70, 1, 128, dtype=dtype)
+        prepare_keys(k, zeros(128), angles, angles, backend="triton")
 
 
 def every_linear(card):
