@@ -112,6 +112,15 @@ def test_keys_keep_their_rows_where_nothing_runs_in_cuda():
     assert prepare_keys(*projection(1, 70, 2, torch.bfloat16)) is None
 
 
+def test_nothing_else_sums_up_keys_in_int8():
+    v = torch.zeros(1, 70, 2, 128, dtype=torch.bfloat16)
+    integers, values = (torch.zeros(1, 2, 128, 128, dtype=torch.int8) for _ in range(2))
+    scale, of_channels = torch.ones(1, 2, 2), torch.ones(1, 2, 128)
+    given = integers, scale, of_channels.to(v.dtype), v, values.view(1, 2, 2, 128, 64)
+    with pytest.raises(ValueError, match="summed up in CUDA"):
+        state_of_int8_keys(*given, of_channels)
+
+
 @pytest.mark.parametrize(
     ("card", "expected"),
     [
