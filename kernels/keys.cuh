@@ -39,8 +39,8 @@ __device__ __forceinline__ uint4 packed_chunk(const float* x) {
 
 // ---- keys in int8 ----
 
-// log2(e) times a center to shared memory, and its largest number; by one warp, whose lane l has the
-// four channels that come at place l / 8 to lane l % 8 of a key.
+// log2(e) times a center to shared memory, and its largest number; by one warp, whose lane l has
+// the four channels that come at place l / 8 to lane l % 8 of a key.
 __device__ __forceinline__ float load_center(float4 (&to)[4][8], uint2 raw) {
     float2 low = pair_of(raw.x, BF16), high = pair_of(raw.y, BF16);
     to[threadIdx.x / 8][threadIdx.x % 8] =
@@ -52,7 +52,7 @@ __device__ __forceinline__ float load_center(float4 (&to)[4][8], uint2 raw) {
     return LOG2E * far;
 }
 
-// The exponents of a key's eighth, which is `quads` of int8 times the scale and a center: of base 2.
+// The exponents of a key's eighth, `quads` of int8 times the scale plus a center: of base 2.
 __device__ __forceinline__ void exponents(
     float (&x)[16], const u32 (&quads)[4], const float4 (&center)[4][8], float scale, int eighth
 ) {

@@ -1,10 +1,10 @@
 // Sums over keys by mma.sync: softmax(k)^T v, softmax(k), and the largest |v|.
 //
-// A program takes some rows of one head, TILE of them after another: while copies of the next are on
-// their way, it takes the softmax of one tile's keys, eight lanes each, and multiplies the weights of
-// the one before with v. For that a warp has 32 of k's channels and 64 of v's. A key in int8 is made
-// of its block's scale and the head's center. Beside such keys v becomes fp8 or float16, as attention
-// reads it.
+// A program takes some rows of one head, TILE of them after another: while copies of the next are
+// on their way, it takes the softmax of one tile's keys, eight lanes each, and multiplies the
+// weights of the one before with v. For that a warp has 32 of k's channels and 64 of v's. A key in
+// int8 is made of its block's scale and the head's center. Beside such keys v becomes fp8 or
+// float16, as attention reads it.
 
 // Defined are BF16, whether v is bfloat16, else float16; INT8, whether k is int8, else as v; FP8,
 // whether v becomes e4m3; and with INT8 VALUE_LIMIT, the largest value.
@@ -166,8 +166,8 @@ __device__ __forceinline__ void mma(float (&sum)[4], const u32 (&a)[4], u32 b0, 
         mma_fp16(sum, a, b0, b1);
 }
 
-// sums += phi^T v of a tile. Both lie by keys, products want them by channels. Of two warps with the
-// same channels of k each adds up the weights of 16.
+// sums += phi^T v of a tile. Both lie by keys, products want them by channels. Of two warps with
+// the same channels of k each adds up the weights of 16.
 __device__ __forceinline__ void multiply(
     Sums& sums, Totals& totals, const Tile& phi, const Tile& v, int warp, int lane
 ) {
@@ -237,7 +237,8 @@ __device__ __forceinline__ int own_channel(int i, int warp, int lane) {
 }
 
 // Of a tile of v the warp's 16 channels. A lane gets, in pairs, 8 keys side by side of each of its
-// two channels, or of its only one 16 in the order of e4m3: two of the first eight, two of the last.
+// two channels, or of its only one 16 in the order of e4m3: two of the first eight and two of the
+// last.
 __device__ __forceinline__ void load_own(u32 (&pairs)[2][4], const Tile& v, int warp, int lane) {
     int row = lane / 8 * 2 + lane % 2;
     if (FP8) {
