@@ -1,198 +1,173 @@
 // Sums over keys by mma.sync: softmax(k)^T v, softmax(k), and the largest |v|.
 //
-// A program takes some rows of one head, TILE of them after another: while copies of the next are
-// on their way, it takes the softmax of one tile's keys, eight lanes each, and multiplies the
-// weights of the one before with v. For that a warp has 32 of k's channels and 64 of v's. A key in
-// int8 is made of its block's scale and the head's center. Beside such keys v becomes fp8 or
-// float16, as attention reads it.
+// A program takes some rows of one head, TILE of them after another; copies go STAGES - 1 tiles
+// ahead. A warp takes the softmax of its keys where they lie in shared memory. Then each has 32 of
+// k's channels and 64 of v's, whose products need all of the tile.
 
-// Defined are BF16, whether v is bfloat16, else float16; INT8, whether k is int8, else as v; FP8,
-// whether v becomes e4m3; and with INT8 VALUE_LIMIT, the largest value.
+// Defined are STAGES, and BF16, whether k and v are bfloat16, else float16.
 
-#include "keys.cuh"
+#include "mma.cuh"
 
 constexpr int HEAD_DIM = 128;
 constexpr int TILE = 32;
-constexpr int BLOCK = 64;  // keys that share a scale, and values that lie together
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
-constexpr int ROW_BYTES = 2 * HEAD_DIM;
-constexpr int CHUNKS = ROW_BYTES / 16;   // of a row
-constexpr int WARP_K = 32, WARP_V = 64;  // channels of a warp's products
-constexpr int VALUE_BYTES = BLOCK * HEAD_DIM * (FP8 ? 1 : 2);
-constexpr int OWN = FP8 ? 1 : 2;  // channels of v that a lane looks at
-static_assert(HEAD_DIM / WARP_K * (HEAD_DIM / WARP_V) == WARPS);
-static_assert(TILE == 4 * WARPS && TILE * CHUNKS == 2 * THREADS && BLOCK == 2 * TILE);
+constexpr int CHUNKS = HEAD_DIM / 8;             // of 16 bytes, of a row
+constexpr int COPY_ROWS = THREADS / CHUNKS;      // that all threads copy at once
+constexpr int COPIES = TILE / COPY_ROWS;
+constexpr int WARP_K = 32, WARP_V = 64;          // channels of a warp's products
+static_assert(HEAD_DIM / WARP_K * (HEAD_DIM / WARP_V) == WARPS && TILE == 4 * WARPS);
 
-typedef u16 Tile[TILE * HEAD_DIM];  // [TILE, HEAD_DIM], swizzled
-typedef float Sums[WARP_K / 16][WARP_V / 8][4];
-typedef float Totals[4];  // of the weights of 16 channels, in each of 8 columns
+struct Stage {
+    u16 k[TILE * HEAD_DIM];  // [TILE, HEAD_DIM], swizzled; then their softmax
+    u16 v[TILE * HEAD_DIM];
+};
 
-struct Shared {
-#if INT8
-    i8 k[2][TILE * HEAD_DIM];  // [TILE, HEAD_DIM], swizzled as in memory
-#else
-    Tile k[2];
-#endif
-    Tile v[2];
-    Tile phi[2];  // the softmax of keys
-#if INT8
-    float4 center[4][8];  // log2(e) times it: of 16 channels of each of eight lanes
-    float farthest;       // of the center
-#endif
+// Where all tiles are done, what warps found of each channel.
+struct Ends {
+    float normalizer[WARPS][HEAD_DIM];
+    u32 maxima[COPY_ROWS][HEAD_DIM / 2];
+};
+
+union Shared {
+    Stage stages[STAGES];
+    Ends ends;
 };
 
 struct Operands {
-#if INT8
-    const i8* k;           // [B, K_HEADS, N BLOCK, D], swizzled
-    const float* k_scale;  // [B, K_HEADS, N]
-    const u16* center;     // [B, K_HEADS, D]
-    i8* values;            // [B, K_HEADS, N, D, BLOCK] e4m3 or float16, swizzled
-    const float* bound;    // [B, H, D], what becomes VALUE_LIMIT
-#else
     const u16* k;       // [B, L, H, D]
-#endif
     const u16* v;       // [B, L, H, D]
     float* state;       // [splits, B, H, D (of k), D (of v)]
     float* normalizer;  // [splits, B, H, D]
     float* maxima;      // [splits, B, H, D]
     int length, heads, heads_in_all, rows;  // rows of a program
-#if INT8
-    int k_heads, k_blocks;  // N
-#else
-    int k_b, k_l, k_h;
-#endif
-    int v_b, v_l, v_h;
+    int k_b, k_l, k_h, v_b, v_l, v_h;
 };
 
 static_assert(SHARED_BYTES == sizeof(Shared));
 static_assert(OPERANDS_BYTES == sizeof(Operands));
 
-// Where a row's chunk lies: eight rows of the same chunk, or two of each eight, meet all banks.
+typedef float Sums[WARP_K / 16][WARP_V / 8][4];
+
+// Where a row's chunk lies: eight rows of the same chunk meet all banks.
 __device__ __forceinline__ u32 swizzled(int row, int chunk) {
-    return row * ROW_BYTES + (chunk ^ row % 8 ^ row / 8 % 4 * 2) * 16;
+    return row * (2 * HEAD_DIM) + (chunk ^ row % 8) * 16;
 }
 
-// The place of a chunk `n` further, whose bits that one's number does not have.
-__device__ __forceinline__ u32 chunks_on(u32 place, int n) { return place ^ n * 16; }
-
-// The same place for 8 or 16 rows further, whose bits that one's number does not have.
-__device__ __forceinline__ u32 rows_on(u32 place, int n) {
-    return chunks_on(place, n / 8 * 2) + n * ROW_BYTES;
+__device__ __forceinline__ uint4& chunk_at(u16* tile, int row, int chunk) {
+    return *reinterpret_cast<uint4*>(reinterpret_cast<i8*>(tile) + swizzled(row, chunk));
 }
 
-__device__ __forceinline__ uint4& chunk_at(Tile& tile, u32 place) {
-    return *reinterpret_cast<uint4*>(reinterpret_cast<i8*>(tile) + place);
-}
-
-// ---- copies, by all threads ----
-
-// What of a head a thread copies next, and where the values of a block go.
-struct Head {
-#if INT8
-    const i8* k;
-    const float* scale;
-    i8* values;
-#else
-    const u16* k;
-#endif
-    const u16* v;
-};
-
-// A thread's chunk of a tile's rows of 16 bits.
-__device__ __forceinline__ int own_row() { return threadIdx.x / CHUNKS; }
-
-__device__ __forceinline__ const u16* own_chunk(const u16* x, int step) {
-    return x + own_row() * (long long)step + 8 * (threadIdx.x % CHUNKS);
-}
-
-// Rows of 16 bits, of which `left` are left; the others become zeros.
-__device__ __forceinline__ void copy_rows(Tile& to, const u16*& own, int left, int step) {
-    u32 place = shared_address(to) + swizzled(own_row(), threadIdx.x % CHUNKS);
-    copy_16(place, own, own_row() < left ? 16 : 0);
-    copy_16(rows_on(place, 16), own + 16 * (long long)step, own_row() + 16 < left ? 16 : 0);
-    own += TILE * (long long)step;
-}
-
-__device__ __forceinline__ void copy_keys(
-    Shared& shared, int slot, Head& head, int left, const Operands& o
+// Starts the copies of a tile whose first row is `first`. Rows from `end` on become zeros.
+__device__ __forceinline__ void copy_tile(
+    Stage& stage, const u16* k, const u16* v, int first, int end, const Operands& o
 ) {
-#if INT8
-    static_assert(sizeof(Shared::k[0]) == 16 * THREADS);
-    copy_16(shared_address(shared.k[slot]) + 16 * threadIdx.x, head.k);
-    head.k += TILE * HEAD_DIM;
-#else
-    copy_rows(shared.k[slot], head.k, left, o.k_l);
-#endif
-}
-
-// ---- weights ----
-
-// The channel of k whose weight lies at this place of a row. Lane i of eight has channels 16 i and
-// on of int8, and leaves 8 in each half.
-__device__ __forceinline__ int channel_at(int place) {
-    return INT8 ? place / 8 % 8 * 16 + place / 64 * 8 + place % 8 : place;
-}
-
-// The softmax of this lane's key, of which it takes an eighth. A key past the end weighs nothing.
-__device__ __forceinline__ void weigh(
-    Shared& shared, int slot, float scale, int row, int eighth, bool inside
-) {
-    float x[16];
-#if INT8
-    const i8* from = shared.k[slot] + row * HEAD_DIM + (eighth ^ row % 8) * 16;
-    uint4 raw = *reinterpret_cast<const uint4*>(from);
-    exponents(x, {raw.x, raw.y, raw.z, raw.w}, shared.center, scale, eighth);
-    weigh_key(x, are_far(scale, shared.farthest), inside);
-#else
-    u32 from = swizzled(row, eighth);
-    unpack(x, chunk_at(shared.k[slot], from));
-    unpack(x + 8, chunk_at(shared.k[slot], chunks_on(from, 8)));
+    int chunk = threadIdx.x % CHUNKS;
 #pragma unroll
-    for (int i = 0; i < 16; i++) x[i] *= scale;
-    weigh_key(x, true, inside);
-#endif
-    u32 place = swizzled(row, eighth);
-    chunk_at(shared.phi[slot], place) = packed_chunk(x);
-    chunk_at(shared.phi[slot], chunks_on(place, 8)) = packed_chunk(x + 8);
+    for (int i = 0; i < COPIES; i++) {
+        int in_tile = threadIdx.x / CHUNKS + i * COPY_ROWS, row = first + in_tile;
+        long long from = min(row, o.length - 1);
+        int bytes = row < end ? 16 : 0;
+        u32 to = swizzled(in_tile, chunk);
+        copy_16(shared_address(stage.k) + to, k + from * o.k_l + 8 * chunk, bytes);
+        copy_16(shared_address(stage.v) + to, v + from * o.v_l + 8 * chunk, bytes);
+    }
 }
 
-// ---- products ----
-
-__device__ __forceinline__ void mma(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    if (BF16)
-        mma_bf16(sum, a, b0, b1);
-    else
-        mma_fp16(sum, a, b0, b1);
+// Over the eight lanes of a key.
+__device__ __forceinline__ float key_max(float x) {
+#pragma unroll
+    for (int distance = 4; distance; distance /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, distance));
+    return x;
 }
 
-// sums += phi^T v of a tile. Both lie by keys, products want them by channels. Of two warps with
-// the same channels of k each adds up the weights of 16.
-__device__ __forceinline__ void multiply(
-    Sums& sums, Totals& totals, const Tile& phi, const Tile& v, int warp, int lane
+__device__ __forceinline__ float key_sum(float x) {
+#pragma unroll
+    for (int distance = 4; distance; distance /= 2) x += __shfl_xor_sync(0xffffffff, x, distance);
+    return x;
+}
+
+// The softmax of this lane's key, in its place: channels 8 (lane % 8) + {0 .. 7}, of both halves.
+// Those past the end, zeros, weigh nothing.
+__device__ __forceinline__ void weigh_key(
+    Stage& stage, float (&normalizer)[16], int row, int eighth, bool inside
 ) {
-    const u32 ones = BF16 ? 0x3f803f80 : 0x3c003c00;
+    const float log2e = 1.4426950408889634f;
+    float x[16], high = -1e30f, sum = 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint4 raw = chunk_at(stage.k, row, eighth + 8 * half);
+        const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float2 both = pair_of(pairs[i], BF16);
+            x[8 * half + 2 * i] = both.x, x[8 * half + 2 * i + 1] = both.y;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) high = fmaxf(high, x[i]);
+    float shift = -key_max(high) * log2e;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        x[i] = exp2_fast(fmaf(x[i], log2e, shift));
+        sum += x[i];
+    }
+    sum = key_sum(sum);
+    float factor = inside ? 1.0f / sum : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        x[i] *= factor;
+        normalizer[i] += x[i];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        u32 pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            pairs[i] = packed_pair({x[8 * half + 2 * i], x[8 * half + 2 * i + 1]}, BF16);
+        chunk_at(stage.k, row, eighth + 8 * half) =
+            make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+}
+
+// Of the values that this thread copied.
+__device__ __forceinline__ void raise_maxima(u32 (&maxima)[4], Stage& stage) {
+#pragma unroll
+    for (int i = 0; i < COPIES; i++) {
+        int row = threadIdx.x / CHUNKS + i * COPY_ROWS;
+        uint4 raw = chunk_at(stage.v, row, threadIdx.x % CHUNKS);
+        const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            maxima[j] = max_of_pairs(maxima[j], pairs[j] & 0x7fff7fff, BF16);
+    }
+}
+
+// sums += softmax(k)^T v of the tile. Both lie by keys, products want them by channels.
+__device__ __forceinline__ void multiply(Sums& sums, const Stage& stage, int warp, int lane) {
     int k_chunk = warp / 2 * (WARP_K / 8) + lane / 8 % 2, k_row = lane / 16 * 8 + lane % 8;
     int v_chunk = warp % 2 * (WARP_V / 8) + lane / 16, v_row = lane / 8 % 2 * 8 + lane % 8;
-    u32 phi_at = shared_address(phi) + swizzled(k_row, k_chunk);
-    u32 v_at = shared_address(v) + swizzled(v_row, v_chunk);
 #pragma unroll
     for (int key = 0; key < TILE; key += 16) {
-        u32 a[WARP_K / 16][4], half[4];
+        u32 phi[WARP_K / 16][4];
 #pragma unroll
         for (int m = 0; m < WARP_K / 16; m++)
-            load_matrices_transposed(a[m], rows_on(chunks_on(phi_at, 2 * m), key));
-#pragma unroll
-        for (int i = 0; i < 4; i++) half[i] = warp % 2 ? a[1][i] : a[0][i];
-        mma(totals, half, ones, ones);
+            load_matrices_transposed(
+                phi[m], shared_address(stage.k) + swizzled(key + k_row, k_chunk + 2 * m));
 #pragma unroll
         for (int n = 0; n < WARP_V / 8; n += 2) {
-            u32 b[4];
-            load_matrices_transposed(b, rows_on(chunks_on(v_at, n), key));
+            u32 v[4];
+            load_matrices_transposed(
+                v, shared_address(stage.v) + swizzled(key + v_row, v_chunk + n));
 #pragma unroll
             for (int m = 0; m < WARP_K / 16; m++)
 #pragma unroll
-                for (int i = 0; i < 2; i++) mma(sums[m][n + i], a[m], b[2 * i], b[2 * i + 1]);
+                for (int i = 0; i < 2; i++)
+                    if (BF16)
+                        mma_bf16(sums[m][n + i], phi[m], v[2 * i], v[2 * i + 1]);
+                    else
+                        mma_fp16(sums[m][n + i], phi[m], v[2 * i], v[2 * i + 1]);
         }
     }
 }
@@ -204,214 +179,79 @@ __device__ __forceinline__ void store_state(const Sums& sums, float* state, int 
         for (int n = 0; n < WARP_V / 8; n++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                int row = channel_at(warp / 2 * WARP_K + 16 * m + 8 * half + lane / 4);
+                int row = warp / 2 * WARP_K + 16 * m + 8 * half + lane / 4;
                 int column = warp % 2 * WARP_V + 8 * n + 2 * (lane % 4);
                 *reinterpret_cast<float2*>(state + row * HEAD_DIM + column) =
                     make_float2(sums[m][n][2 * half], sums[m][n][2 * half + 1]);
             }
 }
 
-__device__ __forceinline__ void store_totals(
-    const Totals& totals, float* normalizer, int warp, int lane
-) {
-    int place = warp / 2 * WARP_K + warp % 2 * 16 + lane / 4;
-    if (lane % 4) return;
-    normalizer[channel_at(place)] = totals[0];
-    normalizer[channel_at(place + 8)] = totals[2];
-}
-
-// ---- values ----
-
-// What a lane knows of its own channels of v.
-struct Channels {
-    u32 maxima[OWN];  // of |v|, of even and of odd keys
-#if INT8
-    float factor[OWN];  // that makes values of v
-    u32 high[OWN];      // two of the largest: of v itself before it becomes e4m3, else of values
-#endif
-};
-
-__device__ __forceinline__ int own_channel(int i, int warp, int lane) {
-    int chunk = FP8 ? warp / 2 * 4 + warp % 2 + lane % 4 / 2 * 2 : 2 * warp + i;
-    return 8 * chunk + lane / 4;
-}
-
-// Of a tile of v the warp's 16 channels. A lane gets, in pairs, 8 keys side by side of each of its
-// two channels, or of its only one 16 in the order of e4m3: two of the first eight and two of the
-// last.
-__device__ __forceinline__ void load_own(u32 (&pairs)[2][4], const Tile& v, int warp, int lane) {
-    int row = lane / 8 * 2 + lane % 2;
-    if (FP8) {
-        int chunk = warp / 2 * 4 + warp % 2 + lane / 4 % 2 * 2;
-        u32 from = shared_address(v) + swizzled(row + lane / 2 % 2 * 16, chunk);
-        load_matrices_transposed(pairs[0], from);
-        load_matrices_transposed(pairs[1], rows_on(from, 8));
-    } else {
-        u32 from = shared_address(v) + swizzled(row + lane % 8 / 2 * 8, 2 * warp);
-        load_matrices_transposed(pairs[0], from);
-        load_matrices_transposed(pairs[1], chunks_on(from, 1));
-    }
-}
-
-__device__ __forceinline__ void raise_maxima(Channels& own, const u32 (&pairs)[2][4]) {
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            u32& maxima = own.maxima[FP8 ? 0 : i];
-            maxima = max_of_pairs(maxima, pairs[i][j] & 0x7fff7fff, BF16);
-        }
-}
-
-// Of what two or four lanes know.
-__device__ __forceinline__ void store_maxima(
-    const Channels& own, float* maxima, int warp, int lane
+// The four keys of a warp, then all warps.
+__device__ __forceinline__ void store_ends(
+    Ends& ends, float (&normalizer)[16], const u32 (&maxima)[4], const Operands& o, int warp,
+    int lane
 ) {
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        float2 both = pair_of(own.maxima[i], BF16);
-        float highest = max_or_nan(both.x, both.y);
-        highest = max_or_nan(highest, __shfl_xor_sync(0xffffffff, highest, 1));
-        if (!FP8) highest = max_or_nan(highest, __shfl_xor_sync(0xffffffff, highest, 2));
-        maxima[own_channel(i, warp, lane)] = highest;
+    for (int i = 0; i < 16; i++) {
+        normalizer[i] += __shfl_xor_sync(0xffffffff, normalizer[i], 8);
+        normalizer[i] += __shfl_xor_sync(0xffffffff, normalizer[i], 16);
+        if (lane < 8) ends.normalizer[warp][64 * (i / 8) + 8 * lane + i % 8] = normalizer[i];
     }
-}
-
-#if INT8
-__device__ __forceinline__ void set_limits(
-    Channels& own, const float* bounds, int warp, int lane
-) {
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        float bound = bounds[own_channel(i, warp, lane)], high = FP8 ? bound : VALUE_LIMIT;
-        own.factor[i] = __fdiv_rn(1.0f, bound) * VALUE_LIMIT;
-        own.high[i] = packed_pair({high, high}, FP8 && BF16);
+    for (int j = 0; j < 4; j++)
+        ends.maxima[threadIdx.x / CHUNKS][4 * (threadIdx.x % CHUNKS) + j] = maxima[j];
+    __syncthreads();
+    long long at = (long long)blockIdx.x * HEAD_DIM + threadIdx.x;
+    if (threadIdx.x < HEAD_DIM) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) sum += ends.normalizer[i][threadIdx.x];
+        o.normalizer[at] = sum;
+        u32 highest = 0;
+#pragma unroll
+        for (int i = 0; i < COPY_ROWS; i++)
+            highest = max_of_pairs(highest, ends.maxima[i][threadIdx.x / 2], BF16);
+        float2 both = pair_of(highest, BF16);
+        o.maxima[at] = threadIdx.x % 2 ? both.y : both.x;
     }
-}
-
-// Pairs that are at most `high` and at least minus it.
-__device__ __forceinline__ u32 limited(u32 pair, u32 high, bool bf16) {
-    return max_of_pairs(min_of_pairs(pair, high, bf16), high ^ 0x80008000, bf16);
-}
-
-// Of a tile, the first or the second half of a block's keys.
-__device__ __forceinline__ void store_values(
-    const Channels& own, const u32 (&pairs)[2][4], i8* block, int half, int warp, int lane
-) {
-    u32 x[4];
-#if FP8
-    float factor = own.factor[0];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        float2 first = pair_of(limited(pairs[0][j], own.high[0], BF16), BF16);
-        float2 last = pair_of(limited(pairs[1][j], own.high[0], BF16), BF16);
-        x[j] = packed_fp8(first.x * factor, first.y * factor, last.x * factor, last.y * factor);
-    }
-    int channel = own_channel(0, warp, lane);
-    u32 to = channel * BLOCK + (lane % 2 ^ channel / 2 % 4) * 16;
-    store_16(block + chunks_on(to, 2 * half), x);
-#else
-#pragma unroll
-    for (int i = 0; i < OWN; i++) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float2 both = pair_of(pairs[i][j], BF16);
-            u32 scaled = packed_pair({both.x * own.factor[i], both.y * own.factor[i]}, false);
-            x[j] = limited(scaled, own.high[i], false);
-        }
-        int channel = own_channel(i, warp, lane);
-        u32 to = channel * (2 * BLOCK) + (lane % 4 ^ channel % 8) * 16;
-        store_16(block + chunks_on(to, 4 * half), x);
-    }
-#endif
-}
-#endif
-
-// ---- the kernel ----
-
-__device__ __forceinline__ Head head_of(const Operands& o, int sample, int number, int row) {
-    Head head;
-#if INT8
-    long long k_head = sample * (long long)o.k_heads + number;
-    long long block = k_head * o.k_blocks + row / BLOCK;
-    head.k = o.k + block * (BLOCK * HEAD_DIM) + 16 * threadIdx.x;
-    head.scale = o.k_scale + block;
-    head.values = o.values + block * VALUE_BYTES;
-#else
-    const u16* k = o.k + sample * (long long)o.k_b + number * o.k_h;
-    head.k = own_chunk(k + row * (long long)o.k_l, o.k_l);
-#endif
-    const u16* v = o.v + sample * (long long)o.v_b + number * o.v_h;
-    head.v = own_chunk(v + row * (long long)o.v_l, o.v_l);
-    return head;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
     const __grid_constant__ Operands o
 ) {
-    extern __shared__ __align__(256) char memory[];  // for chunks_on
+    extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = 4 * warp + lane / 8;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // All heads of some rows run side by side: together they read whole rows.
-    int whole_head = blockIdx.x % o.heads_in_all, sample = whole_head / o.heads;
-    int begin = blockIdx.x / o.heads_in_all * o.rows;
-    int left = min(o.rows, o.length - begin);  // rows of this and all later tiles
-    Head head = head_of(o, sample, whole_head % o.heads, begin);
-    copy_keys(shared, 0, head, left, o);
-    copy_rows(shared.v[0], head.v, left, o.v_l);
-    copy_keys(shared, 1, head, left - TILE, o);
-    copy_commit();
-    Channels own = {};
-#if INT8
-    int k_head = sample * o.k_heads + whole_head % o.heads;
-    if (warp == 0) {
-        const u16* four = o.center + k_head * HEAD_DIM + 16 * (lane % 8) + 4 * (lane / 8);
-        shared.farthest = load_center(shared.center, *reinterpret_cast<const uint2*>(four));
+    int head = blockIdx.x % o.heads_in_all, sample = head / o.heads;
+    int begin = blockIdx.x / o.heads_in_all * o.rows, end = min(begin + o.rows, o.length);
+    const u16* k = o.k + sample * (long long)o.k_b + head % o.heads * o.k_h;
+    const u16* v = o.v + sample * (long long)o.v_b + head % o.heads * o.v_h;
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) {
+        copy_tile(shared.stages[i], k, v, begin + i * TILE, end, o);
+        copy_commit();
     }
-    set_limits(own, o.bound + whole_head * HEAD_DIM, warp, lane);
-#endif
     Sums sums = {};
-    Totals totals = {};
+    float normalizer[16] = {};
+    u32 maxima[4] = {};
+    int slot = 0, row = 4 * warp + lane / 8;
+#pragma unroll 1
+    for (int first = begin; first < end; first += TILE) {
+        Stage& stage = shared.stages[slot];
+        copy_wait<STAGES - 2>();
+        __syncthreads();  // the tile is there, and all are done with the last one
+        Stage& free = shared.stages[slot ? slot - 1 : STAGES - 1];
+        copy_tile(free, k, v, first + (STAGES - 1) * TILE, end, o);
+        copy_commit();
+        weigh_key(stage, normalizer, row, lane % 8, first + row < end);
+        raise_maxima(maxima, stage);
+        __syncthreads();  // all of its weights are there
+        multiply(sums, stage, warp, lane);
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+    }
+    store_state(sums, o.state + (long long)blockIdx.x * HEAD_DIM * HEAD_DIM, warp, lane);
     copy_wait<0>();
     __syncthreads();
-#if INT8
-    float scale = LOG2E * *head.scale;
-#else
-    float scale = LOG2E;
-#endif
-    weigh(shared, 0, scale, row, lane % 8, row < left);
-#pragma unroll 1
-    for (; left > 0; left -= BLOCK) {
-#if INT8
-        float next_scale = left > BLOCK ? LOG2E * *++head.scale : scale;
-#endif
-#pragma unroll
-        for (int slot = 0; slot < 2; slot++) {
-            int later = left - (slot + 1) * TILE;  // rows of later tiles
-            bool another = slot == 0 || left > BLOCK;  // in whole blocks
-            copy_wait<0>();
-            __syncthreads();  // this tile's weights and v are there, and the next one's keys
-            if (another) copy_rows(shared.v[slot ^ 1], head.v, later, o.v_l);
-            if (left > BLOCK) copy_keys(shared, slot, head, later - TILE, o);
-            copy_commit();
-#if INT8
-            if (slot == 1) scale = next_scale;
-#endif
-            if (another) weigh(shared, slot ^ 1, scale, row, lane % 8, row < later);
-            u32 pairs[2][4];
-            load_own(pairs, shared.v[slot], warp, lane);
-            raise_maxima(own, pairs);
-#if INT8
-            store_values(own, pairs, head.values, slot, warp, lane);
-#endif
-            multiply(sums, totals, shared.phi[slot], shared.v[slot], warp, lane);
-        }
-#if INT8
-        head.values += VALUE_BYTES;
-#endif
-    }
-    long long at = (long long)blockIdx.x * HEAD_DIM;
-    store_state(sums, o.state + at * HEAD_DIM, warp, lane);
-    store_totals(totals, o.normalizer + at, warp, lane);
-    store_maxima(own, o.maxima + at, warp, lane);
+    store_ends(shared.ends, normalizer, maxima, o, warp, lane);
 }

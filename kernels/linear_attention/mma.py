@@ -1,6 +1,6 @@
-"""The linear branch's sums over keys by mma.sync, for GeForce cards and A100: mma.cu."""
+"""The linear branch's sums over keys by mma.sync, for GeForce cards and A100: mma.cu, and of keys
+in int8 int8_keys.cu."""
 
-import ctypes
 from pathlib import Path
 
 import torch
@@ -12,12 +12,13 @@ from ..sparse_attention.mma import VALUE_LIMIT
 from .triton import room_for_sums
 
 SOURCE = Path(__file__).with_suffix(".cu")
+INT8_SOURCE = SOURCE.with_name("int8_keys.cu")
 HEAD_DIM = 128
 THREADS = 256
-TILE, BLOCK = 32, 64  # keys of a step, and that share a scale where they are int8
-# mma.cu's Shared, of which two fit a multiprocessor of 100 KB: keys, values and weights of two
-# tiles; of keys in int8 also their center.
-SHARED_BYTES = 2 * 3 * TILE * HEAD_DIM * 2
+STAGES = 3  # two programs share a multiprocessor, which has 100 KB
+SHARED_BYTES = STAGES * 2 * 32 * HEAD_DIM * 2  # mma.cu's Shared
+TILE, BLOCK = 32, 64  # keys of a step, and that share a scale, in int8
+# int8_keys.cu's Shared: keys, values and weights of two tiles, and a center.
 INT8_SHARED_BYTES = 2 * 5 * TILE * HEAD_DIM + 4 * HEAD_DIM + 16
 Operands = nvrtc.operands(
     pointers="k v state normalizer maxima",
@@ -54,8 +55,15 @@ def key_value_state_and_maximum(
     k: torch.Tensor, v: torch.Tensor, feature_map: str, of_heads: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`key_value_state_and_maximum` of the Triton file, of what is not `unfit`."""
-    layout = k.stride()[:3]
-    return _sums(Operands, (k,), layout, v, of_heads, SHARED_BYTES, INT8=0, FP8=0)
+    batch, length, heads, _ = k.shape
+    rows, state, normalizer = room_for_sums(k, of_heads)
+    maximum = torch.empty_like(normalizer)
+    operands = Operands(
+        *map(nvrtc.address, (k, v, state, normalizer, maximum)),
+        length, heads, batch * heads, rows, *k.stride()[:3], *v.stride()[:3],
+    )  # fmt: skip
+    _kernel(k).launch(state.shape[0] * batch * heads, THREADS, operands)
+    return state.sum(0), normalizer.sum(0), maximum.amax(0)
 
 
 def state_of_int8_keys(
@@ -68,33 +76,27 @@ def state_of_int8_keys(
     of_heads: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `state_of_int8_keys` of the package."""
-    batch, _, heads, _ = v.shape
-    k_heads = integers.stride(0) // integers.stride(1) if batch > 1 else heads
-    keys, layout = (integers, scale, center, values, bound), (k_heads, scale.shape[2])
-    constants = {"FP8": int(values.dtype == torch.float8_e4m3fn), "VALUE_LIMIT": int(VALUE_LIMIT)}
-    return _sums(Int8Operands, keys, layout, v, of_heads, INT8_SHARED_BYTES, INT8=1, **constants)
-
-
-def _sums(
-    kind: type[ctypes.Structure],
-    keys: tuple[torch.Tensor, ...],
-    layout: tuple[int, ...],
-    v: torch.Tensor,
-    of_heads: int | None,
-    shared_bytes: int,
-    **constants: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """State, normalizer and the largest |v|, of `keys` as this `kind` of operands has them."""
     batch, length, heads, _ = v.shape
+    k_heads = integers.stride(0) // integers.stride(1) if batch > 1 else heads
     rows, state, normalizer = room_for_sums(v, of_heads, BLOCK)
     maximum = torch.empty_like(normalizer)
-    operands = kind(
-        *map(nvrtc.address, (*keys, v, state, normalizer, maximum)),
-        length, heads, batch * heads, rows, *layout, *v.stride()[:3],
+    operands = Int8Operands(
+        *map(nvrtc.address, (integers, scale, center, values, bound)),
+        *map(nvrtc.address, (v, state, normalizer, maximum)),
+        length, heads, batch * heads, rows, k_heads, scale.shape[2], *v.stride()[:3],
     )  # fmt: skip
     kernel = nvrtc.load(
-        SOURCE, "key_value_state", nvrtc.target_of(capability(v.device), v.device), shared_bytes,
-        kind, v.device.index, BF16=int(v.dtype == torch.bfloat16), **constants,
+        INT8_SOURCE, "key_value_state", nvrtc.target_of(capability(v.device), v.device),
+        INT8_SHARED_BYTES, Int8Operands, v.device.index, BF16=int(v.dtype == torch.bfloat16),
+        FP8=int(values.dtype == torch.float8_e4m3fn), VALUE_LIMIT=int(VALUE_LIMIT),
     )  # fmt: skip
-    kernel.launch(len(state) * batch * heads, THREADS, operands)
+    kernel.launch(state.shape[0] * batch * heads, THREADS, operands)
     return state.sum(0), normalizer.sum(0), maximum.amax(0)
+
+
+def _kernel(k: torch.Tensor) -> nvrtc.Kernel:
+    target = nvrtc.target_of(capability(k.device), k.device)
+    return nvrtc.load(
+        SOURCE, "key_value_state", target, SHARED_BYTES, Operands, k.device.index,
+        STAGES=STAGES, BF16=int(k.dtype == torch.bfloat16),
+    )  # fmt: skip
