@@ -303,7 +303,7 @@ KERNELS = {
         sizes={"ACROSS": conv.ACROSS, "DEPTH": conv.DEPTH, "STAGES": conv.STAGES},
     ),
     "qk_prepare/cuda.cu": Kernel(
-        every_prepare, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card=PREPARE_SPILLS,
+        every_prepare, (HOPPER, *BY_MMA_SYNC), 168, spills_of_card=PREPARE_SPILLS,
         products=prepare_products,
         sizes={name: getattr(cuda_prepare, name) for name in ("HEAD_DIM", "MOST_HEADS")},
     ),
