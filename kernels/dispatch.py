@@ -99,6 +99,14 @@ def triton_unavailable(device: torch.device) -> str | None:
     return None
 
 
+def cuda_kernels(
+    device: torch.device, hopper: ModuleType | None, mma: ModuleType | None
+) -> ModuleType | None:
+    """Whichever of an op's modules in CUDA C++ can run on `device`; None where neither can."""
+    cuda = _cuda_for(device, hopper, mma)
+    return None if cuda is None or triton_unavailable(device) or nvrtc.unavailable() else cuda
+
+
 def cuda_unavailable(device: torch.device) -> str | None:
     """Why Hopper's CUDA C++ kernels cannot run on `device`; None where they can."""
     if capability(device) != HOPPER:

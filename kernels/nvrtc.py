@@ -11,7 +11,7 @@ from .checks import Remembered
 from .driver import check, driver, recorder, start, with_room
 
 # What the kernels include.
-HEADER_NAMES = "arithmetic.cuh", "hopper.cuh", "mma.cuh", "rows.cuh"
+HEADER_NAMES = "arithmetic.cuh", "hopper.cuh", "keys.cuh", "mma.cuh", "rows.cuh"
 HEADERS = tuple(map(Path(__file__).with_name, HEADER_NAMES))
 TENSOR_MAP = ctypes.c_uint64 * 16
 ONE_PARAMETER = ctypes.c_void_p * 1

@@ -5,7 +5,7 @@ Counted in activations of one bf16 [B, L, C]; an int8 one is half of it. The fus
 (host/block.py) is written so that nothing outlives its use; here is what then is alive at once:
 
     k and v      its input 1, that in int8 1/2, k 1, v 1, and v in low bits 1/2 (fp16 values 1);
-                 where v comes in halves, see `values_in_halves`, half of it; on Hopper k's
+                 where v comes in halves, see `values_in_halves`, half of it; in CUDA C++ k's
                  int8 1/2 in place of k, and v as a whole
     q            input 1, k and v in low bits 1 (fp16 values 3/2), q 1 (the result takes its memory)
                  and its int8 1/2, some heads' scores and the block map

@@ -42,7 +42,7 @@ SLOWER = {
 Choice = tuple[str, str, str | None]  # op, what it runs in, why not in what is faster
 
 # How far a kernel may be from its reference. In low bits weights are rounded against another
-# maximum and, on Hopper, keys around another center: played on a CPU 1.3e-2 and, both, 2.03e-2.
+# maximum and, in CUDA C++, keys around another center: played on a CPU 1.3e-2 and, both, 2.03e-2.
 TRIAL_BOUND, LOW_BIT_BOUND = 2e-2, 3e-2
 
 GIB = 2**30

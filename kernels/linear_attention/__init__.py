@@ -16,6 +16,7 @@ else:
     gradients_triton = triton_kernels = hopper = mma = None
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
+KEY_BLOCK = 64  # rows of k in int8 that share a scale
 
 __all__ = [
     "FEATURE_MAPS",
@@ -99,22 +100,23 @@ def state_of_int8_keys(
     of_heads: int | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`key_value_state_and_maximum` of keys as `prepare_keys` leaves them, and v in fp8, on Hopper.
+    """`key_value_state_and_maximum` of keys as `prepare_keys` leaves them, and v in low bits.
 
     Args:
         integers, scale, center: see `Int8Keys`; int8 [B, H, N * 64, D], float32 [B, H, N] and, in
             v's dtype, [B, H, D]. Where B is 1 they may be some heads of larger tensors.
         v, of_heads, backend: see `key_value_state`; phi is "softmax", D 128, v's heads lie side by
             side.
-        values: takes v in e4m3 [B, H, N, D, 64] as attention on Hopper reads it; some heads of a
-            larger tensor where the keys are.
-        bound: float32 [B, H, D], what maps to 448; larger |v| saturates, and shows in the maximum.
+        values: takes v in e4m3 or float16 [B, H, N, D, 64] as attention in CUDA C++ reads it; some
+            heads of a larger tensor where the keys are.
+        bound: float32 [B, H, D], what maps to the largest value; larger |v| saturates, and shows in
+            the maximum.
 
     Raises:
-        ValueError, TypeError: a shape or dtype does not fit, or this is no Hopper.
+        ValueError, TypeError: a shape or dtype does not fit, or no CUDA C++ takes this v here.
     """
     batch, length, heads, dim = v.shape
-    blocks, rows = -(-length // hopper.TILE), hopper.TILE
+    blocks, rows = -(-length // KEY_BLOCK), KEY_BLOCK
     check_shape("integers", integers, (batch, heads, blocks * rows, dim))
     check_shape("scale", scale, (batch, heads, blocks))
     check_shape("center", center, (batch, heads, dim))
@@ -122,11 +124,10 @@ def state_of_int8_keys(
     check_shape("bound", bound, (batch, heads, dim))
     if center.dtype != v.dtype:
         raise TypeError(f"center must be {v.dtype} like v, got {center.dtype}")
-    if _kernels(v, v, "softmax", backend) is not hopper:
-        raise ValueError(
-            "keys in int8 are summed up by Hopper's kernel, which does not take this v"
-        )
-    return hopper.state_of_int8_keys(integers, scale, center, v, values, bound, of_heads)
+    kernels = _kernels(v, v, "softmax", backend)
+    if kernels is None or kernels not in (hopper, mma):
+        raise ValueError("keys in int8 are summed up in CUDA C++, which does not take this v here")
+    return kernels.state_of_int8_keys(integers, scale, center, v, values, bound, of_heads)
 
 
 def _kernels(k, v, feature_map, backend):

@@ -8,7 +8,7 @@
 // Defined are BF16, whether v is bfloat16, else float16; INT8, whether k is int8, else as v.
 
 #include "hopper.cuh"
-#include "mma.cuh"
+#include "keys.cuh"
 
 constexpr int HEAD_DIM = 128;
 constexpr int TILE = 64;
@@ -18,8 +18,6 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int HALF = TILE * 64;  // values of half the channels, whose rows are wide as a swizzle
 constexpr int CHUNKS = HEAD_DIM / 8;         // of 16 bytes, of a row
 constexpr float E4M3_LIMIT = 448.0f;
-constexpr float SAFE_EXPONENT = 64.0f;  // sums of powers of 2 and their inverses stay in float32
-constexpr float LOG2E = 1.4426950408889634f;
 constexpr int READ_ROWS = THREADS / CHUNKS;  // of v that all threads look at, at once
 
 struct Stage {
@@ -120,24 +118,6 @@ __device__ __forceinline__ uint4& chunk_at(u16* tile, int row, int chunk) {
     return *reinterpret_cast<uint4*>(of_row + (chunk % 8 ^ row % 8) * 8);
 }
 
-// Over the eight lanes of a key.
-__device__ __forceinline__ float key_max(float x) {
-#pragma unroll
-    for (int distance = 4; distance; distance /= 2)
-        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, distance));
-    return x;
-}
-
-__device__ __forceinline__ float key_sum(float x) {
-#pragma unroll
-    for (int distance = 4; distance; distance /= 2) x += __shfl_xor_sync(0xffffffff, x, distance);
-    return x;
-}
-
-// The two chunks of an eighth of a key's channels. Lanes of the upper half take them the other way
-// round, so that eight lanes meet all banks.
-__device__ __forceinline__ int chunk_of(int eighth, int i) { return 2 * eighth + (i ^ eighth / 4); }
-
 __device__ __forceinline__ void unpack(float* x, const uint4& raw) {
     const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
@@ -147,75 +127,12 @@ __device__ __forceinline__ void unpack(float* x, const uint4& raw) {
     }
 }
 
-#if INT8
-// Of a key's eighth the exponents, as chunks go: of base 2.
-__device__ __forceinline__ void exponents(
-    float (&x)[16], const Shared& shared, const Stage& stage, float scale, int row, int eighth
-) {
-    const i8* from = stage.k + row * HEAD_DIM + (eighth ^ row % 8) * 16;
-    uint4 raw = *reinterpret_cast<const uint4*>(from);
-    bool upper = eighth / 4;
-    const u32 quads[4] = {upper ? raw.z : raw.x, upper ? raw.w : raw.y,
-                          upper ? raw.x : raw.z, upper ? raw.y : raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float4 center = shared.center[i][eighth];
-        const float centers[4] = {center.x, center.y, center.z, center.w};
-        u32 quad = quads[i] ^ 0x80808080;  // each integer plus 128
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float n = __uint_as_float(__byte_perm(quad, 0x4b000000, 0x7540 + j));  // plus 2^23
-            x[4 * i + j] = fmaf(n - (8388608.0f + 128.0f), scale, centers[j]);
-        }
-    }
-}
-
-// log2(e) times the center, in shared memory, and its largest number; by one warp.
-__device__ __forceinline__ void load_center(Shared& shared, const u16* center) {
-    int i = threadIdx.x / 8, eighth = threadIdx.x % 8;
-    const uint2* from = reinterpret_cast<const uint2*>(center + 8 * chunk_of(eighth, i / 2));
-    uint2 raw = from[i % 2];
-    float2 low = pair_of(raw.x, BF16), high = pair_of(raw.y, BF16);
-    shared.center[i][eighth] =
-        make_float4(LOG2E * low.x, LOG2E * low.y, LOG2E * high.x, LOG2E * high.y);
-    float far = fmaxf(fmaxf(fabsf(low.x), fabsf(low.y)), fmaxf(fabsf(high.x), fabsf(high.y)));
-#pragma unroll
-    for (int distance = 16; distance; distance /= 2)
-        far = fmaxf(far, __shfl_xor_sync(0xffffffff, far, distance));
-    shared.farthest = LOG2E * far;
-}
-#else
+#if !INT8
 __device__ __forceinline__ void exponents(float (&x)[16], Stage& stage, int row, int eighth) {
 #pragma unroll
     for (int i = 0; i < 2; i++) unpack(x + 8 * i, chunk_at(stage.k, row, chunk_of(eighth, i)));
 }
-#endif
 
-#if INT8
-// The softmax of this lane's key, of whose exponents it has an eighth; only `far` ones have to be
-// taken less their maximum.
-__device__ __forceinline__ void weigh_key(float (&x)[16], bool far, bool inside) {
-    float sum = 0;
-    if (far) {
-        float high = -1e30f;
-#pragma unroll
-        for (int i = 0; i < 16; i++) high = fmaxf(high, x[i]);
-        high = key_max(high);
-#pragma unroll
-        for (int i = 0; i < 16; i++) x[i] -= high;
-    }
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        x[i] = exp2_fast(x[i]);
-        sum += x[i];
-    }
-    float inverse;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(key_sum(sum)));
-    inverse = inside ? inverse : 0.0f;
-#pragma unroll
-    for (int i = 0; i < 16; i++) x[i] *= inverse;
-}
-#else
 // The softmax of this lane's key, of which it has an eighth.
 __device__ __forceinline__ void weigh_key(float (&x)[16], float (&normalizer)[16], bool inside) {
     float high = -1e30f, sum = 0;
@@ -239,14 +156,7 @@ __device__ __forceinline__ void weigh_key(float (&x)[16], float (&normalizer)[16
 
 __device__ __forceinline__ void store_key(u16* phi, const float (&x)[16], int row, int eighth) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        u32 pairs[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            pairs[j] = packed_pair({x[8 * i + 2 * j], x[8 * i + 2 * j + 1]}, BF16);
-        chunk_at(phi, row, chunk_of(eighth, i)) =
-            make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    }
+    for (int i = 0; i < 2; i++) chunk_at(phi, row, chunk_of(eighth, i)) = packed_chunk(x + 8 * i);
 }
 
 #if INT8
@@ -277,20 +187,6 @@ __device__ __forceinline__ void store_values(
         transpose(bytes);  // 16 keys of a channel
         int column = chunk / 4 * 32 + of_eight / 2 * 8 + chunk % 4 * 2 + of_eight % 2;
         store_16(values + column * TILE + (lane % 4 ^ column / 2 % 4) * 16, bytes);
-    }
-}
-
-// The largest |v| of a channel, of what four lanes have.
-__device__ __forceinline__ void store_maxima(
-    const u32 (&maxima)[2], float* to, int warp, int lane
-) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float2 both = pair_of(maxima[i], BF16);
-        float highest = max_or_nan(both.x, both.y);
-        highest = max_or_nan(highest, __shfl_xor_sync(0xffffffff, highest, 1));
-        highest = max_or_nan(highest, __shfl_xor_sync(0xffffffff, highest, 2));
-        if (lane % 4 == 0) to[16 * warp + 8 * i + lane / 4] = highest;
     }
 }
 #else
@@ -418,7 +314,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
     int k_head = sample * o.k_heads + head;
     int first_block = k_head * o.k_blocks + begin / TILE;
     float next_scale = o.k_scale[first_block];
-    if (threadIdx.x < 32) load_center(shared, o.center + k_head * HEAD_DIM);
+    if (threadIdx.x < 32)
+        shared.farthest = load_center(shared.center, o.center + k_head * HEAD_DIM);
     if (threadIdx.x < HEAD_DIM) {
         float bound = o.bound[(long long)whole_head * HEAD_DIM + threadIdx.x];
         shared.factor[threadIdx.x] = __fdiv_rn(1.0f, bound) * E4M3_LIMIT;
@@ -448,7 +345,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
 #if INT8
         u16* phi = shared.phi[tile % 2];
         float scale = LOG2E * next_scale;
-        bool far = !(fmaf(127.0f, scale, shared.farthest) < SAFE_EXPONENT);
+        bool far = are_far(scale, shared.farthest);
         if (tile + 1 < tiles) next_scale = o.k_scale[first_block + tile + 1];
 #else
         u16* phi = stage.k;
@@ -458,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
         for (int row = key; row < TILE; row += TILE / 2) {
             float x[16];
 #if INT8
-            exponents(x, shared, stage, scale, row, eighth);
+            exponents(x, shared.center, stage.k, scale, row, eighth);
 #else
             exponents(x, stage, row, eighth);
 #endif

@@ -7,16 +7,24 @@ import torch
 from .. import nvrtc
 from ..checks import in_steps_of_16_bytes
 from ..dispatch import capability
+from ..sparse_attention.mma import VALUE_LIMIT
 from .triton import room_for_sums
 
 SOURCE = Path(__file__).with_suffix(".cu")
 HEAD_DIM = 128
 THREADS = 256
 STAGES = 3  # two programs share a multiprocessor, which has 100 KB
-SHARED_BYTES = STAGES * 2 * 32 * HEAD_DIM * 2  # mma.cu's Shared
+TILE, KEY_BLOCK = 32, 64  # keys of a step, and that share a scale
+# mma.cu's Shared; that of keys in int8.
+SHARED_BYTES = STAGES * 2 * TILE * HEAD_DIM * 2
+INT8_SHARED_BYTES = (3 * STAGES + 2) * TILE * HEAD_DIM + 4 * HEAD_DIM + 16
 Operands = nvrtc.operands(
     pointers="k v state normalizer maxima",
     integers="length heads heads_in_all rows k_b k_l k_h v_b v_l v_h",
+)
+Int8Operands = nvrtc.operands(
+    pointers="k k_scale center values bound v state normalizer maxima",
+    integers="length heads heads_in_all rows k_heads k_blocks v_b v_l v_h",
 )
 
 
@@ -56,9 +64,38 @@ def key_value_state_and_maximum(
     return state.sum(0), normalizer.sum(0), maximum.amax(0)
 
 
+def state_of_int8_keys(
+    integers: torch.Tensor,
+    scale: torch.Tensor,
+    center: torch.Tensor,
+    v: torch.Tensor,
+    values: torch.Tensor,
+    bound: torch.Tensor,
+    of_heads: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `state_of_int8_keys` of the package."""
+    batch, length, heads, _ = v.shape
+    k_heads = integers.stride(0) // integers.stride(1) if batch > 1 else heads
+    rows, state, normalizer = room_for_sums(v, of_heads, KEY_BLOCK)
+    maximum = torch.empty_like(normalizer)
+    operands = Int8Operands(
+        *map(nvrtc.address, (integers, scale, center, values, bound, v)),
+        *map(nvrtc.address, (state, normalizer, maximum)),
+        length, heads, batch * heads, rows, k_heads, scale.shape[2], *v.stride()[:3],
+    )  # fmt: skip
+    kernel = nvrtc.load(
+        SOURCE, "key_value_state", nvrtc.target_of(capability(v.device), v.device),
+        INT8_SHARED_BYTES, Int8Operands, v.device.index,
+        STAGES=STAGES, BF16=int(v.dtype == torch.bfloat16), INT8=1,
+        FP8=int(values.dtype == torch.float8_e4m3fn), VALUE_LIMIT=int(VALUE_LIMIT),
+    )  # fmt: skip
+    kernel.launch(state.shape[0] * batch * heads, THREADS, operands)
+    return state.sum(0), normalizer.sum(0), maximum.amax(0)
+
+
 def _kernel(k: torch.Tensor) -> nvrtc.Kernel:
     target = nvrtc.target_of(capability(k.device), k.device)
     return nvrtc.load(
         SOURCE, "key_value_state", target, SHARED_BYTES, Operands, k.device.index,
-        STAGES=STAGES, BF16=int(k.dtype == torch.bfloat16),
+        STAGES=STAGES, BF16=int(k.dtype == torch.bfloat16), INT8=0,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ..checks import check_block_size, check_heads, check_shape, float32_on_gpu, not_contiguous
-from ..dispatch import HOPPER, capability, choose, has_triton
+from ..dispatch import choose, has_triton
 from ..linear_attention import LinearBranch, check_branch
 from ..sparse_attention import Int8Blocks
 from . import reference
@@ -41,7 +41,7 @@ class Int8Keys(NamedTuple):
 
     shape: torch.Size
     means: torch.Tensor  # float32 [B, H, N, D], of the blocks of rows, less `center`
-    blocks: Int8Blocks  # of rows less `center`, laid out as Hopper's attention reads them
+    blocks: Int8Blocks  # of rows less `center`, laid out as attention in CUDA C++ reads them
     center: torch.Tensor  # [B, H, D] in k's dtype
 
     def of(self, heads: slice) -> "Int8Keys":
@@ -119,7 +119,7 @@ def prepare_keys(
     backend: str = "auto",
 ) -> Int8Keys | None:
     """`prepare` of keys that nothing but attention in low bits reads, in blocks of 64, with one
-    reading of k and no rows written; None on all cards but Hopper.
+    reading of k and no rows written; None where it does not run in CUDA C++.
 
     The int8 and the means are of rows less the mean of a few hundred of them, which may be anything
     that is near: softmax and the order of blocks do not see what is subtracted from every key. For
@@ -132,8 +132,6 @@ def prepare_keys(
     Raises:
         ValueError, TypeError: a shape or dtype does not fit.
     """
-    if capability(k.device) != HOPPER:
-        return None
     _check_projection(k, weight, cos, sin, row_norms)
     if _kernels(k, cos, sin, k, None, backend) is not cuda:
         return None

@@ -1,5 +1,5 @@
-// RMSNorm, RoPE, block means, and for q also int8 blocks and the linear branch, in one pass; for k on
-// Hopper int8 blocks around a center in place of the rows.
+// RMSNorm, RoPE, block means, and for q also int8 blocks and the linear branch, in one pass; for k
+// int8 blocks around a center in place of the rows.
 //
 // A program takes ROWS rows of several heads, whose weights wait in shared memory, as the rows leave
 // the cache no room for them. So do cosines and sines, but on cards that have too little of it. A

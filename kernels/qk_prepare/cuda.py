@@ -18,7 +18,7 @@ SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90a"
 HEAD_DIM = 128
 ROWS = 128  # of a program, at most
-KEY_BLOCK = 64  # rows that share a scale where attention on Hopper reads keys
+KEY_BLOCK = 64  # rows that share a scale where attention reads keys
 MOST_HEADS = 8  # of a program
 # Of cuda.cu's Shared: weights and bias; cosines and sines, which on other cards stay in the cache.
 WEIGHT_BYTES = (MOST_HEADS + 1) * 128 * 4
@@ -151,8 +151,8 @@ def prepare_keys(
     eps: float,
     row_norms: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Means of k's blocks, its int8 blocks with their scales, laid out as attention on Hopper reads
-    them, and what was subtracted from all rows, in k's dtype [B, H, D]."""
+    """Means of k's blocks, its int8 blocks with their scales, laid out as attention in CUDA C++
+    reads them, and what was subtracted from all rows, in k's dtype [B, H, D]."""
     norms, weight = given_or_own_norms(k, eps, row_norms), aligned_copy(weight)
     center = mean_of_some(k, norms, weight, cos, sin)
     made = means, integers, scales = block_outputs(k, KEY_BLOCK, True)

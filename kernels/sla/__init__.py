@@ -149,7 +149,7 @@ def sla_from_projections(
 ) -> torch.Tensor:
     """`sla` of what Wan's projections give, `sla(apply_rope(rms_norm(q)), ..., v)`, for inference.
 
-    Block means and the int8 of q, on Hopper that of k too, come out of the same pass as the norm
+    Block means and the int8 of q, in CUDA C++ that of k too, come out of the same pass as the norm
     and the rotation. q and k may be overwritten, which saves the memory of two activations; in low
     bits the result is q's memory.
 
@@ -302,7 +302,7 @@ def _in_low_bits(
             bound = sampled_bound(v)
             given = *rows.blocks, rows.center, v, out, bound
             *sums, v_max = state_of_int8_keys(*given, of_heads, backend)
-            branch, scale = LinearBranch(*sums, *proj), mend_values(v, v_max, bound, out)
+            branch, scale = LinearBranch(*sums, *proj), mend_values(kernels, v, v_max, bound, out)
         else:
             branch, v_max = _branch(rows, v, proj, "softmax", True, backend, of_heads)
             _, scale = kernels.quantize_values(v, PV_DTYPES[pv], BLOCK_K, v_max, out=out)

@@ -7,7 +7,15 @@ import torch
 
 from ..block_map import centered_means
 from ..checks import check_block_shape, check_heads, check_shape, float32_on_gpu, not_contiguous
-from ..dispatch import HOPPER, capability, choose, cuda_unavailable, has_fp8, has_triton
+from ..dispatch import (
+    HOPPER,
+    capability,
+    choose,
+    cuda_kernels,
+    cuda_unavailable,
+    has_fp8,
+    has_triton,
+)
 from . import gradients_reference, reference
 from .reference import Int8Blocks, Quantized, score_scale
 
@@ -258,11 +266,14 @@ def reads_int8_keys(
     pv: str | None = None,
     backend: str = "auto",
 ) -> bool:
-    """Whether low-bit attention on `device` takes keys from `prepare_keys`: CUDA C++ on Hopper."""
-    if capability(device) != HOPPER or backend == "reference" or dtype == torch.float32:
+    """Whether low-bit attention on `device` takes keys from `prepare_keys`: in CUDA C++, where they
+    have 128 channels of 16 bits."""
+    if backend == "reference" or dtype == torch.float32 or head_dim != hopper.SHAPE[0]:
+        return False
+    if (kernels := cuda_kernels(device, hopper, mma)) is None:
         return False
     pv = pv or default_pv(device)
-    return hopper.unfit(head_dim, *hopper.SHAPE[1:], pv) is None and not cuda_unavailable(device)
+    return kernels.unfit(*hopper.SHAPE, pv) is None and (pv != "fp8" or has_fp8(device))
 
 
 def room_for_values(
@@ -276,16 +287,21 @@ def room_for_values(
 
 def sampled_bound(v: torch.Tensor) -> torch.Tensor:
     """A bound of |v|, [B, L, H, D], from a sample, float32 [B, H, D]; for `state_of_int8_keys` of
-    linear_attention, on Hopper."""
-    return hopper.sampled_bound(v)
+    linear_attention."""
+    return triton_kernels.sampled_bound(v)
 
 
 def mend_values(
-    v: torch.Tensor, maximum: torch.Tensor, bound: torch.Tensor, values: torch.Tensor
+    kernels: ModuleType,
+    v: torch.Tensor,
+    maximum: torch.Tensor,
+    bound: torch.Tensor,
+    values: torch.Tensor,
 ) -> torch.Tensor:
     """The scales float32 [B, H, D] of what `state_of_int8_keys` made of v [B, L, H, D] by the
-    `bound`; channels whose `maximum` is beyond it are quantized again in `values`."""
-    return hopper.mend_values(v, maximum, bound, values)
+    `bound` for `kernels`, see `sage_kernels`; channels whose `maximum` is beyond it are quantized
+    again in `values`."""
+    return kernels.mend_values(v, maximum, bound, values)
 
 
 def attend_quantized(

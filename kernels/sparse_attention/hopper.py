@@ -54,8 +54,8 @@ def quantize(
 # The same, one operand at a time.
 quantize_keys = functools.partial(triton_kernels.quantize_keys, swizzled=True)
 quantize_values = functools.partial(triton_kernels.quantize_values, swizzled=True, eights=True)
-# Around `state_of_int8_keys` of linear_attention, which quantizes the values that it sums up.
-sampled_bound, mend_values = triton_kernels.sampled_bound, triton_kernels.mend_values
+# Behind `state_of_int8_keys` of linear_attention, which quantizes the values that it sums up.
+mend_values = functools.partial(triton_kernels.mend_values, eights=True)
 
 
 def sage_attention(

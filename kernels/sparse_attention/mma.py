@@ -54,6 +54,7 @@ quantize_keys = hopper.quantize_keys
 quantize_values = functools.partial(
     triton_kernels.quantize_values, swizzled=True, limit=VALUE_LIMIT
 )
+mend_values = functools.partial(triton_kernels.mend_values, limit=VALUE_LIMIT)
 
 
 def sage_attention(

@@ -343,7 +343,9 @@ def sampled_bound_kernel(
 @triton.jit(do_not_specialize=["length", "heads", "blocks"])
 def mend_values_kernel(
     v_ptr, amax_ptr, bound_ptr, values_ptr, scales_ptr, length, heads, blocks, limit, per_limit,
-    stride_vb, stride_vl, stride_vh, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    stride_vb, stride_vl, stride_vh,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ITEM: tl.constexpr, CUT: tl.constexpr,
+    EIGHTS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, HEAD_DIM)
@@ -359,7 +361,7 @@ def mend_values_kernel(
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             quantize_block_of_values(
                 v_ptr, values_ptr, reached, block, length, limit, stride_vl,
-                BLOCK, HEAD_DIM, 1, False, True, True,
+                BLOCK, HEAD_DIM, ITEM, CUT, True, EIGHTS,
             )  # fmt: skip
 
 
@@ -524,17 +526,23 @@ def sampled_bound(v: torch.Tensor) -> torch.Tensor:
 
 
 def mend_values(
-    v: torch.Tensor, amax: torch.Tensor, bound: torch.Tensor, values: torch.Tensor
+    v: torch.Tensor,
+    amax: torch.Tensor,
+    bound: torch.Tensor,
+    values: torch.Tensor,
+    limit: float = VALUE_LIMIT,
+    eights: bool = False,
 ) -> torch.Tensor:
-    """The scales [B, H, D] of e4m3 values [B, H, N, D, 64], swizzled, made of v [B, L, H, D] so
-    that `bound` [B, H, D] became VALUE_LIMIT; channels where amax [B, H, D], max |v|, is higher
-    are made again."""
+    """The scales [B, H, D] of values [B, H, N, D, 64], swizzled, made of v [B, L, H, D] so that
+    `bound` [B, H, D] became `limit`; channels where amax [B, H, D], max |v|, is higher are made
+    again. `eights`: see `quantize`."""
     batch, length, heads, dim = v.shape
     blocks, block = values.shape[2], values.shape[4]
     scales = torch.empty_like(bound)
     mend_values_kernel[-(-blocks // MENDED), batch * heads](
-        v, amax, bound, values, scales, length, heads, blocks, VALUE_LIMIT, 1 / VALUE_LIMIT,
-        *v.stride()[:3], BLOCK=block, HEAD_DIM=dim, **LAUNCH,
+        v, amax, bound, values, scales, length, heads, blocks, limit, 1 / limit,
+        *v.stride()[:3], BLOCK=block, HEAD_DIM=dim, ITEM=values.itemsize, EIGHTS=eights,
+        CUT=cuts_e4m3(v.device), **LAUNCH,
     )  # fmt: skip
     return scales
 

@@ -103,12 +103,16 @@ def _room_for_texts(wan, batch):
 
 
 @pytest.fixture
-def alive(monkeypatch):
-    """Nothing is computed, on a card with fp8."""
+def on_meta(monkeypatch):
     if in_comfyui.DYNAMIC:
         pytest.skip("the same without dynamic VRAM, whose stand-ins know no meta tensors")
     for module in (block, self_attention):
         monkeypatch.setattr(module, "host_attention", lambda attn, q, *_: torch.empty_like(q))
+
+
+@pytest.fixture
+def alive(on_meta, monkeypatch):
+    """Nothing is computed, on a card with fp8."""
     for module in (sla, self_attention):
         monkeypatch.setattr(module, "default_pv", lambda device: "fp8")
     monkeypatch.setattr(sparse_attention, "_no_fp8", lambda *_: None)
@@ -116,6 +120,18 @@ def alive(monkeypatch):
     monkeypatch.setattr(int8_linear.hopper, "linear_and_squares", _and_squares, raising=False)
     with live_memory.kernels_that_allocate_only(monkeypatch):
         yield
+
+
+@pytest.fixture(
+    params=[((8, 6), "fp16"), ((8, 9), "fp8"), ((9, 0), "fp8"), ((12, 0), "fp8")], ids=str
+)
+def in_cuda(request, on_meta, monkeypatch):
+    """Nothing is computed, on a card with kernels in CUDA C++; gives what its values are in."""
+    card, pv = request.param
+    live_memory.play_cuda_that_allocates_only(monkeypatch, card)
+    with live_memory.kernels_that_allocate_only(monkeypatch):
+        assert sparse_attention.default_pv(torch.device("meta")) == pv
+        yield pv
 
 
 def _and_squares(*operands):
@@ -151,6 +167,21 @@ def test_the_formula_is_above_what_is_taken(alive, network, attention, copied, m
     # More where what is hidden in the feed-forward layers is larger than an activation.
     assert max(found.values()) <= 2, found
     assert network == "1.3B" or found[LATENTS["720p"], 1] <= 1.4, found
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_keys_in_int8_take_no_more_than_keys(in_cuda, network, monkeypatch):
+    """And what is asked for is enough."""
+    wan, fp8 = _wan(*NETWORKS[network]), in_cuda == "fp8"
+    for batch in (1, 2):
+        sizes = Network(*NETWORKS[network], num_layers=2), batch, math.prod(LATENTS["720p"]) // 4
+        asked = fused_bytes(*sizes, "sagesla", fp8, texts=batch, topk=0.1)
+        allocator = live_memory.Allocator(asked)
+        peak = _peak(wan, LATENTS["720p"], batch, "sagesla", allocator, passes=2)
+        with monkeypatch.context() as only_here:
+            for module in (sla, self_attention):
+                only_here.setattr(module, "reads_int8_keys", lambda *_, **__: False)
+            assert peak < _peak(wan, LATENTS["720p"], batch, "sagesla")
 
 
 @pytest.mark.parametrize("latent", ["480p", "720p"])

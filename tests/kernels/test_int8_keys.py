@@ -1,28 +1,45 @@
-"""Keys whose int8 is all that is left of them, on Hopper, and values that become fp8 there."""
+"""Keys whose int8 is all that is left of them, and values that become low bits beside them."""
 
 import weakref
 
 import goldens
+import older_cards
 import pytest
 import torch
 from attention import random_map, random_proj, random_qkv
 from devices import CARD, DEVICE, TRITON_DTYPES
-from turbodiffusion_pack.kernels import dispatch
+from turbodiffusion_pack.kernels import dispatch, nvrtc
 from turbodiffusion_pack.kernels.linear_attention import reference as sums
 from turbodiffusion_pack.kernels.linear_attention import state_of_int8_keys
 from turbodiffusion_pack.kernels.qk_prepare import prepare, prepare_keys
 from turbodiffusion_pack.kernels.qk_prepare import triton as prepare_triton
 from turbodiffusion_pack.kernels.sla import sla, sla_from_projections
-from turbodiffusion_pack.kernels.sparse_attention import reads_int8_keys, room_for_values
+from turbodiffusion_pack.kernels.sparse_attention import (
+    PV_DTYPES,
+    hopper,
+    mma,
+    reads_int8_keys,
+    room_for_values,
+)
 from turbodiffusion_pack.kernels.sparse_attention import triton as sparse_triton
 
 SHAPES = [(1, 1, 1), (2, 300, 3), (1, 5000, 9)]
+# Of what reads the values: on Hopper its channels stand in another order.
+KERNELS = hopper if CARD == dispatch.HOPPER else mma
+LIMIT = sparse_triton.VALUE_LIMIT if CARD == dispatch.HOPPER else mma.VALUE_LIMIT
+
+
+@pytest.fixture(params=PV_DTYPES)
+def pv(request):
+    if not reads_int8_keys(torch.device(DEVICE), torch.bfloat16, 128, request.param):
+        pytest.skip(f"attention in CUDA C++ with {request.param} values does not run here")
+    return request.param
 
 
 @pytest.fixture
-def hopper():
-    if CARD != dispatch.HOPPER:
-        pytest.skip("needs a Hopper GPU")
+def in_cuda():
+    if not reads_int8_keys(torch.device(DEVICE), torch.bfloat16, 128):
+        pytest.skip("attention in CUDA C++ does not run here")
 
 
 def projection(batch, length, heads, dtype, dim=128):
@@ -88,17 +105,53 @@ def test_what_no_value_is_likely_to_exceed(length, monkeypatch):
     assert torch.equal(found, (sparse_triton.HEADROOM * some).clamp_min(1e-8))
 
 
-def test_other_cards_keep_their_rows():
-    if CARD == dispatch.HOPPER:
-        pytest.skip("this is a Hopper")
-    assert not reads_int8_keys(torch.device(DEVICE), torch.bfloat16, 128, "fp8")
+def test_keys_keep_their_rows_where_nothing_runs_in_cuda():
+    if CARD == dispatch.HOPPER or CARD[0] in dispatch.BY_MMA_SYNC:
+        pytest.skip("this card has kernels in CUDA C++")
+    assert not reads_int8_keys(torch.device(DEVICE), torch.bfloat16, 128)
     assert prepare_keys(*projection(1, 70, 2, torch.bfloat16)) is None
+
+
+def test_nothing_else_sums_up_keys_in_int8():
+    v = torch.zeros(1, 70, 2, 128, dtype=torch.bfloat16)
+    integers, values = (torch.zeros(1, 2, 128, 128, dtype=torch.int8) for _ in range(2))
+    scale, of_channels = torch.ones(1, 2, 2), torch.ones(1, 2, 128)
+    given = integers, scale, of_channels.to(v.dtype), v, values.view(1, 2, 2, 128, 64)
+    with pytest.raises(ValueError, match="summed up in CUDA"):
+        state_of_int8_keys(*given, of_channels)
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ((0, 0), []),
+        ((8, 0), ["fp16"]),
+        ((8, 6), ["fp16"]),
+        ((8, 9), ["fp8", "fp16"]),
+        ((9, 0), ["fp8"]),
+        ((10, 0), []),
+        ((12, 0), ["fp8", "fp16"]),
+    ],
+)
+def test_who_takes_keys_in_int8(card, expected, monkeypatch):
+    older_cards.pretend(monkeypatch, card)
+    bf16, device = torch.bfloat16, torch.device(DEVICE)
+    assert not any(reads_int8_keys(device, bf16, 128, pv) for pv in PV_DTYPES)
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
+    monkeypatch.setattr(nvrtc, "version", lambda: (12, 8))
+    assert [pv for pv in PV_DTYPES if reads_int8_keys(device, bf16, 128, pv)] == expected
+    assert not any(reads_int8_keys(device, bf16, 64, pv) for pv in PV_DTYPES)
+    assert not any(reads_int8_keys(device, torch.float32, 128, pv) for pv in PV_DTYPES)
+    assert not any(reads_int8_keys(device, bf16, 128, pv, "reference") for pv in PV_DTYPES)
+    monkeypatch.setattr(nvrtc, "version", lambda: (12, 6))
+    of_hopper = expected if card == dispatch.HOPPER else [pv for pv in expected if pv == "fp16"]
+    assert [pv for pv in PV_DTYPES if reads_int8_keys(device, bf16, 128, pv)] == of_hopper
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("batch", "length", "heads"), SHAPES)
-def test_int8_of_rows_around_a_center(batch, length, heads, dtype, hopper):
+def test_int8_of_rows_around_a_center(batch, length, heads, dtype, in_cuda):
     arguments = projection(batch, length, heads, dtype)
     before = arguments[0].clone()
     keys = prepare_keys(*arguments)
@@ -120,12 +173,12 @@ def test_int8_of_rows_around_a_center(batch, length, heads, dtype, hopper):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("batch", "length", "heads"), SHAPES)
 @pytest.mark.parametrize("times", [1, 30])
-def test_sums_over_keys_in_int8(batch, length, heads, dtype, times, hopper):
+def test_sums_over_keys_in_int8(batch, length, heads, dtype, times, pv):
     """Exponents far from one another, too."""
     x, weight, *rotation = projection(batch, length, heads, dtype)
     keys = prepare_keys(x, times * weight, *rotation)
     v = torch.randn_like(x)
-    values = room_for_values(v.shape, "fp8", v.device)
+    values = room_for_values(v.shape, pv, v.device)
     highest = torch.full((batch, heads, 128), 9.0, device=DEVICE)
     *found, maximum = state_of_int8_keys(*keys.blocks, keys.center, v, values, highest)
     k = as_rows(keys, length) + keys.center[:, None].double()
@@ -133,22 +186,22 @@ def test_sums_over_keys_in_int8(batch, length, heads, dtype, times, hopper):
     for x, y in zip(found, exact, strict=True):
         assert goldens.relative_error(x, y) <= 2 * torch.finfo(dtype).eps
     assert torch.equal(maximum, v.float().abs().amax(1))
-    kernels = sparse_triton.quantize_values
-    expected, _ = kernels(v, values.dtype, 64, highest, swizzled=True, eights=True)
+    expected, _ = KERNELS.quantize_values(v, values.dtype, 64, highest)
     assert torch.equal(values.view(torch.int8), expected.view(torch.int8))
 
 
 def as_channels(values):
-    """Bytes of e4m3 values [B, H, N, D, 64] by channel, [B, H, D, N * 64], on the CPU."""
-    channel = torch.arange(128)
-    column = channel // 32 * 32 + channel % 8 // 2 * 8 + channel // 8 % 4 * 2 + channel % 2
+    """Bytes of values [B, H, N, D, 64] by channel, [B, H, D, N * 64 bytes], on the CPU."""
+    column = channel = torch.arange(128)
+    if KERNELS is hopper:
+        column = channel // 32 * 32 + channel % 8 // 2 * 8 + channel // 8 % 4 * 2 + channel % 2
     return values.cpu().view(torch.int8)[:, :, :, column].transpose(2, 3).flatten(3)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["k", "v"])
-def test_what_is_not_finite_spoils_what_it_reaches(where, value, hopper):
+def test_what_is_not_finite_spoils_what_it_reaches(where, value, pv):
     """And nothing else; in a row that does not stand for others."""
     k, *others = projection(1, 700, 3, torch.bfloat16)
     v, norms = torch.randn_like(k), torch.ones(1, 700, device=DEVICE)
@@ -156,10 +209,10 @@ def test_what_is_not_finite_spoils_what_it_reaches(where, value, hopper):
 
     def summed(k, v):
         keys = prepare_keys(k, *others, row_norms=norms)
-        values = room_for_values(v.shape, "fp8", v.device)
+        values = room_for_values(v.shape, pv, v.device)
         highest = sparse_triton.sampled_bound(v)
         *sums, maximum = state_of_int8_keys(*keys.blocks, keys.center, v, values, highest)
-        scales = sparse_triton.mend_values(v, maximum, highest, values)
+        scales = KERNELS.mend_values(v, maximum, highest, values)
         return *sums, scales, as_channels(values)
 
     clean = summed(k, v)
@@ -182,16 +235,15 @@ def test_what_is_not_finite_spoils_what_it_reaches(where, value, hopper):
 
 
 @pytest.mark.gpu
-def test_values_beyond_what_some_tell_are_made_again(hopper):
+def test_values_beyond_what_some_tell_are_made_again(pv):
     _, _, v = random_qkv(1, 3000, 3, 128, torch.bfloat16)
     v[0, unseen_row(3000), 1, 9] = 500
     highest, amax = sparse_triton.sampled_bound(v), v.float().abs().amax(1)
-    options = {"swizzled": True, "eights": True}
-    e4m3 = torch.float8_e4m3fn
-    values, _ = sparse_triton.quantize_values(v, e4m3, 64, highest, **options)
+    dtype = PV_DTYPES[pv]
+    values, _ = KERNELS.quantize_values(v, dtype, 64, highest)
     before = values.clone()
-    scales = sparse_triton.mend_values(v, amax, highest, values)
-    expected, of_all = sparse_triton.quantize_values(v, e4m3, 64, amax, **options)
+    scales = KERNELS.mend_values(v, amax, highest, values)
+    expected, of_all = KERNELS.quantize_values(v, dtype, 64, amax)
     mended = torch.zeros(3, 128, dtype=torch.bool)
     mended[1, 9] = True
     rows = [as_channels(x)[0] for x in (values, before, expected)]
@@ -199,7 +251,7 @@ def test_values_beyond_what_some_tell_are_made_again(hopper):
     assert torch.equal(rows[0][~mended], rows[1][~mended])
     assert torch.equal(scales[0, 1, 9], of_all[0, 1, 9])
     others = ~mended.to(DEVICE)
-    torch.testing.assert_close(scales[0][others], highest[0][others] / 448, atol=0, rtol=1e-6)
+    torch.testing.assert_close(scales[0][others], highest[0][others] / LIMIT, atol=0, rtol=1e-6)
 
 
 def low_bit_inputs(batch, length, heads):
@@ -211,10 +263,10 @@ def low_bit_inputs(batch, length, heads):
 @pytest.mark.gpu
 @pytest.mark.parametrize("branch", [True, False], ids=["branch", "softmax"])
 @pytest.mark.parametrize(("batch", "length", "heads"), [(1, 300, 3), (2, 2000, 2)])
-def test_attention_to_such_keys(batch, length, heads, branch, hopper):
+def test_attention_to_such_keys(batch, length, heads, branch, pv):
     q, k, v, *weights, proj = low_bit_inputs(batch, length, heads)
     chosen = random_map(batch, length, heads, 128, 64, share=0.5)
-    options = {"low_bit": True, "pv": "fp8", "block_map": chosen}
+    options = {"low_bit": True, "pv": pv, "block_map": chosen}
     proj = proj if branch else None
     before = k.clone()
     found = sla_from_projections(q.clone(), k, v, *weights, proj, **options)
@@ -233,11 +285,11 @@ def test_attention_to_such_keys(batch, length, heads, branch, hopper):
 
 
 @pytest.mark.gpu
-def test_attention_to_values_beyond_what_some_tell(hopper):
+def test_attention_to_values_beyond_what_some_tell(pv):
     q, k, v, *weights, proj = low_bit_inputs(1, 2000, 3)
     v[0, unseen_row(2000), 1, 9] = 500
     chosen = random_map(1, 2000, 3, 128, 64, share=1.0)
-    options = {"low_bit": True, "pv": "fp8", "block_map": chosen}
+    options = {"low_bit": True, "pv": pv, "block_map": chosen}
     found = sla_from_projections(q.clone(), k, v, *weights, proj, **options)
     rows = (x.float() for x in (q, k, v))
     exact = sla_from_projections(*rows, *weights, proj, block_map=chosen, backend="reference")
@@ -249,11 +301,11 @@ def test_attention_to_values_beyond_what_some_tell(hopper):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [300, 5000])
-def test_the_linear_branch_hardly_sees_the_int8_of_keys(length, hopper):
+def test_the_linear_branch_hardly_sees_the_int8_of_keys(length, pv):
     x, weight, *rotation = projection(1, length, 3, torch.bfloat16)
     keys, v = prepare_keys(x, weight, *rotation), torch.randn_like(x) + 1
     rows = prepare(x, weight, *rotation, block=64).rows
-    values, bound = room_for_values(v.shape, "fp8", v.device), sparse_triton.sampled_bound(v)
+    values, bound = room_for_values(v.shape, pv, v.device), sparse_triton.sampled_bound(v)
     found = state_of_int8_keys(*keys.blocks, keys.center, v, values, bound)[:2]
     exact = sums.key_value_state(rows.double(), v.double(), "softmax")
     means = [state / normalizer[..., None] for state, normalizer in (found, exact)]
@@ -261,20 +313,20 @@ def test_the_linear_branch_hardly_sees_the_int8_of_keys(length, hopper):
 
 
 @pytest.mark.gpu
-def test_values_must_be_where_the_keys_are(hopper):
+def test_values_must_be_where_the_keys_are(pv):
     q, k, v, *rest = low_bit_inputs(1, 300, 2)
     for wrong, kind, told in (
         (v.cpu(), ValueError, "must be on"),
         (v.half(), TypeError, "must be"),
     ):
         with pytest.raises(kind, match=told):
-            sla_from_projections(q, k, wrong, *rest, low_bit=True, pv="fp8")
+            sla_from_projections(q, k, wrong, *rest, low_bit=True, pv=pv)
 
 
 @pytest.mark.gpu
-def test_keys_are_freed_before_there_are_values(hopper):
+def test_keys_are_freed_before_there_are_values(pv):
     q, k, v, *rest = low_bit_inputs(1, 300, 2)
-    expected = sla_from_projections(q.clone(), k, v, *rest, low_bit=True, pv="fp8")
+    expected = sla_from_projections(q.clone(), k, v, *rest, low_bit=True, pv=pv)
     given = weakref.ref(own := k.clone())
     held = [own]
     del own
@@ -283,19 +335,19 @@ def test_keys_are_freed_before_there_are_values(hopper):
         assert given() is None
         return v
 
-    out = sla_from_projections(q, lambda: (held.pop(), None), values, *rest, low_bit=True, pv="fp8")
+    out = sla_from_projections(q, lambda: (held.pop(), None), values, *rest, low_bit=True, pv=pv)
     assert torch.equal(out, expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("branch", [True, False], ids=["branch", "softmax"])
-def test_rotated_rows_take_the_same_passes(branch, hopper):
+def test_rotated_rows_take_the_same_passes(branch, pv):
     """And stay as they are."""
     q, k, v = random_qkv(2, 2000, 2, 128, torch.bfloat16)
     proj = random_proj(128) if branch else None
     chosen = random_map(2, 2000, 2, 128, 64, share=0.5)
     before = q.clone(), k.clone()
-    found = sla(q, k, v, proj, low_bit=True, pv="fp8", block_map=chosen)
+    found = sla(q, k, v, proj, low_bit=True, pv=pv, block_map=chosen)
     assert torch.equal(q, before[0]) and torch.equal(k, before[1])
     exact = sla(*(x.float() for x in (q, k, v)), proj, block_map=chosen, backend="reference")
     assert goldens.relative_error(found, exact) <= 4.8e-2

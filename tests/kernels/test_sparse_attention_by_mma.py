@@ -11,6 +11,7 @@ from devices import BATCHES, DEVICE, LENGTHS
 from turbodiffusion_pack.kernels import nvrtc
 from turbodiffusion_pack.kernels.dispatch import capability, has_fp8
 from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES, mma, reference
+from turbodiffusion_pack.kernels.sparse_attention import triton as sparse_triton
 
 needs_nvrtc = pytest.mark.skipif(
     nvrtc.unavailable() is not None, reason=f"no NVRTC: {nvrtc.unavailable()}"
@@ -58,6 +59,22 @@ def test_quantizes_to_what_ldmatrix_reads(dim, pv, monkeypatch):
         values = values.unflatten(-1, (-1, 16))[..., order].flatten(-2)
     assert torch.equal(bytes_of(found.v), swizzled(values))
     torch.testing.assert_close(found.v_scale, expected.v_scale, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("degrees", [3.0, 5.0, 100.0])
+def test_room_above_a_sample_costs_e4m3_next_to_nothing(degrees):
+    """Between VALUE_LIMIT and 2^-6 all numbers have as many bits, and few values are below."""
+    torch.manual_seed(0)
+    v = torch.distributions.StudentT(degrees).sample((30000, 16))
+    highest = v.abs().amax(0)
+
+    def error(bound):
+        factor = mma.VALUE_LIMIT / bound.clamp_min(highest)
+        values = (v * factor).to(torch.float8_e4m3fn).float() / factor
+        return goldens.relative_error(values, v)
+
+    bound = sparse_triton.HEADROOM * v[:512].abs().amax(0)
+    assert error(bound) <= 1.02 * error(highest)
 
 
 def attend(q, k, v, block_map, pv, out, add=False):

@@ -108,7 +108,10 @@ def runs(card: tuple[int, int]) -> Iterator[tuple[str, bool, Callable[[], None]]
             yield "attention", False, partial(wan.run_attention, LENGTH, values, *tile)
     if card[0] in (8, 12):
         for values in ("fp16", "fp8") if card >= ADA else ("fp16",):
-            yield "attention by CUDA", True, partial(wan.run_attention, LENGTH, values, *TILE)
+            # Keys in int8, values beside them and apart; and where there are keys themselves.
+            for tile, linear in ((TILE, True), (TILE, False), (TILES[0], True)):
+                attend = partial(wan.run_attention, LENGTH, values, *tile, linear)
+                yield "attention by CUDA", True, attend
     # Nothing is trained on blocks of 64 x 128, SageSLA's on Hopper.
     for tile in (TILE, *TILES[:2]) if card in TILE_CARDS else (TILE,):
         yield "training", False, partial(wan.run_training, LENGTH, 0.1, "cpu", *tile)

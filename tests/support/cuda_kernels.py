@@ -36,9 +36,9 @@ from turbodiffusion_pack.kernels.norm_quant import cuda as layer_norm
 from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
 from turbodiffusion_pack.kernels.qk_prepare import cuda as cuda_prepare
 from turbodiffusion_pack.kernels.qk_prepare import prepare, prepare_keys
+from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES, sage_attention
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
 from turbodiffusion_pack.kernels.sparse_attention import mma as mma_attention
-from turbodiffusion_pack.kernels.sparse_attention import sage_attention
 from turbodiffusion_pack.kernels.text_attention import mma as text
 from turbodiffusion_pack.kernels.text_attention import text_attention
 
@@ -150,10 +150,9 @@ def every_prepare(card):
         launch_prepare(dtype, quantize=True)
         launch_prepare(dtype)
         launch_prepare(dtype, block=64)
-        if card == HOPPER:
-            angles = zeros(1, 70, 64)
-            k = zeros(1, 70, 1, 128, dtype=dtype)
-            prepare_keys(k, zeros(128), angles, angles, backend="triton")
+        angles = zeros(1, 70, 64)
+        k = zeros(1, 70, 1, 128, dtype=dtype)
+        prepare_keys(k, zeros(128), angles, angles, backend="triton")
 
 
 def every_linear(card):
@@ -185,12 +184,11 @@ def every_state(card):
     for dtype in DTYPES:
         heads = zeros(1, 70, 1, 128, dtype=dtype)
         key_value_state(heads, heads, backend="triton")
-        if card == HOPPER:
-            integers = values = zeros(1, 1, 128, 128, dtype=torch.int8)
-            of_channels = zeros(1, 1, 128)
-            keys = integers, zeros(1, 1, 2), of_channels.to(dtype)
-            values = values.view(1, 1, 2, 128, 64)
-            state_of_int8_keys(*keys, heads, values, of_channels, backend="triton")
+        for pv in ("fp8",) if card == HOPPER else ("fp16", "fp8") if card >= ADA else ("fp16",):
+            keys = zeros(1, 1, 128, 128, dtype=torch.int8), zeros(1, 1, 2)
+            of_channels, values = zeros(1, 1, 128), zeros(1, 1, 2, 128, 64, dtype=PV_DTYPES[pv])
+            given = *keys, of_channels.to(dtype), heads, values, of_channels
+            state_of_int8_keys(*given, backend="triton")
 
 
 def every_convolution(card):
@@ -317,7 +315,7 @@ KERNELS = {
         sizes={name: getattr(hopper_state, name) for name in ("HEAD_DIM", "TILE", "STAGES")},
     ),
     "linear_attention/mma.cu": Kernel(
-        every_state, BY_MMA_SYNC, 128, spills_of_card={(12, 0): 24},
+        every_state, BY_MMA_SYNC, 128, spills=8, spills_of_card={(12, 0): 16},
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
         sizes={"HEAD_DIM": state.HEAD_DIM, "STAGES": state.STAGES},
     ),

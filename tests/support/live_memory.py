@@ -5,6 +5,7 @@ rules of torch's caching allocator (c10/cuda/CUDACachingAllocator.cpp) for one s
 """
 
 import contextlib
+import types
 import weakref
 from collections.abc import Iterator
 
@@ -127,3 +128,21 @@ def kernels_that_allocate_only(monkeypatch) -> Iterator[None]:
         patch.setattr(dispatch, "interpreting", lambda: False)
         patch.setattr(KernelInterface, "__getitem__", lambda *_: lambda *_, **__: None)
         yield
+
+
+def play_cuda_that_allocates_only(monkeypatch, card: tuple[int, int]) -> None:
+    """As on `card`, whose kernels in CUDA C++ are neither compiled nor run."""
+    import older_cards
+    from turbodiffusion_pack.kernels import nvrtc
+
+    older_cards.pretend(monkeypatch, card)
+    loaded = types.SimpleNamespace(launch=lambda *_: None)
+    for name, stub in {
+        "unavailable": lambda: None,
+        "version": lambda: (99, 0),
+        "load": lambda *_, **__: loaded,
+        "target_of": lambda *_: "",
+        "address": lambda x: 0,
+        "tensor_map": lambda *_: nvrtc.TENSOR_MAP(),
+    }.items():
+        monkeypatch.setattr(nvrtc, name, stub)
