@@ -20,20 +20,31 @@ __device__ __forceinline__ float key_sum(float x) {
     return x;
 }
 
-// The two chunks of an eighth of a key's channels, 8 each. Lanes of the upper half take them the
-// other way round, so that eight lanes meet all banks.
-__device__ __forceinline__ int chunk_of(int eighth, int i) { return 2 * eighth + (i ^ eighth / 4); }
+__device__ __forceinline__ void unpack(float* x, const uint4& raw) {
+    const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float2 both = pair_of(pairs[i], BF16);
+        x[2 * i] = both.x, x[2 * i + 1] = both.y;
+    }
+}
+
+// Eight of a lane's numbers in 16 bits.
+__device__ __forceinline__ uint4 packed_chunk(const float* x) {
+    u32 pairs[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) pairs[j] = packed_pair({x[2 * j], x[2 * j + 1]}, BF16);
+    return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
 
 // ---- keys in int8 ----
 
-// log2(e) times a center in the order of a key's eight lanes, to shared memory, and its largest
-// number, likewise; by one warp.
-__device__ __forceinline__ float load_center(float4 (&to)[4][8], const u16* center) {
-    int i = threadIdx.x / 8, eighth = threadIdx.x % 8;
-    const uint2* from = reinterpret_cast<const uint2*>(center + 8 * chunk_of(eighth, i / 2));
-    uint2 raw = from[i % 2];
+// log2(e) times a center to shared memory, and its largest number; by one warp, whose lane l has
+// the four channels that come at place l / 8 to lane l % 8 of a key.
+__device__ __forceinline__ float load_center(float4 (&to)[4][8], uint2 raw) {
     float2 low = pair_of(raw.x, BF16), high = pair_of(raw.y, BF16);
-    to[i][eighth] = make_float4(LOG2E * low.x, LOG2E * low.y, LOG2E * high.x, LOG2E * high.y);
+    to[threadIdx.x / 8][threadIdx.x % 8] =
+        make_float4(LOG2E * low.x, LOG2E * low.y, LOG2E * high.x, LOG2E * high.y);
     float far = fmaxf(fmaxf(fabsf(low.x), fabsf(low.y)), fmaxf(fabsf(high.x), fabsf(high.y)));
 #pragma unroll
     for (int distance = 16; distance; distance /= 2)
@@ -41,15 +52,10 @@ __device__ __forceinline__ float load_center(float4 (&to)[4][8], const u16* cent
     return LOG2E * far;
 }
 
-// Of an eighth of a key in row `row` of swizzled int8 rows the exponents, as chunks go: of base 2.
+// The exponents of a key's eighth, `quads` of int8 times the scale plus a center: of base 2.
 __device__ __forceinline__ void exponents(
-    float (&x)[16], const float4 (&center)[4][8], const i8* keys, float scale, int row, int eighth
+    float (&x)[16], const u32 (&quads)[4], const float4 (&center)[4][8], float scale, int eighth
 ) {
-    const i8* from = keys + row * 128 + (eighth ^ row % 8) * 16;
-    uint4 raw = *reinterpret_cast<const uint4*>(from);
-    bool upper = eighth / 4;
-    const u32 quads[4] = {upper ? raw.z : raw.x, upper ? raw.w : raw.y,
-                          upper ? raw.x : raw.z, upper ? raw.y : raw.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float4 four = center[i][eighth];
@@ -90,28 +96,4 @@ __device__ __forceinline__ void weigh_key(float (&x)[16], bool far, bool inside)
     inverse = inside ? inverse : 0.0f;
 #pragma unroll
     for (int i = 0; i < 16; i++) x[i] *= inverse;
-}
-
-// Eight of a lane's numbers in 16 bits.
-__device__ __forceinline__ uint4 packed_chunk(const float* x) {
-    u32 pairs[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) pairs[j] = packed_pair({x[2 * j], x[2 * j + 1]}, BF16);
-    return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-}
-
-// ---- their values ----
-
-// The largest |v| of channels 16 warp + 8 i + lane / 4, of what four lanes have.
-__device__ __forceinline__ void store_maxima(
-    const u32 (&maxima)[2], float* to, int warp, int lane
-) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float2 both = pair_of(maxima[i], BF16);
-        float highest = max_or_nan(both.x, both.y);
-        highest = max_or_nan(highest, __shfl_xor_sync(0xffffffff, highest, 1));
-        highest = max_or_nan(highest, __shfl_xor_sync(0xffffffff, highest, 2));
-        if (lane % 4 == 0) to[16 * warp + 8 * i + lane / 4] = highest;
-    }
 }

@@ -118,16 +118,23 @@ __device__ __forceinline__ uint4& chunk_at(u16* tile, int row, int chunk) {
     return *reinterpret_cast<uint4*>(of_row + (chunk % 8 ^ row % 8) * 8);
 }
 
-__device__ __forceinline__ void unpack(float* x, const uint4& raw) {
-    const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float2 both = pair_of(pairs[i], BF16);
-        x[2 * i] = both.x, x[2 * i + 1] = both.y;
-    }
-}
+// The two chunks of an eighth of a key's channels, 8 each. Lanes of the upper half take them the
+// other way round, so that eight lanes meet all banks.
+__device__ __forceinline__ int chunk_of(int eighth, int i) { return 2 * eighth + (i ^ eighth / 4); }
 
-#if !INT8
+#if INT8
+// Of a key's eighth the exponents, as chunks go.
+__device__ __forceinline__ void exponents(
+    float (&x)[16], const Shared& shared, const Stage& stage, float scale, int row, int eighth
+) {
+    const i8* from = stage.k + row * HEAD_DIM + (eighth ^ row % 8) * 16;
+    uint4 raw = *reinterpret_cast<const uint4*>(from);
+    bool upper = eighth / 4;
+    const u32 quads[4] = {upper ? raw.z : raw.x, upper ? raw.w : raw.y,
+                          upper ? raw.x : raw.z, upper ? raw.y : raw.w};
+    exponents(x, quads, shared.center, scale, eighth);
+}
+#else
 __device__ __forceinline__ void exponents(float (&x)[16], Stage& stage, int row, int eighth) {
 #pragma unroll
     for (int i = 0; i < 2; i++) unpack(x + 8 * i, chunk_at(stage.k, row, chunk_of(eighth, i)));
@@ -187,6 +194,20 @@ __device__ __forceinline__ void store_values(
         transpose(bytes);  // 16 keys of a channel
         int column = chunk / 4 * 32 + of_eight / 2 * 8 + chunk % 4 * 2 + of_eight % 2;
         store_16(values + column * TILE + (lane % 4 ^ column / 2 % 4) * 16, bytes);
+    }
+}
+
+// The largest |v| of a channel, of what four lanes have.
+__device__ __forceinline__ void store_maxima(
+    const u32 (&maxima)[2], float* to, int warp, int lane
+) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float2 both = pair_of(maxima[i], BF16);
+        float highest = max_or_nan(both.x, both.y);
+        highest = max_or_nan(highest, __shfl_xor_sync(0xffffffff, highest, 1));
+        highest = max_or_nan(highest, __shfl_xor_sync(0xffffffff, highest, 2));
+        if (lane % 4 == 0) to[16 * warp + 8 * i + lane / 4] = highest;
     }
 }
 #else
@@ -314,8 +335,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
     int k_head = sample * o.k_heads + head;
     int first_block = k_head * o.k_blocks + begin / TILE;
     float next_scale = o.k_scale[first_block];
-    if (threadIdx.x < 32)
-        shared.farthest = load_center(shared.center, o.center + k_head * HEAD_DIM);
+    if (threadIdx.x < 32) {
+        int i = threadIdx.x / 8;
+        const u16* two = o.center + k_head * HEAD_DIM + 8 * chunk_of(threadIdx.x % 8, i / 2);
+        shared.farthest = load_center(shared.center, reinterpret_cast<const uint2*>(two)[i % 2]);
+    }
     if (threadIdx.x < HEAD_DIM) {
         float bound = o.bound[(long long)whole_head * HEAD_DIM + threadIdx.x];
         shared.factor[threadIdx.x] = __fdiv_rn(1.0f, bound) * E4M3_LIMIT;
@@ -355,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_state(
         for (int row = key; row < TILE; row += TILE / 2) {
             float x[16];
 #if INT8
-            exponents(x, shared.center, stage.k, scale, row, eighth);
+            exponents(x, shared, stage, scale, row, eighth);
 #else
             exponents(x, stage, row, eighth);
 #endif

@@ -1,4 +1,5 @@
-"""The linear branch's sums over keys by mma.sync, for GeForce cards and A100: mma.cu."""
+"""The linear branch's sums over keys by mma.sync, for GeForce cards and A100: mma.cu, and of keys
+in int8 int8_keys.cu."""
 
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from ..sparse_attention.mma import VALUE_LIMIT
 from .triton import room_for_sums
 
 SOURCE = Path(__file__).with_suffix(".cu")
+INT8_SOURCE = SOURCE.with_name("int8_keys.cu")
 HEAD_DIM = 128
 THREADS = 256
 STAGES = 3  # two programs share a multiprocessor, which has 100 KB
-TILE, KEY_BLOCK = 32, 64  # keys of a step, and that share a scale
-# mma.cu's Shared; that of keys in int8.
-SHARED_BYTES = STAGES * 2 * TILE * HEAD_DIM * 2
-INT8_SHARED_BYTES = (3 * STAGES + 2) * TILE * HEAD_DIM + 4 * HEAD_DIM + 16
+SHARED_BYTES = STAGES * 2 * 32 * HEAD_DIM * 2  # mma.cu's Shared
+TILE, BLOCK = 32, 64  # keys of a step, and that share a scale, in int8
+# int8_keys.cu's Shared: keys, values and weights of two tiles, and a center.
+INT8_SHARED_BYTES = 2 * 5 * TILE * HEAD_DIM + 4 * HEAD_DIM + 16
 Operands = nvrtc.operands(
     pointers="k v state normalizer maxima",
     integers="length heads heads_in_all rows k_b k_l k_h v_b v_l v_h",
@@ -76,17 +78,16 @@ def state_of_int8_keys(
     """See `state_of_int8_keys` of the package."""
     batch, length, heads, _ = v.shape
     k_heads = integers.stride(0) // integers.stride(1) if batch > 1 else heads
-    rows, state, normalizer = room_for_sums(v, of_heads, KEY_BLOCK)
+    rows, state, normalizer = room_for_sums(v, of_heads, BLOCK)
     maximum = torch.empty_like(normalizer)
     operands = Int8Operands(
-        *map(nvrtc.address, (integers, scale, center, values, bound, v)),
-        *map(nvrtc.address, (state, normalizer, maximum)),
+        *map(nvrtc.address, (integers, scale, center, values, bound)),
+        *map(nvrtc.address, (v, state, normalizer, maximum)),
         length, heads, batch * heads, rows, k_heads, scale.shape[2], *v.stride()[:3],
     )  # fmt: skip
     kernel = nvrtc.load(
-        SOURCE, "key_value_state", nvrtc.target_of(capability(v.device), v.device),
-        INT8_SHARED_BYTES, Int8Operands, v.device.index,
-        STAGES=STAGES, BF16=int(v.dtype == torch.bfloat16), INT8=1,
+        INT8_SOURCE, "key_value_state", nvrtc.target_of(capability(v.device), v.device),
+        INT8_SHARED_BYTES, Int8Operands, v.device.index, BF16=int(v.dtype == torch.bfloat16),
         FP8=int(values.dtype == torch.float8_e4m3fn), VALUE_LIMIT=int(VALUE_LIMIT),
     )  # fmt: skip
     kernel.launch(state.shape[0] * batch * heads, THREADS, operands)
@@ -97,5 +98,5 @@ def _kernel(k: torch.Tensor) -> nvrtc.Kernel:
     target = nvrtc.target_of(capability(k.device), k.device)
     return nvrtc.load(
         SOURCE, "key_value_state", target, SHARED_BYTES, Operands, k.device.index,
-        STAGES=STAGES, BF16=int(k.dtype == torch.bfloat16), INT8=0,
+        STAGES=STAGES, BF16=int(k.dtype == torch.bfloat16),
     )  # fmt: skip

@@ -21,6 +21,10 @@ constexpr int THREADS = 32 * WARPS;
 // What warps tell one another of a head: twice, so that they meet once a head, not twice.
 constexpr int HEADS_TOLD = LINEAR && !HOPPER ? 1 : 2;
 constexpr int MOST_HEADS = 8;    // of a program
+// Where nothing but int8 is made of rows, registers hold a program's cosines and sines for all of its
+// heads: on Hopper they wait in shared memory anyway.
+constexpr bool KEPT = CENTERED && !HOPPER;
+constexpr int PROGRAMS = (KEPT ? 384 : 512) / THREADS;  // of a multiprocessor
 constexpr int SUMS_STRIDE = 34;  // of 32 channels: keeps what a warp writes in different banks
 #if LINEAR
 constexpr int MIX_STRIDE = HEAD_DIM + 8;  // in 16 bits: keeps rows in different banks
@@ -155,11 +159,23 @@ __device__ __forceinline__ void load_turn(
 #endif
 }
 
+typedef float2 Turns[2][4][4];  // of a thread's two rows
+
+__device__ __forceinline__ void load_kept_turns(
+    Turns& turns, const Shared& shared, const Angles& angles, int row, int pair, int inside
+) {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int m = 0; m < 4; m++)
+            load_turn(turns[half][m], shared, angles, row + 8 * half, m, pair, inside);
+}
+
 // Normalize, round, rotate, round: packed[half][4 m + i] holds the channels
-// 32 m + 8 pair + 2 i + {0, 1}.
+// 32 m + 8 pair + 2 i + {0, 1}. Those `kept` are there already if KEPT.
 __device__ __forceinline__ void rotate(
     u32 (&packed)[2][16], const uint4 (&tile)[2][4], const Shared& shared, const Angles& angles,
-    const float* weight, int row, int pair, int inside
+    const Turns& kept, const float* weight, int row, int pair, int inside
 ) {
 #pragma unroll
     for (int m = 0; m < 4; m++) {
@@ -169,8 +185,9 @@ __device__ __forceinline__ void rotate(
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float norm = shared.norms[row + 8 * half];
-            float2 turn[4];
-            load_turn(turn, shared, angles, row + 8 * half, m, pair, inside);
+            float2 own[4];
+            if (!KEPT) load_turn(own, shared, angles, row + 8 * half, m, pair, inside);
+            const float2* turn = KEPT ? kept[half][m] : own;
             const u32* raw = reinterpret_cast<const u32*>(&tile[half][m]);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -544,7 +561,7 @@ __device__ __forceinline__ void load_weights(
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) prepare(
     const __grid_constant__ Operands o
 ) {
     // Read once: in the loop the compiler would read them again behind every barrier.
@@ -583,6 +600,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
         normalizer = o.normalizer[(sample * (long long)heads + head) * HEAD_DIM + threadIdx.x];
 #endif
     __syncthreads();
+    Turns kept;
+    if (KEPT) load_kept_turns(kept, shared, angles, row, pair, inside);
     for (; head < last; head++) {
         u32 packed[2][16];  // [ROWS, HEAD_DIM] normalized and rotated, in 16 bits
         int told = head % HEADS_TOLD;
@@ -593,7 +612,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) prepare(
             normalizer = o.normalizer[(whole_head + 1) * HEAD_DIM + threadIdx.x];
 #endif
         const float* weight = shared.weight[head - first_head];
-        rotate(packed, raw, shared, angles, weight, row, pair, inside);
+        rotate(packed, raw, shared, angles, kept, weight, row, pair, inside);
         head_rows += x_h / 8;
         int next_inside = head + 1 < last ? inside : 0;
 #if LINEAR && HOPPER

@@ -1,4 +1,4 @@
-"""Sums over keys in int8 by mma.sync, beside which values become fp8 or float16."""
+"""Sums over keys in int8 by mma.sync: what test_int8_keys.py does not ask of all cards."""
 
 import goldens
 import pytest
@@ -24,10 +24,10 @@ def pv(request):
     return request.param
 
 
-def keys_and_values(batch, length, heads, dtype, times=1.0):
+def keys_and_values(batch, length, heads, dtype):
     """Integers, scales and center of some keys, and v [B, L, H, D]."""
     shape = batch, length, heads, 128
-    k = times * (torch.randn(shape, device=DEVICE) + 2 * torch.randn(heads, 128, device=DEVICE))
+    k = torch.randn(shape, device=DEVICE) + 2 * torch.randn(heads, 128, device=DEVICE)
     center = k.mean(1).to(dtype)
     keys = *sparse_triton.quantize_keys(k, 64, center, swizzled=True), center
     return keys, torch.randn(shape, dtype=dtype, device=DEVICE)
@@ -61,10 +61,9 @@ def same_bits(x, y):
 
 @DTYPES
 @pytest.mark.parametrize(("batch", "length", "heads"), SHAPES)
-@pytest.mark.parametrize("times", [1, 30])
-def test_sums_over_keys_and_their_values(batch, length, heads, dtype, times, pv):
-    """Exponents far from one another, too; some values beyond the bound, too."""
-    keys, v = keys_and_values(batch, length, heads, dtype, times)
+def test_values_beyond_the_bound_become_the_largest(batch, length, heads, dtype, pv):
+    """float16 sums of attention would overflow beyond it."""
+    keys, v = keys_and_values(batch, length, heads, dtype)
     bound = torch.full((batch, heads, 128), 9.0, device=DEVICE)
     bound[..., ::7] = 0.7
     *found, maximum, values = summed(keys, v, pv, bound)
@@ -73,19 +72,6 @@ def test_sums_over_keys_and_their_values(batch, length, heads, dtype, times, pv)
         assert goldens.relative_error(x, y) <= 2 * torch.finfo(dtype).eps
     assert torch.equal(maximum, v.float().abs().amax(1))
     assert same_bits(values, quantized(v, pv, bound))
-
-
-@DTYPES
-def test_values_beyond_the_bound_are_made_again(dtype, pv):
-    keys, v = keys_and_values(1, 3000, 3, dtype)
-    bound = sparse_triton.sampled_bound(v)
-    bound[0, 1, 9] = 0.5
-    *_, maximum, values = summed(keys, v, pv, bound)
-    scales = mma.mend_values(v, maximum, bound, values)
-    reached = torch.where(maximum > bound, maximum, bound)
-    assert (reached != bound).sum() == 1
-    assert same_bits(values, quantized(v, pv, reached))
-    torch.testing.assert_close(scales, reached / 7, atol=0, rtol=1e-6)
 
 
 @DTYPES
@@ -107,28 +93,3 @@ def test_values_whose_heads_lie_apart(pv):
     apart = v.transpose(1, 2).contiguous().transpose(1, 2)
     for x, y in zip(summed(keys, apart, pv)[:3], summed(keys, v, pv)[:3], strict=True):
         assert torch.equal(x, y)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("where", ["scale", "v"])
-def test_what_is_not_finite_spoils_what_it_reaches(where, value, pv):
-    """And nothing else."""
-    keys, v = keys_and_values(1, 700, 3, torch.bfloat16)
-    bound = sparse_triton.sampled_bound(v)
-    clean = summed(keys, v, pv, bound)
-    spoiled = {"scale": keys[1].clone(), "v": v.clone()}
-    spoiled[where][{"scale": (0, 1, 4), "v": (0, 300, 1, 5)}[where]] = value
-    keys = keys[0], spoiled["scale"], keys[2]
-    state, normalizer, maximum, values = summed(keys, spoiled["v"], pv, bound)
-    bad = torch.zeros(1, 3, 128, 128, dtype=torch.bool, device=DEVICE)
-    bad[0, 1, :, slice(None) if where == "scale" else 5] = True
-    assert not state[bad].isfinite().any() and torch.equal(state[~bad], clean[0][~bad])
-    if where == "scale":
-        assert not normalizer[0, 1].isfinite().any()
-        assert torch.equal(maximum, clean[2]) and same_bits(values, clean[3])
-    else:
-        assert torch.equal(normalizer, clean[1]) and not maximum[0, 1, 5].isfinite()
-        same = torch.arange(128, device=DEVICE) != 5
-        assert torch.equal(maximum[0, 1, same], clean[2][0, 1, same])
-        rows = [x.view(torch.int8)[0, 1, :, same] for x in (values, clean[3])]
-        assert torch.equal(*rows)

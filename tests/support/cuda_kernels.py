@@ -303,7 +303,7 @@ KERNELS = {
         sizes={"ACROSS": conv.ACROSS, "DEPTH": conv.DEPTH, "STAGES": conv.STAGES},
     ),
     "qk_prepare/cuda.cu": Kernel(
-        every_prepare, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card=PREPARE_SPILLS,
+        every_prepare, (HOPPER, *BY_MMA_SYNC), 168, spills_of_card=PREPARE_SPILLS,
         products=prepare_products,
         sizes={name: getattr(cuda_prepare, name) for name in ("HEAD_DIM", "MOST_HEADS")},
     ),
@@ -315,9 +315,14 @@ KERNELS = {
         sizes={name: getattr(hopper_state, name) for name in ("HEAD_DIM", "TILE", "STAGES")},
     ),
     "linear_attention/mma.cu": Kernel(
-        every_state, BY_MMA_SYNC, 128, spills=8, spills_of_card={(12, 0): 16},
+        every_state, BY_MMA_SYNC, 128, spills_of_card={(12, 0): 24},
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
         sizes={"HEAD_DIM": state.HEAD_DIM, "STAGES": state.STAGES},
+    ),
+    "linear_attention/int8_keys.cu": Kernel(
+        every_state, BY_MMA_SYNC, 128, spills_of_card={(12, 0): 16},
+        products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
+        sizes={name: getattr(state, name) for name in ("HEAD_DIM", "TILE", "BLOCK")},
     ),
     "text_attention/mma.cu": Kernel(
         every_text_attention, BY_MMA_SYNC, 128,
