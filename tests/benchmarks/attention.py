@@ -12,6 +12,7 @@ ours from the projections on. What has no kernel here is told, not timed. comfy-
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES
 
 SHAPES = {"14B-720P": (40, 75600), "14B-480P": (40, 32760), "1.3B-480P": (12, 32760)}
 DIM, BLOCK_K = 128, 64
+REST = 1  # seconds before each contender, so that none pays for the heat of the one before
 SQUARED = 64  # columns of which a linear by mma.sync gives the sums of squares; Hopper's 256
 
 
@@ -127,6 +129,7 @@ def measure(shape: str, ceilings: Ceilings, options) -> Iterator[dict]:
         if why := why_not_timed(contender.run):
             yield row | {"not timed": why}
             continue
+        time.sleep(REST)
         ms = kernel_ms(contender.run, *((options.runs, 3) if contender.sparse else (2, 1)))
         count = operations(heads, length, options.topk, contender.sparse)
         share = best_ms(count, contender, ceilings) / ms

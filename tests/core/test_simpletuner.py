@@ -12,7 +12,11 @@ SETTINGS = {
     "blkk": 64,
     "tie_feature_map_qk": True,
 }
-PROJECTION = {"proj_l.weight": torch.randn(128, 128), "proj_l.bias": torch.randn(128)}
+GENERATOR = torch.Generator().manual_seed(0)
+PROJECTION = {
+    "proj_l.weight": torch.randn(128, 128, generator=GENERATOR),
+    "proj_l.bias": torch.randn(128, generator=GENERATOR),
+}
 
 
 def written(folder, state=None, **settings):

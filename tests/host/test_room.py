@@ -101,6 +101,54 @@ def test_the_host_makes_room_itself_for_a_model_that_it_moves_as_a_whole(card):
     assert other.there == 15
 
 
+class _Pages:
+    """Those of a MODEL on the GPU; how many bytes of weights they are for at most, None for all."""
+
+    most = None
+
+    def prioritize(self):
+        self.most = None
+
+    def deprioritize(self):
+        pass
+
+    def set_watermark(self, size):
+        self.most = size
+
+
+def _with_pages(model, pages):
+    model.dynamic_vbars = {GPU: pages}
+    model.memory_required = lambda shape: 4  # told to the host
+    return model
+
+
+@pytest.mark.parametrize("guest", [False, True])
+@pytest.mark.parametrize(
+    ("free", "there", "most"), [(4, 0, 0), (9, 0, 4), (9, 3, 7), (19, 0, 14), (20, 0, None)]
+)
+def test_weights_have_no_pages_that_activations_take_again(card, free, there, most, guest):
+    """15 of its own; 4 of activations and 1 that the host keeps free are not theirs."""
+    pages = _Pages()
+    model = _with_pages(_Dynamic(15, there), pages)
+    card(free)
+    options = room.as_guest_of(_Dynamic(15, 15), {"transformer_options": {}}) if guest else {}
+    room.around_loading(lambda *_, **__: pages.prioritize(), model, (), {}, options)
+    assert pages.most == most
+
+
+@pytest.mark.parametrize("why", ["the host's figure", "an older host", "not loaded"])
+def test_else_the_host_decides_about_pages(card, why):
+    pages = types.SimpleNamespace(deprioritize=None) if why == "an older host" else _Pages()
+    model = _with_pages(_Dynamic(15, 0), pages)
+    if why == "the host's figure":
+        del model.memory_required
+    elif why == "not loaded":
+        model.dynamic_vbars = {}
+    card(0)
+    room.around_loading(lambda *_, **__: None, model, (), {})
+    assert getattr(pages, "most", None) is None
+
+
 # Two experts
 
 
@@ -258,6 +306,21 @@ def test_pages_go_to_the_expert_that_stays(experts, monkeypatch):
     high, low = (next(iter(model.model.dynamic_vbars.values())) for model in experts)
     wanted = [(high, "prioritize"), (low, "prioritize"), (low, "deprioritize")]
     assert order == wanted
+
+
+@pytest.mark.skipif(not in_comfyui.DYNAMIC, reason="only dynamic VRAM has pages")
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_bits_are_the_same_with_fewer_pages(experts, monkeypatch, left):
+    expected = _run(*experts)
+    size = experts[0].model_size()
+    assert all(model.loaded_size() >= size for model in experts)
+    monkeypatch.setattr(room, "is_told", lambda model: True)
+    monkeypatch.setattr(room, "_taken_beside", lambda model, *_: model.loaded_size() - left * size)
+    none = {True: (0, 0), False: 0}
+    free = lambda *_, torch_free_too=False: none[torch_free_too]  # noqa: E731
+    monkeypatch.setattr(management, "get_free_memory", free)
+    assert torch.equal(_run(*experts), expected)
+    assert all(model.loaded_size() <= left * size + 2**20 for model in experts)
 
 
 # Bits

@@ -14,7 +14,8 @@ from turbodiffusion_pack.kernels.requantize import requantize_rows, requantize_r
 
 def _weight(n, k):
     generator = torch.Generator().manual_seed(n * k)
-    return torch.randn(n, k, generator=generator).to(DEVICE) * torch.rand(n, 1).to(DEVICE)
+    weight = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator)
+    return weight.to(DEVICE)
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (128, 128), (130, 300), (257, 1000)])

@@ -1,11 +1,13 @@
 """Dynamic VRAM without a GPU: ComfyUI's own code for it, on top of stand-ins for comfy-aimdo.
 
-Memory is plain memory, weights always find room in it, and "cpu:0", which to ComfyUI is another
-device than the "cpu" where the weights are, plays the GPU. There are no streams, nothing is pinned.
+Memory is plain memory, weights always find room in it but above a watermark, and "cpu:0", which to
+ComfyUI is another device than the "cpu" where the weights are, plays the GPU. There are no streams,
+nothing is pinned.
 """
 
 import collections
 import functools
+import math
 
 
 class Room:
@@ -16,10 +18,15 @@ class Room:
 
     def __init__(self, size, device, pageout_callback=None):
         self.used, self.memory, self.times = 0, {}, {}
+        self.watermark = math.inf  # bytes from the start of its places that may find room
         self.pins = collections.Counter()  # place -> how often it was asked for and not given back
 
     def prioritize(self, malloc_async_clamp=None):
-        pass
+        self.watermark = math.inf
+
+    def set_watermark(self, size):
+        self.watermark = size
+        self.memory = {place: m for place, m in self.memory.items() if place + m.nbytes <= size}
 
     def deprioritize(self):
         pass
@@ -32,6 +39,8 @@ class Room:
     def fault(self, place, size):
         import torch
 
+        if place + size > self.watermark:
+            return None
         if place not in self.memory:
             self.memory[place] = torch.full((size,), 255, dtype=torch.uint8)  # NaN until written
             self.times[place] = self.times.get(place, 0) + 1

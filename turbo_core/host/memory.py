@@ -50,6 +50,11 @@ def told_to_the_host(model, conds: dict, model_options: dict) -> Iterator[None]:
             attributes[name] = before
 
 
+def is_told(model) -> bool:
+    """Whether ComfyUI counts so now for `model`: closely, where its own figure may be far above."""
+    return "memory_required" in vars(model.model)
+
+
 class OutOfMemoryError(torch.OutOfMemoryError):
     """The host's own, in words that help."""
 

@@ -4,7 +4,8 @@ With dynamic VRAM the host makes room page by page, when a weight or an activati
 waits for the GPU each time: then a block's weights no longer come while the one before computes.
 Two experts that do not fit together would change places twice in each run. Where the second one has
 few steps no more bytes come if it is streamed in each of them, as a guest beside the first, which
-stays where it is.
+stays where it is. And pages that activations will take again are not given to weights at all: they
+would lie beside what those are streamed through, of which there is no less.
 """
 
 import contextlib
@@ -14,8 +15,9 @@ import comfy.model_management
 import comfy.sampler_helpers
 from comfy.model_management import VRAMState
 
+from .memory import is_told
 from .options import GUEST_OF
-from .versions import give_way, is_dynamic
+from .versions import give_way, is_dynamic, keep_pages
 
 GUEST_STEPS = 2  # as many bytes come in so many steps as by changing places
 STREAMING = VRAMState.LOW_VRAM, VRAMState.NORMAL_VRAM, VRAMState.NO_VRAM
@@ -24,14 +26,16 @@ STREAMING = VRAMState.LOW_VRAM, VRAMState.NORMAL_VRAM, VRAMState.NO_VRAM
 def around_loading(executor, model, noise_shape, conds, model_options=None, **others):
     """A PREPARE_SAMPLING wrapper: the host loads `model` for a run."""
     stays = (model_options or {}).get("transformer_options", {}).get(GUEST_OF)
+    taken = _taken_beside(model, noise_shape, conds) if is_dynamic(model) else None
+    if taken is not None and stays is None:
+        _make_room(model, taken)
+    with _staying(stays) if stays is not None else contextlib.nullcontext():
+        loaded = executor(model, noise_shape, conds, model_options=model_options, **others)
     if stays is not None:
-        with _staying(stays):
-            loaded = executor(model, noise_shape, conds, model_options=model_options, **others)
         give_way(model)
-        return loaded
-    if is_dynamic(model):
-        _make_room(model, comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)[1])
-    return executor(model, noise_shape, conds, model_options=model_options, **others)
+    if taken is not None and is_told(model):
+        _keep_what_stays(model, taken)
+    return loaded
 
 
 def comes_in_parts(model) -> bool:
@@ -55,17 +59,31 @@ def leave(guest) -> None:
         guest.partially_unload(guest.offload_device, guest.loaded_size())
 
 
-def _make_room(model, activations: float) -> None:
-    """Have the other models give up at once what `model` and its activations lack."""
+def _taken_beside(model, noise_shape, conds) -> float:
+    """Bytes of the GPU that are not for the weights of `model` while it runs."""
+    activations = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)[1]
+    return activations + comfy.model_management.minimum_inference_memory()
+
+
+def _make_room(model, beside: float) -> None:
+    """Have the other models give up at once what `model` and what is taken `beside` it lack."""
     management, device = comfy.model_management, model.load_device
-    taken = model.model_size() - model.loaded_size() + activations
-    lacking = taken + management.minimum_inference_memory() - management.get_free_memory(device)
+    taken = model.model_size() - model.loaded_size() + beside
+    lacking = taken - management.get_free_memory(device)
     for loaded in reversed(management.current_loaded_models):  # the last one to be loaded is first
         other = loaded.model
         if lacking <= 0:
             return
         if loaded.device == device and is_dynamic(other) and not model.is_clone(other):
             lacking -= other.partially_unload(other.offload_device, lacking)
+
+
+def _keep_what_stays(model, beside: float) -> None:
+    """Let the weights of `model` have the pages only that what is taken `beside` it will leave."""
+    free = comfy.model_management.get_free_memory(model.load_device)
+    left = free + model.loaded_size() - beside
+    if left < model.model_size():
+        keep_pages(model, max(left, 0))
 
 
 @contextlib.contextmanager

@@ -229,6 +229,14 @@ def give_way(model) -> None:
         room.deprioritize()
 
 
+def keep_pages(model, size: float) -> None:
+    """Let the weights of `model` have so many bytes of the GPU's pages at most, the first ones; the
+    host streams the others. Only where one with dynamic VRAM has loaded it, and knows how."""
+    room = getattr(model.model, "dynamic_vbars", {}).get(model.load_device)
+    if hasattr(room, "set_watermark"):
+        room.set_watermark(int(size))
+
+
 def known_fields(schema: type, fields: dict) -> dict:
     """The `fields` of a node's `schema` that the host knows: 0.3.75 lacks some search aids."""
     known = inspect.signature(schema).parameters
