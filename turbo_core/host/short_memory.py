@@ -22,7 +22,7 @@ from .patch_owner import is_hooked, is_ours, is_stock
 ENOUGH = 2  # times what is needed; with less memory is short
 ACTIVATIONS = 5  # of bf16, that a pass needs
 CACHED = 2**28  # bytes of torch's cache that are worth waiting for the GPU
-MOST = 32  # operations that are run again, before it is an error as ever
+MOST = 256  # operations that are run again, some at each block, before it is an error as ever
 
 
 @contextlib.contextmanager
