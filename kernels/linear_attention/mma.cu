@@ -6,7 +6,7 @@
 
 // Defined are STAGES, and BF16, whether k and v are bfloat16, else float16.
 
-#include "mma.cuh"
+#include "keys.cuh"
 
 constexpr int HEAD_DIM = 128;
 constexpr int TILE = 32;
@@ -74,43 +74,21 @@ __device__ __forceinline__ void copy_tile(
     }
 }
 
-// Over the eight lanes of a key.
-__device__ __forceinline__ float key_max(float x) {
-#pragma unroll
-    for (int distance = 4; distance; distance /= 2)
-        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, distance));
-    return x;
-}
-
-__device__ __forceinline__ float key_sum(float x) {
-#pragma unroll
-    for (int distance = 4; distance; distance /= 2) x += __shfl_xor_sync(0xffffffff, x, distance);
-    return x;
-}
-
 // The softmax of this lane's key, in its place: channels 8 (lane % 8) + {0 .. 7}, of both halves.
 // Those past the end, zeros, weigh nothing.
 __device__ __forceinline__ void weigh_key(
     Stage& stage, float (&normalizer)[16], int row, int eighth, bool inside
 ) {
-    const float log2e = 1.4426950408889634f;
     float x[16], high = -1e30f, sum = 0;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        uint4 raw = chunk_at(stage.k, row, eighth + 8 * half);
-        const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float2 both = pair_of(pairs[i], BF16);
-            x[8 * half + 2 * i] = both.x, x[8 * half + 2 * i + 1] = both.y;
-        }
-    }
+    for (int half = 0; half < 2; half++)
+        unpack(x + 8 * half, chunk_at(stage.k, row, eighth + 8 * half));
 #pragma unroll
     for (int i = 0; i < 16; i++) high = fmaxf(high, x[i]);
-    float shift = -key_max(high) * log2e;
+    float shift = -key_max(high) * LOG2E;
 #pragma unroll
     for (int i = 0; i < 16; i++) {
-        x[i] = exp2_fast(fmaf(x[i], log2e, shift));
+        x[i] = exp2_fast(fmaf(x[i], LOG2E, shift));
         sum += x[i];
     }
     sum = key_sum(sum);
@@ -121,14 +99,8 @@ __device__ __forceinline__ void weigh_key(
         normalizer[i] += x[i];
     }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        u32 pairs[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            pairs[i] = packed_pair({x[8 * half + 2 * i], x[8 * half + 2 * i + 1]}, BF16);
-        chunk_at(stage.k, row, eighth + 8 * half) =
-            make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    }
+    for (int half = 0; half < 2; half++)
+        chunk_at(stage.k, row, eighth + 8 * half) = packed_chunk(x + 8 * half);
 }
 
 // Of the values that this thread copied.
