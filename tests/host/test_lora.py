@@ -4,6 +4,7 @@ import logging
 
 import goldens
 import in_comfyui
+import model_folders
 import pytest
 import torch
 from in_comfyui import comfy
@@ -23,20 +24,17 @@ PATCHED = (".self_attn.q", ".cross_attn.v", ".ffn.0", ".ffn.2")
 @pytest.fixture(scope="module")
 def loader(tmp_path_factory):
     """Returns a function that writes a LoRA to a file and applies it with the stock node."""
-    import folder_paths
-
     import nodes
 
     folder = tmp_path_factory.mktemp("loras")
-    folder_paths.add_model_folder_path("loras", str(folder))
 
     def load(model, tensors, strength=1.0):
         save_file(tensors, folder / "tiny.safetensors")
         node = nodes.LoraLoaderModelOnly()
         return node.load_lora_model_only(model, "tiny.safetensors", strength)[0]
 
-    yield load
-    folder_paths.folder_names_and_paths["loras"][0].remove(str(folder))
+    with model_folders.listed("loras", folder):
+        yield load
 
 
 @pytest.fixture(scope="module", params=["TurboLoader fast", "TurboLoader exact", "W8A8Quantize"])

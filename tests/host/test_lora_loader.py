@@ -6,6 +6,7 @@ from pathlib import Path
 
 import goldens
 import in_comfyui
+import model_folders
 import pytest
 import torch
 from in_comfyui import comfy
@@ -35,17 +36,14 @@ def model(paths):
 @pytest.fixture(scope="module")
 def load(model, tmp_path_factory):
     """Returns a function that writes tensors to a LoRA file and loads it with the node."""
-    import folder_paths
-
     folder = tmp_path_factory.mktemp("loras")
-    folder_paths.add_model_folder_path("loras", str(folder))
 
     def run(tensors, strength=1.0, name="tiny.safetensors", metadata=None):
         save_file(tensors, folder / name, metadata)
         return TurboLoraLoader.execute(model, name, strength)
 
-    yield run
-    folder_paths.folder_names_and_paths["loras"][0].remove(str(folder))
+    with model_folders.listed("loras", folder):
+        yield run
 
 
 def _lora(spelling=f"{NAME}.lora_{{}}.weight", dim=256):

@@ -14,6 +14,7 @@ import in_comfyui
 import pytest
 import torch
 from in_comfyui import comfy
+from model_folders import listed
 from turbodiffusion_pack.nodes import NODES
 from turbodiffusion_pack.nodes.attention import SLAAttentionPatch
 from turbodiffusion_pack.nodes.experts import Wan22ExpertSwitch
@@ -39,16 +40,11 @@ SLA = {"attention": "sla", "topk": 0.34, "dense_blocks": "", "dense_steps": 0, "
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder that ComfyUI looks for diffusion models in, with the golden checkpoints."""
-    import folder_paths
-
     folder = tmp_path_factory.mktemp("models")
     for name in ("t2v-quant.pth", "t2v.pth"):
         goldens.unpack_checkpoint(name, folder)
-    for kind in (CHECKPOINTS, LORAS):
-        folder_paths.add_model_folder_path(kind.name, str(folder))
-    yield folder
-    for kind in (CHECKPOINTS, LORAS):
-        folder_paths.folder_names_and_paths[kind.name][0].remove(str(folder))
+    with listed(CHECKPOINTS.name, folder), listed(LORAS.name, folder):
+        yield folder
 
 
 def _load(name):

@@ -5,6 +5,7 @@ import logging
 
 import goldens
 import in_comfyui
+import model_folders
 import pytest
 import torch
 from in_comfyui import comfy
@@ -36,8 +37,6 @@ def folder(tmp_path_factory):
 
     plain.pth has no projections, others.pth has other ones.
     """
-    import folder_paths
-
     folder = tmp_path_factory.mktemp("models")
     for name in (FILE, "t2v-quant.pth"):
         goldens.unpack_checkpoint(name, folder)
@@ -45,9 +44,8 @@ def folder(tmp_path_factory):
     torch.save({n: t for n, t in tensors.items() if PROJ_L not in n}, folder / "plain.pth")
     others = {n: t.flip(0) if PROJ_L in n else t for n, t in tensors.items()}
     torch.save(others, folder / "others.pth")
-    folder_paths.add_model_folder_path(FOLDER, str(folder))
-    yield folder
-    folder_paths.folder_names_and_paths[FOLDER][0].remove(str(folder))
+    with model_folders.listed(FOLDER, folder):
+        yield folder
 
 
 def _stock(folder):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import goldens
 import in_comfyui
+import model_folders
 import pytest
 import torch
 from in_comfyui import comfy
@@ -217,6 +218,7 @@ import conftest
 import pathlib
 import torch
 import in_comfyui
+import model_folders
 from in_comfyui import comfy
 from peak_memory import peak_anonymous
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
@@ -259,11 +261,10 @@ def output(tmp_path, monkeypatch):
     """ComfyUI's output folder, whose diffusion_models its loaders list."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     folder = tmp_path / "diffusion_models"
-    folder_paths.add_model_folder_path("diffusion_models", str(folder))
     hidden = types.SimpleNamespace(prompt={"1": {}}, extra_pnginfo={"workflow": {"nodes": []}})
     monkeypatch.setattr(TurboSaveCheckpoint, "hidden", hidden)
-    yield folder
-    folder_paths.folder_names_and_paths["diffusion_models"][0].remove(str(folder))
+    with model_folders.listed("diffusion_models", folder):
+        yield folder
 
 
 def _default_prefix():
