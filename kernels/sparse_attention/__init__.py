@@ -268,9 +268,10 @@ def reads_int8_keys(
 ) -> bool:
     """Whether low-bit attention on `device` takes keys from `prepare_keys`: in CUDA C++, where they
     have 128 channels of 16 bits."""
-    if backend == "reference" or dtype == torch.float32 or head_dim != hopper.SHAPE[0]:
+    if backend == "reference" or dtype == torch.float32:
         return False
-    if (kernels := cuda_kernels(device, hopper, mma)) is None:
+    kernels = cuda_kernels(device, hopper, mma)
+    if kernels is None or head_dim != hopper.SHAPE[0]:
         return False
     pv = pv or default_pv(device)
     return kernels.unfit(*hopper.SHAPE, pv) is None and (pv != "fp8" or has_fp8(device))

@@ -4,8 +4,10 @@ import contextlib
 import threading
 import types
 
+import fresh_process
 import pytest
 import torch
+import without_triton
 from turbodiffusion_pack.kernels import dispatch
 from turbodiffusion_pack.kernels.norm import rms_norm
 
@@ -47,6 +49,10 @@ def test_triton_by_name_says_why_not(monkeypatch):
         dispatch.why_reference("an op", "triton", CPU, None, "odd strides")
     with pytest.raises(ValueError, match="an op: backend 'cuda' is unknown, use one of auto, tri"):
         dispatch.why_reference("an op", "cuda", CPU)
+
+
+def test_all_ops_run_where_triton_is_not_installed():
+    assert fresh_process.call(without_triton.failures) == {}
 
 
 def test_listeners_hear_what_runs_in_their_context():
