@@ -227,8 +227,7 @@ def sage_attention(
     if isinstance(q, Int8Blocks):
         _check_int8_blocks(q, v, block_q)
     pv = pv or default_pv(v.device)
-    if pv not in PV_DTYPES:
-        raise ValueError(f"pv must be 'fp8', 'fp16' or None, got {pv!r}")
+    _check_pv(pv)
     if k_mean is None:
         _, k_mean = centered_means(k, block_k, backend)
     per_channel = (v.shape[0], *v.shape[2:])
@@ -280,7 +279,12 @@ def reads_int8_keys(
 def room_for_values(
     shape: Sequence[int], pv: str, device: torch.device, block_k: int = 64
 ) -> torch.Tensor:
-    """What takes the values that belong to keys of `shape` [B, L, H, D]: [B, H, N, D, block_k]."""
+    """What takes the values that belong to keys of `shape` [B, L, H, D]: [B, H, N, D, block_k].
+
+    Raises:
+        ValueError: `pv` is unknown.
+    """
+    _check_pv(pv)
     batch, length, heads, dim = shape
     shape = batch, heads, -(-length // block_k), dim, block_k
     return torch.empty(shape, dtype=PV_DTYPES[pv], device=device)
@@ -377,6 +381,12 @@ def _check_attention(
                 f"linear must be contiguous and {x.dtype}, "
                 f"got {linear.dtype} with strides {list(linear.stride())}"
             )
+
+
+def _check_pv(pv: str) -> None:
+    """Require a name of PV_DTYPES."""
+    if pv not in PV_DTYPES:
+        raise ValueError(f"pv must be 'fp8', 'fp16' or None, got {pv!r}")
 
 
 def _check_int8_blocks(q: Int8Blocks, v: torch.Tensor, block_q: int) -> None:

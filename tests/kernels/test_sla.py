@@ -329,6 +329,8 @@ def test_from_projections_refuses_what_does_not_fit():
         sla_from_projections(q, *rest, **options, block_map=random_map(1, 130, 1, 128, 64))
     with pytest.raises(ValueError, match="q must be"):
         sla_from_projections(q[:, :64].contiguous(), *rest, **options)
+    with pytest.raises(ValueError, match="pv must be 'fp8', 'fp16' or None, got 'int8'"):
+        sla_from_projections(q, *rest, **{**options, "pv": "int8"})
 
 
 def test_refuses_what_does_not_fit():
