@@ -122,12 +122,21 @@ def state_of_int8_keys(
     check_shape("center", center, (batch, heads, dim))
     check_shape("values", values, (batch, heads, blocks, dim, rows))
     check_shape("bound", bound, (batch, heads, dim))
-    if center.dtype != v.dtype:
-        raise TypeError(f"center must be {v.dtype} like v, got {center.dtype}")
     kernels = _kernels(v, v, "softmax", backend)
     if kernels is None or kernels not in (hopper, mma):
         raise ValueError("keys in int8 are summed up in CUDA C++, which does not take this v here")
+    _check_dtype("integers", integers, torch.int8)
+    _check_dtype("scale", scale, torch.float32)
+    _check_dtype("center", center, v.dtype)
+    _check_dtype("values", values, *kernels.VALUES)
+    _check_dtype("bound", bound, torch.float32)
     return kernels.state_of_int8_keys(integers, scale, center, v, values, bound, of_heads)
+
+
+def _check_dtype(name: str, x: torch.Tensor, *dtypes: torch.dtype) -> None:
+    """Require that `x` is of one of these."""
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {x.dtype}")
 
 
 def _kernels(k, v, feature_map, backend):

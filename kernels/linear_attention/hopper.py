@@ -11,6 +11,7 @@ from .triton import room_for_sums
 
 SOURCE = Path(__file__).with_suffix(".cu")
 TARGET = "sm_90a"
+VALUES = (torch.float8_e4m3fn,)  # what v may become beside keys in int8
 HEAD_DIM, TILE, STAGES = 128, 64, 3
 THREADS = 256
 # Alignment and hopper.cu's Shared; that of keys in int8.

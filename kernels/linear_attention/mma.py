@@ -17,6 +17,7 @@ HEAD_DIM = 128
 THREADS = 256
 STAGES = 3  # two programs share a multiprocessor, which has 100 KB
 SHARED_BYTES = STAGES * 2 * 32 * HEAD_DIM * 2  # mma.cu's Shared
+VALUES = torch.float8_e4m3fn, torch.float16  # what v may become beside keys in int8
 TILE, BLOCK = 32, 64  # keys of a step, and that share a scale, in int8
 # int8_keys.cu's Shared: keys, values and weights of two tiles, and a center.
 INT8_SHARED_BYTES = 2 * 5 * TILE * HEAD_DIM + 4 * HEAD_DIM + 16

@@ -26,7 +26,6 @@ from turbodiffusion_pack.kernels.sparse_attention import triton as sparse_triton
 SHAPES = [(1, 1, 1), (2, 300, 3), (1, 5000, 9)]
 # Of what reads the values: on Hopper its channels stand in another order.
 KERNELS = hopper if CARD == dispatch.HOPPER else mma
-LIMIT = sparse_triton.VALUE_LIMIT if CARD == dispatch.HOPPER else mma.VALUE_LIMIT
 
 
 @pytest.fixture(params=PV_DTYPES)
@@ -121,6 +120,27 @@ def test_nothing_else_sums_up_keys_in_int8():
         state_of_int8_keys(*given, of_channels)
 
 
+@pytest.mark.parametrize("card", [(8, 9), (9, 0)], ids=str)
+def test_sums_refuse_other_dtypes(card, monkeypatch):
+    """What a kernel would read as something else."""
+    older_cards.pretend(monkeypatch, card)
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
+    v = torch.zeros(1, 70, 2, 128, dtype=torch.bfloat16, device=DEVICE)
+    given = {
+        "integers": v.new_zeros(1, 2, 128, 128, dtype=torch.int8),
+        "scale": v.new_ones(1, 2, 2, dtype=torch.float32),
+        "center": v.new_zeros(1, 2, 128),
+        "values": room_for_values(v.shape, "fp8", v.device),
+        "bound": v.new_ones(1, 2, 128, dtype=torch.float32),
+    }
+    wrong = dict.fromkeys(given, torch.float64)
+    if card == dispatch.HOPPER:
+        wrong["values"] = torch.float16
+    for name, dtype in wrong.items():
+        with pytest.raises(TypeError, match=f"{name} must be .*, got {dtype}"):
+            state_of_int8_keys(**given | {name: given[name].to(dtype)}, v=v, backend="triton")
+
+
 @pytest.mark.parametrize(
     ("card", "expected"),
     [
@@ -190,10 +210,10 @@ def test_sums_over_keys_in_int8(batch, length, heads, dtype, times, pv):
     assert torch.equal(values.view(torch.int8), expected.view(torch.int8))
 
 
-def as_channels(values):
+def as_channels(values, kernels=KERNELS):
     """Bytes of values [B, H, N, D, 64] by channel, [B, H, D, N * 64 bytes], on the CPU."""
     column = channel = torch.arange(128)
-    if KERNELS is hopper:
+    if kernels is hopper:
         column = channel // 32 * 32 + channel % 8 // 2 * 8 + channel // 8 % 4 * 2 + channel % 2
     return values.cpu().view(torch.int8)[:, :, :, column].transpose(2, 3).flatten(3)
 
@@ -234,24 +254,32 @@ def test_what_is_not_finite_spoils_what_it_reaches(where, value, pv):
         assert torch.equal(scales.cpu()[same], clean[2].cpu()[same])
 
 
-@pytest.mark.gpu
-def test_values_beyond_what_some_tell_are_made_again(pv):
-    _, _, v = random_qkv(1, 3000, 3, 128, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("kernels", "pv"),
+    [(hopper, "fp8"), (mma, "fp8"), (mma, "fp16")],
+    ids=["hopper-fp8", "mma-fp8", "mma-fp16"],
+)
+def test_values_beyond_what_some_tell_are_made_again(kernels, pv):
+    device = torch.device(DEVICE)
+    if device.type == "cuda" and pv == "fp8" and not dispatch.has_fp8(device):
+        pytest.skip("needs an NVIDIA GPU of sm_89 or newer")
+    _, _, v = random_qkv(1, 3000, 3, 128, torch.float16)
     v[0, unseen_row(3000), 1, 9] = 500
     highest, amax = sparse_triton.sampled_bound(v), v.float().abs().amax(1)
     dtype = PV_DTYPES[pv]
-    values, _ = KERNELS.quantize_values(v, dtype, 64, highest)
+    limit = sparse_triton.VALUE_LIMIT if kernels is hopper else mma.VALUE_LIMIT
+    values, _ = kernels.quantize_values(v, dtype, 64, highest)
     before = values.clone()
-    scales = KERNELS.mend_values(v, amax, highest, values)
-    expected, of_all = KERNELS.quantize_values(v, dtype, 64, amax)
+    scales = kernels.mend_values(v, amax, highest, values)
+    expected, of_all = kernels.quantize_values(v, dtype, 64, amax)
     mended = torch.zeros(3, 128, dtype=torch.bool)
     mended[1, 9] = True
-    rows = [as_channels(x)[0] for x in (values, before, expected)]
+    rows = [as_channels(x, kernels)[0] for x in (values, before, expected)]
     assert torch.equal(rows[0][mended], rows[2][mended])
     assert torch.equal(rows[0][~mended], rows[1][~mended])
     assert torch.equal(scales[0, 1, 9], of_all[0, 1, 9])
     others = ~mended.to(DEVICE)
-    torch.testing.assert_close(scales[0][others], highest[0][others] / LIMIT, atol=0, rtol=1e-6)
+    torch.testing.assert_close(scales[0][others], highest[0][others] / limit, atol=0, rtol=1e-6)
 
 
 def low_bit_inputs(batch, length, heads):

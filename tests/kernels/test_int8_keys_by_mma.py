@@ -4,7 +4,7 @@ import goldens
 import pytest
 import torch
 from devices import CARD, DEVICE
-from turbodiffusion_pack.kernels import dispatch
+from turbodiffusion_pack.kernels import dispatch, nvrtc
 from turbodiffusion_pack.kernels.linear_attention import reference as sums
 from turbodiffusion_pack.kernels.linear_attention import state_of_int8_keys
 from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES, mma, room_for_values
@@ -17,8 +17,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 @pytest.fixture(params=["fp16", "fp8"])
 def pv(request):
-    if CARD is None or CARD[0] not in dispatch.BY_MMA_SYNC:
-        pytest.skip("needs a card of mma.sync")
+    if CARD[0] not in dispatch.BY_MMA_SYNC or nvrtc.unavailable():
+        pytest.skip("needs a card of mma.sync, and NVRTC")
     if request.param == "fp8" and CARD < (8, 9):
         pytest.skip("this card has no fp8")
     return request.param
@@ -91,5 +91,5 @@ def test_some_heads_are_what_they_are_among_all(dtype, pv):
 def test_values_whose_heads_lie_apart(pv):
     keys, v = keys_and_values(2, 700, 3, torch.bfloat16)
     apart = v.transpose(1, 2).contiguous().transpose(1, 2)
-    for x, y in zip(summed(keys, apart, pv)[:3], summed(keys, v, pv)[:3], strict=True):
-        assert torch.equal(x, y)
+    for x, y in zip(summed(keys, apart, pv), summed(keys, v, pv), strict=True):
+        assert same_bits(x, y)
