@@ -155,7 +155,7 @@ def choose(
     else:
         name, module = CUDA, cuda
     # Inside torch.compile the telling would be traced.
-    if (tell := _listener.get()) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (tell := _listener.get()):
         tell(op, name, why)
     return module
 
