@@ -218,7 +218,6 @@ import conftest
 import pathlib
 import torch
 import in_comfyui
-import model_folders
 from in_comfyui import comfy
 from peak_memory import peak_anonymous
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
