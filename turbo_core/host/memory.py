@@ -22,7 +22,7 @@ from .block import why_never_fused
 from .gradients import GRADIENTS
 from .operations import Linear
 from .options import ATTENTION, PROJECTIONS
-from .patch_owner import is_ours
+from .patch_owner import is_ours, mark_as_ours
 from .text import PROMPTS
 from .versions import is_out_of_memory
 
@@ -40,7 +40,7 @@ def told_to_the_host(model, conds: dict, model_options: dict) -> Iterator[None]:
         return
     attributes, name = vars(model.model), "memory_required"
     before = attributes.get(name)
-    attributes[name] = _required(model, conds, model_options)
+    attributes[name] = mark_as_ours(_required(model, conds, model_options))
     try:
         yield
     finally:
@@ -51,8 +51,9 @@ def told_to_the_host(model, conds: dict, model_options: dict) -> Iterator[None]:
 
 
 def is_told(model) -> bool:
-    """Whether ComfyUI counts so now for `model`: closely, where its own figure may be far above."""
-    return "memory_required" in vars(model.model)
+    """Whether ComfyUI counts so now for `model`: closely, where its own figure, or that of another
+    node, may be far above."""
+    return is_ours(vars(model.model).get("memory_required"))
 
 
 class OutOfMemoryError(torch.OutOfMemoryError):

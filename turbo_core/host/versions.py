@@ -230,8 +230,9 @@ def give_way(model) -> None:
 
 
 def keep_pages(model, size: float) -> None:
-    """Let the weights of `model` have so many bytes of the GPU's pages at most, the first ones; the
-    host streams the others. Only where one with dynamic VRAM has loaded it, and knows how."""
+    """Let the weights of `model` have so many bytes of the GPU's pages at most, the first ones and
+    whole pages, until it is loaded again; the host streams the others. Only where one with dynamic
+    VRAM has loaded it, and knows how."""
     room = getattr(model.model, "dynamic_vbars", {}).get(model.load_device)
     if hasattr(room, "set_watermark"):
         room.set_watermark(int(size))
