@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import mmap
 import os
 import re
 import subprocess
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from turbodiffusion_pack.nodes.quantize import W8A8Quantize
 from turbodiffusion_pack.turbo_core import run_report
 from turbodiffusion_pack.turbo_core.checkpoint import read_checkpoint
-from turbodiffusion_pack.turbo_core.host import experts, quantize_model, scheduler
+from turbodiffusion_pack.turbo_core.host import experts, quantize_model, scheduler, weights
 from turbodiffusion_pack.turbo_core.host.int8_tensor import dequantize_weight, is_int8, unpack
 from turbodiffusion_pack.turbo_core.host.load import load_turbo_model
 from turbodiffusion_pack.turbo_core.host.patch import patch_attention
@@ -512,6 +513,34 @@ def test_it_takes_the_new_model_and_one_layer(tmp_path):
     assert size == pytest.approx(float_size - block, rel=1e-3)
     assert peak < size + layer
     assert peak_with_report < size + 4 * layer
+
+
+def _int8_weights(model):
+    modules = model.model.diffusion_model.modules()
+    return [unpack(m.weight)[0] for m in modules if is_int8(getattr(m, "weight", None))]
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="only Linux's C library keeps them")
+def test_weights_have_pages_of_their_own(float_model, exact, monkeypatch):
+    monkeypatch.setattr(weights, "OWN_PAGES", 1)
+    ours, expected = _int8_weights(_quantize(float_model)), _int8_weights(exact)
+    assert {weight.data_ptr() % mmap.PAGESIZE for weight in ours} == {0}
+    assert all(map(torch.equal, ours, expected))
+
+
+@pytest.mark.skipif(not can_measure(), reason="needs /proc")
+def test_pages_leave_with_their_weight():
+    weight = weights.room_for((3, 1 << 20), torch.device("cpu")).fill_(1)
+    place = weight.data_ptr()
+    assert _is_mapped(place)
+    del weight
+    assert not _is_mapped(place)
+
+
+def _is_mapped(place):
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = (line.split()[0].split("-") for line in lines)
+    return any(int(start, 16) <= place < int(end, 16) for start, end in ranges)
 
 
 # Faults

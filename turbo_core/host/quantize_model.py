@@ -14,6 +14,7 @@ from .int8_tensor import HostTensor, dequantize_weight, is_int8, quantize_weight
 from .patch import wan_model
 from .rebuild import FLOATS, float_dtype, rebuilt, require_nothing_tied
 from .versions import has_scaled_weight, loader_of
+from .weights import room_for, to_keep
 
 QUANTIZED = (*BLOCK_LINEARS, *IMAGE_LINEARS)
 # Rows of a weight that are quantized at once, in whole blocks of scales: bounds the memory.
@@ -127,7 +128,8 @@ def _quantized_tensors(model, linears: dict, granularity: str, errors: dict | No
         if name in linears and parameter == "weight":
             comfy.model_management.throw_exception_if_processing_interrupted()
             q, scale = _int8(module, granularity, device, name, errors)
-            tensors[key], tensors[f"{key}_scale"] = q.to(offload_device), scale.to(offload_device)
+            tensors[key] = to_keep(q, offload_device)
+            tensors[f"{key}_scale"] = scale.to(offload_device)
             bar.update(1)
         elif isinstance(tensor, HostTensor) or (
             parameter == "weight" and has_scaled_weight(module)
@@ -173,7 +175,7 @@ def _int8(module, granularity: str, device, name: str, errors: dict | None):
             f"{name} has values that are not finite, got {int((~finite).sum())} of "
             f"{weight.numel()}: the file is damaged, download it again"
         )
-    q, scales = torch.empty_like(weight, dtype=torch.int8), []
+    q, scales = room_for(weight.shape, weight.device), []
     for part, rows in zip(q.split(ROWS), weight.split(ROWS), strict=True):
         integers, scale = quantize_weight(rows, granularity)
         part.copy_(integers)

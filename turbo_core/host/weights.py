@@ -1,5 +1,7 @@
 """The weights of ComfyUI's ops, fetched from wherever the host keeps them: GPU, RAM or file."""
 
+import math
+import mmap
 from collections.abc import Callable
 
 import comfy.model_management
@@ -77,6 +79,8 @@ def resident(op: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> F
 # Bytes of RAM that are left to others by what is kept or pinned there for speed alone.
 LEFT_TO_OTHERS = 6 * 2**30
 
+OWN_PAGES = 2**20  # bytes of a weight that is worth some
+
 
 def ram_allows(size: int) -> bool:
     """Whether so many bytes of RAM may be held for speed alone."""
@@ -87,6 +91,26 @@ def ram_allows(size: int) -> bool:
 def in_ram(weight: torch.Tensor) -> torch.Tensor | None:
     """The parameter that `weight` is in RAM: itself, or what it was copied from to the GPU."""
     return weight if weight.device.type == "cpu" else getattr(weight, "in_ram", None)
+
+
+def room_for(shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """Room for the integers of an INT8 weight on `device`, for as long as its model lives.
+
+    In RAM it has pages of its own, which the system has back with it: Linux's C library would take
+    it from a heap, and keep as much of a model that is gone as came before anything that stays.
+    """
+    size = math.prod(shape)
+    if device.type != "cpu" or size < OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(shape, dtype=torch.int8, device=device)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.int8).view(shape)
+
+
+def to_keep(integers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The integers of an INT8 weight, made elsewhere perhaps, on `device`."""
+    if integers.device == device:
+        return integers
+    return room_for(integers.shape, device).copy_(integers)
 
 
 def moved(weight: torch.nn.Parameter, move: Callable) -> torch.nn.Parameter:
