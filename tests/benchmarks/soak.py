@@ -8,7 +8,9 @@
   LoRAs, sizes and lengths, some cancelled at a random time. One of each has come before, so that
   every kernel is compiled and every library is in. Afterwards, models and cache given up, nothing
   may be larger by more than 64 MB: on the GPU what tensors take, what torch has and what is gone of
-  the card; on the host the process without files, what is pinned and all of Python's tensors.
+  the card; on the host the process without files, what is pinned and all of Python's tensors. What
+  the C library only keeps, as it does of small pieces, is told apart; and if the process is larger,
+  which of its mappings are.
 - Memory that runs out in the middle of a step, at the switch of experts and in the decoder: the run
   must end in one error that says so, the next one must make the frames that it made before, and
   nothing may stay. On a GPU torch is refused what it has not got at that moment.
@@ -43,6 +45,7 @@ from turbodiffusion_pack.turbo_core.forward_time import MODELS, Shape
 MB = 1 << 20
 MOST = 64 * MB  # that may be left of a row of videos
 ROOM = 20_000  # largest tensor, in bytes, where running out is pretended: more than tiny latents
+MAPPINGS = 8  # of those that grew, that are told
 CANCELLED = 0.3  # the share of the videos that somebody cancels
 TINY = Shape(256, 512, 2, 16, 64, 64, 5)
 SIZES = {  # width, height and frames of the videos
@@ -113,12 +116,19 @@ def with_lora(prompt: dict) -> dict:
 
 
 def grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
-    """Bytes by which each kind of memory has grown, mapped files left out."""
-    left_out = "mapped", "peak", "unheard"
+    """Bytes by which each kind of memory has grown, but for mapped files and what is only kept."""
+    left_out = "mapped", "peak", "unheard", "kept"
     before, after = (
         {**taken, "resident": taken["resident"] - taken["mapped"]} for taken in (before, after)
     )
     return {name: after[name] - before[name] for name in after if name not in left_out}
+
+
+def larger(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    """The mappings that have grown by a MB or more, with how much, those that grew most first."""
+    grew = {name: after[name] - before.get(name, 0) for name in after}
+    most = sorted(grew, key=grew.get, reverse=True)[:MAPPINGS]
+    return {name: grew[name] for name in most if grew[name] >= MB}
 
 
 def in_words(sizes: dict[str, int]) -> str:
@@ -133,7 +143,8 @@ def soak(server: ComfyServer, videos: Soak, runs: int, seed: int, vae: bool) -> 
             lora = size is videos.sizes[-1]  # what it compiles does not go by the size
             made(server, videos.prompt(kind, size, 0, lora, vae))
             say(f"{time.monotonic() - start:5.0f} s, first of its kind: {title(kind, size, lora)}")
-    before, start, outcomes = server_clock.emptied(server), time.monotonic(), []
+    before, mappings = server_clock.held(server)
+    start, outcomes = time.monotonic(), []
     for number in range(runs):
         kind, size, lora = rng.choice(videos.kinds()), rng.choice(videos.sizes), rng.random() < 0.5
         prompt = videos.prompt(kind, size, 1 + number, lora, vae)
@@ -141,11 +152,14 @@ def soak(server: ComfyServer, videos: Soak, runs: int, seed: int, vae: bool) -> 
         outcomes.append(server.run(prompt, cancel).outcome)
         told = f"{title(kind, size, lora)}{', to be cancelled' * bool(cancel)}: {outcomes[-1]}"
         say(f"{time.monotonic() - start:5.0f} s, {told}")
-    after = server_clock.emptied(server)
+    after, mappings_after = server_clock.held(server)
     told = ", ".join(f"{outcomes.count(o)} {o}" for o in sorted(set(outcomes)))
     say(f"{runs} videos in {time.monotonic() - start:.0f} s: {told}")
     more = grown(before, after)
-    say(f"memory: {in_words(more)}")
+    kept = [f"{taken['kept'] / MB:.1f}" for taken in (before, after)]
+    say(f"memory: {in_words(more)}; only kept before and after: {', '.join(kept)} MB")
+    if more["resident"] > MOST:
+        say(f"larger: {in_words(larger(mappings, mappings_after))}")
     return "execution_error" not in outcomes and max(more.values()) <= MOST
 
 
@@ -202,11 +216,11 @@ def run_out(server: ComfyServer, videos: Soak, vae: bool) -> bool:
     prompt, other = (with_frames(videos.prompt(kind, size, seed, False, vae)) for seed in (1, 2))
     expected = made(server, prompt)
     for name, place in PLACES.items():
-        before = server_clock.emptied(server)
+        before, _ = server_clock.held(server)
         wrong = out_of_memory(server, other, place)
         if made(server, prompt) != expected:
             wrong.append("the next run made other frames")
-        more = grown(before, server_clock.emptied(server))
+        more = grown(before, server_clock.held(server)[0])
         wrong += [f"{kind} has grown" for kind, size in more.items() if size > MOST]
         say(f"out of memory {name}: {'; '.join(wrong) or 'well'}; {in_words(more)}")
         well = well and not wrong

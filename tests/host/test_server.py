@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import comfyui_install
+import host_memory
 import numpy as np
 import pytest
 import random_models
@@ -347,6 +348,36 @@ def test_a_server_is_emptied_once_it_has_heard_all_that_it_was_asked(monkeypatch
     monkeypatch.setattr(server_clock.time, "sleep", lambda seconds: None)
     assert server_clock.emptied(server)["tensors"] == 4 << 30
     assert len(list(told)) == 1
+
+
+def test_what_the_c_library_keeps_is_told_apart(monkeypatch):
+    answers = {
+        server_clock.CLOCK: {"now": {"tensors": 1, "resident": 9, "mapped": 2, "unheard": 0}}
+    }
+    trimmed = {"now": {"tensors": 1, "resident": 5, "mapped": 2}, "mappings": {"[heap]": 3}}
+    asked = []
+    server = types.SimpleNamespace(post=lambda *a: asked.append(a[0]) or trimmed, get=answers.get)
+    monkeypatch.setattr(server_clock.time, "sleep", lambda seconds: None)
+    held, mappings = server_clock.held(server)
+    assert asked[-1] == f"{server_clock.CLOCK}/trim" and mappings == {"[heap]": 3}
+    assert held["kept"] == 4
+    assert SOAK.grown({**held, "resident": 4}, held) == {"tensors": 0, "resident": 1}
+
+
+def test_a_server_tells_its_mappings(server):
+    if not host_memory.SMAPS.exists():
+        pytest.skip("Linux tells")
+    held, mappings = server_clock.held(server)
+    assert sum(mappings.values()) == pytest.approx(held["resident"] - held["mapped"], rel=0.1)
+    assert mappings["[heap]"] > 0
+
+
+def test_mappings_that_grew_are_told(monkeypatch):
+    mb = SOAK.MB
+    monkeypatch.setattr(SOAK, "MAPPINGS", 2)
+    before, after = {"a": 9 * mb, "b": mb}, {"a": 8 * mb, "b": 3 * mb, "c": mb, "d": 4 * mb}
+    assert SOAK.larger(before, after) == {"d": 4 * mb, "b": 2 * mb}
+    assert SOAK.larger({}, {"e": mb - 1}) == {}
 
 
 def test_a_link_is_kept_busy_for_sizes_that_are_asked_for(capsys):

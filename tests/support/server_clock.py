@@ -78,6 +78,14 @@ def emptied(server: ComfyServer, forget: bool = True) -> dict[str, int]:
     return after
 
 
+def held(server: ComfyServer) -> tuple[dict[str, int], dict[str, int]]:
+    """What is taken once the server is emptied and its C library has given back what it had free,
+    which is "kept" here: the next prompt would have taken that again. And by mapping."""
+    before, after = emptied(server), server.post(f"{CLOCK}/trim", {})
+    now = after["now"]
+    return now | {"kept": before["resident"] - now["resident"]}, after["mappings"]
+
+
 def _same(before: dict | None, after: dict) -> bool:
     if before is None or after["unheard"]:
         return False

@@ -2,7 +2,8 @@
 
 GET /turbo_clock tells of the last prompt and of now, see `readings` and `now`. POST /turbo_clock
 lets memory run out in the next prompt, see `Shortage`. POST /turbo_clock/busy_link has a thread
-copy to the GPU, or no longer, see `Copier`. The first prompt begins as on the older card that
+copy to the GPU, or no longer, see `Copier`. POST /turbo_clock/trim has the C library give back what
+it has free, and tells of the rest. The first prompt begins as on the older card that
 TURBO_TEST_CARD names, if it does.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import comfy.model_management as memory
 import comfy.utils
+import host_memory
 import torch
 from aiohttp import web
 from server import PromptServer
@@ -321,6 +323,11 @@ def install() -> None:
     async def run_short(request):
         Clock.shortage = Shortage(**await request.json())
         return web.json_response({})
+
+    @server.routes.post("/turbo_clock/trim")
+    async def trim(_):
+        host_memory.trim()
+        return web.json_response({"now": now(), "mappings": host_memory.mappings()})
 
     @server.routes.post("/turbo_clock/busy_link")
     async def keep_busy(request):
