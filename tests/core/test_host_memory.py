@@ -40,7 +40,8 @@ def test_files_count_where_they_were_written_to():
 @pytest.mark.skipif(not host_memory.SMAPS.exists(), reason="Linux tells")
 def test_mappings_of_this_process():
     host_memory.trim()
-    before = host_memory.mappings()
+    before = sum(host_memory.mappings().values())
     taken = bytearray(b"x") * (48 << 20)
-    size = "unnamed, up to 64 MB"
-    assert host_memory.mappings()[size] - before.get(size, 0) >= len(taken)
+    # Which mapping it is in depends on its neighbours, which the system joins it with.
+    more = sum(host_memory.mappings().values()) - before
+    assert more == pytest.approx(len(taken), abs=8 << 20)
