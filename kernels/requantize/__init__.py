@@ -5,15 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import BLOCK, Remembered
+from ..checks import BLOCK, Remembered, layouts
 from ..dispatch import choose, has_triton
 from . import reference
 from .reference import MOST
 
 if has_triton():
+    from . import mma
     from . import triton as triton_kernels
 else:
-    triton_kernels = None
+    mma = triton_kernels = None
 
 _fitting = Remembered()  # shapes of weights that have the right scales
 
@@ -38,7 +39,10 @@ def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Te
         RuntimeError: Triton was asked for by name and cannot run.
     """
     _check_once(q, scale)
-    kernels = choose("requantize_rows", backend, q, reference, triton_kernels)
+    kernels = choose(
+        "requantize_rows", backend, q, reference, triton_kernels, mma=mma,
+        operands=(q,), layout=layouts(q),
+    )  # fmt: skip
     return kernels.requantize_rows(q, scale)
 
 

@@ -36,6 +36,8 @@ from turbodiffusion_pack.kernels.norm_quant import cuda as layer_norm
 from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
 from turbodiffusion_pack.kernels.qk_prepare import cuda as cuda_prepare
 from turbodiffusion_pack.kernels.qk_prepare import prepare, prepare_keys
+from turbodiffusion_pack.kernels.requantize import mma as weights
+from turbodiffusion_pack.kernels.requantize import requantize_rows
 from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES, sage_attention
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
 from turbodiffusion_pack.kernels.sparse_attention import mma as mma_attention
@@ -204,6 +206,11 @@ def every_quantizer(card):
             quantize_rows(x, activation, backend="triton")
 
 
+def every_requantizer(card):
+    for columns in (1536, 5120, 8960, 13824):  # of the models
+        requantize_rows(zeros(3, columns, dtype=torch.int8), zeros(1, -(-columns // 128)), "triton")
+
+
 def every_layer_norm(card):
     # One with an odd number of spans, whose rows have a warp each.
     for dtype, channels in zip((*DTYPES, DTYPES[0]), (1536, 5120, 256), strict=True):
@@ -292,6 +299,10 @@ KERNELS = {
     ),
     "int8_quant/hopper.cu": Kernel(
         every_quantizer, (HOPPER,), 128, products=lambda card: set(), sizes={"SPAN": rows.SPAN}
+    ),
+    "requantize/mma.cu": Kernel(
+        every_requantizer, BY_MMA_SYNC, 96, spills=8, products=lambda card: set(),
+        sizes={"CHUNK": weights.CHUNK},
     ),
     "norm_quant/cuda.cu": Kernel(
         every_layer_norm, (HOPPER, *BY_MMA_SYNC), 168, spills_of_card={HOPPER: 40, (12, 0): 88},
