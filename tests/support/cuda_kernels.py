@@ -24,6 +24,7 @@ from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.int8_linear import int8_linear, int8_linear_and_squares
 from turbodiffusion_pack.kernels.int8_linear import mma as mma_linear
 from turbodiffusion_pack.kernels.int8_quant import hopper as rows
+from turbodiffusion_pack.kernels.int8_quant import mma as mma_rows
 from turbodiffusion_pack.kernels.int8_quant import quantize_rows
 from turbodiffusion_pack.kernels.linear_attention import (
     LinearBranch,
@@ -299,6 +300,9 @@ KERNELS = {
     ),
     "int8_quant/hopper.cu": Kernel(
         every_quantizer, (HOPPER,), 128, products=lambda card: set(), sizes={"SPAN": rows.SPAN}
+    ),
+    "int8_quant/mma.cu": Kernel(
+        every_quantizer, BY_MMA_SYNC, 56, products=lambda card: set(), sizes={"SPAN": mma_rows.SPAN}
     ),
     "requantize/mma.cu": Kernel(
         every_requantizer, BY_MMA_SYNC, 96, spills=8, products=lambda card: set(),
