@@ -339,6 +339,9 @@ KERNELS = {
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
         sizes={name: getattr(state, name) for name in ("HEAD_DIM", "TILE", "BLOCK")},
     ),
+    "linear_attention/parts.cu": Kernel(
+        every_state, BY_MMA_SYNC, 48, products=lambda card: set(), sizes={"THREADS": state.THREADS}
+    ),
     "text_attention/mma.cu": Kernel(
         every_text_attention, BY_MMA_SYNC, 128,
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
