@@ -17,7 +17,9 @@ from ahead_of_time import ADA, CARDS, HOPPER
 from devices import DEVICE
 from turbodiffusion_pack.kernels import ceilings, dispatch, nvrtc
 from turbodiffusion_pack.kernels.block_map import cuda as selection
+from turbodiffusion_pack.kernels.block_map import mma as scores
 from turbodiffusion_pack.kernels.block_map import select_blocks
+from turbodiffusion_pack.kernels.checks import HEAD_DIMS
 from turbodiffusion_pack.kernels.frames_conv import frames_conv
 from turbodiffusion_pack.kernels.frames_conv import hopper as conv
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
@@ -225,7 +227,8 @@ def every_text_attention(card):
 
 
 def every_selection(card):
-    select_blocks(zeros(1, 1, 1, 128), zeros(1, 1, 513, 128), 1, backend="triton")
+    for dim in HEAD_DIMS:
+        select_blocks(zeros(1, 1, 1, dim), zeros(1, 1, 513, dim), 1, backend="triton")
 
 
 def every_product(card):
@@ -350,6 +353,10 @@ KERNELS = {
     "block_map/cuda.cu": Kernel(
         every_selection, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card={(8, 0): 40},
         products=lambda card: set(), sizes={"WARPS": selection.WARPS},
+    ),
+    "block_map/scores.cu": Kernel(
+        every_selection, BY_MMA_SYNC, 168, products=lambda card: {"HMMA.1688.F32.TF32"},
+        sizes={name: getattr(scores, name) for name in ("QUERIES", "KEYS")},
     ),
     "ceilings.cu": Kernel(
         every_product, CARDS, 64, products=ceilings_products, sizes={"CHAINS": ceilings.CHAINS}
