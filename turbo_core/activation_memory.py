@@ -11,9 +11,10 @@ Counted in activations of one bf16 [B, L, C]; an int8 one is half of it. The fus
                  and its int8 1/2, some heads' scores and the block map
     16 bits      input 1, q, k, v 3, the linear branch 1, and the scores
     dense        input 1, q, k, v 3, then the result 1
-    text         input 1 (the caller holds it), the new residual 1, and of a part of the tokens q
-                 twice, or q and the result
-    feed-forward input 1, residual 1, and of a part of the tokens what is hidden, 16 bits and int8
+    text         input 1 (the caller holds it), the new residual 1, its norm in int8 1/2, and of a
+                 part of the tokens q twice, or q and the result
+    feed-forward input 1, residual 1, its norm in int8 1/2, and of a part of the tokens what is
+                 hidden, 16 bits and int8
 
 The allocator gives back to the GPU only what it got in one piece and is free as a whole, and takes
 from the smallest free piece that is large enough. What would stay in the way there is made first:
@@ -130,7 +131,7 @@ def fused_bytes(
     hidden = batch * part * HIDDEN_BYTES * network.ffn_dim
     weights = 2 * network.dim * network.ffn_dim  # up and down, requantized or kept
     fits = 2 * batch * part * network.ffn_dim <= one  # into what attention had
-    feeding = (2 * one if fits else attending) + hidden + weights
+    feeding = (2.5 * one if fits else attending) + hidden + weights
     head_dim = network.dim // network.num_heads
     around = tokens * (AROUND * batch + ROTATION * head_dim)
     text = 4 * texts * text_tokens * network.dim * network.num_layers  # k and v, 16 bits each
