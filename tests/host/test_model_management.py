@@ -278,6 +278,7 @@ def test_tokens_in_chunks_equal_the_whole(paths, monkeypatch, granularity, batch
 
     monkeypatch.setattr(block, "int8_linear", counted)
     monkeypatch.setattr(block, "layer_norm_quant", noted)
+    monkeypatch.setattr(activation_memory, "TEXT_ACTIVATIONS", 0)
     wan = model.model.diffusion_model
     sizes = activation_memory.HIDDEN_BYTES * wan.ffn_dim, activation_memory.TEXT_BYTES * wan.dim
     for limit in (activation_memory.PART_BYTES, batch * 256 * min(sizes)):

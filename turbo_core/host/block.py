@@ -17,7 +17,7 @@ from ...kernels.norm import rms_norm
 from ...kernels.norm_quant import layer_norm_quant
 from ...kernels.room import in_whole_blocks
 from .. import run_report
-from ..activation_memory import HIDDEN_BYTES, TEXT_BYTES, part_lengths, soonest
+from ..activation_memory import HIDDEN_BYTES, TEXT_BYTES, part_lengths, soonest, text_bytes
 from ..parallel.shares import in_blocks
 from . import per_run
 from .block_tape import from_tape
@@ -118,8 +118,8 @@ def _computed(block, index, x, modulation, freqs, context, text: KeysValues, tra
 
     up, down = int8_weights(ffn["0"], dtype, x.device), None
     n = layer_norm_quant(x, granularity, scale=scale2, shift=shift2, eps=eps)
-    each = HIDDEN_BYTES * ffn["0"].out_features
-    for tokens in _parts_of(x, each, granularity, ffn["0"], ffn["2"]):
+    lengths = part_lengths(*x.shape[:2], HIDDEN_BYTES * ffn["0"].out_features)
+    for tokens in _parts_of(x, lengths, granularity, ffn["0"], ffn["2"]):
         part = x[:, tokens]
         h = int8_linear(*_of_tokens(*n, tokens), *up, dtype)
         # Not before: where it is streamed, it comes while the GPU is at the first product.
@@ -145,7 +145,8 @@ def _add_text(
     )
     n = layer_norm_quant(x, granularity, weight=norm[0], bias=norm[1], eps=eps)
     multiply = int8_linear_and_squares if itself else int8_linear
-    for tokens in _parts_of(x, TEXT_BYTES * x.shape[2], granularity, linears["q"], linears["o"]):
+    lengths = part_lengths(*x.shape[:2], TEXT_BYTES * x.shape[2], text_bytes(*x.shape))
+    for tokens in _parts_of(x, lengths, granularity, linears["q"], linears["o"]):
         part = x[:, tokens]
         q = torch.empty_like(part)
         product = multiply(*_of_tokens(*n, tokens), *asking, dtype, out=q)
@@ -164,12 +165,11 @@ def _add_text(
 
 
 def _parts_of(
-    x: torch.Tensor, each: int, granularity: str, *linears: torch.nn.Module
+    x: torch.Tensor, lengths: range, granularity: str, *linears: torch.nn.Module
 ) -> Sequence[slice]:
-    """Parts of the tokens of x [B, L, C], as many as take `each` bytes a token at once, and as the
-    `linears` that they go through are soonest done."""
+    """Parts of the tokens of x [B, L, C], of that of `lengths` which goes through the `linears`
+    soonest."""
     batch, length, _ = x.shape
-    lengths = part_lengths(batch, length, each)
     if lengths[0] >= length:
         return (slice(0, length),)
     at_once, tiles = lengths[0], tiles_of(x.device, granularity)
