@@ -19,7 +19,6 @@ Operands = nvrtc.operands(pointers="q k scores", integers="n_queries n_keys")
 
 def unfit(blocks: int) -> None:
     """It takes all that the Triton file does."""
-    return
 
 
 def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> torch.Tensor:
