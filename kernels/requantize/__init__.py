@@ -16,7 +16,7 @@ if has_triton():
 else:
     mma = triton_kernels = None
 
-_fitting = Remembered()  # shapes of weights that have the right scales
+_fitting = Remembered()  # shapes and dtypes of weights that have the right scales
 
 
 def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Te
 
     Raises:
         ValueError: the shapes do not fit, or q has no elements.
-        TypeError: q is not int8.
+        TypeError: q is not int8, or scale not fp32.
         RuntimeError: Triton was asked for by name and cannot run.
     """
     _check_once(q, scale)
@@ -76,15 +76,17 @@ def requantize_rows_of(
 
 
 def _check_once(q: Tensor, scale: Tensor) -> None:
-    shapes = q.shape, scale.shape, q.dtype
-    if shapes not in _fitting:
+    kinds = q.shape, scale.shape, q.dtype, scale.dtype
+    if kinds not in _fitting:
         _check(q, scale)
-        _fitting.put(shapes, True)
+        _fitting.put(kinds, True)
 
 
 def _check(q: Tensor, scale: Tensor) -> None:
     if q.dtype != torch.int8:
         raise TypeError(f"requantize_rows: q must be int8, got {q.dtype}")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"requantize_rows: scale must be float32, got {scale.dtype}")
     if q.ndim != 2 or scale.shape != (-(-q.shape[0] // BLOCK), -(-q.shape[1] // BLOCK)):
         raise ValueError(
             f"requantize_rows: q must be [N, K] with scales [ceil(N/128), ceil(K/128)], "

@@ -97,6 +97,9 @@ def test_scales_that_do_not_fit():
         requantize_rows(q, scale[:1])
     with pytest.raises(TypeError, match=r"q must be int8, got torch\.float32"):
         requantize_rows(q.float(), scale)
+    requantize_rows(q, scale)
+    with pytest.raises(TypeError, match=r"scale must be float32, got torch\.bfloat16"):
+        requantize_rows(q, scale.bfloat16())
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
