@@ -104,12 +104,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) requantize_rows(
         for (int i = 0; i < EACH; i++)  // rounded as each of them would be
             amax = max_or_nan(amax, largest(own[i].raw) * fabsf(own[i].scale));
         amax = warp_max(amax);
-        if (WARPS > 1) {
-            if (lane == 0) shared.amax[turn][warp] = amax;
-            __syncthreads();
+        if (lane == 0) shared.amax[turn][warp] = amax;
+        __syncthreads();
 #pragma unroll
-            for (int i = 0; i < WARPS; i++) amax = max_or_nan(amax, shared.amax[turn][i]);
-        }
+        for (int i = 0; i < WARPS; i++) amax = max_or_nan(amax, shared.amax[turn][i]);
         float factor = __fdiv_rn(128.0f, amax);
         // Behind the last one itself again, which is in L2: all programs' own place, and no branch.
         u32 next = row + gridDim.x < o.n ? row + gridDim.x : row;
