@@ -1,8 +1,8 @@
 // Attention to a short text by mma.sync: up to KEYS keys, of which the last may stand for many.
 //
-// A program keeps the keys and values of one head at a time, all that there are. Its warps take 16 queries
-// after another and do not wait for one another: while some wait for memory, others multiply. All
-// scores of a query are there before its weights, so a maximum is never raised.
+// A program keeps the keys and values of one head at a time, all that there are. Its warps take 16
+// queries after another and do not wait for one another: while some wait for memory, others multiply.
+// All scores of a query are there before its weights, so a maximum is never raised.
 
 // Defined are WARPS, and BF16, whether q, k and v are bfloat16, else float16.
 
