@@ -37,6 +37,15 @@ __device__ __forceinline__ void unpack(float* x, const uint4& packed, bool bf16)
     }
 }
 
+// x (1 + tanh(u)) / 2 is x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3). What overflows
+// becomes 0 and x, as it should.
+__device__ __forceinline__ float gelu(float x) {
+    constexpr float LINEAR = -2.302208198144325f;  // -2 sqrt(2 / pi) / ln 2
+    float exponent = x * fmaf(x * x, LINEAR * 0.044715f, LINEAR), inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + exp2_fast(exponent)));
+    return x * inverse;
+}
+
 // Four numbers times `factor` as int8, as the reference rounds them: half to even. The product is
 // rounded before the sum, which leaves the integer in the low byte.
 __device__ __forceinline__ u32 int8_of(const float* x, float factor) {

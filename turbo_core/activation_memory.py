@@ -11,9 +11,10 @@ Counted in activations of one bf16 [B, L, C]; an int8 one is half of it. The fus
                  and its int8 1/2, some heads' scores and the block map
     16 bits      input 1, q, k, v 3, the linear branch 1, and the scores
     dense        input 1, q, k, v 3, then the result 1
-    text         input 1 (the caller holds it), the new residual 1, and of a part of the tokens q
-                 twice, or q and the result
-    feed-forward input 1, residual 1, and of a part of the tokens what is hidden, 16 bits and int8
+    text         input 1 (the caller holds it), the new residual 1, its norm in int8 1/2, and of a
+                 part of the tokens q twice, or q and the result
+    feed-forward input 1, residual 1, its norm in int8 1/2, and of a part of the tokens what is
+                 hidden, 16 bits and int8
 
 The allocator gives back to the GPU only what it got in one piece and is free as a whole, and takes
 from the smallest free piece that is large enough. What would stay in the way there is made first:
@@ -30,12 +31,14 @@ from collections.abc import Iterable
 from ..kernels.checks import BLOCK
 from ..kernels.int8_linear import Tiles, rounds
 
-# What is made of some tokens at a time may take so much: those fill the GPU still. Where parts of
-# another length keep it busy they are so much longer than even ones, and the last one is shorter.
-PART_BYTES = 350 * 2**20
+# What is made of some tokens at a time may take so much: those fill the GPU still. In attention to
+# the text it may be an activation, which self-attention takes anyway, as small launches wait for
+# one another. Where parts of another length keep the GPU busy they are so much longer than even
+# ones, and the last one is shorter.
+PART_BYTES, TEXT_ACTIVATIONS = 350 * 2**20, 1
 UNEVEN = 1.11
 HIDDEN_BYTES = 3  # of a number hidden in the feed-forward layers: bf16, then beside it int8
-TEXT_BYTES = 8  # of a channel in attention to the text: q, its norm and the result, two in int8
+TEXT_BYTES = 4  # of a channel in attention to the text: q twice, or q and the result
 # Values of as many bytes, 16 bits, come in halves: each fills the GPU still.
 HALVED_BYTES = 2**28
 SCORE_BYTES = 2**25  # at once, see kernels/block_map
@@ -45,7 +48,7 @@ CONSTANT = 64 * 2**20
 AROUND = 2048
 ROTATION = 12  # bytes a token and head channel: the host's matrices and our cosines and sines
 SLACK = 1.02  # what is small
-# Activations that the allocator cannot use: fewer where v comes in halves, but half of a part.
+# Activations that the allocator cannot use: fewer where v comes in halves, but most of a part.
 LOST, LOST_IN_HALVES = 1.25, 0.4
 # Bytes: of the GPU the allocator takes whole PIECEs for what is larger than ALONE.
 PIECE, ALONE = 2 * 2**20, 10 * 2**20
@@ -61,11 +64,16 @@ class Network:
     num_layers: int
 
 
-def part_lengths(batch: int, length: int, each: int) -> range:
+def text_bytes(batch: int, length: int, dim: int) -> int:
+    """What attention to the text makes of some tokens of [B, L, C] at a time may take so much."""
+    return max(PART_BYTES, TEXT_ACTIVATIONS * 2 * batch * length * dim)
+
+
+def part_lengths(batch: int, length: int, each: int, room: int | None = None) -> range:
     """What tokens of a sample may go through layers at once, whole blocks of scales: the first is
-    that of even parts, as few as take at most PART_BYTES with `each` bytes a token, and the last
-    is longer by UNEVEN at most."""
-    most = max(PART_BYTES // (batch * each * BLOCK), 1)
+    that of even parts, as few as take at most `room` bytes, PART_BYTES if None, with `each` bytes a
+    token, and the last is longer by UNEVEN at most."""
+    most = max((PART_BYTES if room is None else room) // (batch * each * BLOCK), 1)
     blocks = -(-length // BLOCK)
     even = -(-blocks // -(-blocks // most))
     return range(even * BLOCK, min(int(even * UNEVEN), most, blocks) * BLOCK + 1, BLOCK)
@@ -125,12 +133,12 @@ def fused_bytes(
     k_and_v, q_phase = 3.5 if halves else 4, 3.5 if fp8_values else 4
     low_bits = max(k_and_v * one, q_phase * one + scores) + _means_bytes(network, batch, tokens)
     attending = {"sagesla": low_bits, "sla": 5 * one + scores, "dense": 5 * one}[attention]
-    attending += max(LOST_IN_HALVES * one, PART_BYTES / 2) if halves else LOST * one
+    attending += max(LOST_IN_HALVES * one, 0.9 * PART_BYTES) if halves else LOST * one
     part = min(part_lengths(batch, tokens, HIDDEN_BYTES * network.ffn_dim)[-1], tokens)
     hidden = batch * part * HIDDEN_BYTES * network.ffn_dim
     weights = 2 * network.dim * network.ffn_dim  # up and down, requantized or kept
     fits = 2 * batch * part * network.ffn_dim <= one  # into what attention had
-    feeding = (2 * one if fits else attending) + hidden + weights
+    feeding = (2.5 * one if fits else attending) + hidden + weights
     head_dim = network.dim // network.num_heads
     around = tokens * (AROUND * batch + ROTATION * head_dim)
     text = 4 * texts * text_tokens * network.dim * network.num_layers  # k and v, 16 bits each

@@ -7,12 +7,10 @@ from ..dispatch import choose, has_triton
 from . import reference
 
 if has_triton():
-    from . import cuda
+    from . import cuda, mma
     from . import triton as triton_kernels
 else:
-    cuda = triton_kernels = None
-
-SHORT = 512  # scores of a row
+    cuda = mma = triton_kernels = None
 
 __all__ = [
     "block_map",
@@ -102,10 +100,9 @@ def select_blocks(
         raise TypeError(f"means must be float32, got {q_means.dtype} and {k_means.dtype}")
     if not 1 <= count <= blocks:
         raise ValueError(f"count must be 1 to {blocks}, the number of key blocks, got {count}")
-    # Triton takes short rows in two warps, which CUDA C++ does not do in less time.
-    faster = cuda if blocks > SHORT else None
+    on_hopper = cuda if cuda and blocks > cuda.SHORT else None
     kernels = choose(
-        "select_blocks", backend, q_means, reference, triton_kernels, faster, faster,
+        "select_blocks", backend, q_means, reference, triton_kernels, on_hopper, mma,
         operands=(blocks,),
     )  # fmt: skip
     return kernels.select_blocks(q_means, k_means, count)

@@ -10,7 +10,9 @@ from . import triton as triton_kernels
 
 SOURCE = Path(__file__).with_suffix(".cu")
 WARPS = 4  # of a program, a row of scores each
-MOST = 2048  # scores of a row that a warp's registers hold
+# Scores of a row: Triton takes short ones in two warps, which CUDA C++ does not do in less time.
+SHORT = 512
+MOST = 2048  # that a warp's registers hold
 Operands = nvrtc.operands(pointers="scores block_map", integers="rows n_keys count")
 
 
@@ -21,10 +23,10 @@ def unfit(blocks: int) -> str | None:
 
 def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> torch.Tensor:
     """`select_blocks` of the Triton file, of what is not `unfit`."""
-    return triton_kernels.select_blocks(q_means, k_means, count, _select_rows)
+    return triton_kernels.select_blocks(q_means, k_means, count, select_rows)
 
 
-def _select_rows(scores: torch.Tensor, block_map: torch.Tensor) -> None:
+def select_rows(scores: torch.Tensor, block_map: torch.Tensor) -> None:
     """`select_rows` of the Triton file."""
     heads, queries, count = block_map.shape
     rows = heads * queries

@@ -219,14 +219,23 @@ def select_rows(scores: torch.Tensor, block_map: torch.Tensor) -> None:
         select_blocks_kernel[rows](scores, block_map, n_keys, count, CHUNK=CHUNK, **LAUNCH)
 
 
+def score_blocks(q: torch.Tensor, k: torch.Tensor, scores: torch.Tensor) -> None:
+    """Fill scores [H or more, NQ, NK] with the products of means q [H, NQ, D] and k [H, NK, D]."""
+    heads, n_queries, dim = q.shape
+    n_keys = k.shape[1]
+    tiles = -(-n_queries // TILE), -(-n_keys // TILE), heads
+    scores_kernel[tiles](q, k, scores, n_queries, n_keys, HEAD_DIM=dim, TILE=TILE, **LAUNCH)
+
+
 def select_blocks(
     q_means: torch.Tensor,
     k_means: torch.Tensor,
     count: int,
     select: Callable[[torch.Tensor, torch.Tensor], None] = select_rows,
+    score: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] = score_blocks,
 ) -> torch.Tensor:
     """Indices of the `count` best scores per row, int32 ascending; ties go to the lower index."""
-    batch, heads, n_queries, dim = q_means.shape
+    batch, heads, n_queries, _ = q_means.shape
     n_keys = k_means.shape[2]
     options = {"device": q_means.device}
     block_map = torch.empty(batch * heads, n_queries, count, dtype=torch.int32, **options)
@@ -235,7 +244,6 @@ def select_blocks(
     given = q_means.contiguous().flatten(0, 1), k_means.contiguous().flatten(0, 1), block_map
     parts = [[x] if at_once == batch * heads else x.split(at_once) for x in given]
     for q, k, selected in zip(*parts, strict=True):
-        tiles = -(-n_queries // TILE), -(-n_keys // TILE), q.shape[0]
-        scores_kernel[tiles](q, k, scores, n_queries, n_keys, HEAD_DIM=dim, TILE=TILE, **LAUNCH)
+        score(q, k, scores)
         select(scores, selected)
     return block_map.view(batch, heads, n_queries, count)

@@ -21,10 +21,10 @@ from ..dispatch import choose, has_triton
 from . import reference
 
 if has_triton():
-    from . import hopper
+    from . import hopper, mma
     from . import triton as triton_kernels
 else:
-    hopper = triton_kernels = None
+    hopper = mma = triton_kernels = None
 
 ACTIVATIONS = (None, "gelu_tanh")
 
@@ -95,10 +95,11 @@ def quantize_rows(
     _check_input("quantize_rows", x, activation)
     if amax is not None:
         _check_amax(x, activation, amax)
-    # Weights, once a load, and some columns of rows run in Triton there.
-    on_hopper = hopper if amax is None and x.ndim == 3 else None
+    # Weights, once a load, and some columns of rows run in Triton everywhere.
+    in_cuda = amax is None and x.ndim == 3
+    by_mma = mma if in_cuda and activation is not None else None
     kernels = choose(
-        "quantize_rows", backend, x, reference, triton_kernels, on_hopper,
+        "quantize_rows", backend, x, reference, triton_kernels, hopper if in_cuda else None, by_mma,
         operands=(x,), layout=layouts(x),
     )  # fmt: skip
     return kernels.quantize_rows(x, activation, amax)

@@ -28,15 +28,6 @@ struct Shared {
 static_assert(SHARED_BYTES == sizeof(Shared));
 static_assert(OPERANDS_BYTES == sizeof(Operands));
 
-// x (1 + tanh(u)) / 2 is x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3). What overflows
-// becomes 0 and x, as it should.
-__device__ __forceinline__ float gelu(float x) {
-    constexpr float LINEAR = -2.302208198144325f;  // -2 sqrt(2 / pi) / ln 2
-    float exponent = x * fmaf(x * x, LINEAR * 0.044715f, LINEAR), inverse;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + exp2_fast(exponent)));
-    return x * inverse;
-}
-
 __device__ __forceinline__ const uint4* channels_of(const Operands& o, int row) {
     int sample = row / o.length, in_sample = row % o.length;
     const u16* x = o.x + sample * (long long)o.x_b + in_sample * (long long)o.x_l;

@@ -1,5 +1,5 @@
 """The linear branch's sums over keys by mma.sync, for GeForce cards and A100: mma.cu, and of keys
-in int8 int8_keys.cu."""
+in int8 int8_keys.cu; parts.cu joins what their programs leave."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ..sparse_attention.mma import VALUE_LIMIT
 from .triton import room_for_sums
 
 SOURCE = Path(__file__).with_suffix(".cu")
-INT8_SOURCE = SOURCE.with_name("int8_keys.cu")
+INT8_SOURCE, PARTS_SOURCE = (SOURCE.with_name(name) for name in ("int8_keys.cu", "parts.cu"))
 HEAD_DIM = 128
 THREADS = 256
 STAGES = 3  # two programs share a multiprocessor, which has 100 KB
@@ -24,6 +24,10 @@ INT8_SHARED_BYTES = 2 * 5 * TILE * HEAD_DIM + 4 * HEAD_DIM + 16
 Operands = nvrtc.operands(
     pointers="k v state normalizer maxima",
     integers="length heads heads_in_all rows k_b k_l k_h v_b v_l v_h",
+)
+PartsOperands = nvrtc.operands(
+    pointers="state normalizer maxima state_sum normalizer_sum maximum",
+    integers="parts states channels",
 )
 Int8Operands = nvrtc.operands(
     pointers="k k_scale center values bound v state normalizer maxima",
@@ -64,7 +68,7 @@ def key_value_state_and_maximum(
         length, heads, batch * heads, rows, *k.stride()[:3], *v.stride()[:3],
     )  # fmt: skip
     _kernel(k).launch(state.shape[0] * batch * heads, THREADS, operands)
-    return state.sum(0), normalizer.sum(0), maximum.amax(0)
+    return _joined(state, normalizer, maximum)
 
 
 def state_of_int8_keys(
@@ -92,7 +96,24 @@ def state_of_int8_keys(
         FP8=int(values.dtype == torch.float8_e4m3fn), VALUE_LIMIT=int(VALUE_LIMIT),
     )  # fmt: skip
     kernel.launch(state.shape[0] * batch * heads, THREADS, operands)
-    return state.sum(0), normalizer.sum(0), maximum.amax(0)
+    return _joined(state, normalizer, maximum)
+
+
+def _joined(
+    state: torch.Tensor, normalizer: torch.Tensor, maxima: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums over parts of state [S, B, H, D, D] and normalizer [S, B, H, D], and the largest of
+    maxima [S, B, H, D]."""
+    given = state, normalizer, maxima
+    joined = tuple(torch.empty_like(x[0]) for x in given)
+    operands = PartsOperands(
+        *map(nvrtc.address, (*given, *joined)), len(state), state[0].numel(), maxima[0].numel()
+    )
+    target = nvrtc.target_of(capability(state.device), state.device)
+    kernel = nvrtc.load(PARTS_SOURCE, "join_parts", target, 0, PartsOperands, state.device.index)
+    numbers = sum(x.numel() for x in joined)
+    kernel.launch(-(-numbers // (4 * THREADS)), THREADS, operands)
+    return joined
 
 
 def _kernel(k: torch.Tensor) -> nvrtc.Kernel:

@@ -5,17 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import BLOCK, Remembered
+from ..checks import BLOCK, Remembered, layouts
 from ..dispatch import choose, has_triton
 from . import reference
 from .reference import MOST
 
 if has_triton():
+    from . import mma
     from . import triton as triton_kernels
 else:
-    triton_kernels = None
+    mma = triton_kernels = None
 
-_fitting = Remembered()  # shapes of weights that have the right scales
+_fitting = Remembered()  # shapes and dtypes of weights that have the right scales
 
 
 def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -34,11 +35,14 @@ def requantize_rows(q: Tensor, scale: Tensor, backend: str = "auto") -> tuple[Te
 
     Raises:
         ValueError: the shapes do not fit, or q has no elements.
-        TypeError: q is not int8.
+        TypeError: q is not int8, or scale not fp32.
         RuntimeError: Triton was asked for by name and cannot run.
     """
     _check_once(q, scale)
-    kernels = choose("requantize_rows", backend, q, reference, triton_kernels)
+    kernels = choose(
+        "requantize_rows", backend, q, reference, triton_kernels, mma=mma,
+        operands=(q,), layout=layouts(q),
+    )  # fmt: skip
     return kernels.requantize_rows(q, scale)
 
 
@@ -72,15 +76,17 @@ def requantize_rows_of(
 
 
 def _check_once(q: Tensor, scale: Tensor) -> None:
-    shapes = q.shape, scale.shape, q.dtype
-    if shapes not in _fitting:
+    kinds = q.shape, scale.shape, q.dtype, scale.dtype
+    if kinds not in _fitting:
         _check(q, scale)
-        _fitting.put(shapes, True)
+        _fitting.put(kinds, True)
 
 
 def _check(q: Tensor, scale: Tensor) -> None:
     if q.dtype != torch.int8:
         raise TypeError(f"requantize_rows: q must be int8, got {q.dtype}")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"requantize_rows: scale must be float32, got {scale.dtype}")
     if q.ndim != 2 or scale.shape != (-(-q.shape[0] // BLOCK), -(-q.shape[1] // BLOCK)):
         raise ValueError(
             f"requantize_rows: q must be [N, K] with scales [ceil(N/128), ceil(K/128)], "

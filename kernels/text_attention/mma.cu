@@ -1,8 +1,8 @@
 // Attention to a short text by mma.sync: up to KEYS keys, of which the last may stand for many.
 //
-// A program keeps the keys and values of one head, all that there are. Its warps take 16 queries
-// after another and do not wait for one another: while some wait for memory, others multiply. All
-// scores of a query are there before its weights, so a maximum is never raised.
+// A program keeps the keys and values of one head at a time, all that there are. Its warps take 16
+// queries after another and do not wait for one another: while some wait for memory, others multiply.
+// All scores of a query are there before its weights, so a maximum is never raised.
 
 // Defined are WARPS, and BF16, whether q, k and v are bfloat16, else float16.
 
@@ -22,15 +22,23 @@ struct Operands {
     const float* weight;  // [H D] or null, of q's norm: keys are multiplied with it
     const float* norms;   // [B, L] or null: scores are
     u16* out;             // [B, L, H, D]
-    int length, heads, keys, programs;  // programs of a head
+    int length, heads, keys, all_heads;  // of all samples
+    int programs, even;  // see `next_share`
     int q_b, q_l, q_h, k_b, k_t, k_h, v_b, v_t, v_h;
     int last_bias, scale;  // bits of floats: added to the last key's scores; times all, to base 2
+};
+
+// Tiles of WARPS * ROWS queries of a head, every `step`th.
+struct Share {
+    int sample, head, tile, end, step;
+    int next;  // where the program's next share begins, see `next_share`
 };
 
 struct Shared {
     i8 keys[KEYS * HEAD_DIM * 2];    // [KEYS, HEAD_DIM] of 16 bits, swizzled by `key_place`
     i8 values[KEYS * HEAD_DIM * 2];  // the same, by `value_place`
     float bias[KEYS];                // of scores
+    Share share;                     // as registers have no room for it
 };
 
 static_assert(SHARED_BYTES == sizeof(Shared));
@@ -77,6 +85,7 @@ __device__ __forceinline__ void load_text(
     const u16* k = o.k + sample * (long long)o.k_b + head * (long long)o.k_h;
     const u16* v = o.v + sample * (long long)o.v_b + head * (long long)o.v_h;
     const float* weight = o.weight + head * HEAD_DIM;
+#pragma unroll 1
     for (int i = threadIdx.x; i < KEYS * CHUNKS; i += THREADS) {
         int row = i / CHUNKS, chunk = i % CHUNKS;
         uint4 key = make_uint4(0, 0, 0, 0), value = key;
@@ -86,7 +95,12 @@ __device__ __forceinline__ void load_text(
             if (o.weight) key = weighted(key, weight + 8 * chunk);
         }
         *reinterpret_cast<uint4*>(shared.keys + key_place(row, chunk)) = key;
-        *reinterpret_cast<uint4*>(shared.values + value_place(row, chunk)) = value;
+        // Of 32 channels a thread's products then leave it eight that follow one another.
+        const u32 pairs[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            *reinterpret_cast<u32*>(
+                shared.values + value_place(row, chunk / 4 * 4 + j) + chunk % 4 * 4) = pairs[j];
     }
     for (int i = threadIdx.x; i < KEYS; i += THREADS) {
         float last = i + 1 == o.keys ? __int_as_float(o.last_bias) : 0;
@@ -97,9 +111,10 @@ __device__ __forceinline__ void load_text(
 
 // And what their rows' scores are multiplied with.
 __device__ __forceinline__ void load_queries(
-    Queries& queries, float (&scales)[2], const Operands& o, int sample, int head, int row
+    Queries& queries, float (&scales)[2], const Shared& shared, const Operands& o, int row
 ) {
-    const u16* q = o.q + sample * (long long)o.q_b + head * (long long)o.q_h;
+    int sample = shared.share.sample;
+    const u16* q = o.q + sample * (long long)o.q_b + shared.share.head * (long long)o.q_h;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int own = min(row + 8 * half, o.length - 1);
@@ -181,12 +196,13 @@ __device__ __forceinline__ void weigh(
 // Their products with the values, 32 channels at a time.
 __device__ __forceinline__ void attend(
     const Weights& weights, const float (&inverse)[2], const Shared& shared, const Operands& o,
-    u16* out, int row
+    int row
 ) {
     int lane = threadIdx.x % 32;
     u32 values = shared_address(shared.values) + value_place(lane % 16, lane / 16);
     long long width = (long long)o.heads * HEAD_DIM;
-#pragma unroll
+    u16* out = o.out + shared.share.sample * o.length * width + shared.share.head * HEAD_DIM;
+#pragma unroll 1
     for (int channels = 0; channels < HEAD_DIM; channels += 32) {
         float sums[4][4] = {};
 #pragma unroll
@@ -207,13 +223,31 @@ __device__ __forceinline__ void attend(
                 const float* own = sums[j] + 2 * half;
                 y[j] = packed_pair({own[0] * inverse[half], own[1] * inverse[half]}, BF16);
             }
-            transpose(y);
             if (row + 8 * half < o.length)
-                *reinterpret_cast<uint4*>(
-                    out + (row + 8 * half) * width + channels + lane % 4 * 8) =
-                    make_uint4(y[0], y[1], y[2], y[3]);
+                store_16(out + (row + 8 * half) * width + channels + lane % 4 * 8, y);
         }
     }
+}
+
+__device__ __forceinline__ int tiles_of_head(const Operands& o) {
+    return (o.length + WARPS * ROWS - 1) / (WARPS * ROWS);
+}
+
+// Of a head the first `even` tiles are shared by `programs`. What is left of all heads, one after
+// the other, is shared by the programs behind those: of it one has the tiles from `bound` 0 to 1.
+__device__ __forceinline__ int bound(const Operands& o, int which) {
+    int own = blockIdx.x - o.programs * o.all_heads;
+    int others = gridDim.x - o.programs * o.all_heads;
+    return own < 0 ? which : (own + which) * o.all_heads * (tiles_of_head(o) - o.even) / others;
+}
+
+__device__ __forceinline__ Share next_share(const Operands& o, int first) {
+    int head = blockIdx.x % o.all_heads, tile = blockIdx.x / o.all_heads;
+    // All heads of some rows run side by side: together they read whole rows.
+    if (tile < o.programs) return {head / o.heads, head % o.heads, tile, o.even, o.programs, 1};
+    int left = tiles_of_head(o) - o.even, many = min(left - first % left, bound(o, 1) - first);
+    head = first / left, tile = o.even + first % left;
+    return {head / o.heads, head % o.heads, tile, tile + many, 1, first + many};
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) text_attention(
@@ -221,24 +255,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) text_attention(
 ) {
     extern __shared__ __align__(256) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    // All heads of some rows run side by side: together they read whole rows.
-    int heads = gridDim.x / o.programs, warp = blockIdx.x / heads * WARPS + threadIdx.x / 32;
-    int sample = blockIdx.x % heads / o.heads, head = blockIdx.x % heads % o.heads;
-    load_text(shared, o, sample, head);
-    long long first = (long long)sample * o.length * o.heads + head;
-    u16* out = o.out + first * HEAD_DIM;
-    int step = o.programs * WARPS * ROWS, row = warp * ROWS + threadIdx.x % 32 / 4;
-    Queries queries;
-    float scales[2];
-    load_queries(queries, scales, o, sample, head, row);
 #pragma unroll 1
-    for (int tile = warp * ROWS; tile < o.length; tile += step, row += step) {
-        Scores scores = {};
-        multiply_keys(scores, queries, shared);
-        Weights weights;
-        float inverse[2];
-        weigh(weights, inverse, scores, scales, shared);
-        load_queries(queries, scales, o, sample, head, row + step);
-        attend(weights, inverse, shared, o, out, row);
+    for (int first = bound(o, 0); first < bound(o, 1); first = shared.share.next) {
+        Share share = next_share(o, first);
+        __syncthreads();  // all warps are done with the head before
+        if (threadIdx.x == 0) shared.share = share;
+        load_text(shared, o, share.sample, share.head);
+        int row = (share.tile * WARPS + threadIdx.x / 32) * ROWS + threadIdx.x % 32 / 4;
+        Queries queries;
+        float scales[2];
+        load_queries(queries, scales, shared, o, row);
+#pragma unroll 1
+        while (row - threadIdx.x % 32 / 4 < min(shared.share.end * WARPS * ROWS, o.length)) {
+            Scores scores = {};
+            multiply_keys(scores, queries, shared);
+            Weights weights;
+            float inverse[2];
+            weigh(weights, inverse, scores, scales, shared);
+            int now = row;
+            row += shared.share.step * WARPS * ROWS;
+            load_queries(queries, scales, shared, o, row);
+            attend(weights, inverse, shared, o, now);
+        }
     }
 }

@@ -4,6 +4,7 @@ import functools
 import math
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,11 +17,12 @@ HEAD_DIM = 128
 KEYS = 128  # that a program keeps, at most
 ROWS = 16  # queries of a warp
 WARPS = 16
-SHARED_BYTES = 2 * KEYS * HEAD_DIM * 2 + KEYS * 4  # mma.cu's Shared
+SHARED_BYTES = 2 * KEYS * HEAD_DIM * 2 + KEYS * 4 + 6 * 4  # mma.cu's Shared
 LOG2_E = math.log2(math.e)
 Operands = nvrtc.operands(
     pointers="q k v weight norms out",
-    integers="length heads keys programs q_b q_l q_h k_b k_t k_h v_b v_t v_h last_bias scale",
+    integers="length heads keys all_heads programs even "
+    "q_b q_l q_h k_b k_t k_h v_b v_t v_h last_bias scale",
 )
 
 
@@ -35,16 +37,34 @@ def unfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) 
     return None
 
 
+class Shares(NamedTuple):
+    """Of a head's tiles of WARPS x ROWS queries, the first `even` are shared by `programs`; what is
+    left of all heads by `others`, which fetch the text of one head after another."""
+
+    programs: int
+    even: int
+    others: int
+
+
 @functools.cache
-def programs_of_head(heads: int, length: int, at_once: int) -> int:
-    """As many as end soonest: `at_once` run at a time, and each has to fetch its head's text, which
-    takes about as long as its warps take for queries."""
+def shares_of(heads: int, length: int, at_once: int) -> Shares:
+    """Those that end soonest, where `at_once` programs run at a time and a head's text takes as
+    long to fetch as a tile."""
     tiles = -(-length // (WARPS * ROWS))
+    found = [Shares(programs, tiles, 0) for programs in range(1, min(tiles, at_once) + 1)]
+    programs, others = divmod(at_once, heads)
+    if programs and others:
+        found += [Shares(programs, even, others) for even in range(programs, tiles, programs)]
 
-    def ends(programs: int) -> int:
-        return -(-heads * programs // at_once) * (-(-tiles // programs) + 1)
+    def ends(share: Shares) -> int:
+        rounds = -(-heads * share.programs // at_once)
+        own = rounds * (-(-share.even // share.programs) + 1)
+        if not share.others:
+            return own
+        left = -(-heads * (tiles - share.even) // share.others)
+        return max(own, left + -(-heads // share.others) + 1)
 
-    return min(range(1, min(tiles, at_once) + 1), key=ends)
+    return min(found, key=ends)
 
 
 def text_attention(
@@ -60,9 +80,10 @@ def text_attention(
     batch, length, heads, _ = q.shape
     if row_norms is not None:
         weight, row_norms = weight.float().contiguous(), row_norms.contiguous()
-    programs = programs_of_head(batch * heads, length, multiprocessors(q.device))
+    programs, even, others = shares_of(batch * heads, length, multiprocessors(q.device))
     operands = Operands(
-        *map(nvrtc.address, (q, k, v, weight, row_norms, out)), length, heads, k.shape[1], programs,
+        *map(nvrtc.address, (q, k, v, weight, row_norms, out)), length, heads, k.shape[1],
+        batch * heads, programs, even,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         _bits(math.log2(repeats)), _bits(LOG2_E * HEAD_DIM**-0.5),
     )  # fmt: skip
@@ -71,7 +92,7 @@ def text_attention(
         SOURCE, "text_attention", target, SHARED_BYTES, Operands, q.device.index,
         WARPS=WARPS, BF16=int(q.dtype == torch.bfloat16),
     )  # fmt: skip
-    kernel.launch(programs * batch * heads, 32 * WARPS, operands)
+    kernel.launch(programs * batch * heads + others, 32 * WARPS, operands)
     return out
 
 

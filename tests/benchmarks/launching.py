@@ -113,6 +113,7 @@ def main() -> None:
         pretended_card.launched_by(library, load_kernel),
         mock.patch.object(block, "tiles_of", lambda *_: None),  # a CPU has no multiprocessors
         mock.patch.object(activation_memory, "PART_BYTES", 3 * FFN * TOKENS // 3),
+        mock.patch.object(activation_memory, "TEXT_ACTIVATIONS", 0),
     ):
         let_triton_load()
         for how, attempts in (("anew", 0), ("from a tape", block_tape.ATTEMPTS)):

@@ -8,9 +8,11 @@ from turbodiffusion_pack.kernels.int8_linear import Tiles, rounds, tiles_of
 from turbodiffusion_pack.turbo_core.activation_memory import (
     HIDDEN_BYTES,
     PART_BYTES,
+    TEXT_BYTES,
     UNEVEN,
     part_lengths,
     soonest,
+    text_bytes,
 )
 
 GPU = torch.device("cuda", 0)
@@ -39,6 +41,15 @@ def test_parts_fit_and_are_whole_blocks(length, each, batch):
 
 def test_a_block_is_the_least():
     assert [*part_lengths(1, 1000, PART_BYTES)] == [BLOCK]
+
+
+@pytest.mark.parametrize(("length", "parts"), [(8832, 1), (32760, 2), (75600, 3)])
+def test_attention_to_the_text_may_take_an_activation(length, parts):
+    room = text_bytes(1, length, 5120)
+    assert room == max(PART_BYTES, 2 * length * 5120)
+    lengths = part_lengths(1, length, TEXT_BYTES * 5120, room)
+    assert {-(-length // tokens) for tokens in lengths} == {parts}
+    assert lengths[-1] * TEXT_BYTES * 5120 <= room
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ def rows(channels=256, dtype=HALF, spare=0):
     return torch.zeros(1, 130, channels + spare, dtype=dtype)[..., :channels]
 
 
+def weight(columns, spare=0):
+    """[128, K] in int8 with `spare` more columns in memory."""
+    return torch.zeros(128, columns + spare, dtype=torch.int8)[:, :columns]
+
+
 def on_gpu(x):
     return x.as_subclass(OnGpu)
 
@@ -107,6 +112,10 @@ def row_sums():
     return torch.zeros(1, 2, 130)
 
 
+def requantized(q):
+    return requantize.requantize_rows(q, torch.zeros(1, -(-q.shape[1] // 128)))
+
+
 def recorded(x):
     """x as autograd records it."""
     return x.requires_grad_()
@@ -155,12 +164,7 @@ FITTING = {
     "prepare": (CUDA, lambda: prepare(heads())),
     "norms_of_squares": (TRITON, lambda: qk_prepare.norms_of_squares(torch.ones(1, 2, 130), 128)),
     "square_sums": (TRITON, lambda: qk_prepare.square_sums(heads())),
-    "requantize_rows": (
-        TRITON,
-        lambda: requantize.requantize_rows(
-            torch.zeros(128, 128, dtype=torch.int8), torch.zeros(1, 1)
-        ),
-    ),
+    "requantize_rows": (TRITON, lambda: requantized(weight(128))),
     "apply_rope": (TRITON, lambda: rope.apply_rope(heads(), ANGLES, ANGLES)),
     "sparse_attention": (
         TRITON,
@@ -495,7 +499,7 @@ def test_no_triton(op, hopper, monkeypatch):
 
 # Ops in CUDA C++ on cards of mma.sync.
 BY_MMA = {"int8_linear", "key_value_state", "layer_norm_quant", "prepare", "sage_attention"}
-BY_MMA |= {"select_blocks", "text_attention"}
+BY_MMA |= {"requantize_rows", "select_blocks", "text_attention"}
 
 
 @pytest.mark.parametrize("card", [(8, 0), (8, 9), (10, 0), (12, 0)], ids="sm_{0[0]}{0[1]}".format)
@@ -552,6 +556,40 @@ def test_other_keys_are_declined(card, shaped, feature_map, reason, hopper, monk
     assert line.endswith(reason)
 
 
+@pytest.mark.parametrize(
+    ("channels", "activation", "launched", "why"),
+    [
+        (512, "gelu_tanh", CUDA, None),
+        (512, None, TRITON, None),
+        (256, "gelu_tanh", TRITON, "rows of 256 channels do not divide into warps"),
+    ],
+)
+def test_a_card_of_mma_takes_rows_after_gelu_in_cuda(
+    channels, activation, launched, why, hopper, monkeypatch
+):
+    """As they are they are not declined: there is no such kernel."""
+    _pretend(monkeypatch, (8, 9))
+    ran, line = told(lambda: int8_quant.quantize_rows(rows(channels), activation))
+    assert ran == launched
+    assert line.endswith(f"quantize_rows in Triton: {why}" if why else f"; kernels: {launched}")
+
+
+# What weights a card of mma.sync declines to give row scales in CUDA C++.
+WEIGHTS = {
+    "rows of 300 numbers do not divide into threads": weight(300),
+    "rows do not begin at multiples of 16 bytes": weight(304, spare=8),
+    "strides exceed int32": weight(128)[:1].as_strided((1, 128), (2**31, 1)),
+}
+
+
+@pytest.mark.parametrize("reason", WEIGHTS)
+def test_a_card_of_mma_declines_other_weights(reason, hopper, monkeypatch):
+    _pretend(monkeypatch, (8, 9))
+    launched, line = told(lambda: requantized(WEIGHTS[reason]))
+    assert launched == TRITON
+    assert line.endswith(f"requantize_rows in Triton: {reason}")
+
+
 TOO_FAR = "x or w spans more than 4 GiB"
 
 
@@ -573,7 +611,7 @@ def test_every_op_and_every_declared_refusal_is_here():
     functions = [module.unfit for module in kernels if hasattr(module, "unfit")]
     functions += [checks.not_contiguous, checks.float32_on_gpu, derivatives.no_gradients]
     functions += [rope._odd_head_dim, sparse_attention._no_fp8]
-    shown = [TOO_FAR, *(reason for _, _, reason, _ in REFUSALS)]
+    shown = [TOO_FAR, *WEIGHTS, *(reason for _, _, reason, _ in REFUSALS)]
     for declared in (reason for function in functions for reason in _reasons(function)):
         assert any(_fits(declared, reason) for reason in shown), declared
 

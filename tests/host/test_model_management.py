@@ -266,12 +266,19 @@ def test_tokens_in_chunks_equal_the_whole(paths, monkeypatch, granularity, batch
     x = torch.randn(batch, 16, 3, 16, 30, generator=generator)  # 360 tokens: 256 and 104
     context = goldens.load("forward")[f"{KEY}.context"].repeat(batch, 1, 1)
     outputs, calls, linear = [], [], block.int8_linear
+    normed, norm = [], block.layer_norm_quant
 
     def counted(*args, **epilogue):
         calls.append(args[0].shape[1])
         return linear(*args, **epilogue)
 
+    def noted(x, *args, **options):
+        normed.append(x.shape[1])
+        return norm(x, *args, **options)
+
     monkeypatch.setattr(block, "int8_linear", counted)
+    monkeypatch.setattr(block, "layer_norm_quant", noted)
+    monkeypatch.setattr(activation_memory, "TEXT_ACTIVATIONS", 0)
     wan = model.model.diffusion_model
     sizes = activation_memory.HIDDEN_BYTES * wan.ffn_dim, activation_memory.TEXT_BYTES * wan.dim
     for limit in (activation_memory.PART_BYTES, batch * 256 * min(sizes)):
@@ -279,4 +286,5 @@ def test_tokens_in_chunks_equal_the_whole(paths, monkeypatch, granularity, batch
         outputs.append(in_comfyui.velocity(model, x, context, 987.5))
     # To the text and up, and back, in two blocks.
     assert calls[:8] == 8 * [360] and 104 in calls[8:] and {*calls[8:]} <= {256, 128, 104}, calls
+    assert normed == 2 * 6 * [360]  # in whole either way
     assert goldens.relative_error(outputs[1], outputs[0]) <= 1e-6

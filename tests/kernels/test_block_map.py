@@ -4,11 +4,13 @@ import goldens
 import pytest
 import torch
 from attention import BLOCK_SHAPES, exact_means, exact_scores, misplaced, random_qkv
-from devices import BATCHES, DEVICE, LENGTHS, TRITON_DTYPES
+from devices import BATCHES, CARD, DEVICE, LENGTHS, TRITON_DTYPES
+from turbodiffusion_pack.kernels import dispatch, nvrtc
 from turbodiffusion_pack.kernels.block_map import (
     block_map,
     block_means,
     centered_means,
+    mma,
     select_blocks,
 )
 from turbodiffusion_pack.kernels.block_map import triton as triton_kernels
@@ -35,6 +37,23 @@ def test_maps_equal_the_original(name, shape, backend):
     apart = (chosen != expected).any(-1)
     gap = scores.gather(-1, chosen.long()) - scores.gather(-1, expected)
     assert (gap.abs().amax(-1) / scores.std(-1))[apart].lt(1e-3).all()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 65, 257), (2, 256, 512), (2, 591, 1182)])
+def test_scores_are_nearly_as_exact_as_float32(sizes, dim):
+    (heads, queries, keys), by_mma = sizes, CARD[0] in dispatch.BY_MMA_SYNC
+    if dispatch.interpreting() and queries * keys > 20000:
+        pytest.skip("too much for the interpreter")
+    if by_mma and nvrtc.unavailable():
+        pytest.skip("needs NVRTC")
+    q, k = (torch.randn(heads, n, dim, device=DEVICE) for n in (queries, keys))
+    scores = torch.full((heads + 1, queries, keys), 7.0, device=DEVICE)
+    (mma if by_mma else triton_kernels).score_blocks(q, k, scores)
+    exact = q.double() @ k.double().mT
+    error = (scores[:heads] - exact).abs() / (q.double().abs() @ k.double().abs().mT)
+    assert error.max() < 2e-6
+    assert (scores[heads] == 7).all()
 
 
 def test_a_wrong_map_is_misplaced():

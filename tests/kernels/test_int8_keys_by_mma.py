@@ -5,6 +5,7 @@ import pytest
 import torch
 from devices import CARD, DEVICE
 from turbodiffusion_pack.kernels import dispatch, nvrtc
+from turbodiffusion_pack.kernels.linear_attention import mma as linear_mma
 from turbodiffusion_pack.kernels.linear_attention import reference as sums
 from turbodiffusion_pack.kernels.linear_attention import state_of_int8_keys
 from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES, mma, room_for_values
@@ -93,3 +94,20 @@ def test_values_whose_heads_lie_apart(pv):
     apart = v.transpose(1, 2).contiguous().transpose(1, 2)
     for x, y in zip(summed(keys, apart, pv), summed(keys, v, pv), strict=True):
         assert same_bits(x, y)
+
+
+@pytest.mark.parametrize(("parts", "batch", "heads"), [(1, 1, 1), (13, 1, 40), (3, 2, 7)])
+def test_parts_are_joined_in_order(parts, batch, heads):
+    if CARD[0] not in dispatch.BY_MMA_SYNC or nvrtc.unavailable():
+        pytest.skip("needs a card of mma.sync, and NVRTC")
+    state = torch.randn(parts, batch, heads, 128, 128, device=DEVICE)
+    normalizer, maxima = torch.randn(2, parts, batch, heads, 128, device=DEVICE)
+    maxima[parts // 2, 0, 0, 5] = torch.nan
+    *found, maximum = linear_mma._joined(state, normalizer, maxima)
+    for x, given in zip(found, (state, normalizer), strict=True):
+        in_order = given[0].clone()
+        for part in given[1:]:
+            in_order += part
+        assert torch.equal(x, in_order)
+    assert maximum[0, 0, 5].isnan()
+    torch.testing.assert_close(maximum, maxima.amax(0), rtol=0, atol=0, equal_nan=True)

@@ -7,6 +7,7 @@ from devices import BATCHES, DEVICE, LENGTHS, TRITON_DTYPES
 from turbodiffusion_pack.kernels.int8_quant import (
     dequantize_blocks,
     dequantize_rows,
+    mma,
     quantize_blocks,
     quantize_rows,
 )
@@ -188,6 +189,47 @@ def test_gelu_of_16_bits_at_every_width(channels, length):
     x = random_input(2, length, channels + 8, dtype=torch.float16)[..., :channels]
     x[..., 0] = 4
     assert_gelu_equal_but_for_ties(quantize_rows, x)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("channels", (1536, 8960))
+def test_gelu_of_rows_with_and_without_a_large_number(channels, dtype):
+    """Where a row's largest number does not tell the largest GELU, and around there."""
+    x = random_input(2, 4, channels).to(dtype)
+    x[0, 0] = -x[0, 0].abs()
+    x[0, 1], x[0, 1, 7] = -3, 0.2
+    x[0, 2], x[0, 2, -1] = -0.75, 0.286
+    x[0, 3], x[0, 3, -1] = -0.75, 0.287
+    x[1, 0], x[1, 0, 9] = -1e-3, 1e-4
+    q, scale = quantize_rows(x, "gelu_tanh", backend="triton")
+    y = exact_gelu(x)
+    amax = y.abs().amax(-1)
+    torch.testing.assert_close(scale.double(), amax / 128, rtol=2e-6, atol=0)
+    steps = y * 128 / amax[..., None]
+    assert (q - steps.clamp(-128, 127)).abs().max() <= 0.5 + 1e-5 * 128
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("activation", (None, "gelu_tanh"))
+def test_wide_rows_that_are_not_finite(activation, dtype):
+    x = torch.randn(1, 6, 1536, device=DEVICE).to(dtype)
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        x[0, row, 5 + 500 * row] = value
+    _, scale = quantize_rows(x, activation, backend="triton")
+    assert scale[0, 0].isnan() and scale[0, 1].isinf() and scale[0, 3:].isfinite().all()
+    assert scale[0, 2].isnan() if activation else scale[0, 2].isinf()  # gelu(-inf) is -inf * 0
+
+
+@pytest.mark.parametrize("channels", (512, 1536, 5120, 8960, 13824, 24576))
+def test_warps_in_cuda_hold_a_row_for_gelu(channels):
+    warps, each, programs = mma.shape_of_program(channels)
+    assert warps * each * mma.SPAN == channels and each <= mma.MOST
+    assert programs * 32 * warps * (4 * each + 32) <= 65536
+
+
+@pytest.mark.parametrize("channels", (128, 256, 300, 256 * 17, 256 * 97))
+def test_rows_that_do_not_divide_into_warps(channels):
+    assert "do not divide" in mma.unfit(torch.zeros(1, 2, channels, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

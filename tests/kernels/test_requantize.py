@@ -9,7 +9,7 @@ from turbodiffusion_pack.kernels.int8_quant import (
     dequantize_rows,
     quantize_blocks,
 )
-from turbodiffusion_pack.kernels.requantize import requantize_rows, requantize_rows_of
+from turbodiffusion_pack.kernels.requantize import mma, requantize_rows, requantize_rows_of
 
 
 def _weight(n, k):
@@ -50,6 +50,42 @@ def test_triton_gives_the_same_integers(n, k):
     torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [304, 1536, 5120, 8960, 13824])
+def test_weights_of_models_get_the_same_integers(columns):
+    """As CUDA C++ divides rows among threads, some of them apart in memory."""
+    q, scale = quantize_blocks(_weight(1100, columns))
+    apart = torch.empty(1100, columns + 16, dtype=torch.int8, device=DEVICE)[:, :columns].copy_(q)
+    expected = requantize_rows(q, scale, backend="reference")
+    for weight in (q, apart):
+        found = requantize_rows(weight, scale, backend="triton")
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("columns", [16, 304, 1536, 5120, 8960, 13824, 36864])
+def test_a_programs_threads_hold_a_row_in_cuda(columns):
+    warps, each, programs = mma.shape_of_program(columns)
+    assert each <= mma.MOST and warps <= mma.MOST_WARPS
+    assert (each - 1) * 32 * warps * mma.CHUNK < columns <= each * 32 * warps * mma.CHUNK
+    assert programs * 32 * warps * (5 * each + 46) <= 65536
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1848, 1849, 5120, 13824])
+def test_programs_in_cuda_take_as_many_rows(rows):
+    programs = mma.programs_of(rows, 14 * 132)
+    turns = -(-rows // (14 * 132))
+    assert programs <= 14 * 132 and programs * turns >= rows > (programs - 1) * turns
+
+
+def test_weights_that_cuda_does_not_take():
+    q = torch.zeros(4, 320, dtype=torch.int8)
+    assert mma.unfit(q) is mma.unfit(q[:, :304]) is None
+    assert "of 300 numbers" in mma.unfit(q[:, :300])
+    assert "of 40960 numbers" in mma.unfit(torch.zeros(1, 40960, dtype=torch.int8))
+    assert "multiples of 16 bytes" in mma.unfit(q[:, 8:24])
+    assert "multiples of 16 bytes" in mma.unfit(torch.zeros(320, 16, dtype=torch.int8).mT[:, :16])
+
+
 def test_zero_weights():
     q, scale = requantize_rows(*quantize_blocks(torch.zeros(130, 130, device=DEVICE)))
     assert not q.any() and scale.isfinite().all()
@@ -61,6 +97,9 @@ def test_scales_that_do_not_fit():
         requantize_rows(q, scale[:1])
     with pytest.raises(TypeError, match=r"q must be int8, got torch\.float32"):
         requantize_rows(q.float(), scale)
+    requantize_rows(q, scale)
+    with pytest.raises(TypeError, match=r"scale must be float32, got torch\.bfloat16"):
+        requantize_rows(q, scale.bfloat16())
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

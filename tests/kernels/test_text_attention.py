@@ -124,17 +124,34 @@ def test_cuda_takes_what_begins_at_multiples_of_16_bytes(name):
     assert mma.unfit(**given) == "rows do not begin at multiples of 16 bytes"
 
 
-@pytest.mark.parametrize("heads", (1, 12, 40))
-def test_every_row_has_a_warp(heads):
-    """Programs are as many as fill the GPU evenly, and never more than there are tiles."""
+@pytest.mark.parametrize("at_once", (5, 82, 132, 170))
+@pytest.mark.parametrize("heads", (1, 3, 12, 40, 200))
+def test_every_row_has_a_warp(heads, at_once):
+    """Programs are never more than there are tiles, and end about as soon as can be."""
     if mma is None:
         pytest.skip("Triton is not installed")
     rows = mma.WARPS * mma.ROWS
-    for length in (1, rows, rows + 1, 32760, 75600):
-        programs = mma.programs_of_head(heads, length, 132)
-        assert 1 <= programs <= -(-length // rows)
-    waves = heads * mma.programs_of_head(heads, 32760, 132) / 132
-    assert waves / -(-waves // 1) >= 0.9 or heads == 1
+    for length in (1, rows, rows + 1, 25344, 32760, 75600):
+        tiles = -(-length // rows)
+        programs, even, others = mma.shares_of(heads, length, at_once)
+        assert 1 <= programs <= even <= tiles
+        assert (even == tiles) == (others == 0)
+        assert others == 0 or programs * heads + others == at_once
+        own = -(-heads * programs // at_once) * -(-even // programs)
+        left = -(-heads * (tiles - even) // others) if others else 0
+        at_best = heads * tiles / at_once
+        assert length < 25344 or max(own, left) <= 1.09 * at_best + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("at_once", (5, 7))
+def test_what_does_not_fill_the_gpu_is_shared_by_others(at_once, monkeypatch):
+    """Of 3 heads, 5200 rows each: some programs take the last rows of one after the other."""
+    monkeypatch.setattr(mma, "multiprocessors", lambda device: at_once)
+    assert mma.shares_of(3, 5200, at_once).others > 0
+    q, k, v = random_text(1, 5200, 121, 3, 128, torch.bfloat16)
+    y = text_attention(q, k, v, 392, backend="triton")
+    assert goldens.relative_error(y, exact_attention(q, k, v, 392)) <= 6e-3
 
 
 def test_bad_input_is_refused():

@@ -176,6 +176,7 @@ def blocks(small: int | None = None, card: tuple[int, int] = (9, 0)):
     stubs = [
         *(mock.patch.object(kernel, "kernel", Triton(kernel.kernel)) for kernel in kernels),
         mock.patch.object(activation_memory, "PART_BYTES", 3 * FFN * TOKENS // 3),  # 3 parts
+        mock.patch.object(activation_memory, "TEXT_ACTIVATIONS", 0),
         mock.patch.object(block, "tiles_of", lambda *_: None),  # a CPU has no multiprocessors
         mock.patch.object(tape, "SMALL", tape.SMALL if small is None else small),
         # What Triton launches by itself it neither compiles nor runs.

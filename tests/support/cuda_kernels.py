@@ -17,13 +17,16 @@ from ahead_of_time import ADA, CARDS, HOPPER
 from devices import DEVICE
 from turbodiffusion_pack.kernels import ceilings, dispatch, nvrtc
 from turbodiffusion_pack.kernels.block_map import cuda as selection
+from turbodiffusion_pack.kernels.block_map import mma as scores
 from turbodiffusion_pack.kernels.block_map import select_blocks
+from turbodiffusion_pack.kernels.checks import HEAD_DIMS
 from turbodiffusion_pack.kernels.frames_conv import frames_conv
 from turbodiffusion_pack.kernels.frames_conv import hopper as conv
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.int8_linear import int8_linear, int8_linear_and_squares
 from turbodiffusion_pack.kernels.int8_linear import mma as mma_linear
 from turbodiffusion_pack.kernels.int8_quant import hopper as rows
+from turbodiffusion_pack.kernels.int8_quant import mma as mma_rows
 from turbodiffusion_pack.kernels.int8_quant import quantize_rows
 from turbodiffusion_pack.kernels.linear_attention import (
     LinearBranch,
@@ -36,6 +39,8 @@ from turbodiffusion_pack.kernels.norm_quant import cuda as layer_norm
 from turbodiffusion_pack.kernels.norm_quant import layer_norm_quant
 from turbodiffusion_pack.kernels.qk_prepare import cuda as cuda_prepare
 from turbodiffusion_pack.kernels.qk_prepare import prepare, prepare_keys
+from turbodiffusion_pack.kernels.requantize import mma as weights
+from turbodiffusion_pack.kernels.requantize import requantize_rows
 from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES, sage_attention
 from turbodiffusion_pack.kernels.sparse_attention import hopper as attention
 from turbodiffusion_pack.kernels.sparse_attention import mma as mma_attention
@@ -204,6 +209,11 @@ def every_quantizer(card):
             quantize_rows(x, activation, backend="triton")
 
 
+def every_requantizer(card):
+    for columns in (1536, 5120, 8960, 13824):  # of the models
+        requantize_rows(zeros(3, columns, dtype=torch.int8), zeros(1, -(-columns // 128)), "triton")
+
+
 def every_layer_norm(card):
     # One with an odd number of spans, whose rows have a warp each.
     for dtype, channels in zip((*DTYPES, DTYPES[0]), (1536, 5120, 256), strict=True):
@@ -217,7 +227,8 @@ def every_text_attention(card):
 
 
 def every_selection(card):
-    select_blocks(zeros(1, 1, 1, 128), zeros(1, 1, 513, 128), 1, backend="triton")
+    for dim in HEAD_DIMS:
+        select_blocks(zeros(1, 1, 1, dim), zeros(1, 1, 513, dim), 1, backend="triton")
 
 
 def every_product(card):
@@ -293,6 +304,13 @@ KERNELS = {
     "int8_quant/hopper.cu": Kernel(
         every_quantizer, (HOPPER,), 128, products=lambda card: set(), sizes={"SPAN": rows.SPAN}
     ),
+    "int8_quant/mma.cu": Kernel(
+        every_quantizer, BY_MMA_SYNC, 56, products=lambda card: set(), sizes={"SPAN": mma_rows.SPAN}
+    ),
+    "requantize/mma.cu": Kernel(
+        every_requantizer, BY_MMA_SYNC, 96, spills=8, products=lambda card: set(),
+        sizes={"CHUNK": weights.CHUNK},
+    ),
     "norm_quant/cuda.cu": Kernel(
         every_layer_norm, (HOPPER, *BY_MMA_SYNC), 168, spills_of_card={HOPPER: 40, (12, 0): 88},
         products=lambda card: set(), sizes={"SPAN": layer_norm.SPAN},
@@ -324,6 +342,9 @@ KERNELS = {
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
         sizes={name: getattr(state, name) for name in ("HEAD_DIM", "TILE", "BLOCK")},
     ),
+    "linear_attention/parts.cu": Kernel(
+        every_state, BY_MMA_SYNC, 48, products=lambda card: set(), sizes={"THREADS": state.THREADS}
+    ),
     "text_attention/mma.cu": Kernel(
         every_text_attention, BY_MMA_SYNC, 128,
         products=lambda card: {"HMMA.16816.F32", "HMMA.16816.F32.BF16"},
@@ -332,6 +353,10 @@ KERNELS = {
     "block_map/cuda.cu": Kernel(
         every_selection, (HOPPER, *BY_MMA_SYNC), 128, spills_of_card={(8, 0): 40},
         products=lambda card: set(), sizes={"WARPS": selection.WARPS},
+    ),
+    "block_map/scores.cu": Kernel(
+        every_selection, BY_MMA_SYNC, 168, products=lambda card: {"HMMA.1688.F32.TF32"},
+        sizes={name: getattr(scores, name) for name in ("QUERIES", "KEYS")},
     ),
     "ceilings.cu": Kernel(
         every_product, CARDS, 64, products=ceilings_products, sizes={"CHAINS": ceilings.CHAINS}

@@ -17,7 +17,8 @@ from ...kernels.norm import rms_norm
 from ...kernels.norm_quant import layer_norm_quant
 from ...kernels.room import in_whole_blocks
 from .. import run_report
-from ..activation_memory import HIDDEN_BYTES, TEXT_BYTES, part_lengths, soonest
+from ..activation_memory import HIDDEN_BYTES, TEXT_BYTES, part_lengths, soonest, text_bytes
+from ..parallel.shares import in_blocks
 from . import per_run
 from .block_tape import from_tape
 from .cross_attention import attend_to_text, attends_itself, keys_values_of
@@ -116,10 +117,11 @@ def _computed(block, index, x, modulation, freqs, context, text: KeysValues, tra
     small.clear()  # what is left of them is room for the feed-forward layers
 
     up, down = int8_weights(ffn["0"], dtype, x.device), None
-    for part in _parts_of(x, HIDDEN_BYTES * ffn["0"].out_features, granularity, ffn["0"], ffn["2"]):
-        n = layer_norm_quant(part, granularity, scale=scale2, shift=shift2, eps=eps)
-        h = int8_linear(*n, *up, dtype)
-        del n
+    n = layer_norm_quant(x, granularity, scale=scale2, shift=shift2, eps=eps)
+    lengths = part_lengths(*x.shape[:2], HIDDEN_BYTES * ffn["0"].out_features)
+    for tokens in _parts_of(x, lengths, granularity, ffn["0"], ffn["2"]):
+        part = x[:, tokens]
+        h = int8_linear(*_of_tokens(*n, tokens), *up, dtype)
         # Not before: where it is streamed, it comes while the GPU is at the first product.
         down = down or int8_weights(ffn["2"], dtype, x.device)
         h = quantize(h, granularity, activation="gelu_tanh")
@@ -141,13 +143,15 @@ def _add_text(
     k, v = keys_values_of(
         cross_attn, index, granularity, context, text, itself, transformer_options
     )
-    for part in _parts_of(x, TEXT_BYTES * x.shape[2], granularity, linears["q"], linears["o"]):
-        q = torch.empty_like(part)  # before what it is made of, see activation_memory.py
-        n = layer_norm_quant(part, granularity, weight=norm[0], bias=norm[1], eps=eps)
-        multiply = int8_linear_and_squares if itself else int8_linear
-        product = multiply(*n, *asking, dtype, out=q)
+    n = layer_norm_quant(x, granularity, weight=norm[0], bias=norm[1], eps=eps)
+    multiply = int8_linear_and_squares if itself else int8_linear
+    lengths = part_lengths(*x.shape[:2], TEXT_BYTES * x.shape[2], text_bytes(*x.shape))
+    for tokens in _parts_of(x, lengths, granularity, linears["q"], linears["o"]):
+        part = x[:, tokens]
+        q = torch.empty_like(part)
+        product = multiply(*_of_tokens(*n, tokens), *asking, dtype, out=q)
         squares = product[1] if itself else None
-        del n, product
+        del product
         if squares is None:
             q = rms_norm(q, norm_q[0], cross_attn.eps)
         if itself:
@@ -161,19 +165,23 @@ def _add_text(
 
 
 def _parts_of(
-    x: torch.Tensor, each: int, granularity: str, *linears: torch.nn.Module
-) -> Sequence[torch.Tensor]:
-    """x [B, L, C] in parts of its tokens, as many as take `each` bytes a token at once, and as the
-    `linears` that they go through are soonest done."""
+    x: torch.Tensor, lengths: range, granularity: str, *linears: torch.nn.Module
+) -> Sequence[slice]:
+    """Parts of the tokens of x [B, L, C], of that of `lengths` which goes through the `linears`
+    soonest."""
     batch, length, _ = x.shape
-    lengths = part_lengths(batch, length, each)
     if lengths[0] >= length:
-        return (x,)
+        return (slice(0, length),)
     at_once, tiles = lengths[0], tiles_of(x.device, granularity)
     if tiles is not None:
         shapes = tuple((op.out_features, op.in_features) for op in linears)
         at_once = soonest(lengths, batch, length, shapes, tiles)
-    return x.split(at_once, dim=1)
+    return [slice(i, min(i + at_once, length)) for i in range(0, length, at_once)]
+
+
+def _of_tokens(x_q, x_scale, tokens: slice):
+    """Of quantized x, some tokens, whole blocks of 128."""
+    return x_q[:, tokens], x_scale[:, in_blocks(tokens) if x_scale.ndim == 3 else tokens]
 
 
 def _in_halves(op, n, out: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -18,6 +18,7 @@ from .epilogue import Operands, activated, added, int8_linear_with, quantize
 from .gradients import records_graph
 from .int8_tensor import is_int8, pack, requantize, unpack
 from .merged import stand_in
+from .patch_embedding import is_one_product, patches_times
 from .versions import to_add_a_lora_to, unrecorded
 from .weights import fetched, kept, moved, resident
 
@@ -289,7 +290,13 @@ class TurboOperations(comfy.ops.manual_cast):
         pass
 
     class Conv3d(_Assigned, comfy.ops.manual_cast.Conv3d):
+        rounded_to = None  # the dtype of 16 bits that it may give, see patch_embedding.py
+
         def forward(self, x, *args, **kwargs):
+            if is_one_product(self, x):
+                comfy.ops.run_every_op()
+                with fetched(self, x.dtype, x.device) as (weight, bias):
+                    return patches_times(x, weight, bias, self.rounded_to)
             # Then the channels of a token lie side by side, and the first block need not copy them.
             # What goes in so comes out so, but not everywhere: some frames after the others, as
             # both at once are more than anything else takes.

@@ -33,6 +33,7 @@ from .options import (
     THIS_PASS,
 )
 from .pass_graph import POSITIONAL
+from .patch_embedding import rounded_at_once
 from .patch_owner import is_ours, mark_as_ours, owner_of
 from .prefetch import next_block, queue_of
 from .rope import kept_rotation
@@ -190,7 +191,11 @@ def _around_forward(
     network = executor.class_obj
     _report_forward(network.blocks)
     given = dict(zip(POSITIONAL, (x, timestep, context, clip_fea, concat), strict=True))
-    with around_pass(x, network, transformer_options), kept_rotation(network):
+    with (
+        around_pass(x, network, transformer_options),
+        kept_rotation(network),
+        rounded_at_once(network, x.dtype),
+    ):
         return _forward(executor, given | rest, transformer_options)
 
 
