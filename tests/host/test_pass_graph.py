@@ -4,6 +4,7 @@ Without a GPU a stand-in for the graph computes the captured pass again, from it
 """
 
 import logging
+import types
 
 import in_comfyui
 import pytest
@@ -277,6 +278,17 @@ def test_another_shape_drops_the_graph(model, graphs, other):
     assert torch.equal(out, run(model, **other))
     passes(model)
     assert len(graphs) == 2
+
+
+@needs_resident
+@pytest.mark.parametrize("name", ["allow_tf32", "allow_fp16_accumulation"])
+def test_other_rounding_drops_the_graph(model, graphs, monkeypatch, name):
+    passes(model)
+    now = {n: getattr(torch.backends.cuda.matmul, n, None) for n in pass_graph.ROUNDING}
+    other = types.SimpleNamespace(**now | {name: not now.get(name)})
+    monkeypatch.setattr(torch.backends.cuda, "matmul", other)
+    run(model)
+    assert graphs[0].dropped
 
 
 @needs_resident

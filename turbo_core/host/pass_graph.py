@@ -56,6 +56,8 @@ KNOWN_OPTIONS = {
 }  # fmt: skip
 EMPTY_OPTIONS = "patches", "patches_replace", "prefetch_dynamic_vbars", PREFETCH
 PLAIN = (type(None), bool, int, float, str)
+# What cuBLAS rounds by; nodes set it for some models, and older versions of torch lack the last.
+ROUNDING = "allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation"
 
 Inputs = dict[str, torch.Tensor]
 Run = Callable[[Inputs], torch.Tensor]
@@ -281,8 +283,8 @@ def _kind(inputs: Inputs, others: dict, options: dict) -> tuple:
     settings, step = options[THIS_PASS]
     kept_dense = 0 <= step < settings.dense_steps
     matmul = torch.backends.cuda.matmul
-    rounding = matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction
-    modes = torch.is_inference_mode_enabled(), rounding
+    rounding = [getattr(matmul, name, None) for name in ROUNDING]
+    modes = torch.is_inference_mode_enabled(), *rounding
     return *shapes, *others.items(), settings, kept_dense, modes
 
 
