@@ -1,5 +1,5 @@
 """Block selection on cards of mma.sync: scores in CUDA C++, see scores.cu, and of long rows the
-selection as well."""
+selection as well, see cuda.py."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import torch
 
 from .. import nvrtc
 from ..dispatch import capability
-from . import cuda
 from . import triton as triton_kernels
+from .cuda import SHORT, select_rows, unfit  # noqa: F401 - asked of this module, too
 
 SOURCE = Path(__file__).with_name("scores.cu")
 QUERIES, KEYS = 64, 128  # of a program, one head
@@ -17,14 +17,9 @@ SHARED_BYTES = 2 * (QUERIES + KEYS) * 32 * 4  # two steps of 32 channels, float3
 Operands = nvrtc.operands(pointers="q k scores", integers="n_queries n_keys")
 
 
-def unfit(blocks: int) -> None:
-    """It takes all that the Triton file does."""
-
-
 def select_blocks(q_means: torch.Tensor, k_means: torch.Tensor, count: int) -> torch.Tensor:
-    """`select_blocks` of the Triton file."""
-    in_cuda = cuda.SHORT < k_means.shape[2] <= cuda.MOST
-    select = cuda.select_rows if in_cuda else triton_kernels.select_rows
+    """`select_blocks` of the Triton file, of what is not `unfit`."""
+    select = select_rows if k_means.shape[2] > SHORT else triton_kernels.select_rows
     return triton_kernels.select_blocks(q_means, k_means, count, select, score_blocks)
 
 

@@ -574,6 +574,18 @@ def test_a_card_of_mma_takes_rows_after_gelu_in_cuda(
     assert line.endswith(f"quantize_rows in Triton: {why}" if why else f"; kernels: {launched}")
 
 
+@pytest.mark.parametrize(
+    ("blocks", "launched", "why"),
+    [(1, CUDA, None), (2048, CUDA, None), (2049, TRITON, "of 2049 key blocks, over 2048")],
+)
+def test_a_card_of_mma_scores_few_blocks_in_cuda_too(blocks, launched, why, hopper, monkeypatch):
+    _pretend(monkeypatch, (8, 9))
+    means = torch.zeros(1, 2, 2, 64), torch.zeros(1, 2, blocks, 64)
+    ran, line = told(lambda: block_map.select_blocks(*means, 1))
+    assert ran == launched
+    assert f"select_blocks in Triton: {why}" in line if why else line.endswith(f": {launched}")
+
+
 # What weights a card of mma.sync declines to give row scales in CUDA C++.
 WEIGHTS = {
     "rows of 300 numbers do not divide into threads": weight(300),

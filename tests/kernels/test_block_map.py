@@ -52,7 +52,7 @@ def test_scores_are_nearly_as_exact_as_float32(sizes, dim):
     (mma if by_mma else triton_kernels).score_blocks(q, k, scores)
     exact = q.double() @ k.double().mT
     error = (scores[:heads] - exact).abs() / (q.double().abs() @ k.double().abs().mT)
-    assert error.max() < 2e-6
+    assert error.max() < 2e-6  # on a GPU 1.3e-6 by mma.sync, 1.4e-7 by Triton
     assert (scores[heads] == 7).all()
 
 

@@ -179,8 +179,11 @@ def _parts_of(
     return [slice(i, min(i + at_once, length)) for i in range(0, length, at_once)]
 
 
-def _of_tokens(x_q, x_scale, tokens: slice):
-    """Of quantized x, some tokens, whole blocks of 128."""
+def _of_tokens(
+    x_q: torch.Tensor, x_scale: torch.Tensor, tokens: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some tokens, from a whole block on, of x_q [B, L, C] and its scales [B, L] or
+    [B, ceil(L / 128), ceil(C / 128)]."""
     return x_q[:, tokens], x_scale[:, in_blocks(tokens) if x_scale.ndim == 3 else tokens]
 
 
