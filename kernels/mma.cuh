@@ -31,11 +31,11 @@ __device__ __forceinline__ void copy_4(u32 to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
-// The same where `now`, without a branch.
-__device__ __forceinline__ void copy_4_if(bool now, u32 to, const void* from) {
-    asm volatile("{.reg .pred now; setp.ne.b32 now, %2, 0;\n"
-                 "@now cp.async.ca.shared.global [%0], [%1], 4;}"
-                 ::"r"(to), "l"(from), "r"(int(now)) : "memory");
+// The same 16 bytes, or zeros.
+__device__ __forceinline__ void copy_16_or_zeros(u32 to, const void* from, bool zeros) {
+    asm volatile("{.reg .pred zeros; setp.ne.b32 zeros, %2, 0;\n"
+                 "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, zeros;}"
+                 ::"r"(to), "l"(from), "r"(int(zeros)) : "memory");
 }
 
 // Starts to fetch a line of 128 bytes into L2.
@@ -50,6 +50,31 @@ __device__ __forceinline__ void copy_commit() {
 // Until all groups of this thread's copies but the last PENDING are there.
 template <int PENDING> __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// ---- barriers in shared memory, by their addresses ----
+
+__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}"
+                 ::"r"(barrier) : "memory");
+}
+
+// Arrives when all copies that this thread has started are there.
+__device__ __forceinline__ void barrier_arrive_behind_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Until the barrier's phase of this parity is over; that before the first one has parity 1.
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    u32 over;
+    do
+        asm volatile("{.reg .pred over; mbarrier.test_wait.parity.shared.b64 over, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, over;}" : "=r"(over) : "r"(barrier), "r"(parity) : "memory");
+    while (!over);
 }
 
 // Four matrices of eight rows of 16 bytes: lane l names row l % 8 of matrix l / 8, and gets of

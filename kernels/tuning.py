@@ -157,11 +157,11 @@ INT8_LINEAR: dict[Card, dict[str, Tile]] = {
 MMA_LINEAR: dict[Card, dict[str, WarpTile]] = {
     (8, 0): {
         "rows": WarpTile(2, 4, 96, 64, step=64, stages=5),
-        "blocks": WarpTile(4, 2, 64, 64, step=BLOCK, stages=3),
+        "blocks": WarpTile(8, 1, 32, 128, step=BLOCK, stages=4),
     },
     (8, 6): {
         "rows": WarpTile(2, 4, 96, 64, step=64, stages=3),
-        "blocks": WarpTile(4, 2, 64, 64, step=BLOCK, stages=2),
+        "blocks": WarpTile(8, 1, 32, 128, step=BLOCK, stages=4),
     },
 }
 

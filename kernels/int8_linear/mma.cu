@@ -10,8 +10,10 @@
 // With a scale for each row of both the sums stay integers over all of k. A warp keeps its w of 32
 // bytes of k in registers and takes 16 rows of x at a time, back and forth along w, so neighbours
 // share an operand: from registers alone that takes 4 % less power. With a scale for each block of
-// 128 x 128 (BLOCKS) a step is a block; a warp keeps its x, and the sums of eight columns at a time
-// join float32 sums.
+// 128 x 128 (BLOCKS) a step is a block; a warp keeps its x, and the sums of sixteen columns at a time
+// join float32 sums. No other warp reads its rows of x: it copies them itself, a step ahead, as soon as
+// it has read the ones before. w lies in STAGES places, each with two barriers: all of it is there, all
+// warps have read it. So a warp may be two steps ahead of another, and all meet once a tile alone.
 
 // Defined are WARPS_L and WARPS_N, warps along L and N; WARP_L and WARP_N, a warp's rows and
 // columns; STEP; STAGES; PROGRAMS, how many share a multiprocessor; BLOCKS; RESIDUAL and SQUARES,
@@ -36,15 +38,11 @@ constexpr int PENDING = STAGES - 2;               // steps on their way when the
 // Whether w's columns are copied in the order that `store` wants, or threads trade them there. That
 // costs a tile's end, but the assembler orders the loops over k better: by measurement, each is the
 // faster one where it is. So it is with the bytes of a row that come into L2 at a time.
-constexpr bool IN_ORDER = BLOCKS ? STAGES == 2 : !SQUARES;
+constexpr bool IN_ORDER = BLOCKS || !SQUARES;
 constexpr int FETCHED = BLOCKS || RESIDUAL ? 128 : 256;
 // Programs that begin at once end their tiles at once, all asking memory for what they add and write.
 // With a scale for each row they begin within so many cycles.
 constexpr u32 APART = BLOCKS ? 0 : 8000;
-// If BLOCKS, where a step's scale comes from: a lane of the warp, of 32 steps, or the step's stage.
-// Copied stage by stage they cost the warps more right where they meet, which two stages feel; three
-// do without the wait for them. So it is with the last copies of a step, behind its products or not.
-constexpr bool IN_LANES = STAGES == 2;
 // sm_80 converts integers slowly, where it takes exponentials. There the sums of a block add up on
 // top of the bits of 1.5 * 2^23: as float32 they are 1.5 * 2^23 + sum.
 constexpr bool CONVERTS = __CUDA_ARCH__ >= 860;
@@ -54,6 +52,7 @@ static_assert(128 * 128 * BLOCK < 1 << 22);
 static_assert(TILE_L % COPY_ROWS == 0 && TILE_N % COPY_ROWS == 0 && COPY_ROWS % 32 == 0);
 static_assert(WARP_N % 32 == 0);  // for `store`
 static_assert(!BLOCKS || (STEP == BLOCK && BLOCK % WARP_L == 0 && BLOCK % WARP_N == 0));
+static_assert(!BLOCKS || WARPS_N == 1);
 
 struct Stage {
     i8 x[TILE_L * STEP];  // [TILE_L, STEP], swizzled
@@ -65,12 +64,18 @@ struct Tile {
 };
 
 struct Shared {
+#if BLOCKS
+    i8 x[TILE_L * STEP];          // [TILE_L, STEP], swizzled
+    i8 w[STAGES][TILE_N * STEP];  // [TILE_N, STEP], swizzled, its rows in the order of `column_of`
+    u64 full[STAGES], empty[STAGES];
+#else
     Stage stages[STAGES];
+#endif
     float gate[TILE_N];  // of the tile
     u16 bias[TILE_N];
-    // Scales of the tile's columns and rows, or if BLOCKS of its blocks by stage, unless IN_LANES.
-    float column_scale[BLOCKS ? STAGES * TILE_N / BLOCK : TILE_N];
-    float row_scale[BLOCKS ? STAGES * TILE_L / BLOCK : TILE_L];
+    // Scales of the tile's columns and rows, unless BLOCKS.
+    float column_scale[BLOCKS ? 1 : TILE_N];
+    float row_scale[BLOCKS ? 1 : TILE_L];
     Tile tiles[3];  // the one before, this and the next, in turns
 };
 
@@ -110,9 +115,9 @@ __device__ __forceinline__ Tile tile_of(int index, const Operands& o) {
     return {index / each, (first + in_group % many) * TILE_L, in_group / many * TILE_N};
 }
 
-// The steps of a tile. So many at least that copies are never two tiles ahead.
+// The steps of a tile. So many at least that copies are never two tiles ahead, nor warps.
 __device__ __forceinline__ int steps(const Operands& o) {
-    return max(parts(o.k, STEP), STAGES + 1);
+    return max(parts(o.k, STEP), STAGES + (BLOCKS ? 4 : 1));
 }
 
 // ---- copies ----
@@ -130,10 +135,294 @@ __device__ __forceinline__ int column_of(int row) {
 
 // What a thread copies of x and w: a chunk of some rows.
 struct Copies {
-    u32 to;  // its place in a stage
-    u32 x;   // the sample's first row, from o.x
+    u32 to;      // its place in a stage
+    u32 to_own;  // the same among the warp's own rows of x, if BLOCKS
+    u32 x;       // the sample's first row, from o.x
     int row, column;
+    int step_x, step_w;  // the steps that are copied, if BLOCKS
 };
+
+// What `store` needs of the tile's rows and columns.
+__device__ __forceinline__ void copy_factors(Shared& shared, const Tile& tile, const Operands& o) {
+    static_assert(THREADS >= TILE_L && THREADS >= TILE_N / 2);
+    int at = 2 * threadIdx.x, column = min(tile.column + at, o.n - 2);
+    if (at < TILE_N) {
+        const float* gate = o.gate + (long long)tile.sample * o.gate_b;
+        if (!BLOCKS) copy_8(shared_address(&shared.column_scale[at]), o.w_scale + column);
+        if (o.bias) copy_4(shared_address(&shared.bias[at]), o.bias + column);
+        if (o.gate) copy_8(shared_address(&shared.gate[at]), gate + column);
+    }
+    if (!BLOCKS && threadIdx.x < TILE_L) {
+        int row = min(tile.row + int(threadIdx.x), o.length - 1);
+        copy_4(shared_address(&shared.row_scale[threadIdx.x]),
+               o.x_scale + (long long)tile.sample * o.length + row);
+    }
+}
+
+// Starts to fetch the tile's residual into L2, by lines of 128 bytes.
+__device__ __forceinline__ void fetch_residual(const Tile& tile, const Operands& o) {
+    constexpr int lines = TILE_N / 64;  // of a row
+    static_assert(TILE_L * lines % THREADS == 0);
+    const u16* residual = o.residual + (long long)tile.sample * o.residual_b;
+#pragma unroll
+    for (int first = 0; first < TILE_L * lines; first += THREADS) {
+        int line = first + threadIdx.x;
+        int row = tile.row + line / lines, column = tile.column + line % lines * 64;
+        if (o.residual && row < o.length && column < o.n)
+            fetch_line(residual + (long long)row * o.residual_l + column);
+    }
+}
+
+// ---- products ----
+
+__device__ __forceinline__ int after(int slot) { return slot + 1 == STAGES ? 0 : slot + 1; }
+__device__ __forceinline__ int next_turn(int turn) { return turn == 2 ? 0 : turn + 1; }
+
+// Where this lane reads its warp's rows of x and w, in a stage.
+struct Places {
+    u32 x, w;
+};
+
+// x by 16 rows of 32 bytes; w too, but if BLOCKS by 8 rows of 64 bytes.
+__device__ __forceinline__ Places places() {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int x_row = warp / WARPS_N * WARP_L, w_row = warp % WARPS_N * WARP_N;
+    u32 x = swizzled(x_row + lane % 16, lane / 16);
+    u32 w = BLOCKS ? swizzled(w_row + lane % 8, lane / 8)
+                   : swizzled(w_row + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    return {x, (BLOCKS ? 0 : TILE_L * STEP) + w};
+}
+
+// Rows 16 m .. 16 m + 15 of the warp's x, at a depth of 32 bytes.
+__device__ __forceinline__ void load_x(
+    u32 (&x)[4], u32 stage, const Places& at, int m, int depth
+) {
+    load_matrices(x, stage + (at.x ^ 32 * depth) + m * 16 * STEP);
+}
+
+#if BLOCKS
+
+constexpr int OWN_COPIES = WARP_L / 4;
+constexpr int COLUMNS = 16;  // of w that a warp takes at once
+constexpr int GROUPS = WARP_N / COLUMNS;
+constexpr int AHEAD = 2;  // steps that w is copied ahead
+// A group of columns takes parts of a step's copies along: first those of x, whose place is free when all
+// of it is in registers.
+constexpr int X_FROM = 1, X_EACH = 4, W_FROM = 5, W_EACH = 2;
+static_assert(X_FROM + OWN_COPIES / X_EACH <= W_FROM && W_FROM + W_COPIES / W_EACH < GROUPS);
+static_assert(OWN_COPIES % X_EACH == 0 && W_COPIES % W_EACH == 0 && AHEAD < STAGES);
+
+typedef float Sums[ROWS][WARP_N / 8][4];
+
+// Rows beyond the end are the last one again, k beyond the end is 0. 32 bits hold the distance from
+// a tensor's first byte, see `unfit` in mma.py: those of an address would cost registers.
+// x and w turn to the next tile at different steps.
+__device__ __forceinline__ void turn_x(Copies& copies, const Tile& tile, const Operands& o) {
+    copies.x = u32(tile.sample) * o.x_b;
+    copies.row = tile.row + threadIdx.x / 32 * WARP_L + threadIdx.x % 32 / 8;
+    copies.step_x = 0;
+}
+
+__device__ __forceinline__ void turn_w(Copies& copies, const Tile& tile) {
+    copies.column = tile.column + column_of(threadIdx.x / CHUNKS);
+    copies.step_w = 0;
+}
+
+// Four of the warp's own rows: those of two parts are eight, which `swizzled` tells apart.
+__device__ __forceinline__ void copy_own(
+    const Copies& copies, u32 to, int part, const Operands& o
+) {
+    int k = copies.step_x * STEP + threadIdx.x % CHUNKS * 16;
+    int row = min(copies.row + part * 4, o.length - 1);
+    copy_16_or_zeros(to + (part % 2 ? copies.to_own ^ 64 : copies.to_own) + part * 4 * STEP,
+                     o.x + (copies.x + u32(row) * o.x_l + k), k >= o.k);
+}
+
+__device__ __forceinline__ void copy_w(
+    const Copies& copies, u32 to, int part, const Operands& o
+) {
+    int k = copies.step_w * STEP + threadIdx.x % CHUNKS * 16;
+    int column = min(copies.column + part * COPY_ROWS, o.n - 1);
+    copy_16_or_zeros(to + copies.to + part * COPY_ROWS * STEP,
+                     o.w + (u32(column) * o.w_n + k), k >= o.k);
+}
+
+// Half a step of sixteen of the warp's columns.
+__device__ __forceinline__ void load_w(
+    u32 (&w)[2][4], u32 stage, const Places& at, int group, int half
+) {
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+        load_matrices(w[n], stage + (at.w ^ 64 * half) + (2 * group + n) * 8 * STEP);
+}
+
+__device__ __forceinline__ void start(Shared& shared, Copies& copies, const Operands& o) {
+#pragma unroll
+    for (int part = 0; part < OWN_COPIES; part++)
+        copy_own(copies, shared_address(shared.x), part, o);
+    copy_commit();
+    copies.step_x++;
+#pragma unroll
+    for (int place = 0; place < AHEAD; place++) {
+#pragma unroll
+        for (int part = 0; part < W_COPIES; part++)
+            copy_w(copies, shared_address(shared.w[place]), part, o);
+        copies.step_w++;
+        barrier_arrive_behind_copies(shared_address(&shared.full[place]));
+    }
+    copy_wait<0>();
+    barrier_wait(shared_address(&shared.full[0]), 0);
+    __syncwarp();
+}
+
+__device__ __forceinline__ void multiply_depth(
+    int (&sum)[4], const u32 (&x)[4], const u32 (&w)[4], int depth, bool first
+) {
+    const int zero[4] = {SUM_ZERO, SUM_ZERO, SUM_ZERO, SUM_ZERO};
+    u32 low = w[depth % 2 * 2], high = w[depth % 2 * 2 + 1];
+    if (first)
+        mma_int8(sum, x, low, high, zero);
+    else
+        mma_int8(sum, x, low, high, sum);
+}
+
+__device__ __forceinline__ float value_of(int sum) {
+    return CONVERTS ? float(sum) : __int_as_float(sum) - SUM_ZERO_VALUE;
+}
+
+__device__ __forceinline__ void add_scaled(
+    Sums& sums, const int (&sum)[ROWS][2][4], int group, float scale
+) {
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int m = 0; m < ROWS; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float& to = sums[m][2 * group + n][i];
+                to = fmaf(value_of(sum[m][n][i]), scale, to);
+            }
+}
+
+// What the sums of the warp's blocks are multiplied with, of 32 steps from `first` on: a lane's each.
+__device__ __forceinline__ float load_scales(const Tile& tile, int first, const Operands& o) {
+    int k_blocks = parts(o.k, BLOCK), down = parts(o.length, BLOCK);
+    int row = min(tile.row + int(threadIdx.x) / 32 * WARP_L, o.length - 1) / BLOCK;
+    int step = min(first + int(threadIdx.x % 32), k_blocks - 1);
+    float x = o.x_scale[(long long)(row + tile.sample * down) * k_blocks + step];
+    int column = min(tile.column / BLOCK, (o.n - 1) / BLOCK);
+    return x * o.w_scale[(long long)column * k_blocks + step];
+}
+
+// Never called. Where it would be the assembler moves nothing across: it orders the loop over k better in
+// pieces than in one.
+__device__ __noinline__ void cut(const Operands& o) { o.out[threadIdx.x] = 0; }
+
+// The place of w that a warp reads, and the parity of its turn around all of them.
+struct Turn {
+    int place, parity;
+};
+
+// All of a tile's products. The loop begins with a step's last columns.
+__device__ __forceinline__ void multiply(
+    Sums& sums, Shared& shared, Turn& now, Copies& copies, int turn, const Operands& o
+) {
+    constexpr int w_bytes = TILE_N * STEP;
+    const Tile &tile = shared.tiles[turn], &next_tile = shared.tiles[next_turn(turn)];
+    Places at = places();
+    u32 all_x = shared_address(shared.x), all_w = shared_address(shared.w);
+    u32 full = shared_address(shared.full), empty = shared_address(shared.empty);
+    u32 stage = all_w + now.place * w_bytes, following = 0;
+    float scale = 0, scales = load_scales(tile, 0, o);  // of this step, and of 32
+    int step = 0;                                       // whose sums begin
+    u32 x[ROWS][DEPTHS][4], w[2][2][4];
+    auto products = [&](int group, bool last) {
+        u32 from = last ? following : stage;
+        int next = (group + 1) % GROUPS, sum[ROWS][2][4];
+        if (group == 1 || group == 3 || group == 5)
+            if (step < -1) cut(o);
+#pragma unroll
+        for (int i = 0; i < DEPTHS; i++) {
+            // The next x of the depth that comes first is read last: sums take its registers.
+            int depth = last ? (i + DEPTHS - 1) % DEPTHS : i;
+#pragma unroll
+            for (int m = 0; m < ROWS; m++)
+#pragma unroll
+                for (int n = 0; n < 2; n++)
+                    multiply_depth(sum[m][n], x[m][depth], w[depth / 2][n], depth, i == 0);
+#pragma unroll
+            for (int m = 0; last && i && m < ROWS; m++) load_x(x[m][depth], all_x, at, m, depth);
+            if (i == (last ? 2 : 1)) load_w(w[0], from, at, next, 0);
+            if (i == DEPTHS - 1) load_w(w[1], from, at, next, 1);
+        }
+#pragma unroll
+        for (int m = 0; last && m < ROWS; m++)
+            load_x(x[m][DEPTHS - 1], all_x, at, m, DEPTHS - 1);
+        add_scaled(sums, sum, group, scale);
+    };
+    auto first_groups = [&] {
+        scale = __shfl_sync(0xffffffff, scales, step++ % 32);
+        // Where w is copied to was read STAGES - AHEAD steps ago.
+        int to = now.place + AHEAD >= STAGES ? now.place + AHEAD - STAGES : now.place + AHEAD;
+        u32 read = now.parity ^ (now.place + AHEAD < STAGES);
+#pragma unroll
+        for (int group = 0; group + 1 < GROUPS; group++) {
+            int of_x = (group - X_FROM) * X_EACH, of_w = (group - W_FROM) * W_EACH;
+            if (of_x == 0) __syncwarp();
+#pragma unroll
+            for (int i = 0; i < X_EACH; i++)
+                if (of_x >= 0 && of_x < OWN_COPIES) copy_own(copies, all_x, of_x + i, o);
+            if (of_x + X_EACH == OWN_COPIES) copy_commit();
+            if (of_w == 0) barrier_wait(empty + 8 * to, read);
+#pragma unroll
+            for (int i = 0; i < W_EACH; i++)
+                if (of_w >= 0 && of_w < W_COPIES) copy_w(copies, all_w + to * w_bytes, of_w + i, o);
+            if (of_w + W_EACH == W_COPIES) barrier_arrive_behind_copies(full + 8 * to);
+            products(group, false);
+        }
+        copies.step_x++, copies.step_w++;
+    };
+    auto last_group = [&] {
+        bool around = now.place + 1 == STAGES;
+        Turn next = {around ? 0 : now.place + 1, now.parity ^ around};
+        following = all_w + next.place * w_bytes;
+        copy_wait<0>();
+        __syncwarp();
+        barrier_wait(full + 8 * next.place, next.parity);
+        products(GROUPS - 1, true);
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * now.place);
+        now = next;
+        stage = following;
+    };
+#pragma unroll
+    for (int m = 0; m < ROWS; m++)
+#pragma unroll
+        for (int depth = 0; depth < DEPTHS; depth++) load_x(x[m][depth], all_x, at, m, depth);
+    load_w(w[0], stage, at, 0, 0), load_w(w[1], stage, at, 0, 1);
+    first_groups();
+    int all = steps(o), turns_x = all - 1, turns_w = all - AHEAD;
+#pragma unroll 1
+    for (int done = 1; done < all;) {  // 32 steps at most, to where their copies turn
+        if (done == turns_w) {
+            copy_factors(shared, tile, o);
+            fetch_residual(tile, o);
+        }
+        if (done == turns_x) turn_x(copies, next_tile, o);
+        if (done == turns_w) turn_w(copies, next_tile);
+        if (done % 32 == 0) scales = load_scales(tile, done, o);
+        int until = min(done / 32 * 32 + 32, all);
+        if (done < turns_x) until = min(until, turns_x);
+        if (done < turns_w) until = min(until, turns_w);
+#pragma unroll 1
+        for (; done < until; done++) {
+            last_group();
+            first_groups();
+        }
+    }
+    last_group();
+}
+
+#else
 
 __device__ __forceinline__ void turn_copies(Copies& copies, const Tile& tile, const Operands& o) {
     copies.x = u32(tile.sample) * o.x_b;
@@ -157,42 +446,8 @@ __device__ __forceinline__ void copy_w(
 ) {
     int k = step * STEP + threadIdx.x % CHUNKS * 16;
     int column = min(copies.column + part * COPY_ROWS, o.n - 1);
-    copy_16<FETCHED>(stage + copies.to + (TILE_L + part * COPY_ROWS) * STEP,
+    copy_16<FETCHED>(stage + copies.to + part * COPY_ROWS * STEP,
                      o.w + (u32(column) * o.w_n + k), max(min(o.k - k, 16), 0));
-}
-
-// What `store` needs of the tile's rows and columns.
-__device__ __forceinline__ void copy_factors(Shared& shared, const Tile& tile, const Operands& o) {
-    static_assert(THREADS >= TILE_L && THREADS >= TILE_N / 2);
-    int at = 2 * threadIdx.x, column = min(tile.column + at, o.n - 2);
-    if (at < TILE_N) {
-        const float* gate = o.gate + (long long)tile.sample * o.gate_b;
-        if (!BLOCKS) copy_8(shared_address(&shared.column_scale[at]), o.w_scale + column);
-        if (o.bias) copy_4(shared_address(&shared.bias[at]), o.bias + column);
-        if (o.gate) copy_8(shared_address(&shared.gate[at]), gate + column);
-    }
-    if (!BLOCKS && threadIdx.x < TILE_L) {
-        int row = min(tile.row + int(threadIdx.x), o.length - 1);
-        copy_4(shared_address(&shared.row_scale[threadIdx.x]),
-               o.x_scale + (long long)tile.sample * o.length + row);
-    }
-}
-
-// The scales of a step's blocks, if BLOCKS. A branch would hold up the warp: threads that have
-// nothing to copy name a scale too.
-__device__ __forceinline__ void copy_scales(
-    Shared& shared, const Tile& tile, int slot, int step, const Operands& o
-) {
-    constexpr int rows = TILE_L / BLOCK, columns = TILE_N / BLOCK;
-    int at = threadIdx.x, own = at < rows ? at : at - rows;
-    int down = parts(o.length, BLOCK), across = parts(o.n, BLOCK), k_blocks = parts(o.k, BLOCK);
-    int block = (at < rows ? tile.row : tile.column) / BLOCK + own;
-    block = min(block, (at < rows ? down : across) - 1) + (at < rows ? tile.sample * down : 0);
-    const float* from = at < rows ? o.x_scale : o.w_scale;
-    u32 to = at < rows ? shared_address(&shared.row_scale[slot * rows + own])
-                       : shared_address(&shared.column_scale[slot * columns + own]);
-    copy_4_if(at < rows + columns, to,
-              from + (long long)block * k_blocks + min(step, k_blocks - 1));
 }
 
 // MANY of the parts of a step's copies, from `first` on: those of x, then those of w.
@@ -206,47 +461,14 @@ __device__ __forceinline__ void copy_parts(
         if (part < X_COPIES)
             copy_x(copies, stage, step, part, o);
         else if (part < X_COPIES + W_COPIES)
-            copy_w(copies, stage, step, part - X_COPIES, o);
+            copy_w(copies, stage + TILE_L * STEP, step, part - X_COPIES, o);
     }
 }
 
-// Starts to fetch the tile's residual into L2, by lines of 128 bytes.
-__device__ __forceinline__ void fetch_residual(const Tile& tile, const Operands& o) {
-    constexpr int lines = TILE_N / 64;  // of a row
-    static_assert(TILE_L * lines % THREADS == 0);
-    const u16* residual = o.residual + (long long)tile.sample * o.residual_b;
-#pragma unroll
-    for (int first = 0; first < TILE_L * lines; first += THREADS) {
-        int line = first + threadIdx.x;
-        int row = tile.row + line / lines, column = tile.column + line % lines * 64;
-        if (o.residual && row < o.length && column < o.n)
-            fetch_line(residual + (long long)row * o.residual_l + column);
-    }
-}
-
-// ---- products ----
-
-__device__ __forceinline__ int after(int slot) { return slot + 1 == STAGES ? 0 : slot + 1; }
 __device__ __forceinline__ int before(int slot) { return slot ? slot - 1 : STAGES - 1; }
-__device__ __forceinline__ int next_turn(int turn) { return turn == 2 ? 0 : turn + 1; }
 
 __device__ __forceinline__ u32 stage_address(const Shared& shared, int slot) {
     return shared_address(shared.stages) + slot * sizeof(Stage);
-}
-
-// Where this lane reads its warp's rows of x and w, in a stage.
-struct Places {
-    u32 x, w;
-};
-
-// x by 16 rows of 32 bytes; w too, but if BLOCKS by 8 rows of 64 bytes.
-__device__ __forceinline__ Places places() {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int x_row = warp / WARPS_N * WARP_L, w_row = warp % WARPS_N * WARP_N;
-    u32 x = swizzled(x_row + lane % 16, lane / 16);
-    u32 w = BLOCKS ? swizzled(w_row + lane % 8, lane / 8)
-                   : swizzled(w_row + lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    return {x, TILE_L * STEP + w};
 }
 
 // The copies of this tile are all under way: those of the next follow, and what `store` needs.
@@ -255,14 +477,7 @@ __device__ __forceinline__ void turn_to_next(
 ) {
     turn_copies(copies, shared.tiles[next_turn(turn)], o);
     copy_factors(shared, shared.tiles[turn], o);
-    if (BLOCKS || RESIDUAL) fetch_residual(shared.tiles[turn], o);
-}
-
-// Rows 16 m .. 16 m + 15 of the warp's x, at a depth of 32 bytes.
-__device__ __forceinline__ void load_x(
-    u32 (&x)[4], u32 stage, const Places& at, int m, int depth
-) {
-    load_matrices(x, stage + (at.x ^ 32 * depth) + m * 16 * STEP);
+    if (RESIDUAL) fetch_residual(shared.tiles[turn], o);
 }
 
 // Ends a step's copies, and waits until the next step is there and all have read this one.
@@ -271,158 +486,6 @@ __device__ __forceinline__ void end_step() {
     copy_wait<PENDING>();
     __syncthreads();
 }
-
-#if BLOCKS
-
-// The one barrier of a step comes when all of its w is in registers: the step STAGES further on is
-// then copied to its place, COPIED_LAST parts during the last group of columns, the others during
-// the first MIDDLE groups of the next step. With two stages soon: a step later it has to be there.
-constexpr int MIDDLE = STAGES > 2 ? 6 : 2;
-constexpr int COPIED_LAST = (X_COPIES + W_COPIES) / 6 * (STAGES > 2 ? 1 : 2);
-constexpr int COPIED_EACH = (X_COPIES + W_COPIES - COPIED_LAST + MIDDLE - 1) / MIDDLE;
-
-constexpr int COLUMNS = 8;  // of w that a warp takes at once
-constexpr int GROUPS = WARP_N / COLUMNS;
-
-typedef float Sums[ROWS][WARP_N / 8][4];
-
-// Eight of the warp's columns, all of a step.
-__device__ __forceinline__ void load_w(u32 (&w)[2][4], u32 stage, const Places& at, int group) {
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-        load_matrices(w[half], stage + (at.w ^ 64 * half) + group * COLUMNS * STEP);
-}
-
-__device__ __forceinline__ void start(Shared& shared, const Copies& copies, const Operands& o) {
-#pragma unroll
-    for (int step = 0; step < STAGES - 1; step++) {
-        if (!IN_LANES) copy_scales(shared, shared.tiles[0], step, step, o);
-        copy_parts<X_COPIES + W_COPIES>(copies, stage_address(shared, step), step, 0, o);
-        copy_commit();
-    }
-    if (!IN_LANES) copy_scales(shared, shared.tiles[0], STAGES - 1, STAGES - 1, o);
-    copy_parts<COPIED_LAST>(copies, stage_address(shared, STAGES - 1), STAGES - 1, 0, o);
-}
-
-__device__ __forceinline__ void multiply_depth(
-    int (&sum)[4], const u32 (&x)[4], const u32 (&w)[2][4], int depth
-) {
-    const int zero[4] = {SUM_ZERO, SUM_ZERO, SUM_ZERO, SUM_ZERO};
-    u32 low = w[depth / 2][depth % 2 * 2], high = w[depth / 2][depth % 2 * 2 + 1];
-    if (depth)
-        mma_int8(sum, x, low, high, sum);
-    else
-        mma_int8(sum, x, low, high, zero);
-}
-
-__device__ __forceinline__ float value_of(int sum) {
-    return CONVERTS ? float(sum) : __int_as_float(sum) - SUM_ZERO_VALUE;
-}
-
-__device__ __forceinline__ void add_scaled(
-    Sums& sums, const int (&sum)[ROWS][4], int group, float scale
-) {
-#pragma unroll
-    for (int m = 0; m < ROWS; m++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            sums[m][group][i] = fmaf(value_of(sum[m][i]), scale, sums[m][group][i]);
-}
-
-// What the sums of the warp's blocks are multiplied with, of 32 steps from `first` on: a lane's each.
-__device__ __forceinline__ float load_scales(const Tile& tile, int first, const Operands& o) {
-    int warp = threadIdx.x / 32, k_blocks = parts(o.k, BLOCK), down = parts(o.length, BLOCK);
-    int row = min(tile.row + warp / WARPS_N * WARP_L, o.length - 1) / BLOCK + tile.sample * down;
-    int column = min(tile.column + warp % WARPS_N * WARP_N, o.n - 1) / BLOCK;
-    int step = min(first + int(threadIdx.x % 32), k_blocks - 1);
-    return o.x_scale[(long long)row * k_blocks + step]
-        * o.w_scale[(long long)column * k_blocks + step];
-}
-
-// All of a tile's products. The loop begins in the middle of a step: there nothing is on its way
-// from shared memory, for what the compiler waits at a loop's end.
-__device__ __forceinline__ void multiply(
-    Sums& sums, Shared& shared, int& slot, Copies& copies, int turn, const Operands& o
-) {
-    int warp = threadIdx.x / 32;
-    int row_block = warp / WARPS_N * WARP_L / BLOCK, column_block = warp % WARPS_N * WARP_N / BLOCK;
-    Places at = places();
-    u32 stage = stage_address(shared, slot), following = 0;
-    float scale = 0, scales = 0;  // of this step, and of 32 if IN_LANES
-    int step = 0;                 // whose sums begin
-    int copied = STAGES - 1, copied_turn = turn;  // the step that is copied, and its tile
-    u32 x[ROWS][DEPTHS][4], w[2][2][4];
-    auto first_groups = [&] {
-        following = stage_address(shared, after(slot));
-        if (IN_LANES) {
-            if (step % 32 == 0) scales = load_scales(shared.tiles[turn], step, o);
-            scale = __shfl_sync(0xffffffff, scales, step++ % 32);
-        } else {
-            scale = shared.row_scale[slot * (TILE_L / BLOCK) + row_block]
-                * shared.column_scale[slot * (TILE_N / BLOCK) + column_block];
-        }
-        u32 to = stage_address(shared, before(slot));
-#pragma unroll
-        for (int group = 0; group < MIDDLE; group++) {
-            load_w(w[(group + 1) % 2], stage, at, group + 1);
-            copy_parts<COPIED_EACH>(copies, to, copied, COPIED_LAST + COPIED_EACH * group, o);
-            int sum[ROWS][4];
-#pragma unroll
-            for (int depth = 0; depth < DEPTHS; depth++)
-#pragma unroll
-                for (int m = 0; m < ROWS; m++)
-                    multiply_depth(sum[m], x[m][depth], w[group % 2], depth);
-            add_scaled(sums, sum, group, scale);
-        }
-        copied++;
-    };
-    auto last_groups = [&] {
-#pragma unroll
-        for (int group = MIDDLE; group < GROUPS; group++) {
-            bool last = group + 1 == GROUPS;
-            if (last) end_step();
-            load_w(w[(group + 1) % 2], last ? following : stage, at, (group + 1) % GROUPS);
-            if (last && !IN_LANES) {
-                copy_scales(shared, shared.tiles[copied_turn], slot, copied, o);
-                copy_parts<COPIED_LAST>(copies, stage, copied, 0, o);
-            }
-            int sum[ROWS][4];
-#pragma unroll
-            for (int depth = 0; depth < DEPTHS; depth++)
-#pragma unroll
-                for (int m = 0; m < ROWS; m++) {
-                    multiply_depth(sum[m], x[m][depth], w[group % 2], depth);
-                    if (last) load_x(x[m][depth], following, at, m, depth);
-                }
-            if (last && IN_LANES) copy_parts<COPIED_LAST>(copies, stage, copied, 0, o);
-            add_scaled(sums, sum, group, scale);
-        }
-        slot = after(slot);
-        stage = following;
-    };
-#pragma unroll
-    for (int m = 0; m < ROWS; m++)
-#pragma unroll
-        for (int depth = 0; depth < DEPTHS; depth++) load_x(x[m][depth], stage, at, m, depth);
-    load_w(w[0], stage, at, 0);
-    first_groups();
-#pragma unroll 1
-    for (int part = 0; part < 2; part++) {  // copies of this tile, then of the next
-        int many = part ? STAGES - 1 : steps(o) - STAGES;
-        if (part) {
-            copied = 0, copied_turn = next_turn(turn);
-            turn_to_next(copies, shared, turn, o);
-        }
-#pragma unroll 1
-        for (int i = 0; i < many; i++) {
-            last_groups();
-            first_groups();
-        }
-    }
-    last_groups();
-}
-
-#else
 
 typedef int Sums[ROWS][WARP_N / 8][4];
 
@@ -696,20 +759,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     begin_apart(o);
-    if (threadIdx.x == 0) shared.tiles[0] = tile_of(blockIdx.x, o);
+    if (threadIdx.x == 0) {
+        shared.tiles[0] = tile_of(blockIdx.x, o);
+#if BLOCKS
+        shared.tiles[1] = tile_of(blockIdx.x + gridDim.x, o);
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(shared_address(&shared.full[i]), THREADS);
+            barrier_init(shared_address(&shared.empty[i]), THREADS / 32);
+        }
+#endif
+    }
     __syncthreads();
     Copies copies;
     copies.to = swizzled(threadIdx.x / CHUNKS, threadIdx.x % CHUNKS);
+#if BLOCKS
+    copies.to_own = swizzled(threadIdx.x / 32 * WARP_L + threadIdx.x % 32 / 8, threadIdx.x % CHUNKS);
+    turn_x(copies, shared.tiles[0], o);
+    turn_w(copies, shared.tiles[0]);
+    start(shared, copies, o);
+    Turn slot = {0, 0};
+#else
     turn_copies(copies, shared.tiles[0], o);
     start(shared, copies, o);
     copy_wait<PENDING>();
     __syncthreads();
-    int slot = 0, turn = 0;
+    int slot = 0;
+#endif
+    int turn = 0;
     for (int index = blockIdx.x; index < tiles(o); index += gridDim.x) {
         int next = next_turn(turn);
-        if (threadIdx.x == 0) shared.tiles[next] = tile_of(index + gridDim.x, o);
+        if (!BLOCKS && threadIdx.x == 0) shared.tiles[next] = tile_of(index + gridDim.x, o);
         Sums sums = {};
         multiply(sums, shared, slot, copies, turn, o);
+#if BLOCKS
+        // All meet: what `store` needs is there, and the tile after the next one.
+        if (threadIdx.x == 0) shared.tiles[next_turn(next)] = tile_of(index + 2 * gridDim.x, o);
+        __syncthreads();
+#endif
         // A kernel of its own for each spills nothing; if BLOCKS it would spill more.
         if (BLOCKS ? o.residual != nullptr : RESIDUAL)
             store<true, false>(sums, shared, shared.tiles[turn], o);
@@ -719,5 +805,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
             store<false, false>(sums, shared, shared.tiles[turn], o);
         turn = next;
     }
+    if (BLOCKS) copy_commit();
     copy_wait<0>();
 }

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc, tuning
-from ..checks import BLOCK
 from ..dispatch import capability, multiprocessors
 from . import hopper
 
@@ -83,8 +82,11 @@ def linear_and_squares(*operands: Tensor | None) -> tuple[Tensor, Tensor | None]
 def shared_bytes(tile: tuning.WarpTile, by_blocks: bool) -> int:
     """mma.cu's Shared: the stages, gates and bias, scales and three tiles' places."""
     rows, columns = tile.rows, tile.columns
-    scales = tile.stages * (rows + columns) // BLOCK if by_blocks else rows + columns
-    return tile.stages * (rows + columns) * tile.step + 6 * columns + 4 * scales + 36
+    if by_blocks:  # one place for x, two barriers for each of w; scales stay in registers
+        stages, scales = rows * tile.step + tile.stages * (columns * tile.step + 16), 3
+    else:
+        stages, scales = tile.stages * (rows + columns) * tile.step, rows + columns
+    return stages + 6 * columns + 4 * scales + 36
 
 
 def constants(

@@ -128,7 +128,7 @@ def test_sums_of_a_block_are_exact_at_their_largest(by_mma):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("batch", "length", "n"), [(1, 1, 192), (2, 129, 576), (3, 4001, 1536)])
+@pytest.mark.parametrize(("batch", "length", "n"), [(1, 1, 384), (2, 129, 1152), (3, 4001, 1536)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_adds_up_the_squares_of_rows(granularity, dtype, batch, length, n, by_mma):

@@ -15,7 +15,7 @@ import older_cards
 import torch
 from ahead_of_time import ADA, CARDS, HOPPER
 from devices import DEVICE
-from turbodiffusion_pack.kernels import ceilings, dispatch, nvrtc
+from turbodiffusion_pack.kernels import ceilings, checks, dispatch, nvrtc
 from turbodiffusion_pack.kernels.block_map import cuda as selection
 from turbodiffusion_pack.kernels.block_map import mma as scores
 from turbodiffusion_pack.kernels.block_map import select_blocks
@@ -24,7 +24,6 @@ from turbodiffusion_pack.kernels.frames_conv import frames_conv
 from turbodiffusion_pack.kernels.frames_conv import hopper as conv
 from turbodiffusion_pack.kernels.int8_linear import hopper as linear
 from turbodiffusion_pack.kernels.int8_linear import int8_linear, int8_linear_and_squares
-from turbodiffusion_pack.kernels.int8_linear import mma as mma_linear
 from turbodiffusion_pack.kernels.int8_quant import hopper as rows
 from turbodiffusion_pack.kernels.int8_quant import mma as mma_rows
 from turbodiffusion_pack.kernels.int8_quant import quantize_rows
@@ -295,7 +294,7 @@ KERNELS = {
     ),
     "int8_linear/mma.cu": Kernel(
         every_linear_by_mma, BY_MMA_SYNC, 255, spills=LINEAR_SPILLS,
-        products=lambda card: {"IMMA.16832.S8.S8"}, sizes={"BLOCK": mma_linear.BLOCK},
+        products=lambda card: {"IMMA.16832.S8.S8"}, sizes={"BLOCK": checks.BLOCK},
     ),
     "int8_linear/hopper.cu": Kernel(
         every_linear, (HOPPER,), 168, products=lambda card: {"IGMMA.64x256x32.S8.S8"},
