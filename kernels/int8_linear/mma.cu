@@ -1,11 +1,11 @@
 // INT8 linear by mma.sync: x [B, L, K] times the transpose of w [N, K], and what follows it.
 //
 // A persistent program takes one tile of TILE_L x TILE_N after another, a warp WARP_L x WARP_N of
-// it. Steps of STEP bytes of k are copied STAGES - 1 steps ahead, across the ends of tiles: the
-// next tile's first steps arrive while this one is finished. So the loop over steps is two, one
-// that copies this tile's and one that copies the next one's, neither with a branch. What comes
-// next is read from shared memory while products are under way, and copies are started behind it:
-// it must not wait for them.
+// it. Steps of STEP bytes of k are copied some steps ahead, across the ends of tiles: the next tile's
+// first steps arrive while this one is finished. So the loop over steps is several, those that copy
+// this tile's and those that copy the next one's, none with a branch. What comes next is read from
+// shared memory while products are under way, and copies are started behind it: it must not wait for
+// them.
 //
 // With a scale for each row of both the sums stay integers over all of k. A warp keeps its w of 32
 // bytes of k in registers and takes 16 rows of x at a time, back and forth along w, so neighbours
@@ -13,7 +13,7 @@
 // 128 x 128 (BLOCKS) a step is a block; a warp keeps its x, and the sums of sixteen columns at a time
 // join float32 sums. No other warp reads its rows of x: it copies them itself, a step ahead, as soon as
 // it has read the ones before. w lies in STAGES places, each with two barriers: all of it is there, all
-// warps have read it. So a warp may be two steps ahead of another, and all meet once a tile alone.
+// warps have read it. So a warp need not wait for one that is a step behind, and all meet once a tile.
 
 // Defined are WARPS_L and WARPS_N, warps along L and N; WARP_L and WARP_N, a warp's rows and
 // columns; STEP; STAGES; PROGRAMS, how many share a multiprocessor; BLOCKS; RESIDUAL and SQUARES,
@@ -30,16 +30,14 @@ constexpr int BLOCK = 128;  // rows and columns that share a scale if BLOCKS
 // All threads copy 16 bytes each, this many rows.
 constexpr int CHUNKS = STEP / 16;
 constexpr int COPY_ROWS = THREADS / CHUNKS;
-constexpr int X_COPIES = TILE_L / COPY_ROWS;
 constexpr int W_COPIES = TILE_N / COPY_ROWS;
 constexpr int DEPTHS = STEP / 32;                 // products along a step
 constexpr int ROWS = WARP_L / 16;                 // products along a warp's rows
-constexpr int PENDING = STAGES - 2;               // steps on their way when the next one is there
 // Whether w's columns are copied in the order that `store` wants, or threads trade them there. That
 // costs a tile's end, but the assembler orders the loops over k better: by measurement, each is the
-// faster one where it is. So it is with the bytes of a row that come into L2 at a time.
+// faster one where it is. So it is with the bytes of a row that come into L2 at a time, unless BLOCKS.
 constexpr bool IN_ORDER = BLOCKS || !SQUARES;
-constexpr int FETCHED = BLOCKS || RESIDUAL ? 128 : 256;
+constexpr int FETCHED = RESIDUAL ? 128 : 256;
 // Programs that begin at once end their tiles at once, all asking memory for what they add and write.
 // With a scale for each row they begin within so many cycles.
 constexpr u32 APART = BLOCKS ? 0 : 8000;
@@ -133,15 +131,6 @@ __device__ __forceinline__ int column_of(int row) {
     return IN_ORDER ? row / 32 * 32 + row % 8 / 2 * 8 + row / 8 % 4 * 2 + row % 2 : row;
 }
 
-// What a thread copies of x and w: a chunk of some rows.
-struct Copies {
-    u32 to;      // its place in a stage
-    u32 to_own;  // the same among the warp's own rows of x, if BLOCKS
-    u32 x;       // the sample's first row, from o.x
-    int row, column;
-    int step_x, step_w;  // the steps that are copied, if BLOCKS
-};
-
 // What `store` needs of the tile's rows and columns.
 __device__ __forceinline__ void copy_factors(Shared& shared, const Tile& tile, const Operands& o) {
     static_assert(THREADS >= TILE_L && THREADS >= TILE_N / 2);
@@ -175,7 +164,6 @@ __device__ __forceinline__ void fetch_residual(const Tile& tile, const Operands&
 
 // ---- products ----
 
-__device__ __forceinline__ int after(int slot) { return slot + 1 == STAGES ? 0 : slot + 1; }
 __device__ __forceinline__ int next_turn(int turn) { return turn == 2 ? 0 : turn + 1; }
 
 // Where this lane reads its warp's rows of x and w, in a stage.
@@ -205,47 +193,67 @@ __device__ __forceinline__ void load_x(
 constexpr int OWN_COPIES = WARP_L / 4;
 constexpr int COLUMNS = 16;  // of w that a warp takes at once
 constexpr int GROUPS = WARP_N / COLUMNS;
-constexpr int AHEAD = 2;  // steps that w is copied ahead
-// A group of columns takes parts of a step's copies along: first those of x, whose place is free when all
-// of it is in registers.
-constexpr int X_FROM = 1, X_EACH = 4, W_FROM = 5, W_EACH = 2;
-static_assert(X_FROM + OWN_COPIES / X_EACH <= W_FROM && W_FROM + W_COPIES / W_EACH < GROUPS);
-static_assert(OWN_COPIES % X_EACH == 0 && W_COPIES % W_EACH == 0 && AHEAD < STAGES);
+constexpr int AHEAD = 3;     // steps that w is copied ahead
+static_assert(AHEAD < STAGES);
+// Before which groups of columns a step of x and one of w are copied. x's place is free when all of
+// it is in registers.
+constexpr int GROUP_X = 2, GROUP_W = 3;
 
 typedef float Sums[ROWS][WARP_N / 8][4];
 
-// Rows beyond the end are the last one again, k beyond the end is 0. 32 bits hold the distance from
-// a tensor's first byte, see `unfit` in mma.py: those of an address would cost registers.
+// What a thread copies of x and w, a chunk of some rows: those of x are the warp's own.
+struct Copies {
+    u32 to_x, to_w;     // their places
+    const i8 *x, *w;    // of its first row and column, at the step that is copied next
+    int rows, columns;  // from these to the last
+    int k_x, k_w;       // from that step's chunk to the end
+};
+
 // x and w turn to the next tile at different steps.
 __device__ __forceinline__ void turn_x(Copies& copies, const Tile& tile, const Operands& o) {
-    copies.x = u32(tile.sample) * o.x_b;
-    copies.row = tile.row + threadIdx.x / 32 * WARP_L + threadIdx.x % 32 / 8;
-    copies.step_x = 0;
+    int k = threadIdx.x % CHUNKS * 16;
+    int row = tile.row + threadIdx.x / 32 * WARP_L + threadIdx.x % 32 / 8;
+    copies.x = o.x + (u32(tile.sample) * o.x_b + u32(row) * o.x_l + k);
+    copies.rows = o.length - row, copies.k_x = o.k - k;
 }
 
-__device__ __forceinline__ void turn_w(Copies& copies, const Tile& tile) {
-    copies.column = tile.column + column_of(threadIdx.x / CHUNKS);
-    copies.step_w = 0;
+__device__ __forceinline__ void turn_w(Copies& copies, const Tile& tile, const Operands& o) {
+    int k = threadIdx.x % CHUNKS * 16, column = tile.column + column_of(threadIdx.x / CHUNKS);
+    copies.w = o.w + (u32(column) * o.w_n + k);
+    copies.columns = o.n - column, copies.k_w = o.k - k;
 }
 
-// Four of the warp's own rows: those of two parts are eight, which `swizzled` tells apart.
-__device__ __forceinline__ void copy_own(
-    const Copies& copies, u32 to, int part, const Operands& o
-) {
-    int k = copies.step_x * STEP + threadIdx.x % CHUNKS * 16;
-    int row = min(copies.row + part * 4, o.length - 1);
-    copy_16_or_zeros(to + (part % 2 ? copies.to_own ^ 64 : copies.to_own) + part * 4 * STEP,
-                     o.x + (copies.x + u32(row) * o.x_l + k), k >= o.k);
+// So many bytes on, from one address to the next: the compiler would multiply for each.
+__device__ __forceinline__ const i8* further(const i8* from, u32 bytes) {
+    from += bytes;
+    asm("" : "+l"(from));
+    return from;
 }
 
-__device__ __forceinline__ void copy_w(
-    const Copies& copies, u32 to, int part, const Operands& o
-) {
-    int k = copies.step_w * STEP + threadIdx.x % CHUNKS * 16;
-    int column = min(copies.column + part * COPY_ROWS, o.n - 1);
-    copy_16_or_zeros(to + copies.to + part * COPY_ROWS * STEP,
-                     o.w + (u32(column) * o.w_n + k), k >= o.k);
+// A step of x, four of the warp's rows at a time: those of two parts are eight, which `swizzled` tells
+// apart. What lies beyond the last row and k is 0.
+__device__ __forceinline__ void copy_x(const Copies& copies, u32 stage, const Operands& o) {
+    const i8* from = copies.x;
+#pragma unroll
+    for (int part = 0; part < OWN_COPIES; part++) {
+        copy_16_or_zeros(stage + (part % 2 ? copies.to_x ^ 64 : copies.to_x) + part * 4 * STEP, from,
+                         !(copies.k_x > 0 && copies.rows > 4 * part));
+        from = further(from, 4 * o.x_l);
+    }
 }
+
+__device__ __forceinline__ void copy_w(const Copies& copies, u32 stage, const Operands& o) {
+    const i8* from = copies.w;
+#pragma unroll
+    for (int part = 0; part < W_COPIES; part++) {
+        copy_16_or_zeros(stage + copies.to_w + part * COPY_ROWS * STEP, from,
+                         !(copies.k_w > 0 && copies.columns > COPY_ROWS * part));
+        from = further(from, COPY_ROWS * o.w_n);
+    }
+}
+
+__device__ __forceinline__ void next_x(Copies& copies) { copies.x += STEP, copies.k_x -= STEP; }
+__device__ __forceinline__ void next_w(Copies& copies) { copies.w += STEP, copies.k_w -= STEP; }
 
 // Half a step of sixteen of the warp's columns.
 __device__ __forceinline__ void load_w(
@@ -257,17 +265,13 @@ __device__ __forceinline__ void load_w(
 }
 
 __device__ __forceinline__ void start(Shared& shared, Copies& copies, const Operands& o) {
-#pragma unroll
-    for (int part = 0; part < OWN_COPIES; part++)
-        copy_own(copies, shared_address(shared.x), part, o);
+    copy_x(copies, shared_address(shared.x), o);
     copy_commit();
-    copies.step_x++;
+    next_x(copies);
 #pragma unroll
     for (int place = 0; place < AHEAD; place++) {
-#pragma unroll
-        for (int part = 0; part < W_COPIES; part++)
-            copy_w(copies, shared_address(shared.w[place]), part, o);
-        copies.step_w++;
+        copy_w(copies, shared_address(shared.w[place]), o);
+        next_w(copies);
         barrier_arrive_behind_copies(shared_address(&shared.full[place]));
     }
     copy_wait<0>();
@@ -314,8 +318,8 @@ __device__ __forceinline__ float load_scales(const Tile& tile, int first, const 
     return x * o.w_scale[(long long)column * k_blocks + step];
 }
 
-// Never called. Where it would be the assembler moves nothing across: it orders the loop over k better in
-// pieces than in one.
+// Never called. The assembler moves nothing across the place of a call: it orders the loop over k better
+// in pieces. Where they end was found by measuring.
 __device__ __noinline__ void cut(const Operands& o) { o.out[threadIdx.x] = 0; }
 
 // The place of w that a warp reads, and the parity of its turn around all of them.
@@ -339,17 +343,17 @@ __device__ __forceinline__ void multiply(
     auto products = [&](int group, bool last) {
         u32 from = last ? following : stage;
         int next = (group + 1) % GROUPS, sum[ROWS][2][4];
-        if (group == 1 || group == 3 || group == 5)
+        if (group != 0 && group != 3 && group != GROUPS - 1)
             if (step < -1) cut(o);
 #pragma unroll
         for (int i = 0; i < DEPTHS; i++) {
             // The next x of the depth that comes first is read last: sums take its registers.
             int depth = last ? (i + DEPTHS - 1) % DEPTHS : i;
 #pragma unroll
-            for (int m = 0; m < ROWS; m++)
-#pragma unroll
-                for (int n = 0; n < 2; n++)
-                    multiply_depth(sum[m][n], x[m][depth], w[depth / 2][n], depth, i == 0);
+            for (int j = 0; j < 2 * ROWS; j++) {
+                int m = i % 2 ? ROWS - 1 - j / 2 : j / 2, n = (i + j / 2 + j) % 2;
+                multiply_depth(sum[m][n], x[m][depth], w[depth / 2][n], depth, i == 0);
+            }
 #pragma unroll
             for (int m = 0; last && i && m < ROWS; m++) load_x(x[m][depth], all_x, at, m, depth);
             if (i == (last ? 2 : 1)) load_w(w[0], from, at, next, 0);
@@ -361,26 +365,26 @@ __device__ __forceinline__ void multiply(
         add_scaled(sums, sum, group, scale);
     };
     auto first_groups = [&] {
-        scale = __shfl_sync(0xffffffff, scales, step++ % 32);
+        scale = __shfl_sync(0xffffffff, scales, u32(step++) % 32);
         // Where w is copied to was read STAGES - AHEAD steps ago.
         int to = now.place + AHEAD >= STAGES ? now.place + AHEAD - STAGES : now.place + AHEAD;
         u32 read = now.parity ^ (now.place + AHEAD < STAGES);
 #pragma unroll
         for (int group = 0; group + 1 < GROUPS; group++) {
-            int of_x = (group - X_FROM) * X_EACH, of_w = (group - W_FROM) * W_EACH;
-            if (of_x == 0) __syncwarp();
-#pragma unroll
-            for (int i = 0; i < X_EACH; i++)
-                if (of_x >= 0 && of_x < OWN_COPIES) copy_own(copies, all_x, of_x + i, o);
-            if (of_x + X_EACH == OWN_COPIES) copy_commit();
-            if (of_w == 0) barrier_wait(empty + 8 * to, read);
-#pragma unroll
-            for (int i = 0; i < W_EACH; i++)
-                if (of_w >= 0 && of_w < W_COPIES) copy_w(copies, all_w + to * w_bytes, of_w + i, o);
-            if (of_w + W_EACH == W_COPIES) barrier_arrive_behind_copies(full + 8 * to);
+            if (group == GROUP_X) {
+                __syncwarp();
+                copy_x(copies, all_x, o);
+                copy_commit();
+            }
+            if (group == GROUP_W) {
+                barrier_wait(empty + 8 * to, read);
+                copy_w(copies, all_w + to * w_bytes, o);
+                barrier_arrive_behind_copies(full + 8 * to);
+            }
             products(group, false);
         }
-        copies.step_x++, copies.step_w++;
+        next_x(copies);
+        next_w(copies);
     };
     auto last_group = [&] {
         bool around = now.place + 1 == STAGES;
@@ -402,19 +406,19 @@ __device__ __forceinline__ void multiply(
     first_groups();
     int all = steps(o), turns_x = all - 1, turns_w = all - AHEAD;
 #pragma unroll 1
-    for (int done = 1; done < all;) {  // 32 steps at most, to where their copies turn
-        if (done == turns_w) {
+    while (step < all) {  // 32 steps at most, to where their copies turn
+        if (step == turns_w) {
             copy_factors(shared, tile, o);
             fetch_residual(tile, o);
         }
-        if (done == turns_x) turn_x(copies, next_tile, o);
-        if (done == turns_w) turn_w(copies, next_tile);
-        if (done % 32 == 0) scales = load_scales(tile, done, o);
-        int until = min(done / 32 * 32 + 32, all);
-        if (done < turns_x) until = min(until, turns_x);
-        if (done < turns_w) until = min(until, turns_w);
+        if (step == turns_x) turn_x(copies, next_tile, o);
+        if (step == turns_w) turn_w(copies, next_tile, o);
+        if (step % 32 == 0) scales = load_scales(tile, step, o);
+        int until = min(step / 32 * 32 + 32, all);
+        if (step < turns_x) until = min(until, turns_x);
+        if (step < turns_w) until = min(until, turns_w);
 #pragma unroll 1
-        for (; done < until; done++) {
+        while (step < until) {
             last_group();
             first_groups();
         }
@@ -423,6 +427,16 @@ __device__ __forceinline__ void multiply(
 }
 
 #else
+
+constexpr int X_COPIES = TILE_L / COPY_ROWS;
+constexpr int PENDING = STAGES - 2;  // steps on their way when the next one is there
+
+// What a thread copies of x and w: a chunk of some rows.
+struct Copies {
+    u32 to;  // its place in a stage
+    u32 x;   // the sample's first row, from o.x
+    int row, column;
+};
 
 __device__ __forceinline__ void turn_copies(Copies& copies, const Tile& tile, const Operands& o) {
     copies.x = u32(tile.sample) * o.x_b;
@@ -465,6 +479,7 @@ __device__ __forceinline__ void copy_parts(
     }
 }
 
+__device__ __forceinline__ int after(int slot) { return slot + 1 == STAGES ? 0 : slot + 1; }
 __device__ __forceinline__ int before(int slot) { return slot ? slot - 1 : STAGES - 1; }
 
 __device__ __forceinline__ u32 stage_address(const Shared& shared, int slot) {
@@ -771,14 +786,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
     }
     __syncthreads();
     Copies copies;
-    copies.to = swizzled(threadIdx.x / CHUNKS, threadIdx.x % CHUNKS);
 #if BLOCKS
-    copies.to_own = swizzled(threadIdx.x / 32 * WARP_L + threadIdx.x % 32 / 8, threadIdx.x % CHUNKS);
+    copies.to_w = swizzled(threadIdx.x / CHUNKS, threadIdx.x % CHUNKS);
+    copies.to_x = swizzled(threadIdx.x / 32 * WARP_L + threadIdx.x % 32 / 8, threadIdx.x % CHUNKS);
     turn_x(copies, shared.tiles[0], o);
-    turn_w(copies, shared.tiles[0]);
+    turn_w(copies, shared.tiles[0], o);
     start(shared, copies, o);
     Turn slot = {0, 0};
 #else
+    copies.to = swizzled(threadIdx.x / CHUNKS, threadIdx.x % CHUNKS);
     turn_copies(copies, shared.tiles[0], o);
     start(shared, copies, o);
     copy_wait<PENDING>();

@@ -20,6 +20,8 @@ def unfit(x_q: Tensor, x_scale: Tensor, w_q: Tensor, *rest: Tensor | None) -> st
     """Why the kernel cannot compute this linear, in either granularity; None where it can."""
     if max(map(_bytes_spanned, (x_q, w_q))) > 2**32:
         return "x or w spans more than 4 GiB"
+    if x_scale.ndim == 3 and x_q.shape[-1] % 16:  # by blocks whole 16 bytes are copied, or zeros
+        return "K is not a multiple of 16"
     return hopper.unfit(x_q, x_scale, w_q, *rest)  # the same rows, columns and epilogues
 
 

@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 import kitchen
 import older_cards
 import pack  # noqa: F401
-from gpu_timing import Ceilings, kernel_ms, kernel_times, measure_ceilings, why_not_timed
+from gpu_timing import REST, Ceilings, kernel_ms, kernel_times, measure_ceilings, why_not_timed
 from turbodiffusion_pack.kernels.block_map import selected_count
 from turbodiffusion_pack.kernels.qk_prepare import norms_of_squares
 from turbodiffusion_pack.kernels.sla import sla, sla_from_projections
@@ -33,7 +33,6 @@ from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES
 
 SHAPES = {"14B-720P": (40, 75600), "14B-480P": (40, 32760), "1.3B-480P": (12, 32760)}
 DIM, BLOCK_K = 128, 64
-REST = 1  # seconds before each contender, so that none pays for the heat of the one before
 SQUARED = 64  # columns of which a linear by mma.sync gives the sums of squares; Hopper's 256
 
 

@@ -13,6 +13,7 @@ tries other tiles.
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 import kitchen
 import older_cards
 import pack  # noqa: F401
-from gpu_timing import kernel_ms, measure_ceilings, why_not_timed
+from gpu_timing import REST, kernel_ms, measure_ceilings, why_not_timed
 from turbodiffusion_pack.kernels.int8_linear import int8_linear
 from turbodiffusion_pack.kernels.int8_quant import quantize_blocks, quantize_rows
 
@@ -77,6 +78,7 @@ def measure(shape: tuple[int, int, int], ceiling: float, options) -> Iterator[di
         if why := why_not_timed(run):
             yield result | {"not timed": why}
             continue
+        time.sleep(REST)
         ms = kernel_ms(run, options.runs)
         result["ms"] = round(ms, 4)
         if not name.endswith("'s quantization"):

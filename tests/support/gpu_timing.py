@@ -17,6 +17,7 @@ from turbodiffusion_pack.kernels.ceilings import FP16, INT8, kernel_ms
 GPU = torch.device("cuda", 0)
 # Cards with products of their own, faster than those of mma.sync.
 OWN_PRODUCTS = (9, 0), (10, 0)
+REST = 1  # seconds before each contender, so that none pays for the heat of the one before
 
 
 class Ceilings(NamedTuple):
