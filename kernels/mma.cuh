@@ -21,6 +21,19 @@ __device__ __forceinline__ void copy_16(u32 to, const void* from, int bytes) {
                      ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// The same 16 bytes, or zeros, and then nothing is read.
+template <int FETCHED>
+__device__ __forceinline__ void copy_16_or_zeros(u32 to, const void* from, bool zeros) {
+    if (FETCHED == 128)
+        asm volatile("{.reg .pred zeros; setp.ne.b32 zeros, %2, 0;\n"
+                     "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, zeros;}"
+                     ::"r"(to), "l"(from), "r"(int(zeros)) : "memory");
+    else
+        asm volatile("{.reg .pred zeros; setp.ne.b32 zeros, %2, 0;\n"
+                     "cp.async.cg.shared.global.L2::256B [%0], [%1], 16, zeros;}"
+                     ::"r"(to), "l"(from), "r"(int(zeros)) : "memory");
+}
+
 // Starts a copy of 8 bytes.
 __device__ __forceinline__ void copy_8(u32 to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
@@ -29,13 +42,6 @@ __device__ __forceinline__ void copy_8(u32 to, const void* from) {
 // Starts a copy of 4 bytes.
 __device__ __forceinline__ void copy_4(u32 to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
-
-// The same 16 bytes, or zeros.
-__device__ __forceinline__ void copy_16_or_zeros(u32 to, const void* from, bool zeros) {
-    asm volatile("{.reg .pred zeros; setp.ne.b32 zeros, %2, 0;\n"
-                 "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, zeros;}"
-                 ::"r"(to), "l"(from), "r"(int(zeros)) : "memory");
 }
 
 // Starts to fetch a line of 128 bytes into L2.

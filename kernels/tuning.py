@@ -36,7 +36,8 @@ class Tile(NamedTuple):
 class WarpTile(NamedTuple):
     """Of int8_linear/mma.cu: a warp has `warp_l` rows and `warp_n` columns of a program's tile.
 
-    `stages` steps of `step` bytes of k are in shared memory; `programs` share a multiprocessor.
+    `stages` steps of `step` bytes of k are in shared memory, of w alone where no two warps share
+    rows of x: there a step of x is. `programs` share a multiprocessor.
     """
 
     warps_l: int
@@ -151,7 +152,8 @@ INT8_LINEAR: dict[Card, dict[str, Tile]] = {
 }
 
 # The same by mma.sync, on all cards but those of data centers since Hopper. A multiprocessor reads
-# 128 bytes of shared memory a cycle: the larger a warp's part, the fewer it needs for a product.
+# 128 bytes of shared memory a cycle: the larger a warp's part, the fewer it needs for a product. By
+# blocks warps that share no rows of x wait less for one another, which is worth a fourth more.
 # sm_80 has 163 KB of shared memory a block, the others 99 KB. The fastest of those that were tried
 # on an H100 that plays these cards, see tests/benchmarks/NOTES.md.
 MMA_LINEAR: dict[Card, dict[str, WarpTile]] = {

@@ -2,8 +2,8 @@
 //
 // A persistent program takes one tile of TILE_L x TILE_N after another, a warp WARP_L x WARP_N of
 // it. Steps of STEP bytes of k are copied some steps ahead, across the ends of tiles: the next tile's
-// first steps arrive while this one is finished. So the loop over steps is several, those that copy
-// this tile's and those that copy the next one's, none with a branch. What comes next is read from
+// first steps arrive while this one is finished. So the loop over steps runs in parts, that copy this
+// tile's and that copy the next one's, and does not ask at each step. What comes next is read from
 // shared memory while products are under way, and copies are started behind it: it must not wait for
 // them.
 //
@@ -30,14 +30,15 @@ constexpr int BLOCK = 128;  // rows and columns that share a scale if BLOCKS
 // All threads copy 16 bytes each, this many rows.
 constexpr int CHUNKS = STEP / 16;
 constexpr int COPY_ROWS = THREADS / CHUNKS;
+constexpr int X_COPIES = TILE_L / COPY_ROWS;
 constexpr int W_COPIES = TILE_N / COPY_ROWS;
 constexpr int DEPTHS = STEP / 32;                 // products along a step
 constexpr int ROWS = WARP_L / 16;                 // products along a warp's rows
 // Whether w's columns are copied in the order that `store` wants, or threads trade them there. That
 // costs a tile's end, but the assembler orders the loops over k better: by measurement, each is the
-// faster one where it is. So it is with the bytes of a row that come into L2 at a time, unless BLOCKS.
+// faster one where it is. So it is with the bytes of a row that come into L2 at a time.
 constexpr bool IN_ORDER = BLOCKS || !SQUARES;
-constexpr int FETCHED = RESIDUAL ? 128 : 256;
+constexpr int FETCHED = BLOCKS || RESIDUAL ? 128 : 256;
 // Programs that begin at once end their tiles at once, all asking memory for what they add and write.
 // With a scale for each row they begin within so many cycles.
 constexpr u32 APART = BLOCKS ? 0 : 8000;
@@ -113,9 +114,9 @@ __device__ __forceinline__ Tile tile_of(int index, const Operands& o) {
     return {index / each, (first + in_group % many) * TILE_L, in_group / many * TILE_N};
 }
 
-// The steps of a tile. So many at least that copies are never two tiles ahead, nor warps.
+// The steps of a tile. So many at least that copies are never two tiles ahead.
 __device__ __forceinline__ int steps(const Operands& o) {
-    return max(parts(o.k, STEP), STAGES + (BLOCKS ? 4 : 1));
+    return max(parts(o.k, STEP), STAGES + 1);
 }
 
 // ---- copies ----
@@ -130,6 +131,65 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
 __device__ __forceinline__ int column_of(int row) {
     return IN_ORDER ? row / 32 * 32 + row % 8 / 2 * 8 + row / 8 % 4 * 2 + row % 2 : row;
 }
+
+// Rows from one of those that a thread copies of x to the next. If BLOCKS they are its warp's.
+constexpr int X_APART = BLOCKS ? 4 : COPY_ROWS;
+
+// What a thread copies of x and w: a chunk of some rows.
+struct Copies {
+    u32 to_x, to_w;     // places in a stage
+    const i8 *x, *w;    // of its first row and column, at the step that is copied next
+    int rows, columns;  // from these to the last
+    int k_x, k_w;       // from that step's chunk to the end; unless BLOCKS k_x is both
+};
+
+__device__ __forceinline__ int own_row() {
+    return BLOCKS ? threadIdx.x / 32 * WARP_L + threadIdx.x % 32 / CHUNKS : threadIdx.x / CHUNKS;
+}
+
+// 32 bits hold the distance from a tensor's first byte, see `unfit` in mma.py. That of a row beyond the
+// last may not fit, but is not read.
+__device__ __forceinline__ void turn_x(Copies& copies, const Tile& tile, const Operands& o) {
+    int k = threadIdx.x % CHUNKS * 16, row = tile.row + own_row();
+    copies.x = o.x + (u32(tile.sample) * o.x_b + u32(row) * o.x_l + k);
+    copies.rows = o.length - row, copies.k_x = o.k - k;
+}
+
+__device__ __forceinline__ void turn_w(Copies& copies, const Tile& tile, const Operands& o) {
+    int k = threadIdx.x % CHUNKS * 16, column = tile.column + column_of(threadIdx.x / CHUNKS);
+    copies.w = o.w + (u32(column) * o.w_n + k);
+    copies.columns = o.n - column, copies.k_w = o.k - k;
+}
+
+// So many bytes on, from one address to the next: the compiler would multiply for each.
+__device__ __forceinline__ const i8* further(const i8* from, u32 bytes) {
+    from += bytes;
+    asm("" : "+l"(from));
+    return from;
+}
+
+// Part `part` of a step, all threads a chunk each; `from` goes on to the next. What lies beyond the last
+// row and k is 0. Four rows on, `swizzled` gives other banks.
+__device__ __forceinline__ void copy_x(
+    const Copies& copies, const i8*& from, u32 stage, int part, const Operands& o
+) {
+    u32 to = BLOCKS && part % 2 ? copies.to_x ^ 64 : copies.to_x;
+    copy_16_or_zeros<FETCHED>(stage + to + part * X_APART * STEP, from,
+                              !(copies.k_x > 0 && copies.rows > X_APART * part));
+    from = further(from, X_APART * u32(o.x_l));
+}
+
+__device__ __forceinline__ void copy_w(
+    const Copies& copies, const i8*& from, u32 stage, int part, const Operands& o
+) {
+    int k = BLOCKS ? copies.k_w : copies.k_x;
+    copy_16_or_zeros<FETCHED>(stage + copies.to_w + part * COPY_ROWS * STEP, from,
+                              !(k > 0 && copies.columns > COPY_ROWS * part));
+    from = further(from, COPY_ROWS * u32(o.w_n));
+}
+
+__device__ __forceinline__ void next_x(Copies& copies) { copies.x += STEP, copies.k_x -= STEP; }
+__device__ __forceinline__ void next_w(Copies& copies) { copies.w += STEP, copies.k_w -= STEP; }
 
 // What `store` needs of the tile's rows and columns.
 __device__ __forceinline__ void copy_factors(Shared& shared, const Tile& tile, const Operands& o) {
@@ -190,7 +250,6 @@ __device__ __forceinline__ void load_x(
 
 #if BLOCKS
 
-constexpr int OWN_COPIES = WARP_L / 4;
 constexpr int COLUMNS = 16;  // of w that a warp takes at once
 constexpr int GROUPS = WARP_N / COLUMNS;
 constexpr int AHEAD = 3;     // steps that w is copied ahead
@@ -200,60 +259,6 @@ static_assert(AHEAD < STAGES);
 constexpr int GROUP_X = 2, GROUP_W = 3;
 
 typedef float Sums[ROWS][WARP_N / 8][4];
-
-// What a thread copies of x and w, a chunk of some rows: those of x are the warp's own.
-struct Copies {
-    u32 to_x, to_w;     // their places
-    const i8 *x, *w;    // of its first row and column, at the step that is copied next
-    int rows, columns;  // from these to the last
-    int k_x, k_w;       // from that step's chunk to the end
-};
-
-// x and w turn to the next tile at different steps.
-__device__ __forceinline__ void turn_x(Copies& copies, const Tile& tile, const Operands& o) {
-    int k = threadIdx.x % CHUNKS * 16;
-    int row = tile.row + threadIdx.x / 32 * WARP_L + threadIdx.x % 32 / 8;
-    copies.x = o.x + (u32(tile.sample) * o.x_b + u32(row) * o.x_l + k);
-    copies.rows = o.length - row, copies.k_x = o.k - k;
-}
-
-__device__ __forceinline__ void turn_w(Copies& copies, const Tile& tile, const Operands& o) {
-    int k = threadIdx.x % CHUNKS * 16, column = tile.column + column_of(threadIdx.x / CHUNKS);
-    copies.w = o.w + (u32(column) * o.w_n + k);
-    copies.columns = o.n - column, copies.k_w = o.k - k;
-}
-
-// So many bytes on, from one address to the next: the compiler would multiply for each.
-__device__ __forceinline__ const i8* further(const i8* from, u32 bytes) {
-    from += bytes;
-    asm("" : "+l"(from));
-    return from;
-}
-
-// A step of x, four of the warp's rows at a time: those of two parts are eight, which `swizzled` tells
-// apart. What lies beyond the last row and k is 0.
-__device__ __forceinline__ void copy_x(const Copies& copies, u32 stage, const Operands& o) {
-    const i8* from = copies.x;
-#pragma unroll
-    for (int part = 0; part < OWN_COPIES; part++) {
-        copy_16_or_zeros(stage + (part % 2 ? copies.to_x ^ 64 : copies.to_x) + part * 4 * STEP, from,
-                         !(copies.k_x > 0 && copies.rows > 4 * part));
-        from = further(from, 4 * o.x_l);
-    }
-}
-
-__device__ __forceinline__ void copy_w(const Copies& copies, u32 stage, const Operands& o) {
-    const i8* from = copies.w;
-#pragma unroll
-    for (int part = 0; part < W_COPIES; part++) {
-        copy_16_or_zeros(stage + copies.to_w + part * COPY_ROWS * STEP, from,
-                         !(copies.k_w > 0 && copies.columns > COPY_ROWS * part));
-        from = further(from, COPY_ROWS * o.w_n);
-    }
-}
-
-__device__ __forceinline__ void next_x(Copies& copies) { copies.x += STEP, copies.k_x -= STEP; }
-__device__ __forceinline__ void next_w(Copies& copies) { copies.w += STEP, copies.k_w -= STEP; }
 
 // Half a step of sixteen of the warp's columns.
 __device__ __forceinline__ void load_w(
@@ -265,12 +270,18 @@ __device__ __forceinline__ void load_w(
 }
 
 __device__ __forceinline__ void start(Shared& shared, Copies& copies, const Operands& o) {
-    copy_x(copies, shared_address(shared.x), o);
+    const i8* from = copies.x;
+#pragma unroll
+    for (int part = 0; part < X_COPIES; part++)
+        copy_x(copies, from, shared_address(shared.x), part, o);
     copy_commit();
     next_x(copies);
 #pragma unroll
     for (int place = 0; place < AHEAD; place++) {
-        copy_w(copies, shared_address(shared.w[place]), o);
+        from = copies.w;
+#pragma unroll
+        for (int part = 0; part < W_COPIES; part++)
+            copy_w(copies, from, shared_address(shared.w[place]), part, o);
         next_w(copies);
         barrier_arrive_behind_copies(shared_address(&shared.full[place]));
     }
@@ -338,7 +349,7 @@ __device__ __forceinline__ void multiply(
     u32 full = shared_address(shared.full), empty = shared_address(shared.empty);
     u32 stage = all_w + now.place * w_bytes, following = 0;
     float scale = 0, scales = load_scales(tile, 0, o);  // of this step, and of 32
-    int step = 0;                                       // whose sums begin
+    int step = 0;                                       // so many have begun
     u32 x[ROWS][DEPTHS][4], w[2][2][4];
     auto products = [&](int group, bool last) {
         u32 from = last ? following : stage;
@@ -373,12 +384,17 @@ __device__ __forceinline__ void multiply(
         for (int group = 0; group + 1 < GROUPS; group++) {
             if (group == GROUP_X) {
                 __syncwarp();
-                copy_x(copies, all_x, o);
+                const i8* from = copies.x;
+#pragma unroll
+                for (int part = 0; part < X_COPIES; part++) copy_x(copies, from, all_x, part, o);
                 copy_commit();
             }
             if (group == GROUP_W) {
                 barrier_wait(empty + 8 * to, read);
-                copy_w(copies, all_w + to * w_bytes, o);
+                const i8* from = copies.w;
+#pragma unroll
+                for (int part = 0; part < W_COPIES; part++)
+                    copy_w(copies, from, all_w + to * w_bytes, part, o);
                 barrier_arrive_behind_copies(full + 8 * to);
             }
             products(group, false);
@@ -428,55 +444,30 @@ __device__ __forceinline__ void multiply(
 
 #else
 
-constexpr int X_COPIES = TILE_L / COPY_ROWS;
 constexpr int PENDING = STAGES - 2;  // steps on their way when the next one is there
 
-// What a thread copies of x and w: a chunk of some rows.
-struct Copies {
-    u32 to;  // its place in a stage
-    u32 x;   // the sample's first row, from o.x
-    int row, column;
+// Where a step's copies have come to.
+struct From {
+    const i8 *x, *w;
 };
-
-__device__ __forceinline__ void turn_copies(Copies& copies, const Tile& tile, const Operands& o) {
-    copies.x = u32(tile.sample) * o.x_b;
-    copies.row = tile.row + threadIdx.x / CHUNKS;
-    copies.column = tile.column + column_of(threadIdx.x / CHUNKS);
-}
-
-// Rows beyond the end are the last one again, k beyond the end is 0. 32 bits hold the distance from
-// a tensor's first byte, see `unfit` in mma.py: those of an address would cost registers.
-__device__ __forceinline__ void copy_x(
-    const Copies& copies, u32 stage, int step, int part, const Operands& o
-) {
-    int k = step * STEP + threadIdx.x % CHUNKS * 16;
-    int row = min(copies.row + part * COPY_ROWS, o.length - 1);
-    copy_16<FETCHED>(stage + copies.to + part * COPY_ROWS * STEP,
-                     o.x + (copies.x + u32(row) * o.x_l + k), max(min(o.k - k, 16), 0));
-}
-
-__device__ __forceinline__ void copy_w(
-    const Copies& copies, u32 stage, int step, int part, const Operands& o
-) {
-    int k = step * STEP + threadIdx.x % CHUNKS * 16;
-    int column = min(copies.column + part * COPY_ROWS, o.n - 1);
-    copy_16<FETCHED>(stage + copies.to + part * COPY_ROWS * STEP,
-                     o.w + (u32(column) * o.w_n + k), max(min(o.k - k, 16), 0));
-}
 
 // MANY of the parts of a step's copies, from `first` on: those of x, then those of w.
 template <int MANY>
 __device__ __forceinline__ void copy_parts(
-    const Copies& copies, u32 stage, int step, int first, const Operands& o
+    const Copies& copies, From& from, u32 stage, int first, const Operands& o
 ) {
 #pragma unroll
-    for (int i = 0; i < MANY; i++) {
-        int part = first + i;
+    for (int part = first; part < first + MANY; part++) {
         if (part < X_COPIES)
-            copy_x(copies, stage, step, part, o);
+            copy_x(copies, from.x, stage, part, o);
         else if (part < X_COPIES + W_COPIES)
-            copy_w(copies, stage + TILE_L * STEP, step, part - X_COPIES, o);
+            copy_w(copies, from.w, stage, part - X_COPIES, o);
     }
+}
+
+__device__ __forceinline__ void next_step(Copies& copies) {
+    next_x(copies);
+    next_w(copies);
 }
 
 __device__ __forceinline__ int after(int slot) { return slot + 1 == STAGES ? 0 : slot + 1; }
@@ -490,7 +481,8 @@ __device__ __forceinline__ u32 stage_address(const Shared& shared, int slot) {
 __device__ __forceinline__ void turn_to_next(
     Copies& copies, Shared& shared, int turn, const Operands& o
 ) {
-    turn_copies(copies, shared.tiles[next_turn(turn)], o);
+    turn_x(copies, shared.tiles[next_turn(turn)], o);
+    turn_w(copies, shared.tiles[next_turn(turn)], o);
     copy_factors(shared, shared.tiles[turn], o);
     if (RESIDUAL) fetch_residual(shared.tiles[turn], o);
 }
@@ -511,11 +503,13 @@ __device__ __forceinline__ void load_w(
     load_matrices(w, stage + (at.w ^ 32 * depth) + pair * 16 * STEP);
 }
 
-__device__ __forceinline__ void start(Shared& shared, const Copies& copies, const Operands& o) {
+__device__ __forceinline__ void start(Shared& shared, Copies& copies, const Operands& o) {
 #pragma unroll
     for (int step = 0; step < STAGES - 1; step++) {
-        copy_parts<X_COPIES + W_COPIES>(copies, stage_address(shared, step), step, 0, o);
+        From from = {copies.x, copies.w};
+        copy_parts<X_COPIES + W_COPIES>(copies, from, stage_address(shared, step), 0, o);
         copy_commit();
+        next_step(copies);
     }
 }
 
@@ -532,17 +526,14 @@ __device__ __forceinline__ void multiply(
 #pragma unroll
     for (int pair = 0; pair < pairs; pair++) load_w(w[pair], stage, at, pair, 0);
     load_x(x[0], stage, at, 0, 0);
-    int copied = STAGES - 1;  // the step that is copied
 #pragma unroll 1
     for (int part = 0; part < 2; part++) {  // copies of this tile, then of the next
         int many = part ? STAGES - 1 : steps(o) - (STAGES - 1);
-        if (part) {
-            copied = 0;
-            turn_to_next(copies, shared, turn, o);
-        }
+        if (part) turn_to_next(copies, shared, turn, o);
 #pragma unroll 1
-        for (int step = 0; step < many; step++, copied++) {
+        for (int step = 0; step < many; step++) {
             u32 to = stage_address(shared, before(slot));
+            From from = {copies.x, copies.w};
 #pragma unroll
             for (int i = 0; i < turns; i++) {
                 int depth = i / ROWS, m = i % ROWS;
@@ -552,7 +543,10 @@ __device__ __forceinline__ void multiply(
                     slot = after(slot);
                     stage = stage_address(shared, slot);
                 }
-                if (m == ROWS / 2) copy_parts<at_once>(copies, to, copied, depth * at_once, o);
+                if (m == ROWS / 2) {
+                    copy_parts<at_once>(copies, from, to, depth * at_once, o);
+                    if (depth + 1 == DEPTHS) next_step(copies);
+                }
 #pragma unroll
                 for (int j = 0; j < pairs; j++) {
                     int pair = m % 2 ? pairs - 1 - j : j;
@@ -786,17 +780,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
     }
     __syncthreads();
     Copies copies;
-#if BLOCKS
-    copies.to_w = swizzled(threadIdx.x / CHUNKS, threadIdx.x % CHUNKS);
-    copies.to_x = swizzled(threadIdx.x / 32 * WARP_L + threadIdx.x % 32 / 8, threadIdx.x % CHUNKS);
+    int chunk = threadIdx.x % CHUNKS;
+    copies.to_x = swizzled(own_row(), chunk);
+    copies.to_w = (BLOCKS ? 0 : TILE_L * STEP) + swizzled(threadIdx.x / CHUNKS, chunk);
     turn_x(copies, shared.tiles[0], o);
     turn_w(copies, shared.tiles[0], o);
     start(shared, copies, o);
+#if BLOCKS
     Turn slot = {0, 0};
 #else
-    copies.to = swizzled(threadIdx.x / CHUNKS, threadIdx.x % CHUNKS);
-    turn_copies(copies, shared.tiles[0], o);
-    start(shared, copies, o);
     copy_wait<PENDING>();
     __syncthreads();
     int slot = 0;
@@ -821,6 +813,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
             store<false, false>(sums, shared, shared.tiles[turn], o);
         turn = next;
     }
-    if (BLOCKS) copy_commit();
+#if BLOCKS
+    // No copy and no arrival may come when the program is over.
+    copy_commit();
+    for (int i = 1; i < AHEAD; i++) {
+        int place = slot.place + i, around = place >= STAGES;
+        barrier_wait(shared_address(&shared.full[place - around * STAGES]), slot.parity ^ around);
+    }
+#endif
     copy_wait<0>();
 }

@@ -20,7 +20,7 @@ def unfit(x_q: Tensor, x_scale: Tensor, w_q: Tensor, *rest: Tensor | None) -> st
     """Why the kernel cannot compute this linear, in either granularity; None where it can."""
     if max(map(_bytes_spanned, (x_q, w_q))) > 2**32:
         return "x or w spans more than 4 GiB"
-    if x_scale.ndim == 3 and x_q.shape[-1] % 16:  # by blocks whole 16 bytes are copied, or zeros
+    if x_q.shape[-1] % 16:  # whole 16 bytes are copied, or zeros
         return "K is not a multiple of 16"
     return hopper.unfit(x_q, x_scale, w_q, *rest)  # the same rows, columns and epilogues
 
@@ -82,13 +82,15 @@ def linear_and_squares(*operands: Tensor | None) -> tuple[Tensor, Tensor | None]
 
 
 def shared_bytes(tile: tuning.WarpTile, by_blocks: bool) -> int:
-    """mma.cu's Shared: the stages, gates and bias, scales and three tiles' places."""
-    rows, columns = tile.rows, tile.columns
-    if by_blocks:  # one place for x, two barriers for each of w; scales stay in registers
-        stages, scales = rows * tile.step + tile.stages * (columns * tile.step + 16), 3
-    else:
-        stages, scales = tile.stages * (rows + columns) * tile.step, rows + columns
-    return stages + 6 * columns + 4 * scales + 36
+    """mma.cu's Shared: the places of x and w, gates and bias, scales and three tiles' places."""
+    rows, columns, step = tile.rows, tile.columns, tile.step
+    if by_blocks:  # one place for x, for w `stages` with two barriers each; 8 bytes align all
+        return _up_to_8(rows * step + tile.stages * (columns * step + 16) + 6 * columns + 44)
+    return tile.stages * (rows + columns) * step + 6 * columns + 4 * (rows + columns) + 36
+
+
+def _up_to_8(size: int) -> int:
+    return -(-size // 8) * 8
 
 
 def constants(

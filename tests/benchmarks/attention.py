@@ -33,7 +33,7 @@ from turbodiffusion_pack.kernels.sparse_attention import PV_DTYPES
 
 SHAPES = {"14B-720P": (40, 75600), "14B-480P": (40, 32760), "1.3B-480P": (12, 32760)}
 DIM, BLOCK_K = 128, 64
-SQUARED = 64  # columns of which a linear by mma.sync gives the sums of squares; Hopper's 256
+SQUARED = 64  # columns of which a linear of rows by mma.sync gives the sums; Hopper's 256
 
 
 def random_inputs(heads: int, length: int) -> tuple:

@@ -52,14 +52,16 @@ def random_gate(batch, n):
 
 
 # Less than a step and a tile, a bit more, a program's several tiles, columns that end inside of a
-# warp's, and more steps than stages.
+# warp's, more steps than stages, and such that copies turn to the next tile where scales are read.
 SHAPES = (
     (1, 1, 16, 8),
     (1, 129, 144, 264),
     (1, 20001, 272, 1528),
     (3, 4000, 1536, 1536),
     (2, 255, 5120, 200),
-    (1, 700, 200, 136),
+    (1, 700, 208, 136),
+    (1, 300, 4224, 136),
+    (1, 300, 4480, 136),
 )
 
 
@@ -69,13 +71,7 @@ SHAPES = (
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_equals_the_reference(granularity, dtype, epilogue, batch, length, k, n, by_mma):
-    if granularity == "blocks":
-        k -= k % 16  # others are left to Triton
-    x_q, *scales_and_w = random_operands(batch, length, k, n, granularity)
-    # Rows of 16 bytes' steps whatever K is.
-    x_q = torch.nn.functional.pad(x_q, (0, -k % 16))[..., :k]
-    scales_and_w[1] = torch.nn.functional.pad(scales_and_w[1], (0, -k % 16))[:, :k]
-    operands = x_q, *scales_and_w
+    operands = random_operands(batch, length, k, n, granularity)
     options = {"out_dtype": dtype}
     if "gate" in epilogue:
         options["gate"] = random_gate(batch, n)
@@ -130,15 +126,16 @@ def test_sums_of_a_block_are_exact_at_their_largest(by_mma):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("batch", "length", "n"), [(1, 1, 384), (2, 129, 1152), (3, 4001, 1536)])
+@pytest.mark.parametrize(("batch", "length", "warps"), [(1, 1, 3), (2, 129, 9), (3, 4001, 24)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_adds_up_the_squares_of_rows(granularity, dtype, batch, length, n, by_mma):
+def test_adds_up_the_squares_of_rows(granularity, dtype, batch, length, warps, by_mma):
+    columns = tuning.linear_tile(CARD, granularity == "blocks").warp_n
+    n = warps * columns
     operands = random_operands(batch, length, 1536, n, granularity)
     bias = torch.randn(n, device=DEVICE, dtype=dtype)
     y, squares = int8_linear_and_squares(*operands, bias, dtype)
-    columns = tuning.linear_tile(CARD, granularity == "blocks").warp_n
-    assert squares.shape == (batch, n // columns, length)
+    assert squares.shape == (batch, warps, length)
     assert torch.equal(y, int8_linear(*operands, bias, dtype))
     expected = y.double().square().unflatten(2, (-1, columns)).sum(-1).mT
     # Of what is not rounded yet: a square is off by eps at most.
@@ -192,24 +189,28 @@ def test_what_32_bits_do_not_reach_is_left_to_triton(samples):
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_blocks_of_whole_16_bytes_alone(granularity):
-    blocks = granularity == "blocks"
-    x, w = (zeros(*rows, 208, dtype=torch.int8)[..., :200] for rows in ((1, 64), (8,)))
-    x_scale, w_scale = (zeros(1, 1, 2), zeros(1, 2)) if blocks else (zeros(1, 64), zeros(8))
-    out = zeros(1, 64, 8, dtype=torch.bfloat16)
-    found = mma.unfit(x, x_scale, w, w_scale, None, None, None, out)
-    assert found == ("K is not a multiple of 16" if blocks else None)
+def test_k_of_whole_16_bytes_alone(granularity):
+    x, w = (zeros(*rows, 208, dtype=torch.int8) for rows in ((1, 64), (8,)))
+    by_blocks = granularity == "blocks"
+    x_scale, w_scale = (zeros(1, 1, 2), zeros(1, 2)) if by_blocks else (zeros(1, 64), zeros(8))
+    rest = None, None, None, zeros(1, 64, 8, dtype=torch.bfloat16)
+    assert mma.unfit(x, x_scale, w, w_scale, *rest) is None
+    found = mma.unfit(x[..., :200], x_scale, w[:, :200], w_scale, *rest)
+    assert found == "K is not a multiple of 16"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_reads_no_row_beyond_the_last(granularity, by_mma):
-    """Which would be 128 MB further on, where nothing is."""
-    x_q, *scales_and_w = random_operands(1, 1, 272, 264, granularity)
-    far = x_q.as_strided((1, 1, 272), (2**27, 2**27, 1))
-    expected = int8_linear(x_q, *scales_and_w, backend="reference")
-    y = int8_linear(far, *scales_and_w)
+    """Rows are 16 MB apart: beyond the last there is no memory."""
+    apart = 2**24
+    x_q, x_scale, w_q, w_scale = random_operands(1, 1, 272, 8, granularity)
+    far_x = x_q.as_strided((1, 1, 272), (apart, apart, 1))
+    far_w = torch.zeros(7 * apart + 272, dtype=torch.int8, device=DEVICE)
+    far_w = far_w.as_strided((8, 272), (apart, 1)).copy_(w_q)
+    y = int8_linear(far_x, x_scale, far_w, w_scale)
     torch.cuda.synchronize()
+    expected = int8_linear(x_q, x_scale, w_q, w_scale, backend="reference")
     assert goldens.relative_error(y, expected) <= 1e-3
 
 

@@ -124,7 +124,7 @@ def run_apart(length: int, granularity: str, model: Model) -> None:
     # A tensor map cannot address such rows.
     odd = tensor(1, length, model.dim + 8, dtype=torch.int8)[..., : model.dim]
     int8_linear(odd, scale, *weight, tensor(model.dim), **common)
-    for columns in (64, 256):  # by mma.sync, on Hopper
+    for columns in (64, 128, 256):  # by mma.sync with scales of rows, of blocks; on Hopper
         norms_of_squares(vectors(1, model.dim // columns, length), model.dim, **common)
 
 
