@@ -53,10 +53,12 @@ static_assert(WARP_N % 32 == 0);  // for `store`
 static_assert(!BLOCKS || (STEP == BLOCK && BLOCK % WARP_L == 0 && BLOCK % WARP_N == 0));
 static_assert(!BLOCKS || WARPS_N == 1);
 
+#if !BLOCKS
 struct Stage {
     i8 x[TILE_L * STEP];  // [TILE_L, STEP], swizzled
     i8 w[TILE_N * STEP];  // [TILE_N, STEP], swizzled, its rows in the order of `column_of`
 };
+#endif
 
 struct Tile {
     int sample, row, column;
@@ -665,7 +667,6 @@ __device__ __forceinline__ void store(
                 int in_tile = first_row + 16 * m + 8 * half, row = tile.row + in_tile;
 #endif
                 float scale = BLOCKS ? 1.0f : shared.row_scale[in_tile];
-                if (WITH_RESIDUAL && !IN_ORDER) transpose(y[half]);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     auto& sum = sums[m + half / 2][4 * group + j];

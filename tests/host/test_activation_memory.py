@@ -136,7 +136,7 @@ def in_cuda(request, on_meta, monkeypatch):
 
 def _and_squares(*operands):
     """The linear of GPUs, which takes memory for the squares of rows: a number of 64 columns by
-    mma.sync, of 256 on Hopper."""
+    mma.sync, of 128 by blocks, of 256 on Hopper."""
     batch, length, n = operands[-1].shape
     return operands[-1], meta(batch, n // 64, length)
 
