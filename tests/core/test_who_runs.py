@@ -615,6 +615,19 @@ def test_a_card_of_mma_declines_a_linear_that_32_bits_do_not_reach(hopper, monke
     assert line.endswith(TOO_FAR)
 
 
+ODD_K = "K is not a multiple of 16"
+
+
+def test_a_card_of_mma_declines_a_linear_of_an_odd_k(hopper, monkeypatch):
+    _pretend(monkeypatch, (8, 9))
+    x, w = torch.zeros(1, 130, 256, dtype=torch.int8), weight(256)
+    assert told(lambda: linear(x_q=x[..., :240], w_q=w[:, :240]))[0] == CUDA
+    dispatch.say_once.cache_clear()
+    launched, line = told(lambda: linear(x_q=x[..., :250], w_q=w[:, :250]))
+    assert launched == TRITON
+    assert line.endswith(ODD_K)
+
+
 def test_every_op_and_every_declared_refusal_is_here():
     kernels = [m for n, m in sys.modules.items() if n.startswith("turbodiffusion_pack.kernels.")]
     sources = {inspect.getsource(module) for module in kernels if hasattr(module, "choose")}
@@ -623,7 +636,7 @@ def test_every_op_and_every_declared_refusal_is_here():
     functions = [module.unfit for module in kernels if hasattr(module, "unfit")]
     functions += [checks.not_contiguous, checks.float32_on_gpu, derivatives.no_gradients]
     functions += [rope._odd_head_dim, sparse_attention._no_fp8]
-    shown = [TOO_FAR, *WEIGHTS, *(reason for _, _, reason, _ in REFUSALS)]
+    shown = [TOO_FAR, ODD_K, *WEIGHTS, *(reason for _, _, reason, _ in REFUSALS)]
     for declared in (reason for function in functions for reason in _reasons(function)):
         assert any(_fits(declared, reason) for reason in shown), declared
 
