@@ -32,8 +32,8 @@ constexpr int CHUNKS = STEP / 16;
 constexpr int COPY_ROWS = THREADS / CHUNKS;
 constexpr int X_COPIES = TILE_L / COPY_ROWS;
 constexpr int W_COPIES = TILE_N / COPY_ROWS;
-constexpr int DEPTHS = STEP / 32;                 // products along a step
-constexpr int ROWS = WARP_L / 16;                 // products along a warp's rows
+constexpr int DEPTHS = STEP / 32;  // products along a step
+constexpr int ROWS = WARP_L / 16;  // products along a warp's rows
 // Whether w's columns are copied in the order that `store` wants, or threads trade them there. That
 // costs a tile's end, but the assembler orders the loops over k better: by measurement, each is the
 // faster one where it is. So it is with the bytes of a row that come into L2 at a time.
@@ -254,7 +254,7 @@ __device__ __forceinline__ void load_x(
 
 constexpr int COLUMNS = 16;  // of w that a warp takes at once
 constexpr int GROUPS = WARP_N / COLUMNS;
-constexpr int AHEAD = 3;     // steps that w is copied ahead
+constexpr int AHEAD = 3;  // steps that w is copied ahead
 static_assert(AHEAD < STAGES);
 // Before which groups of columns a step of x and one of w are copied. x's place is free when all of
 // it is in registers.
