@@ -1,4 +1,4 @@
-// What all CUDA kernels share: types, addresses in shared memory, arithmetic.
+// What all CUDA kernels share: types, shared memory, arithmetic.
 
 #pragma once
 
@@ -9,6 +9,23 @@ typedef signed char i8;
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;"
+                 ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+
+// Whether the barrier's phase of this parity is over; that before the first one has parity 1.
+__device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
+    u32 passed;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n" : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
+    return passed;
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

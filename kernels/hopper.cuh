@@ -4,11 +4,6 @@
 
 // ---- barriers in shared memory ----
 
-__device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;"
-                 ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-
 __device__ __forceinline__ void barrier_expect(u64* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
                  ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
@@ -31,14 +26,7 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
 }
 
 __device__ __forceinline__ bool barrier_passed(u64* barrier, u32 parity) {
-    u32 passed;
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, done;\n"
-        "}\n" : "=r"(passed) : "r"(shared_address(barrier)), "r"(parity) : "memory");
-    return passed;
+    return barrier_passed(shared_address(barrier), parity);
 }
 
 // Swizzled tiles start at multiples of 1024 bytes, which dynamic shared memory need not.

@@ -9,19 +9,14 @@ __device__ __forceinline__ void copy_16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// The same of the first `bytes` of them, 0 to 16; the others become 0. FETCHED bytes come from memory
-// into L2, 128 or 256, of which the rest is copied soon.
-template <int FETCHED = 128>
+// The same of the first `bytes` of them, 0 to 16; the others become 0. 128 bytes come from memory into
+// L2, of which the rest is copied soon.
 __device__ __forceinline__ void copy_16(u32 to, const void* from, int bytes) {
-    if (FETCHED == 128)
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                     ::"r"(to), "l"(from), "r"(bytes) : "memory");
-    else
-        asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;"
-                     ::"r"(to), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// The same 16 bytes, or zeros, and then nothing is read.
+// The same 16 bytes, or zeros, and then nothing is read. FETCHED bytes come into L2, 128 or 256.
 template <int FETCHED>
 __device__ __forceinline__ void copy_16_or_zeros(u32 to, const void* from, bool zeros) {
     if (FETCHED == 128)
@@ -60,10 +55,6 @@ template <int PENDING> __device__ __forceinline__ void copy_wait() {
 
 // ---- barriers in shared memory, by their addresses ----
 
-__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}"
                  ::"r"(barrier) : "memory");
@@ -74,13 +65,8 @@ __device__ __forceinline__ void barrier_arrive_behind_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// Until the barrier's phase of this parity is over; that before the first one has parity 1.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    u32 over;
-    do
-        asm volatile("{.reg .pred over; mbarrier.test_wait.parity.shared.b64 over, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, over;}" : "=r"(over) : "r"(barrier), "r"(parity) : "memory");
-    while (!over);
+    while (!barrier_passed(barrier, parity));
 }
 
 // Four matrices of eight rows of 16 bytes: lane l names row l % 8 of matrix l / 8, and gets of

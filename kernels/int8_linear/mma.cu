@@ -774,8 +774,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) int8_linear(
 #if BLOCKS
         shared.tiles[1] = tile_of(blockIdx.x + gridDim.x, o);
         for (int i = 0; i < STAGES; i++) {
-            barrier_init(shared_address(&shared.full[i]), THREADS);
-            barrier_init(shared_address(&shared.empty[i]), THREADS / 32);
+            barrier_init(&shared.full[i], THREADS);
+            barrier_init(&shared.empty[i], THREADS / 32);
         }
 #endif
     }
