@@ -176,6 +176,13 @@ __device__ __forceinline__ u32 min_of_pairs(u32 x, u32 y, bool bf16) {
     return smaller;
 }
 
+// Of two pairs of float16.
+__device__ __forceinline__ u32 sum_of_pairs(u32 x, u32 y) {
+    u32 sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(x), "r"(y));
+    return sum;
+}
+
 // Four numbers as e4m3, the first in the lowest byte; sm_89 and newer.
 __device__ __forceinline__ u32 packed_fp8(float a, float b, float c, float d) {
     u32 packed;

@@ -1,12 +1,12 @@
 // Sparse attention in low bits by mma.sync: int8 q k^T, fp8 or float16 weights and values.
 //
 // A program takes one query block of 128 rows, a warp 32 of them; two programs share a
-// multiprocessor, and the products of one run beside the exponentials of the other. Of a block's
-// scores a warp holds those of 32 keys at a time, then only their weights, in the order in which
-// the next product takes them. The block's values and the next keys are on their way meanwhile.
+// multiprocessor, and the products of one run beside the exponentials of the other. A warp holds
+// all scores of a block, then their weights too, in the order in which the next product takes them.
+// The block's values and the next keys are on their way meanwhile.
 //
-// The queries wait in shared memory and are read again for each block: while weights are multiplied
-// with values, their 32 registers hold what comes next from there.
+// The queries wait in shared memory and are read again for each block, half of their channels at a
+// time, which leaves the scores room in registers.
 //
 // fp8 products, and float16 ones if SHORT_SUMS, add up in float16: consumer cards then multiply at
 // twice the rate. A block's sums stay below the largest float16, see WEIGHT_LIMIT, and join float32
@@ -25,16 +25,20 @@ constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int KEY_BYTES = BLOCK_K * HEAD_DIM;  // of a block
 constexpr int VALUE_BYTES = KEY_BYTES * (FP8 ? 1 : 2);
-constexpr int PART = 32;  // keys whose scores a warp holds at once
-constexpr int PARTS = BLOCK_K / PART;
-constexpr int DEPTHS = FP8 ? 1 : 2;  // products along a part's keys, 32 bytes each
+constexpr int DEPTHS = FP8 ? 2 : 4;        // products along a block's keys, 32 bytes each
+constexpr int HALVES = HEAD_DIM / 64;      // of the channels of queries and keys
+constexpr bool SHORT = FP8 || SHORT_SUMS;  // whether values' products add up in float16
+// Behind which steps of the scores' products the copies of values and of the next keys start: by
+// trial, and never before what the first step reads, which would wait for them.
+constexpr bool LATE = SHORT_SUMS && !FP8 && HALVES == 2;
+constexpr int VALUES_STEP = LATE ? 4 : 0, KEYS_STEP = LATE ? 5 : 0;
 // Lifts the weights in e4m3, which goes from 2^-9 to 448: scores may still exceed their row's
 // row_max by a factor of 2^4.8, so that few blocks raise it.
 constexpr float WEIGHT_SHIFT = 4.0f;
-// What the weights of a part may come to in each of the four threads of a row. Values go to
+// What a block's weights may come to in each of the four threads of a row. Values go to
 // VALUE_LIMIT, rounding adds at most 1/16: a block stays below 65504, the largest float16.
 constexpr float WEIGHT_LIMIT = 448.0f;
-static_assert(PARTS * 4 * WEIGHT_LIMIT * VALUE_LIMIT * 17 / 16 < 65504);
+static_assert(4 * WEIGHT_LIMIT * VALUE_LIMIT * 17 / 16 < 65504);
 // Scores add up on top of the bits of 1.5 * 2^23: read as float32 they are 1.5 * 2^23 + score.
 constexpr int SCORE_ZERO = 0x4B400000;
 constexpr float SCORE_ZERO_VALUE = 12582912.0f;
@@ -46,7 +50,7 @@ struct Shared {
     i8 keys[2][KEY_BYTES];           // [BLOCK_K, HEAD_DIM] of this block and the next, swizzled
     i8 values[VALUE_BYTES];          // [HEAD_DIM, BLOCK_K], swizzled
     float scale[2];                  // of the keys
-    int next[2];                     // number of the block after them: not waited for
+    int next[2];                     // right behind: number of the block after them, not waited for
 };
 
 struct Operands {
@@ -69,10 +73,10 @@ static_assert(OPERANDS_BYTES == sizeof(Operands));
 static_assert(WARPS * 16 * HEAD_DIM * 2 <= sizeof(Shared::queries));
 
 // What a thread holds of its warp's 32 rows, 16 at a time, as products take and leave it.
-typedef u32 Queries[2][HEAD_DIM / 32][4];   // [32, HEAD_DIM] int8
-typedef int Scores[2][PART / 8][4];         // [32, PART]
-typedef u32 Weights[PARTS * DEPTHS][2][4];  // [32, BLOCK_K] e4m3 or float16
-typedef float Sums[2][HEAD_DIM / 8][4];     // [32, HEAD_DIM]
+typedef u32 Queries[2][2][4];            // [32, 64] int8
+typedef int Scores[2][BLOCK_K / 8][4];   // [32, BLOCK_K]
+typedef u32 Weights[DEPTHS][2][4];       // [32, BLOCK_K] e4m3 or float16
+typedef float Sums[2][HEAD_DIM / 8][4];  // [32, HEAD_DIM]
 
 // Where a lane's 16 bytes lie for `load_matrices`: four chunks of eight rows of WIDTH bytes.
 // Rows of 128 bytes have eight chunks, whose second half is 64 bytes away, see `other_half`.
@@ -101,8 +105,9 @@ __device__ __forceinline__ void start_keys(
 ) {
     copy_bytes(shared_address(shared.keys[i % 2]), o.k + block * KEY_BYTES, KEY_BYTES);
     if (threadIdx.x == 0) {
-        copy_4(shared_address(&shared.scale[i % 2]), o.k_scale + block);
-        copy_4(shared_address(&shared.next[i % 2]), selected + min(i + 1, o.count - 1));
+        u32 scale = shared_address(&shared.scale[i % 2]), next = scale + sizeof(shared.scale);
+        copy_4(scale, o.k_scale + block);
+        copy_4(next, selected + min(i + 1, o.count - 1));
     }
 }
 
@@ -120,10 +125,10 @@ __device__ __forceinline__ void start_queries(Shared& shared, const i8* q) {
     }
 }
 
-// This warp's 32 rows of q; `from` is where the lane reads the first 32 bytes of them.
+// 64 channels of this warp's 32 rows of q; `from` is where the lane reads the first 32 of them.
 __device__ __forceinline__ void load_queries(Queries& queries, u32 from) {
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / 32; i++)
+    for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int m = 0; m < 2; m++)
             load_matrices(queries[m][i], (from ^ 32 * i) + m * 16 * HEAD_DIM);
@@ -139,31 +144,35 @@ struct Rows {
 
 // Products come 16 keys or channels and 64 bytes of their rows at a time: four sums grow side by
 // side, as a product waits for the last one of its sum. The next operands are on their way
-// meanwhile. `keep_order` holds back those after them, whose registers others need.
-__device__ __forceinline__ void keep_order() { __syncwarp(); }
+// meanwhile.
 
-// Rows of `step`, each of HALVES times 64 bytes.
-template <int HALVES, int WIDTH>
-__device__ __forceinline__ void load_operands(u32 (&x)[2][4], int step, u32 rows) {
-    u32 from = step % HALVES ? other_half(rows) : rows;
+// 64 bytes of the rows 16 group + {0 .. 15}; `rows` is where the lane reads those of the first.
+template <int WIDTH>
+__device__ __forceinline__ void load_operands(u32 (&x)[2][4], int group, u32 rows) {
 #pragma unroll
-    for (int n = 0; n < 2; n++)
-        load_matrices(x[n], from + (step / HALVES * 2 + n) * 8 * WIDTH);
+    for (int n = 0; n < 2; n++) load_matrices(x[n], rows + (group * 2 + n) * 8 * WIDTH);
 }
 
 // x[m][n][i] is the score of row 16 m + lane / 4 + i / 2 * 8 and key 8 n + 2 (lane % 4) + i % 2.
+// Half of the channels of all keys come first, then the others, whose queries take their registers.
+// `start_values` and `start_keys` start copies, behind steps of their own.
+template <typename Values, typename Keys>
 __device__ __forceinline__ void multiply_keys(
-    Scores& scores, const Queries& queries, u32 keys
+    Scores& scores, u32 q, u32 keys, Values start_values, Keys start_keys
 ) {
-    constexpr int halves = HEAD_DIM / 64, steps = PART / 16 * halves;
+    constexpr int groups = BLOCK_K / 16, steps = groups * HALVES;
     const int zero[4] = {SCORE_ZERO, SCORE_ZERO, SCORE_ZERO, SCORE_ZERO};
     u32 k[2][2][4];
-    load_operands<halves, HEAD_DIM>(k[0], 0, keys);
+    Queries queries[HALVES];
+    load_queries(queries[0], q);
+    load_operands<HEAD_DIM>(k[0], 0, keys);
 #pragma unroll
     for (int step = 0; step < steps; step++) {
-        if (step + 1 < steps)
-            load_operands<halves, HEAD_DIM>(k[(step + 1) % 2], step + 1, keys);
-        keep_order();
+        int half = step / groups, group = step % groups, next = step + 1;
+        if (next < steps)
+            load_operands<HEAD_DIM>(k[next % 2], next % groups,
+                                    next / groups ? other_half(keys) : keys);
+        if (next < steps && next == groups) load_queries(queries[1], other_half(q));
         const u32(&own)[2][4] = k[step % 2];
 #pragma unroll
         for (int i = 0; i < 2; i++)
@@ -171,47 +180,66 @@ __device__ __forceinline__ void multiply_keys(
             for (int n = 0; n < 2; n++)
 #pragma unroll
                 for (int m = 0; m < 2; m++) {
-                    int(&sum)[4] = scores[m][step / halves * 2 + n];
-                    const u32(&q)[4] = queries[m][step % halves * 2 + i];
-                    if (step % halves || i)
-                        mma_int8(sum, q, own[n][2 * i], own[n][2 * i + 1], sum);
+                    int(&sum)[4] = scores[m][group * 2 + n];
+                    const u32(&of)[4] = queries[half][m][i];
+                    if (half || i)
+                        mma_int8(sum, of, own[n][2 * i], own[n][2 * i + 1], sum);
                     else
-                        mma_int8(sum, q, own[n][2 * i], own[n][2 * i + 1], zero);
+                        mma_int8(sum, of, own[n][2 * i], own[n][2 * i + 1], zero);
                 }
+        if (step == VALUES_STEP) start_values();
+        if (step == KEYS_STEP) start_keys();
     }
 }
 
 __device__ __forceinline__ float score_of(int x) { return __int_as_float(x) - SCORE_ZERO_VALUE; }
 
-// The part's weights as the values' product takes them, and their sums in this thread. Those of
+#if !FP8
+// Of a block's weights of a row in this thread, rounded as they are, so that the sum is of what the
+// values are multiplied with. Beyond float16 it is infinite.
+__device__ __forceinline__ float sum_of(const Weights& weights, int m, int half) {
+    u32 sums[DEPTHS];
+#pragma unroll
+    for (int i = 0; i < DEPTHS; i++)
+        sums[i] = sum_of_pairs(weights[i][m][half], weights[i][m][half + 2]);
+    u32 sum = sum_of_pairs(sum_of_pairs(sums[0], sums[1]), sum_of_pairs(sums[2], sums[3]));
+    float2 both = pair_of(sum, false);
+    return both.x + both.y;
+}
+#endif
+
+// The block's weights as the values' product takes them, and their sums in this thread. Those of
 // keys past the end are 0 if ENDS.
 template <bool ENDS>
 __device__ __forceinline__ void weigh(
-    u32 (&weights)[DEPTHS][2][4], float (&sums)[4], const Scores& scores, float scale,
-    const Rows& rows, int inside, int lane
+    Weights& weights, float (&sums)[4], const Scores& scores, float scale, const Rows& rows,
+    int inside, int lane
 ) {
 #pragma unroll
     for (int r = 0; r < 4; r++) {
         int m = r / 2, half = r % 2;
         float shift = fmaf(-SCORE_ZERO_VALUE, scale, WEIGHT_SHIFT - rows.row_max[r]);
-        float w[PART / 8][2];
+        float w[BLOCK_K / 8][2];
         sums[r] = 0;
 #pragma unroll
-        for (int n = 0; n < PART / 8; n++)
+        for (int n = 0; n < BLOCK_K / 8; n++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float x = __int_as_float(scores[m][n][2 * half + i]);
                 w[n][i] = exp2_fast(fmaf(x, scale, shift));
                 if (ENDS && 8 * n + 2 * (lane % 4) + i >= inside) w[n][i] = 0;
-                sums[r] += w[n][i];
+                if (FP8) sums[r] += w[n][i];
             }
 #if FP8
-        weights[0][m][half] = packed_fp8(w[0][0], w[0][1], w[1][0], w[1][1]);
-        weights[0][m][half + 2] = packed_fp8(w[2][0], w[2][1], w[3][0], w[3][1]);
+#pragma unroll
+        for (int n = 0; n < BLOCK_K / 8; n += 2)
+            weights[n / 4][m][half + n / 2 % 2 * 2] =
+                packed_fp8(w[n][0], w[n][1], w[n + 1][0], w[n + 1][1]);
 #else
 #pragma unroll
-        for (int n = 0; n < PART / 8; n++)
+        for (int n = 0; n < BLOCK_K / 8; n++)
             weights[n / 2][m][half + n % 2 * 2] = packed_pair({w[n][0], w[n][1]}, false);
+        sums[r] = sum_of(weights, m, half);
 #endif
     }
 }
@@ -227,31 +255,16 @@ __device__ __forceinline__ float sum_of_row(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// Weights of `packed` times a factor of their row.
-__device__ __forceinline__ u32 scaled_weights(u32 packed, float factor) {
-#if FP8
-    float2 low = pair_of(pair_of_fp8(packed), false);
-    float2 high = pair_of(pair_of_fp8(packed >> 16), false);
-    return packed_fp8(low.x * factor, low.y * factor, high.x * factor, high.y * factor);
-#else
-    float2 both = pair_of(packed, false);
-    return packed_pair({both.x * factor, both.y * factor}, false);
-#endif
-}
-
-// Raise row_max to what this part's scores do not exceed, and take along what is relative to it:
-// the sums, and the block's first DONE depths of weights.
-template <int DONE>
+// Raise row_max to what this block's scores do not exceed, and take along what is relative to it.
 __device__ __forceinline__ void raise_row_max(
-    Rows& rows, Sums& acc, Weights& weights,
-    const Scores& scores, float scale, int inside, int lane
+    Rows& rows, Sums& acc, const Scores& scores, float scale, int inside, int lane
 ) {
     float factor[4];
 #pragma unroll
     for (int r = 0; r < 4; r++) {
         int highest = LOWEST_SCORE;
 #pragma unroll
-        for (int n = 0; n < PART / 8; n++)
+        for (int n = 0; n < BLOCK_K / 8; n++)
 #pragma unroll
             for (int i = 0; i < 2; i++)
                 if (8 * n + 2 * (lane % 4) + i < inside)
@@ -267,30 +280,19 @@ __device__ __forceinline__ void raise_row_max(
         for (int n = 0; n < HEAD_DIM / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) acc[m][n][i] *= factor[2 * m + i / 2];
-#pragma unroll
-    for (int depth = 0; depth < DONE; depth++)
-#pragma unroll
-        for (int m = 0; m < 2; m++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                weights[depth][m][i] = scaled_weights(weights[depth][m][i], factor[2 * m + i % 2]);
 }
 
-// The scores and weights of one part of a block's keys.
-template <int NUMBER>
-__device__ __forceinline__ void weigh_part(
-    Weights& weights, Rows& rows, Sums& acc, const Scores& scores, float scale,
-    int inside, int lane
+// The weights of a block, of whose keys `inside` are not past the end.
+__device__ __forceinline__ void weigh_block(
+    Weights& weights, Rows& rows, Sums& acc, const Scores& scores, float scale, int inside, int lane
 ) {
-    inside -= NUMBER * PART;
     float sums[4];
-    auto& own = reinterpret_cast<u32(&)[DEPTHS][2][4]>(weights[NUMBER * DEPTHS]);
-    weigh<false>(own, sums, scores, scale, rows, inside, lane);
+    weigh<false>(weights, sums, scores, scale, rows, inside, lane);
     // No weight exceeds its sum. Beyond the limit row_max is too low.
     float most = fmaxf(fmaxf(sums[0], sums[1]), fmaxf(sums[2], sums[3]));
-    if (__any_sync(0xffffffff, most > WEIGHT_LIMIT) || inside < PART) {
-        raise_row_max<NUMBER * DEPTHS>(rows, acc, weights, scores, scale, inside, lane);
-        weigh<true>(own, sums, scores, scale, rows, inside, lane);
+    if (__any_sync(0xffffffff, most > WEIGHT_LIMIT) || inside < BLOCK_K) {
+        raise_row_max(rows, acc, scores, scale, inside, lane);
+        weigh<true>(weights, sums, scores, scale, rows, inside, lane);
     }
 #pragma unroll
     for (int r = 0; r < 4; r++) rows.row_sum[r] += sums[r];
@@ -298,12 +300,16 @@ __device__ __forceinline__ void weigh_part(
 
 // ---- values ----
 
+// Holds back the operands after the next ones, whose registers others need. Products with float32
+// sums, which need no registers beside `acc`, are fastest with half of it.
+__device__ __forceinline__ void keep_order() { __syncwarp(); }
+
 // acc += weights v
 __device__ __forceinline__ void multiply_values(Sums& acc, const Weights& weights, u32 values) {
     constexpr int width = VALUE_BYTES / HEAD_DIM, halves = width / 64;
     constexpr int steps = HEAD_DIM / 16 * halves;
     u32 v[2][2][4];
-    load_operands<halves, width>(v[0], 0, values);
+    load_operands<width>(v[0], 0, values);
 #pragma unroll
     for (int pair = 0; pair < HEAD_DIM / 16; pair++) {
 #if FP8 || SHORT_SUMS
@@ -311,10 +317,11 @@ __device__ __forceinline__ void multiply_values(Sums& acc, const Weights& weight
 #endif
 #pragma unroll
         for (int half = 0; half < halves; half++) {
-            int step = pair * halves + half;
-            if (step + 1 < steps)
-                load_operands<halves, width>(v[(step + 1) % 2], step + 1, values);
-            keep_order();
+            int step = pair * halves + half, next = step + 1;
+            if (next < steps)
+                load_operands<width>(v[next % 2], next / halves,
+                                     next % halves ? other_half(values) : values);
+            if (SHORT || half) keep_order();
             const u32(&own)[2][4] = v[step % 2];
 #pragma unroll
             for (int i = 0; i < 2; i++)
@@ -431,21 +438,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sage_attention(
         __syncthreads();  // these keys are there, and all are through with the last block
         u32 at = keys + i % 2 * KEY_BYTES;
         float scale = own_scale * shared.scale[i % 2];
-        Queries queries;
-        load_queries(queries, q);
+        int next = shared.next[i % 2], inside = o.length - own * BLOCK_K;  // keys to the end
         Scores scores;
-        multiply_keys(scores, queries, at);
-        // Behind what the first products read: that would wait for copies before it.
-        const i8* v = o.v + (long long)(first_block + own) * VALUE_BYTES;
-        copy_bytes(shared_address(shared.values), v, VALUE_BYTES);
-        copy_commit();
-        int inside = o.length - own * BLOCK_K;  // keys from the block's first to the end
-        own = shared.next[i % 2];
-        start_keys(shared, o, selected, i + 1, first_block + own);
-        copy_commit();
-        weigh_part<0>(weights, rows, acc, scores, scale, inside, lane);
-        multiply_keys(scores, queries, at + PART * HEAD_DIM);
-        weigh_part<1>(weights, rows, acc, scores, scale, inside, lane);
+        multiply_keys(
+            scores, q, at,
+            [&] {
+                const i8* v = o.v + (long long)(first_block + own) * VALUE_BYTES;
+                copy_bytes(shared_address(shared.values), v, VALUE_BYTES);
+                copy_commit();
+            },
+            [&] {
+                own = next;
+                start_keys(shared, o, selected, i + 1, first_block + own);
+                copy_commit();
+            }
+        );
+        weigh_block(weights, rows, acc, scores, scale, inside, lane);
         copy_wait<1>();
         __syncthreads();  // these values are there
         multiply_values(acc, weights, values);

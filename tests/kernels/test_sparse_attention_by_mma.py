@@ -191,10 +191,10 @@ def test_larger_values_would_overflow_and_do_not_compile():
     card = 8, 9
     constants = mma.constants(card, 128, "fp8", torch.bfloat16)
     sizes = mma.shared_bytes(128, "fp8"), mma.Operands
-    # Four threads of a row, two parts of a block, each at its limit.
-    assert 4 * 2 * 448 * 17 / 16 * mma.VALUE_LIMIT < LARGEST_FLOAT16 < 4 * 2 * 448 * 17 / 16 * 18
+    # Four threads of a row, each at its limit.
+    assert 4 * 448 * 17 / 16 * mma.VALUE_LIMIT < LARGEST_FLOAT16 < 4 * 448 * 17 / 16 * 35
     with pytest.raises(RuntimeError, match="static assertion failed"):
-        nvrtc.compile_file(mma.SOURCE, "sm_89", *sizes, **constants | {"VALUE_LIMIT": 18})
+        nvrtc.compile_file(mma.SOURCE, "sm_89", *sizes, **constants | {"VALUE_LIMIT": 35})
 
 
 @pytest.mark.parametrize("pv", ["fp16", "fp8"])
