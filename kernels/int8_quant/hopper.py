@@ -1,6 +1,7 @@
 """INT8 of rows on Hopper, in CUDA C++: see hopper.cu."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,16 +52,25 @@ def quantize_rows(
     x: Tensor, activation: str | None, amax: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`quantize_rows` of the Triton file, without an amax, of what is not `unfit`."""
+    warps, each, programs = shape_of_program(x.shape[-1])
+    kernel = functools.partial(
+        nvrtc.load, SOURCE, "quantize_rows", TARGET, 8 * warps, ACTIVATE=int(activation is not None)
+    )
+    return launch(kernel, x, warps, each, programs)
+
+
+def launch(
+    load: Callable[..., nvrtc.Kernel], x: Tensor, warps: int, each: int, programs: int
+) -> tuple[Tensor, Tensor]:
+    """What the kernel that `load` gives for these rows makes of x; see `shape_of_program`."""
     batch, length, channels = x.shape
-    warps, each, programs = shape_of_program(channels)
     q = in_whole_blocks(*x.shape, torch.int8, x.device)
     scale = torch.empty(batch, length, dtype=torch.float32, device=x.device)
     rows = batch * length
     operands = Operands(*map(nvrtc.address, (x, q, scale)), length, rows, *x.stride()[:2])
-    kernel = nvrtc.load(
-        SOURCE, "quantize_rows", TARGET, 8 * warps, Operands, x.device.index,
-        WARPS=warps, EACH=each, CHANNELS=channels, PROGRAMS=programs,
-        ACTIVATE=int(activation is not None), BF16=int(x.dtype == torch.bfloat16),
+    kernel = load(
+        Operands, x.device.index, WARPS=warps, EACH=each, CHANNELS=channels, PROGRAMS=programs,
+        BF16=int(x.dtype == torch.bfloat16),
     )  # fmt: skip
     kernel.launch(min(rows, programs * multiprocessors(x.device)), 32 * warps, operands)
     return q, scale

@@ -4,12 +4,10 @@ Triton."""
 import functools
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .. import nvrtc
-from ..dispatch import capability, multiprocessors
-from ..room import in_whole_blocks
+from ..dispatch import capability
 from . import hopper
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -17,7 +15,6 @@ SPAN = 256  # channels that a warp takes at once
 MOST = 6  # of them a thread has registers for
 FEWEST_WARPS, MOST_WARPS = 2, 16  # of a row
 MOST_PROGRAMS = 16  # that sm_86 holds on a multiprocessor
-Operands = nvrtc.operands(pointers="x q scale", integers="length rows x_b x_l")
 
 
 def unfit(x: Tensor) -> str | None:
@@ -45,17 +42,7 @@ def quantize_rows(
     x: Tensor, activation: str | None, amax: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`quantize_rows` of the Triton file, after GELU, of what is not `unfit`."""
-    batch, length, channels = x.shape
-    warps, each, programs = shape_of_program(channels)
-    q = in_whole_blocks(*x.shape, torch.int8, x.device)
-    scale = torch.empty(batch, length, dtype=torch.float32, device=x.device)
-    rows = batch * length
-    operands = Operands(*map(nvrtc.address, (x, q, scale)), length, rows, *x.stride()[:2])
-    kernel = nvrtc.load(
-        SOURCE, "activate_rows", nvrtc.target_of(capability(x.device), x.device), 12 * warps,
-        Operands, x.device.index,
-        WARPS=warps, EACH=each, CHANNELS=channels, PROGRAMS=programs,
-        BF16=int(x.dtype == torch.bfloat16),
-    )  # fmt: skip
-    kernel.launch(min(rows, programs * multiprocessors(x.device)), 32 * warps, operands)
-    return q, scale
+    warps, each, programs = shape_of_program(x.shape[-1])
+    target = nvrtc.target_of(capability(x.device), x.device)
+    kernel = functools.partial(nvrtc.load, SOURCE, "activate_rows", target, 12 * warps)
+    return hopper.launch(kernel, x, warps, each, programs)
