@@ -9,8 +9,8 @@ __device__ __forceinline__ void copy_16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// The same of the first `bytes` of them, 0 to 16; the others become 0. 128 bytes come from memory into
-// L2, of which the rest is copied soon.
+// The same of the first `bytes` of them, 0 to 16; the others become 0. 128 bytes come from memory
+// into L2, of which the rest is copied soon.
 __device__ __forceinline__ void copy_16(u32 to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                  ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -176,7 +176,7 @@ __device__ __forceinline__ u32 min_of_pairs(u32 x, u32 y, bool bf16) {
     return smaller;
 }
 
-// Of two pairs of float16.
+// The sum of two pairs of float16, one by one.
 __device__ __forceinline__ u32 sum_of_pairs(u32 x, u32 y) {
     u32 sum;
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(x), "r"(y));
@@ -193,13 +193,5 @@ __device__ __forceinline__ u32 packed_fp8(float a, float b, float c, float d) {
         "mov.b32 %0, {low, high};\n"
         "}\n"
         : "=r"(packed) : "f"(a), "f"(b), "f"(c), "f"(d));
-    return packed;
-}
-
-// Two e4m3 as float16, which holds every one of them.
-__device__ __forceinline__ u32 pair_of_fp8(u32 low_bytes) {
-    u32 packed;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l;}"
-        : "=r"(packed) : "r"(low_bytes));
     return packed;
 }

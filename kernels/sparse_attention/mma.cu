@@ -5,7 +5,7 @@
 // all scores of a block, then their weights too, in the order in which the next product takes them.
 // The block's values and the next keys are on their way meanwhile.
 //
-// The queries wait in shared memory and are read again for each block, half of their channels at a
+// The queries wait in shared memory and are read again for each block, 64 of their channels at a
 // time, which leaves the scores room in registers.
 //
 // fp8 products, and float16 ones if SHORT_SUMS, add up in float16: consumer cards then multiply at
@@ -30,14 +30,15 @@ constexpr int HALVES = HEAD_DIM / 64;      // of the channels of queries and key
 constexpr bool SHORT = FP8 || SHORT_SUMS;  // whether values' products add up in float16
 // Behind which steps of the scores' products the copies of values and of the next keys start: by
 // trial, and never before what the first step reads, which would wait for them.
-constexpr bool LATE = SHORT_SUMS && !FP8 && HALVES == 2;
+constexpr bool LATE = SHORT && HALVES == 2;
 constexpr int VALUES_STEP = LATE ? 4 : 0, KEYS_STEP = LATE ? 5 : 0;
 // Lifts the weights in e4m3, which goes from 2^-9 to 448: scores may still exceed their row's
 // row_max by a factor of 2^4.8, so that few blocks raise it.
 constexpr float WEIGHT_SHIFT = 4.0f;
 // What a block's weights may come to in each of the four threads of a row. Values go to
-// VALUE_LIMIT, rounding adds at most 1/16: a block stays below 65504, the largest float16.
-constexpr float WEIGHT_LIMIT = 448.0f;
+// VALUE_LIMIT, rounding adds at most 1/16: a block stays below 65504, the largest float16. No e4m3
+// exceeds 448.
+constexpr float WEIGHT_LIMIT = FP8 ? 448.0f : 2048.0f;
 static_assert(4 * WEIGHT_LIMIT * VALUE_LIMIT * 17 / 16 < 65504);
 // Scores add up on top of the bits of 1.5 * 2^23: read as float32 they are 1.5 * 2^23 + score.
 constexpr int SCORE_ZERO = 0x4B400000;
@@ -50,7 +51,7 @@ struct Shared {
     i8 keys[2][KEY_BYTES];           // [BLOCK_K, HEAD_DIM] of this block and the next, swizzled
     i8 values[VALUE_BYTES];          // [HEAD_DIM, BLOCK_K], swizzled
     float scale[2];                  // of the keys
-    int next[2];                     // right behind: number of the block after them, not waited for
+    int next[2];                     // right behind it: number of the block after those keys
 };
 
 struct Operands {
@@ -154,13 +155,15 @@ __device__ __forceinline__ void load_operands(u32 (&x)[2][4], int group, u32 row
 }
 
 // x[m][n][i] is the score of row 16 m + lane / 4 + i / 2 * 8 and key 8 n + 2 (lane % 4) + i % 2.
-// Half of the channels of all keys come first, then the others, whose queries take their registers.
-// `start_values` and `start_keys` start copies, behind steps of their own.
-template <typename Values, typename Keys>
+// 64 channels of all keys come first, then the others, whose queries take their registers.
+// `copy_values` and `copy_next_keys` start copies behind steps of their own, in this order: values
+// are waited for alone.
+template <typename First, typename Second>
 __device__ __forceinline__ void multiply_keys(
-    Scores& scores, u32 q, u32 keys, Values start_values, Keys start_keys
+    Scores& scores, u32 q, u32 keys, First copy_values, Second copy_next_keys
 ) {
     constexpr int groups = BLOCK_K / 16, steps = groups * HALVES;
+    static_assert(VALUES_STEP <= KEYS_STEP && KEYS_STEP < steps);
     const int zero[4] = {SCORE_ZERO, SCORE_ZERO, SCORE_ZERO, SCORE_ZERO};
     u32 k[2][2][4];
     Queries queries[HALVES];
@@ -172,7 +175,7 @@ __device__ __forceinline__ void multiply_keys(
         if (next < steps)
             load_operands<HEAD_DIM>(k[next % 2], next % groups,
                                     next / groups ? other_half(keys) : keys);
-        if (next < steps && next == groups) load_queries(queries[1], other_half(q));
+        if (HALVES == 2 && next == groups) load_queries(queries[1], other_half(q));
         const u32(&own)[2][4] = k[step % 2];
 #pragma unroll
         for (int i = 0; i < 2; i++)
@@ -187,8 +190,8 @@ __device__ __forceinline__ void multiply_keys(
                     else
                         mma_int8(sum, of, own[n][2 * i], own[n][2 * i + 1], zero);
                 }
-        if (step == VALUES_STEP) start_values();
-        if (step == KEYS_STEP) start_keys();
+        if (step == VALUES_STEP) copy_values();
+        if (step == KEYS_STEP) copy_next_keys();
     }
 }
 
@@ -301,7 +304,7 @@ __device__ __forceinline__ void weigh_block(
 // ---- values ----
 
 // Holds back the operands after the next ones, whose registers others need. Products with float32
-// sums, which need no registers beside `acc`, are fastest with half of it.
+// sums are fastest with it at every other step.
 __device__ __forceinline__ void keep_order() { __syncwarp(); }
 
 // acc += weights v

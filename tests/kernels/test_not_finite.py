@@ -154,8 +154,9 @@ def test_a_nan_in_a_projection_spoils_the_int8_of_its_block(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("spoiled", ["q", "k", "v"])
-def test_a_nan_goes_through_low_bit_attention(spoiled, backend):
-    q, k, v = random_qkv(1, 200, 2, 64, torch.float16)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_nan_goes_through_low_bit_attention(dim, spoiled, backend):
+    q, k, v = random_qkv(1, 200, 2, dim, torch.float16)
     {"q": q, "k": k, "v": v}[spoiled][0, ROW, 1, 5] = torch.nan
     block_map = random_map(1, 200, 2, 128, 64, share=1.0)
     out = sage_attention(q, k, v, block_map, "fp16", backend=backend)

@@ -187,14 +187,15 @@ def test_why_sums_are_as_short_as_a_block():
 
 
 @needs_nvrtc
-def test_larger_values_would_overflow_and_do_not_compile():
+@pytest.mark.parametrize(("pv", "limit", "too_large"), [("fp8", 448, 35), ("fp16", 2048, 8)])
+def test_larger_values_would_overflow_and_do_not_compile(pv, limit, too_large):
     card = 8, 9
-    constants = mma.constants(card, 128, "fp8", torch.bfloat16)
-    sizes = mma.shared_bytes(128, "fp8"), mma.Operands
-    # Four threads of a row, each at its limit.
-    assert 4 * 448 * 17 / 16 * mma.VALUE_LIMIT < LARGEST_FLOAT16 < 4 * 448 * 17 / 16 * 35
+    constants = mma.constants(card, 128, pv, torch.bfloat16)
+    sizes = mma.shared_bytes(128, pv), mma.Operands
+    weights = 4 * limit * 17 / 16  # of the four threads of a row
+    assert weights * mma.VALUE_LIMIT < LARGEST_FLOAT16 < weights * too_large
     with pytest.raises(RuntimeError, match="static assertion failed"):
-        nvrtc.compile_file(mma.SOURCE, "sm_89", *sizes, **constants | {"VALUE_LIMIT": 35})
+        nvrtc.compile_file(mma.SOURCE, "sm_89", *sizes, **constants | {"VALUE_LIMIT": too_large})
 
 
 @pytest.mark.parametrize("pv", ["fp16", "fp8"])

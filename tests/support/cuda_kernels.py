@@ -281,8 +281,8 @@ LINEAR_SPILLS = 72
 
 # By file. Attention's and the linear layer's multiplying warps on Hopper take more registers from
 # their program's pool than they start with. By mma.sync 255 registers hold two tiles of 16 x 128
-# sums, their queries and weights. Two programs of prepare share a multiprocessor, whose spills cost
-# less than they hide.
+# sums, a block's scores and what they become, or are made of. Two programs of prepare share a
+# multiprocessor, whose spills cost less than they hide.
 KERNELS = {
     "sparse_attention/hopper.cu": Kernel(
         every_attention, (HOPPER,), 168, spills=32, products=lambda card: BY_WGMMA,
