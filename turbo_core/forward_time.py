@@ -1,7 +1,7 @@
 """How long a forward pass should take on a card where none was timed: an estimate, see `estimate`.
 
-What it rests on: passes timed on an H200, whose chip is the H100's, that plays an older card (its
-code and instructions on that silicon), and what is published of the others.
+What it rests on: passes timed on an H100 that plays an older card (its code and instructions on
+that silicon), and what is published of the others.
 tests/benchmarks/estimate.py prints it, and the rows of MEASURED.
 """
 
@@ -80,7 +80,7 @@ class Parts(NamedTuple):
 
 
 class Session(NamedTuple):
-    """Passes of one H100 or H200 that played a card, with fp16 values."""
+    """Passes of one H100 that played a card, with fp16 values."""
 
     tops: dict[str, float]  # products it reached at best, see kernels/ceilings.py
     copy_gbs: float
@@ -89,15 +89,29 @@ class Session(NamedTuple):
 
 # By the card that was played: 99 KB of shared memory from sm_86 on, 163 KB before. fp8 is emulated
 # on Hopper, so cards that have it are reckoned from the row with fp16 values. Both were given by
-# `forward.py --models 14B-480P` on an H200, with --card 8.0 and 8.6.
+# `forward.py --card 8.0 --models` of all of MODELS, and `--card 8.6`, on one H100.
 MEASURED: dict[tuple[int, int], Session] = {
     (8, 0): Session(
-        {INT8: 1274, FP16: 637}, 4165, {"14B-480P": Parts(866.5, 187.1, 25.6, 130.4)}
+        {INT8: 1275, FP16: 648},
+        2991,
+        {
+            "1.3B-480P": Parts(91.9, 39.4, 5.5, 35.1),
+            "14B-480P": Parts(813.0, 180.2, 25.0, 124.0),
+            "14B-720P": Parts(1852.8, 925.0, 57.1, 270.4),
+            "A14B-I2V-720P": Parts(1858.4, 926.8, 57.3, 271.0),
+        },
     ),
     (8, 6): Session(
-        {INT8: 1274, FP16: 637}, 4170, {"14B-480P": Parts(860.4, 205.3, 25.4, 129.3)}
+        {INT8: 1286, FP16: 643},
+        2988,
+        {
+            "1.3B-480P": Parts(90.2, 41.1, 5.5, 35.0),
+            "14B-480P": Parts(801.0, 189.5, 24.7, 123.4),
+            "14B-720P": Parts(1831.1, 977.8, 56.6, 269.5),
+            "A14B-I2V-720P": Parts(1832.4, 976.1, 56.8, 269.9),
+        },
     ),
-}  # fmt: skip
+}
 
 # What our kernels multiply attention's weights and values in, see sparse_attention/mma.py.
 VALUES = {(8, 0): FP16, (8, 6): FP16_SHORT, (8, 9): FP8_SHORT}

@@ -30,8 +30,8 @@ constexpr int HALVES = HEAD_DIM / 64;      // of the channels of queries and key
 constexpr bool SHORT = FP8 || SHORT_SUMS;  // whether values' products add up in float16
 // Behind which steps of the scores' products the copies of values and of the next keys start: by
 // trial, and never before what the first step reads, which would wait for them.
-constexpr bool LATE = SHORT && HALVES == 2;
-constexpr int VALUES_STEP = LATE ? 4 : 0, KEYS_STEP = LATE ? 5 : 0;
+constexpr bool LATE = SHORT && !FP8 && HALVES == 2;
+constexpr int VALUES_STEP = LATE ? 4 : 0, KEYS_STEP = VALUES_STEP + SHORT;
 // Lifts the weights in e4m3, which goes from 2^-9 to 448: scores may still exceed their row's
 // row_max by a factor of 2^4.8, so that few blocks raise it.
 constexpr float WEIGHT_SHIFT = 4.0f;
