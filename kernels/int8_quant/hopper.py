@@ -53,16 +53,16 @@ def quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """`quantize_rows` of the Triton file, without an amax, of what is not `unfit`."""
     warps, each, programs = shape_of_program(x.shape[-1])
-    kernel = functools.partial(
+    load = functools.partial(
         nvrtc.load, SOURCE, "quantize_rows", TARGET, 8 * warps, ACTIVATE=int(activation is not None)
     )
-    return launch(kernel, x, warps, each, programs)
+    return launch(load, x, warps, each, programs)
 
 
 def launch(
     load: Callable[..., nvrtc.Kernel], x: Tensor, warps: int, each: int, programs: int
 ) -> tuple[Tensor, Tensor]:
-    """What the kernel that `load` gives for these rows makes of x; see `shape_of_program`."""
+    """What the kernel that `load` gives makes of x, here and in mma.py; see `shape_of_program`."""
     batch, length, channels = x.shape
     q = in_whole_blocks(*x.shape, torch.int8, x.device)
     scale = torch.empty(batch, length, dtype=torch.float32, device=x.device)

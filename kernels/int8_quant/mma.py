@@ -44,5 +44,5 @@ def quantize_rows(
     """`quantize_rows` of the Triton file, after GELU, of what is not `unfit`."""
     warps, each, programs = shape_of_program(x.shape[-1])
     target = nvrtc.target_of(capability(x.device), x.device)
-    kernel = functools.partial(nvrtc.load, SOURCE, "activate_rows", target, 12 * warps)
-    return hopper.launch(kernel, x, warps, each, programs)
+    load = functools.partial(nvrtc.load, SOURCE, "activate_rows", target, 12 * warps)
+    return hopper.launch(load, x, warps, each, programs)

@@ -29,11 +29,11 @@ constexpr int DEPTHS = FP8 ? 2 : 4;        // products along a block's keys, 32 
 constexpr int HALVES = HEAD_DIM / 64;      // of the channels of queries and keys
 constexpr bool SHORT = FP8 || SHORT_SUMS;  // whether values' products add up in float16
 // Behind which steps of the scores' products the copies of values and of the next keys start: by
-// trial, and never before what the first step reads, which would wait for them.
+// trial, fp8's where few registers spill; never before what the first step reads, which would wait.
 constexpr bool LATE = SHORT && !FP8 && HALVES == 2;
 constexpr int VALUES_STEP = LATE ? 4 : 0, KEYS_STEP = VALUES_STEP + SHORT;
-// Lifts the weights in e4m3, which goes from 2^-9 to 448: scores may still exceed their row's
-// row_max by a factor of 2^4.8, so that few blocks raise it.
+// Lifts the weights in e4m3, which goes from 2^-9 to 448: one may still exceed that of its row's
+// row_max by a factor of 2^4.8, of 2^7 in float16, so that few blocks raise it.
 constexpr float WEIGHT_SHIFT = 4.0f;
 // What a block's weights may come to in each of the four threads of a row. Values go to
 // VALUE_LIMIT, rounding adds at most 1/16: a block stays below 65504, the largest float16. No e4m3
@@ -106,6 +106,7 @@ __device__ __forceinline__ void start_keys(
 ) {
     copy_bytes(shared_address(shared.keys[i % 2]), o.k + block * KEY_BYTES, KEY_BYTES);
     if (threadIdx.x == 0) {
+        // One address for both, which is faster: nothing pads Shared.
         u32 scale = shared_address(&shared.scale[i % 2]), next = scale + sizeof(shared.scale);
         copy_4(scale, o.k_scale + block);
         copy_4(next, selected + min(i + 1, o.count - 1));
@@ -139,7 +140,7 @@ __device__ __forceinline__ void load_queries(Queries& queries, u32 from) {
 
 // Of rows lane / 4 + 8 r, r = 0 .. 3, of the warp. Weights are 2^(score - row_max + WEIGHT_SHIFT).
 struct Rows {
-    float row_max[4];  // raised only where weights would leave e4m3: scores may exceed it
+    float row_max[4];  // raised only where weights exceed WEIGHT_LIMIT: scores may exceed it
     float row_sum[4];  // of the weights of this thread's keys
 };
 
@@ -303,8 +304,8 @@ __device__ __forceinline__ void weigh_block(
 
 // ---- values ----
 
-// Holds back the operands after the next ones, whose registers others need. Products with float32
-// sums are fastest with it at every other step.
+// Holds back the operands after the next ones, whose registers others need; with float32 sums at
+// every other step, by trial.
 __device__ __forceinline__ void keep_order() { __syncwarp(); }
 
 // acc += weights v
